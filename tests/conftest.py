@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures around every test: one seed, one thread, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _clean_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seed, run on one thread, write only below ``tmp_path``, and restore the default dtype."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("MOEAPPS_RUNS", str(tmp_path / "runs"))
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(dtype)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
