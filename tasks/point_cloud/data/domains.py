@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -43,7 +42,7 @@ class SurfaceSampler:
         points: points per scene.
     """
 
-    points: int = 18000
+    points: int = 16000
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,30 @@ class DomainSpec:
 
 
 _LIVING = {"bed": 1, "sofa": 1, "table": 2, "cabinet": 3, "chair": 6}
-_OFFICE = {"table": 5, "cabinet": 2, "shelves": 1, "chair": 8, "clutter": 6}
+_OFFICE = {"table": 4, "cabinet": 1, "shelves": 1, "chair": 7, "clutter": 5}
 _CAD = {"bed": 1, "sofa": 1, "shelves": 2, "cabinet": 2, "nightstand": 2, "table": 2, "chair": 5, "lamp": 3}
-_HOUSE = {"bed": 1, "sofa": 1, "cabinet": 2, "shelves": 1, "table": 2, "nightstand": 1, "chair": 6, "lamp": 2, "clutter": 4}
+_HOUSE = {
+    "bed": 1,
+    "sofa": 1,
+    "cabinet": 2,
+    "shelves": 1,
+    "table": 2,
+    "nightstand": 1,
+    "chair": 6,
+    "lamp": 2,
+    "clutter": 4,
+}
 
 DOMAINS: dict[str, DomainSpec] = {
     spec.name: spec
     for spec in (
         DomainSpec(
-            "rgbd_room", rooms.RoomWorld((4.0, 6.5), furniture=_LIVING), DepthCamera(80, 60), 0.09, views=6, indoor=True
+            "rgbd_room", rooms.RoomWorld((4.0, 6.5), furniture=_LIVING), DepthCamera(80, 60), 0.10, views=6, indoor=True
         ),
         DomainSpec(
             "tls_office",
-            rooms.RoomWorld((6.0, 9.0), (2.8, 3.3), _OFFICE, doors=3, windows=5, boards=3, beams=3, columns=3),
-            PanoramaScanner(),
+            rooms.RoomWorld((5.5, 8.0), (2.8, 3.3), _OFFICE, doors=3, windows=4, boards=3, beams=3, columns=2),
+            PanoramaScanner(step=1.7),
             0.10,
             views=2,
             indoor=True,
@@ -104,13 +113,16 @@ DOMAINS: dict[str, DomainSpec] = {
         ),
         DomainSpec("als", towns.TownWorld(), AerialLaser(), 0.45),
         DomainSpec(
-            "drive16", streets.StreetWorld(), SpinningLidar(16, -15.0, 15.0, 0.4, height=1.9, max_range=60.0, sigma=0.03), 0.30
+            "drive16",
+            streets.StreetWorld(),
+            SpinningLidar(16, -15.0, 15.0, 0.4, height=1.9, max_range=60.0, sigma=0.03),
+            0.30,
         ),
         DomainSpec(
             "rgbd_house",
             rooms.RoomWorld((4.5, 7.5), (2.4, 3.0), _HOUSE, doors=3),
             DepthCamera(96, 72, 75.0, noise=2.0),
-            0.09,
+            0.10,
             views=6,
             indoor=True,
         ),

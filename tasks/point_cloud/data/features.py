@@ -109,7 +109,7 @@ def normal_z(pos: npt.NDArray[np.floating], size: float) -> Floats:
 
 
 def normalise_light(light: npt.NDArray[np.floating]) -> Floats:
-    """Map luminance or intensity of one scan to [0, 1] by its own 5 and 95 per cent quantiles; constant light gives 0.5."""
+    """Map luminance or intensity of one scan to [0, 1] by its 5 and 95 per cent quantiles; constant gives 0.5."""
     if len(light) == 0:
         return np.zeros(0, np.float32)
     low, high = np.quantile(light, (0.05, 0.95))
@@ -135,7 +135,12 @@ def common_features(
 
 
 def paper_features(
-    pos: npt.NDArray[np.floating], size: float, light: npt.NDArray[np.floating], up: npt.NDArray[np.floating], *, indoor: bool
+    pos: npt.NDArray[np.floating],
+    size: float,
+    light: npt.NDArray[np.floating],
+    up: npt.NDArray[np.floating],
+    *,
+    indoor: bool,
 ) -> Floats:
     """Return six channels as the paper feeds them: they mean one thing indoors and another outdoors.
 

@@ -150,7 +150,9 @@ def _entry(
     density = scene.density[index]
     porous = density > 0
     t = near
-    t[porous] = np.maximum(near[porous], t_min) + rng.exponential(size=int(porous.sum())).astype(np.float32) / density[porous]
+    t[porous] = (
+        np.maximum(near[porous], t_min) + rng.exponential(size=int(porous.sum())).astype(np.float32) / density[porous]
+    )
     return np.where((t < far) & (t > t_min) & (t < t_max), t, _FAR)
 
 

@@ -86,9 +86,7 @@ class _Plan:
         """Tell whether a rectangle is inside the room and off every other one."""
         if x - hx < -1e-6 or y - hy < -1e-6 or x + hx > self.width + 1e-6 or y + hy > self.depth + 1e-6:
             return False
-        return all(
-            abs(x - ox) > hx + ohx + gap or abs(y - oy) > hy + ohy + gap for ox, oy, ohx, ohy in self.taken
-        )
+        return all(abs(x - ox) > hx + ohx + gap or abs(y - oy) > hy + ohy + gap for ox, oy, ohx, ohy in self.taken)
 
     def put(self, name: str) -> bool:
         """Place one object of the catalogue; False when no place was found in 30 tries."""

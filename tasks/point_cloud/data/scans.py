@@ -47,7 +47,9 @@ class ScanArrays:
         """
         used = np.unique(self.label[self.label != UNLABELLED])
         if len(used) and used.max() >= len(self.words):
-            raise ValueError(f"scan {self.name}: label {used.max()} has no name; the file lists {len(self.words)} names")
+            raise ValueError(
+                f"scan {self.name}: label {used.max()} has no name; the file lists {len(self.words)} names"
+            )
         index = label_index(domain, [self.words[i] for i in used])
         table = np.full(256, IGNORE, np.int64)
         for number in used:
@@ -58,7 +60,9 @@ class ScanArrays:
 def save_scans(path: Path, scans: list[ScanArrays]) -> None:
     """Write scans of one split into one uncompressed .npz."""
     words = sorted({word for scan in scans for word in scan.words})
-    tables = [np.array([words.index(w) for w in s.words] + [UNLABELLED] * (256 - len(s.words)), np.uint8) for s in scans]
+    tables = [
+        np.array([words.index(w) for w in s.words] + [UNLABELLED] * (256 - len(s.words)), np.uint8) for s in scans
+    ]
     sizes = np.array([len(s) for s in scans], np.int64)
     arrays = {
         "pos": np.concatenate([s.pos for s in scans]),
@@ -83,7 +87,9 @@ def load_scans(path: Path) -> list[ScanArrays]:
         with np.load(path, allow_pickle=False) as data:
             arrays = {key: data[key] for key in ("pos", "light", "up", "label", "size", "name", "words")}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read scans from {path} ({error}); delete the file and it will be built anew") from error
+        raise ValueError(
+            f"cannot read scans from {path} ({error}); delete the file and it will be built anew"
+        ) from error
     ends = np.cumsum(arrays["size"])
     words = tuple(str(word) for word in arrays["words"])
     return [

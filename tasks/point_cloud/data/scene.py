@@ -114,7 +114,9 @@ class SceneBuilder:
         self._instances += 1
         return Frame(self, x, y, z, yaw, self._instances)
 
-    def zone(self, name: str, x: float, y: float, size: tuple[float, float], yaw: float = 0.0, albedo: float = 0.3) -> None:
+    def zone(
+        self, name: str, x: float, y: float, size: tuple[float, float], yaw: float = 0.0, albedo: float = 0.3
+    ) -> None:
         """Paint a rectangle of full ``size`` on the ground."""
         self._zones.append((x, y, size[0] / 2, size[1] / 2, yaw, NAME_ID[name], albedo))
 
@@ -157,7 +159,15 @@ class Frame:
     instance: int
 
     def _add(
-        self, kind: int, center: Point, half: Point, yaw: float, name: str, top: str | None, albedo: float, density: float
+        self,
+        kind: int,
+        center: Point,
+        half: Point,
+        yaw: float,
+        name: str,
+        top: str | None,
+        albedo: float,
+        density: float,
     ) -> None:
         c, s = np.cos(self.yaw), np.sin(self.yaw)
         moved = (self.x + c * center[0] - s * center[1], self.y + s * center[0] + c * center[1], self.z + center[2])

@@ -182,9 +182,7 @@ def spherical_rays(elevation: npt.ArrayLike, azimuth: npt.ArrayLike) -> Floats:
     return rays.reshape(-1, 3).astype(np.float32)
 
 
-def scan_panorama(
-    scene: Scene, scanner: PanoramaScanner, stations: list[Floats], rng: np.random.Generator
-) -> RawScan:
+def scan_panorama(scene: Scene, scanner: PanoramaScanner, stations: list[Floats], rng: np.random.Generator) -> RawScan:
     """Scan ``scene`` from tripod ``stations`` [3]; intensity = albedo cos(incidence) in [0, 1]."""
     rays, shape = scanner.rays()
     scans = []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,10 @@ class _Street:
         """Draw ``count`` positions along the street, one per equal part, so that nothing overlaps."""
         reach = self.world.reach
         edges = np.linspace(low * reach, high * reach, count + 1)
-        return [float(self.rng.uniform(a + 0.3 * (b - a), b - 0.3 * (b - a))) for a, b in zip(edges, edges[1:], strict=False)]
+        return [
+            float(self.rng.uniform(a + 0.3 * (b - a), b - 0.3 * (b - a)))
+            for a, b in itertools.pairwise(edges)
+        ]
 
 
 def _pavement(street: _Street, y: float, width: float, z: float) -> None:
@@ -100,7 +104,9 @@ def person(frame: Frame, rng: np.random.Generator) -> None:
     height = float(rng.uniform(1.5, 1.9))
     frame.cylinder("person", (0, 0.1, 0), 0.09, height * 0.48, albedo=0.3)
     frame.cylinder("person", (0.12, -0.1, 0), 0.09, height * 0.48, albedo=0.3)
-    frame.ellipsoid("person", (0.03, 0, height * 0.66), (0.18, 0.26, height * 0.24), albedo=float(rng.uniform(0.2, 0.7)))
+    frame.ellipsoid(
+        "person", (0.03, 0, height * 0.66), (0.18, 0.26, height * 0.24), albedo=float(rng.uniform(0.2, 0.7))
+    )
     frame.ellipsoid("person", (0.03, 0, height - 0.1), (0.11, 0.11, 0.13), albedo=0.6)
 
 

@@ -119,9 +119,7 @@ def ragged_tree(frame: Frame, rng: np.random.Generator, height: float, *, rooted
         center = (out * float(np.cos(angle)), out * float(np.sin(angle)), level)
         radii = (size, size * float(rng.uniform(0.6, 1.2)), size * float(rng.uniform(0.25, 0.6)))
         light = float(rng.uniform(0.12, 0.3))
-        frame.ellipsoid(
-            "vegetation", center, radii, albedo=light, yaw=angle, density=float(rng.uniform(0.3, 1.0))
-        )
+        frame.ellipsoid("vegetation", center, radii, albedo=light, yaw=angle, density=float(rng.uniform(0.3, 1.0)))
 
 
 def bush(frame: Frame, rng: np.random.Generator) -> None:
