@@ -15,7 +15,6 @@ from tasks.point_cloud.geometry import Level
 from tasks.point_cloud.serialization import Order
 from tasks.point_cloud.sparse_conv import SubmanifoldConv3d
 
-
 LayerFactory = Callable[[int], nn.Module]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Point-MoE: a Point Transformer V3 whose attention heads are merged by a mixture of experts.
 
-Source: Chen et al. 2026, Point-MoE (ICLR; arXiv 2505.23926); Wu et al. 2024, Point Transformer V3, figure 6. Facts of the
-layout from UVA-Computer-Vision-Lab/point_moe ``pointcept/models/point_moe`` and Pointcept/Pointcept
+Source: Chen et al. 2026, Point-MoE (ICLR; arXiv 2505.23926); Wu et al. 2024, Point Transformer V3, figure 6. Facts of
+the layout from UVA-Computer-Vision-Lab/point_moe ``pointcept/models/point_moe`` and Pointcept/Pointcept
 ``pointcept/models/point_transformer_v3``. Differs from that code on purpose: predictions do not depend on batch mates,
 and the order of the curves is drawn at random in training only.
 
@@ -12,6 +12,8 @@ Shape legend: N voxels of a level, C channels in, D width of a stage, B scans.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +60,8 @@ class Block(nn.Module):
         """One block along one curve: [N, D] -> [N, D]."""
         x_ND = x_ND + self.cpe(x_ND, level)
         x_ND = x_ND + self.drop_path(self.attn(self.norm1(x_ND), level, order))
-        x_ND = x_ND + self.drop_path(self.mlp(self.norm2(x_ND)))
-        return x_ND
+        mixed: Tensor = self.drop_path(self.mlp(self.norm2(x_ND)))
+        return x_ND + mixed
 
 
 class Pooling(nn.Module):
@@ -170,9 +172,10 @@ class PointMoE(nn.Module):
         if not orders or not set(orders) <= set(ORDERS):
             raise ValueError(f"orders={list(orders)}: give at least one of {', '.join(ORDERS)}")
 
+        block = partial(Block, moe=moe, head_dim=head_dim, patch_size=patch_size, mlp_ratio=mlp_ratio)
+
         def stage(dim: int, rates: list[float]) -> Stage:
-            options = {"moe": moe, "head_dim": head_dim, "patch_size": patch_size, "mlp_ratio": mlp_ratio}
-            return Stage([Block(dim, drop_path=rate, **options) for rate in rates])
+            return Stage([block(dim, drop_path=rate) for rate in rates])
 
         enc_rates, dec_rates = _rates(enc_depths, drop_path), _rates(dec_depths, drop_path)
         self.in_dim = in_dim
@@ -181,9 +184,7 @@ class PointMoE(nn.Module):
         self.average_orders = average_orders
         self.stem = Stem(in_dim, enc_dims[0], norm_momentum)
         self.encoder = nn.ModuleList(stage(dim, rates) for dim, rates in zip(enc_dims, enc_rates, strict=True))
-        self.pools = nn.ModuleList(
-            Pooling(fine, coarse, norm_momentum) for fine, coarse in zip(enc_dims[:-1], enc_dims[1:], strict=True)
-        )
+        self.pools = nn.ModuleList(Pooling(fine, coarse, norm_momentum) for fine, coarse in pairwise(enc_dims))
         below = [*dec_dims[1:], enc_dims[-1]]
         self.unpools = nn.ModuleList(
             Unpooling(coarse, skip, dim, norm_momentum)
@@ -208,7 +209,7 @@ class PointMoE(nn.Module):
 
     def _unet(self, x_NC: Tensor, levels: list[Level], orders: list[Sequence[Order]]) -> Tensor:
         """Stem, encoder down, decoder up. ``orders``: the list of curves of each encoder stage."""
-        x = self.stem(x_NC, levels[0])
+        x: Tensor = self.stem(x_NC, levels[0])
         skips: list[Tensor] = []
         for i, stage in enumerate(self.encoder):
             if i:
@@ -232,7 +233,7 @@ class PointMoE(nn.Module):
 
 def _rates(depths: Sequence[int], drop_path: float) -> list[list[float]]:
     """Drop-path rate of each block, stage by stage, rising linearly from 0 to ``drop_path``."""
-    flat = torch.linspace(0, drop_path, max(sum(depths), 1)).tolist()
+    flat = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
     starts = [sum(depths[:i]) for i in range(len(depths))]
     return [flat[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
 

@@ -101,7 +101,7 @@ class _SubmanifoldConv(torch.autograd.Function):
         return y_NO
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_NC, weight_TCO = ctx.saved_tensors
         centre = len(weight_TCO) // 2
