@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands do everything on a fresh machine: make demo, make test. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SYSTEM ?= point_moe
+POINTS := --config configs/point_moe.yaml --config configs/data/real_als.yaml
+
+# Tests and benchmarks run on one thread; a base config uses what torch finds.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast test-slow check format bench evidence mutate gpu-check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with the tested versions (about 5 minutes, 6 GB)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moeapps needs Python >= 3.11, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, test both on sensors never seen (about 20 minutes)
+	$(BIN)/lightning fit $(POINTS) --name demo_moe
+	$(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
+	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
+
+test: setup  ## everything required (what CI runs; under 15 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest --fail-on-skip --doctest-modules moeapps tests
+
+test-fast: setup  ## the laws only, while you work (under 3 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m 'not slow and not medium' tests
+
+test-slow: setup  ## processes, faults, resume, notebooks
+	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests
+
+check: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## the core against the dense roof; fails when a gate is missed (run on an idle machine)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.core --json benchmarks/results/core.json
+
+evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
+	$(BIN)/python -m benchmarks.evidence $(SYSTEM)
+
+mutate: setup  ## break the core on purpose; fails when a mutation survives its tests
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate
+
+gpu-check: setup  ## bf16, compile and memory checks where an accelerator is at hand
+	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
+
+clean:  ## remove caches of the tools (never runs, data or the environment)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
