@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seen/unseen matrix of runs, intervals and paired comparisons."""
+"""Statistics of runs: intervals, verdicts, and the matrix of seen and unseen domains."""
