@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of labelled scans: one figure per domain with truth, prediction and expert side by side.
 
-Matplotlib is imported when a figure is made and not before. R raw points; images are float arrays [H, W, 4].
+Matplotlib is imported when a figure is made and not before. R points; images are float arrays [H, W, 4].
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ CATEGORY_COLOURS: dict[str, str] = {
     **{"engine": "#1f8a9e", "train": "#4d5aa8", "on foot": "#e0457b", "riding": "#c2316a", "four legs": "#a3486f"},
     **{"worktop": "#d98e4a", "bedside": "#e3b07a", "seat": "#5b8def", "lounge": "#c75b7a", "closed": "#6d9f71"},
     **{"open": "#93b35a", "basin": "#5fb6b0", "seat of water": "#3f918c", "cold": "#a9c4d6", "display": "#474f7a"},
-    **{"sleep": "#9c6ac4", "lighting": "#f0c75e", "piece": "#b07aa1", "small": "#9c9183", "other": "#8d8d8d", "measurement": "#c0c0c0"},
+    **{
+        "sleep": "#9c6ac4",
+        "lighting": "#f0c75e",
+        "piece": "#b07aa1",
+        "small": "#9c9183",
+        "other": "#8d8d8d",
+        "measurement": "#c0c0c0",
+    },
 }
 """Colour of the last category above a name in the taxonomy; names of one category differ in lightness."""
 
@@ -61,7 +68,7 @@ def class_colour(name: str) -> tuple[float, float, float]:
     red, green, blue = (int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
     siblings = [other for other, where in taxonomy().items() if where[:-1] == path[:-1]]
     hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
-    step = (0, 0.13, -0.13, 0.22, -0.2)[siblings.index(path[-1]) % 5]
+    step = (0, 0.12, -0.12, 0.2, -0.2, 0.06, -0.06, 0.27, -0.26)[siblings.index(path[-1]) % 9]
     return colorsys.hls_to_rgb(hue, min(max(light + step, 0.15), 0.88), saturation)
 
 
@@ -71,7 +78,9 @@ def expert_colour(expert: int) -> tuple[float, float, float]:
     return int(value[1:3], 16) / 255, int(value[3:5], 16) / 255, int(value[5:7], 16) / 255
 
 
-def project(pos_R3: Floats, width: int, height: int, yaw: float = 0.6, pitch: float = 0.85) -> tuple[Ints, Ints, Floats]:
+def project(
+    pos_R3: Floats, width: int, height: int, yaw: float = 0.6, pitch: float = 0.85
+) -> tuple[Ints, Ints, Floats]:
     """Orthographic view from obliquely above, fitted to an image; the outermost 1% of either axis may fall outside.
 
     Args:
@@ -193,7 +202,11 @@ def scan_figure(scan: ScanPicture) -> Any:
         tints = np.array([expert_colour(e) for e in range(int(expert.max()) + 1)] + [(0.8, 0.8, 0.8)])
         panels.append(("expert", tints[expert]))
         handles.append(
-            [Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}") for e in np.unique(expert) if e >= 0]
+            [
+                Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}")
+                for e in np.unique(expert)
+                if e >= 0
+            ]
         )
     figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=150, facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -204,7 +217,13 @@ def scan_figure(scan: ScanPicture) -> Any:
         axis.set_axis_off()
     figure.text(0.013, 0.965, scan.title, fontsize=14, color=INK, weight="bold", va="top")
     figure.text(0.987, 0.96, scan.note, fontsize=9, color="#6b7280", va="top", ha="right")
-    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 1.0, "handleheight": 1.0}
+    style: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": 9,
+        "labelcolor": INK,
+        "handlelength": 1.0,
+        "handleheight": 1.0,
+    }
     style.update(columnspacing=1.4, loc="upper left", borderaxespad=0)
     figure.legend(handles=handles[0], ncols=7 if len(panels) > 2 else 9, bbox_to_anchor=(0.013, 0.15), **style)
     if len(handles) > 1:
@@ -213,14 +232,10 @@ def scan_figure(scan: ScanPicture) -> Any:
 
 
 class ScanFigures(L.Callback):
-    """Write ``<run>/figures/<domain>.png`` in ``test``: the first scan of every domain.
+    """Write ``<run>/figures/<domain>.png`` in ``test``: the first scan of every domain, put together from its tiles.
 
-    Args:
-        scan: number of the scan within the first batch of each domain, from 0.
+    Only the first batch of a domain is looked at, so a scan of many tiles may be shown in part.
     """
-
-    def __init__(self, scan: int = 0) -> None:
-        self.scan = scan
 
     def on_test_batch_end(
         self,
@@ -231,25 +246,39 @@ class ScanFigures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the chosen scan of the first batch of a domain."""
+        """Draw the first scan of the first batch of a domain."""
         folder = run_dir(trainer)
         if folder is None or batch_idx or not trainer.is_global_zero:
             return
         answers = cast(Any, pl_module).predict_step(batch, batch_idx, dataloader_idx)
-        answer = answers[min(self.scan, len(answers) - 1)]
-        data = cast(Any, trainer).datamodule
-        expert = answer["expert"]
-        picture = ScanPicture(
-            title=f"{answer['domain']} ({data.role_of(answer['domain'])})",
-            pos_R3=answer["pos"].numpy(),
-            truth_R=answer["truth"].numpy(),
-            pred_R=answer["label"].numpy(),
-            names=answer["names"],
-            expert_R=None if expert is None else expert.numpy(),
-            note=answer["name"],
-        )
+        picture = picture_of(answers, cast(Any, trainer).datamodule.role_of(answers[0]["domain"]))
         if (picture.truth_R != IGNORE).any():
-            save_figure(scan_figure(picture), folder / "figures" / f"{answer['domain']}.png")
+            save_figure(scan_figure(picture), folder / "figures" / f"{answers[0]['domain']}.png")
+
+
+def picture_of(answers: list[dict[str, Any]], role: str) -> ScanPicture:
+    """Join the tiles of the first scan among the answers of ``PointCloudTask.predict_step``.
+
+    Args:
+        answers: per tile; tiles of one scan carry its name.
+        role: role of the domain, for the title.
+    """
+    first = answers[0]
+    tiles = [answer for answer in answers if answer["name"] == first["name"]]
+
+    def joined(key: str) -> npt.NDArray[Any]:
+        # One raw point of each voxel: the value at the voxel's first place in `inverse`.
+        return np.concatenate([t[key].numpy()[np.unique(t["inverse"].numpy(), return_index=True)[1]] for t in tiles])
+
+    return ScanPicture(
+        title=f"{first['domain']} ({role})",
+        pos_R3=np.concatenate([tile["pos"].numpy() for tile in tiles]),
+        truth_R=np.concatenate([tile["truth"].numpy() for tile in tiles]),
+        pred_R=joined("label"),
+        names=first["names"],
+        expert_R=None if first["expert"] is None else joined("expert"),
+        note=first["name"],
+    )
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -157,8 +157,8 @@ class PointMoE(nn.Module):
         int64 [B] -> features [N, out_dim], rows as in the batch.
 
     Raises:
-        ValueError: The stage lists disagree in length, a width is no multiple of ``head_dim``, ``orders`` is empty, or an
-            unknown ``placement``.
+        ValueError: The stage lists disagree in length, a width is no multiple of ``head_dim``, ``orders`` is empty, or
+            ``placement`` is unknown.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def picture(**changes) -> ScanPicture:
 
 
 def test_every_category_of_the_taxonomy_has_a_colour_and_a_name_of_its_own() -> None:
-    paths = set(path[:-1] for path in taxonomy().values())
+    paths = {path[:-1] for path in taxonomy().values()}
     categories = [path[-1] for path in paths]
 
     assert sorted(categories) == sorted(CATEGORY_COLOURS)
@@ -52,17 +52,18 @@ def test_colours_belong_to_names_not_to_label_sets() -> None:
     assert expert_colour(0) == expert_colour(8) != expert_colour(1)
 
 
-def test_the_nearer_point_hides_the_farther_one() -> None:
-    below, above = [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]
-    red, blue = [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]
+@pytest.mark.parametrize("above_first", [True, False])
+def test_the_nearer_point_hides_the_farther_one(above_first) -> None:
+    frame = [[x, y, 0.0] for x in (-1, 1) for y in (-1, 1)]
+    centre, red, blue = [[0.0, 0.0, 0.01], [0.0, 0.0, -0.01]], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]
+    points = np.array(frame + (centre if above_first else centre[::-1]))
+    colours = np.array([[0.5, 0.5, 0.5]] * 4 + ([red, blue] if above_first else [blue, red]))
 
-    for points, colours in (([below, above], [red, blue]), ([above, below], [blue, red])):
-        column, row, near = project(np.array(points), 40, 40, pitch=np.pi / 2)
-        image = render(np.array(points) * [[1, 1, 0.001]], np.array(colours), 40, 40)
-        assert near[points.index(above)] > near[points.index(below)]
-        assert column[0] == column[1]
-        assert row[0] == row[1]
-        assert image[20, 20, 2] > image[20, 20, 0]
+    image = render(points, colours, 40, 40)
+
+    _, _, near = project(points, 40, 40)
+    assert near[4:].argmax() == (0 if above_first else 1)
+    assert image[20, 20, 0] > 5 * image[20, 20, 2]
 
 
 def test_background_is_transparent_and_colours_stay_in_range() -> None:
