@@ -31,6 +31,7 @@ class Scan(Data):  # type: ignore[misc]
         domain: [1] int64 index into ``facts["domain_names"]``.
         raw_y: [R] int64 labels of the raw points.
         inverse: [R] int64 voxel of every raw point; in a batch it counts through all voxels.
+        raw_row: [R] int64 row of every raw point in its whole scan.
         name: name of the scan.
     """
 
@@ -161,6 +162,7 @@ class ScanDataset(Dataset[Scan]):
             domain=torch.tensor([self.domain_index]),
             raw_y=torch.from_numpy(target),
             inverse=torch.from_numpy(inverse),
+            raw_row=torch.from_numpy(points),
             name=arrays.name,
         )
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from tasks.point_cloud.packages import package_named
 from tasks.point_cloud.transforms import tile_columns
 
 
-class PointSource(Protocol):
+class PointSource(ABC):
     """A domain that is read, not simulated.
 
     Attributes:
@@ -33,17 +33,20 @@ class PointSource(Protocol):
     label_set: tuple[str, ...]
     optional: bool
 
+    @abstractmethod
     def missing(self, cache: Path | None) -> str | None:
         """Return why the files cannot be had, or None."""
 
+    @abstractmethod
     def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
         """Read the scans of one split."""
 
+    @abstractmethod
     def describe(self) -> str:
         """Say in a few words where the data comes from, for the results file."""
 
 
-class LasFiles:
+class LasFiles(PointSource):
     """LAS or LAZ files as one domain.
 
     Coordinates are multiplied by ``unit`` to metres and moved to the middle of the file; large files are cut into
