@@ -198,7 +198,7 @@ def _traffic(street: _Street) -> None:
     """Cars and trucks on the lanes, people who cross, and road works; the sensor's own place stays free."""
     rng, lane = street.rng, street.lane
     for side in (-1, 1):
-        spots = [x for x in street.slots(6, -1.5, 1.5) if abs(x) > 7]
+        spots = [x for x in street.slots(10, -1.8, 1.8) if abs(x) > 7]
         for index, x in enumerate(spots):
             frame = street.builder.at(x, side * lane / 2, 0.0 if side < 0 else np.pi)
             (truck if index % 3 == 1 else car)(frame, rng)
