@@ -265,6 +265,20 @@ def test_half_written_files_are_not_cells(tmp_path: Path) -> None:
     assert len(read_cells(tmp_path, "toy")) == 1
 
 
+@pytest.mark.medium
+def test_a_cell_of_the_real_command_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    variants = {"toy": Variant(flags=("--trainer.max_epochs", "1"), pairs=1)}
+    console = Console(record=True, width=200, file=io.StringIO())
+    runs = Evidence(Grid("toy", str(ROOT / "tests/toy.yaml"), variants, ()), tmp_path, console=console)
+    assert runs.run() == 0, console.export_text()
+    cell = runs.read()[Cell("toy", 1, 1)]
+    assert cell.domains == ["a", "b", "c", "u", "v"]
+    assert {"unseen/accuracy", "validation/accuracy", "gap/accuracy", "u/loss"} <= cell.metrics.keys()
+    assert cell.config_hash
+    assert cell.units["u"]["accuracy"]
+
+
 # --- judging ---
 
 
