@@ -23,7 +23,7 @@ class JoinedExperts(Experts):
         banks: at least one, all of the same input and output width.
 
     Raises:
-        ValueError: if there is no bank, or their widths differ.
+        ValueError: if there is no bank, or their widths differ, or one needs all rows.
 
     Source: UniMoE-Audio, whose shared experts have half the width of the routed ones (its card 2.5).
 
@@ -39,9 +39,10 @@ class JoinedExperts(Experts):
             raise ValueError(
                 f"the banks have (in, out) widths {sorted(widths)}; give at least one bank, all of one width."
             )
+        if not all(bank.supports_grouped for bank in banks):
+            raise ValueError("banks that must see all rows (batch statistics) cannot be joined; use one bank of them.")
         super().__init__(sum(bank.num_experts for bank in banks), *widths.pop())
         self.banks = nn.ModuleList(banks)
-        self.supports_grouped = all(bank.supports_grouped for bank in banks)
 
     def _each(self) -> list[Experts]:
         return [bank for bank in self.banks if isinstance(bank, Experts)]

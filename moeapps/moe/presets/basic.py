@@ -25,7 +25,8 @@ from moeapps.moe.routers import (
     TopK,
     TopP,
 )
-from moeapps.moe.routers.choose import NullMass, Weighing
+from moeapps.moe.routers.choose import Weighing
+from moeapps.moe.routers.chooser import NullMass
 
 
 def top_k_router(
@@ -190,12 +191,8 @@ def dense(*, expansion: float = 1.0, activation: ActivationName = "relu", gated:
 
     def build(dim: int) -> MoELayer:
         hidden = int(expansion * dim)
-        bank = (
-            GLUExperts(1, dim, hidden, activation=activation)
-            if gated
-            else MLPExperts(1, dim, hidden, activation=activation)
-        )
-        return MoELayer(Router(ConstantScore(1), Dense("ones")), bank)
+        kind = GLUExperts if gated else MLPExperts
+        return MoELayer(Router(ConstantScore(1), Dense("ones")), kind(1, dim, hidden, activation=activation))
 
     return build
 

@@ -45,7 +45,8 @@ def home_level(
     Source: HoME (its card 2.3 to 2.6).
 
     Example:
-        >>> level = home_level(sees=[[True, True, False], [True, False, True]], owns=[[0, 1, 0], [0, 0, 1]], out_dim=4)(8)
+        >>> sees, owns = [[True, True, False], [True, False, True]], [[False, True, False], [False, False, True]]
+        >>> level = home_level(sees=sees, owns=owns, out_dim=4)(8)
         >>> level(torch.randn(3, 5, 8), torch.randn(2, 5, 8), per_expert=True).shape
         torch.Size([2, 5, 4])
     """

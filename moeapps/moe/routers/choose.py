@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers by row: each row takes its own experts (top-k, group-limited top-k, top-p), with the weighings legal there."""
+"""Choosers by row: each row takes its own experts - top-k, top-p - with the weighings that are legal there."""
 
 from __future__ import annotations
 
