@@ -14,8 +14,8 @@ Rows are taken in chunks that stay in the cache, in scratch memory used again by
 once per chunk, matrix products once per block (the rows of one expert within the chunk). The weights' gradients are
 written straight into one stacked buffer: nothing here costs O(E^2).
 
-Shape legend: N rows, M sorted assignments, C rows of a chunk, R rows of a block, D, F, O widths, H = F or 2F when gated,
-E experts.
+Shape legend: N rows, M sorted assignments, C rows of a chunk, R rows of a block, D, F, O widths, H = F or 2F when
+gated, E experts.
 """
 
 from __future__ import annotations
@@ -40,22 +40,33 @@ if TYPE_CHECKING:
 _CHUNK_ROWS = 512  # enough for a matrix product at full speed, few enough for the scratch to stay in the cache
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows ``rows`` of a chunk, all of one expert; the ``first`` of that expert or a later one."""
-
-    expert: int
-    rows: slice
-    first: bool
-
-
-@dataclass(frozen=True)
 class _Chunk:
-    """Sorted assignments ``rows``, ``size`` of them, in contiguous blocks that cover the chunk."""
+    """Consecutive sorted assignments, ``size`` of them, in blocks: ``sizes[i]`` rows for ``experts[i]``.
 
-    rows: slice
-    size: int
-    blocks: list[_Block]
+    ``firsts[i]`` says whether the block is the first of its expert, whose weight gradient it sets, or adds to it.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start, self.size = start, 0
+        self.sizes: list[int] = []
+        self.experts: list[int] = []
+        self.firsts: list[bool] = []
+
+    def append(self, expert: int, size: int, first: bool) -> None:
+        """Add a block at the end."""
+        self.sizes.append(size)
+        self.experts.append(expert)
+        self.firsts.append(first)
+        self.size += size
+
+    @property
+    def rows(self) -> slice:
+        """Where the chunk lies in the sorted assignments."""
+        return slice(self.start, self.start + self.size)
+
+    def split(self, rows_C: Tensor) -> Sequence[Tensor]:
+        """Cut a tensor with one row per row of the chunk into its blocks."""
+        return (rows_C,) if len(self.sizes) == 1 else rows_C.split(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,13 @@ class _Static:
     plan: Plan
     at_input: bool
     grad_enabled: bool
+
+
+def segments_refusal(ffn: FeedForward) -> str | None:
+    """Say why ``segments`` cannot run these experts, or None when it can."""
+    if not ffn.activation.recomputable:
+        return f"the activation {ffn.activation.name} has parameters or is random, and segments computes it twice"
+    return None
 
 
 def segments(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = False) -> Tensor:
@@ -129,37 +147,28 @@ def _chunks(counts: list[int]) -> list[_Chunk]:
     An expert with more rows is cut into equal parts; neighbours with few rows share a chunk.
     """
     chunks: list[_Chunk] = []
-    blocks: list[_Block] = []
-    start = size = 0
     for expert, count in enumerate(counts):
         num_parts = -(-count // _CHUNK_ROWS)
         for part in range(num_parts):
-            num = count * (part + 1) // num_parts - count * part // num_parts
-            if blocks and size + num > _CHUNK_ROWS:
-                chunks.append(_Chunk(slice(start, start + size), size, blocks))
-                start, size, blocks = start + size, 0, []
-            blocks.append(_Block(expert, slice(size, size + num), part == 0))
-            size += num
-    if blocks:
-        chunks.append(_Chunk(slice(start, start + size), size, blocks))
+            size = count * (part + 1) // num_parts - count * part // num_parts
+            if not chunks or chunks[-1].size + size > _CHUNK_ROWS:
+                chunks.append(_Chunk(chunks[-1].rows.stop if chunks else 0))
+            chunks[-1].append(expert, size, part == 0)
     return chunks
 
 
 def _linear_out(
-    x_CI: Tensor, weight_E: Sequence[Tensor], bias_E: Sequence[Tensor] | None, out_CO: Tensor, blocks: list[_Block]
+    x_CI: Tensor, weight_E: Sequence[Tensor], bias_E: Sequence[Tensor] | None, out_CO: Tensor, chunk: _Chunk
 ) -> None:
     """Write ``x W[e] + b[e]`` of every block into its rows of ``out``."""
-    for block in blocks:
-        x_RI, out_RO = x_CI[block.rows], out_CO[block.rows]
+    for e, x_RI, out_RO in zip(chunk.experts, chunk.split(x_CI), chunk.split(out_CO), strict=True):
         if bias_E is None:
-            torch.mm(x_RI, weight_E[block.expert], out=out_RO)
+            torch.mm(x_RI, weight_E[e], out=out_RO)
         else:
-            torch.addmm(bias_E[block.expert], x_RI, weight_E[block.expert], out=out_RO)
+            torch.addmm(bias_E[e], x_RI, weight_E[e], out=out_RO)
 
 
-def _forward(
-    x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, keep: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, keep: bool) -> tuple[Tensor, Tensor]:
     """Output (targets, O) and pre-activations: all of them (M, H) when ``keep``, else scratch."""
     plan = static.plan
     chunks = _chunks(plan.counts)
@@ -176,9 +185,9 @@ def _forward(
         if static.at_input:
             x_CD.mul_(weight_M[chunk.rows].unsqueeze(1))
         h_CH, a_CF = h_MH[chunk.rows] if keep else h_MH[: chunk.size], a_buffer[: chunk.size]
-        _linear_out(x_CD, w_in, b_in, h_CH, chunk.blocks)
+        _linear_out(x_CD, w_in, b_in, h_CH, chunk)
         _activate(static, h_CH, a_CF)
-        _linear_out(a_CF, w_out, b_out, y_MO[chunk.rows], chunk.blocks)
+        _linear_out(a_CF, w_out, b_out, y_MO[chunk.rows], chunk)
     weight = None if static.at_input else weight_M
     return _scatter(y_MO, weight, plan.target_M, plan.num_targets, plan.inverse_NK), h_MH
 
@@ -258,13 +267,13 @@ class _Backward:
         else:
             self.static.activation.forward_out(h_CH, a_CF)
         if self.need_dh or self.need_dot:
-            _linear_out(g_CO, self.w_out_T, None, da_CF, chunk.blocks)
+            _linear_out(g_CO, self.w_out_T, None, da_CF, chunk)
         if self.need_dot:
             self._weight_gradient(chunk, g_CO, a_CF, da_CF)
         if not self.static.at_input:
             g_CO.mul_(weight_C.unsqueeze(1))
-        _accumulate(self.dw_out, chunk.blocks, a_CF, g_CO)
-        _accumulate_bias(self.db_out, chunk.blocks, g_CO, None)
+        _accumulate(self.dw_out, chunk, a_CF, g_CO)
+        _accumulate_bias(self.db_out, chunk, g_CO, None)
         if self.need_dh:
             self._activation_backward(h_CH, s_CF, da_CF, dh_CH)
         return dh_CH
@@ -275,8 +284,8 @@ class _Backward:
             return
         dot_C = torch.sum(a_CF * da_CF, dim=1, out=self.dweight_M[chunk.rows])
         if self.ffn.b_out is not None:
-            for block in chunk.blocks:
-                dot_C[block.rows].add_(torch.mv(g_CO[block.rows], self.ffn.b_out[block.expert]))
+            for e, dot_R, g_RO in zip(chunk.experts, chunk.split(dot_C), chunk.split(g_CO), strict=True):
+                dot_R.add_(torch.mv(g_RO, self.ffn.b_out[e]))
 
     def _activation_backward(self, h_CH: Tensor, s_CF: Tensor, da_CF: Tensor, dh_CH: Tensor) -> None:
         backward_out = self.static.activation.backward_out
@@ -295,12 +304,12 @@ class _Backward:
         x_CD = torch.index_select(self.x_ND, 0, self.plan.row_M[chunk.rows], out=self.x_buffer[: chunk.size])
         if self.dx_MD is not None:
             dx_CD = self.dx_MD[chunk.rows]
-            _linear_out(dh_CH, self.w_in_T, None, dx_CD, chunk.blocks)
+            _linear_out(dh_CH, self.w_in_T, None, dx_CD, chunk)
             if self.static.at_input and self.dweight_M is not None:
                 torch.sum(dx_CD * x_CD, dim=1, out=self.dweight_M[chunk.rows])
-        _accumulate_bias(self.db_in, chunk.blocks, dh_CH, None if self.static.at_input else weight_C)
+        _accumulate_bias(self.db_in, chunk, dh_CH, None if self.static.at_input else weight_C)
         if self.dw_in is not None:
-            _accumulate(self.dw_in, chunk.blocks, x_CD.mul_(weight_C.unsqueeze(1)), dh_CH)
+            _accumulate(self.dw_in, chunk, x_CD.mul_(weight_C.unsqueeze(1)), dh_CH)
 
 
 def _gradient_buffer(stack: Tensor | None, counts: list[int], needed: bool) -> Tensor | None:
@@ -314,30 +323,30 @@ def _gradient_buffer(stack: Tensor | None, counts: list[int], needed: bool) -> T
     return buffer
 
 
-def _accumulate(gradient: Tensor | None, blocks: list[_Block], left_CI: Tensor, right_CO: Tensor) -> None:
+def _accumulate(gradient: Tensor | None, chunk: _Chunk, left_CI: Tensor, right_CO: Tensor) -> None:
     """``gradient[e] (+)= left^T right``, set by the first block of an expert and added to by the later ones."""
     if gradient is None:
         return
-    left_IC = left_CI.t()
-    for block in blocks:
-        left_IR, right_RO = left_IC[:, block.rows], right_CO[block.rows]
-        if block.first:
-            torch.mm(left_IR, right_RO, out=gradient[block.expert])
+    blocks = zip(chunk.experts, chunk.firsts, chunk.split(left_CI), chunk.split(right_CO), strict=True)
+    for e, first, left_RI, right_RO in blocks:
+        if first:
+            torch.mm(left_RI.t(), right_RO, out=gradient[e])
         else:
-            gradient[block.expert].addmm_(left_IR, right_RO)
+            gradient[e].addmm_(left_RI.t(), right_RO)
 
 
-def _accumulate_bias(gradient: Tensor | None, blocks: list[_Block], rows_CO: Tensor, weight_C: Tensor | None) -> None:
+def _accumulate_bias(gradient: Tensor | None, chunk: _Chunk, rows_CO: Tensor, weight_C: Tensor | None) -> None:
     """``gradient[e] (+)= sum of the rows``, weighted where a weight is given."""
     if gradient is None:
         return
-    for block in blocks:
-        rows_RO = rows_CO[block.rows]
-        total_O = rows_RO.sum(0) if weight_C is None else torch.mv(rows_RO.t(), weight_C[block.rows])
-        if block.first:
-            gradient[block.expert].copy_(total_O)
+    weights = [None] * len(chunk.sizes) if weight_C is None else chunk.split(weight_C)
+    blocks = zip(chunk.experts, chunk.firsts, chunk.split(rows_CO), weights, strict=True)
+    for e, first, rows_RO, weight_R in blocks:
+        total_O = rows_RO.sum(0) if weight_R is None else torch.mv(rows_RO.t(), weight_R)
+        if first:
+            gradient[e].copy_(total_O)
         else:
-            gradient[block.expert].add_(total_O)
+            gradient[e].add_(total_O)
 
 
 def _differentiable_backward(
