@@ -146,7 +146,7 @@ def _autocast(ffn: FeedForward, x_ND: Tensor) -> tuple[FeedForward, Tensor]:
         )
     if x_ND.dtype != ffn.w_in.dtype:
         raise ValueError(
-            f"x is {x_ND.dtype}, but the experts are {ffn.w_in.dtype}; convert one of them, or run under torch.autocast."
+            f"x is {x_ND.dtype}, but the experts are {ffn.w_in.dtype}; convert one of them, or use torch.autocast."
         )
     return ffn, x_ND
 
