@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from moeapps.data.domain import DomainDataModule, Split
+from moeapps.moe.experts import MLPExperts
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.record import record_call
 from moeapps.moe.routing import Routing
@@ -79,23 +80,23 @@ class ToyData(DomainDataModule):
 
 
 class ToyMoE(nn.Module):
-    """Two-expert top-1 layer written as a loop."""
+    """Top-1 layer that runs every expert and keeps one."""
 
     def __init__(self, dim: int, num_experts: int = 4) -> None:
         super().__init__()
         self.gate = nn.Linear(dim, num_experts, bias=False)
-        self.experts = nn.Parameter(torch.randn(num_experts, dim, dim) / dim**0.5)
+        self.experts = MLPExperts(num_experts, dim, 2 * dim)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         logits_NE = self.gate(x_ND)
         probs_NE = logits_NE.softmax(-1)
         weight_N, expert_N = probs_NE.max(-1)
-        rows, num_experts = x_ND.shape[0], self.experts.shape[0]
+        rows = torch.arange(len(x_ND))
         routing = Routing(
-            torch.arange(rows), expert_N, weight_N, rows, num_experts, top_k=1, logits_NE=logits_NE, probs_NE=probs_NE
+            rows, expert_N, weight_N, len(rows), probs_NE.shape[1], top_k=1, logits_NE=logits_NE, probs_NE=probs_NE
         )
         record_call(self, routing)
-        return weight_N[:, None] * torch.einsum("nd,ndo->no", x_ND, self.experts[expert_N])
+        return weight_N[:, None] * self.experts.every(x_ND)[rows, expert_N]
 
 
 class ToyNet(nn.Module):

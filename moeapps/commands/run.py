@@ -9,7 +9,7 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from moeapps.commands.messages import ShortErrorParser, UsageError
+from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, explicit_flags
@@ -45,6 +45,7 @@ class Cli(LightningCLI):
         self.words = list(args)
         self.run_folder = run_folder
         token = _SUBCOMMAND.set(args[0] if run else None)
+        raw = RAW.set(merged_config(self.words))
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns about leftovers there when it is given arguments
         try:
             super().__init__(
@@ -68,6 +69,7 @@ class Cli(LightningCLI):
             )
         finally:
             _SUBCOMMAND.reset(token)
+            RAW.reset(raw)
             sys.argv = argv
 
     @staticmethod
@@ -97,7 +99,7 @@ class Cli(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(explain(str(error), self.parser, RAW.get() or {})) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with our loggers and callbacks beside the configured ones."""
@@ -107,7 +109,7 @@ class Cli(LightningCLI):
             given = given if isinstance(given, list) else [given]
             config["callbacks"] = [*given, *self._default_callbacks(config, given)]
             config["logger"] = self._loggers(config.get("logger"))
-            config["enable_model_summary"] = False
+            config["enable_model_summary"] = False  # MoESummary is the summary
             config["default_root_dir"] = config.get("default_root_dir") or self._folder()
         return self._instantiate_trainer(config, [])
 
@@ -132,15 +134,22 @@ class Cli(LightningCLI):
         return [csv, *extra]
 
     def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
+        """Every callback of ours of which the configuration holds no own instance and that it does not switch off."""
         task = cast(BaseTask, self.model)
-        wanted: list[tuple[type[Callback], Any]] = [
-            (ours.RandomState, ours.RandomState),
-            (ours.InterruptCheckpoint, ours.InterruptCheckpoint),
-            (ours.EndTable, ours.EndTable),
+        wanted: list[tuple[type[Callback], Callable[[], Callback], bool]] = [
+            (ours.RandomState, ours.RandomState, True),
+            (ours.InterruptCheckpoint, ours.InterruptCheckpoint, True),
+            (ours.RoutingMonitor, ours.RoutingMonitor, True),
+            (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
+            (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
+            (ours.EndTable, ours.EndTable, True),
+            (
+                Checkpoint,
+                lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode),
+                config.get("enable_checkpointing") is not False,
+            ),
         ]
-        if config.get("enable_checkpointing") is not False:
-            wanted.append((Checkpoint, lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode)))
-        return [make() for kind, make in wanted if not any(isinstance(callback, kind) for callback in given)]
+        return [make() for kind, make, on in wanted if on and not any(isinstance(callback, kind) for callback in given)]
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
