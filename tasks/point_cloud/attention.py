@@ -79,5 +79,10 @@ class PatchAttention(nn.Module):
         mask = None if patches.mask_PK is None else patches.mask_PK[:, None, None, :]  # (P, 1, 1, K)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (P, H, K, A)
         y = y.transpose(1, 2).reshape(num_runs * size, dim).index_select(0, patches.slot_N)  # (N, D)
-        merged_ND: Tensor = self.proj(y)
-        return merged_ND
+        return apply_layer(self.proj, y, level)
+
+
+def apply_layer(layer: nn.Module, x_ND: Tensor, level: Level) -> Tensor:
+    """Call a layer made by a `LayerFactory`."""
+    y_ND: Tensor = layer(x_ND)
+    return y_ND

@@ -144,7 +144,7 @@ def finest_level(
         group_N: int64 domain of each row, or None.
 
     Returns:
-        The level, and ``permutation_N``: row i of the level is row ``permutation_N[i]`` of the input.
+        The level, and ``row_N``: row i of the input is row ``row_N[i]`` of the level.
 
     Raises:
         ValueError: Coordinates out of range, or two rows in one voxel.
@@ -167,4 +167,6 @@ def finest_level(
         num_B=torch.bincount(batch_N, minlength=num_scans),
         group_N=None if group_N is None else group_N[permutation_N],
     )
-    return level, permutation_N
+    row_N = torch.empty_like(permutation_N)
+    row_N[permutation_N] = torch.arange(len(row_N), device=row_N.device)
+    return level, row_N

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from tasks.point_cloud.attention import LayerFactory, PatchAttention, PositionalConv
+from tasks.point_cloud.attention import LayerFactory, PatchAttention, PositionalConv, apply_layer
 from tasks.point_cloud.geometry import Level, finest_level
 from tasks.point_cloud.serialization import ORDERS, Order
 from tasks.point_cloud.sparse_conv import SubmanifoldConv3d
+
+Placement = Literal["projection", "mlp"]
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
@@ -46,21 +49,30 @@ class Block(nn.Module):
     """x + xCPE(x), then x + O(A(LN x)), then x + MLP(LN x); residual branches are dropped row by row in training."""
 
     def __init__(
-        self, dim: int, *, moe: LayerFactory, head_dim: int, patch_size: int, mlp_ratio: float, drop_path: float
+        self,
+        dim: int,
+        *,
+        moe: LayerFactory,
+        placement: Placement,
+        head_dim: int,
+        patch_size: int,
+        mlp_ratio: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
+        merge = moe if placement == "projection" else lambda dim: nn.Linear(dim, dim)
         self.cpe = PositionalConv(dim)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = PatchAttention(dim, head_dim=head_dim, patch_size=patch_size, projection=moe)
+        self.attn = PatchAttention(dim, head_dim=head_dim, patch_size=patch_size, projection=merge)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
+        self.mlp = moe(dim) if placement == "mlp" else Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_ND: Tensor, level: Level, order: Order) -> Tensor:
         """One block along one curve: [N, D] -> [N, D]."""
         x_ND = x_ND + self.cpe(x_ND, level)
         x_ND = x_ND + self.drop_path(self.attn(self.norm1(x_ND), level, order))
-        mixed: Tensor = self.drop_path(self.mlp(self.norm2(x_ND)))
+        mixed: Tensor = self.drop_path(apply_layer(self.mlp, self.norm2(x_ND), level))
         return x_ND + mixed
 
 
@@ -128,6 +140,8 @@ class PointMoE(nn.Module):
         enc_dims: widths of the encoder stages.
         dec_depths: blocks of each decoder stage, finest first; one fewer than encoder stages.
         dec_dims: widths of the decoder stages, finest first; the first is the width of the output.
+        placement: where ``moe`` stands: ``projection``, the merging of the attention heads (the paper), or ``mlp``, in
+            place of the block's MLP (the usual place, an ablation of the paper).
         head_dim: width of an attention head (paper: 16 everywhere).
         patch_size: voxels that attend to one another (paper: 1024).
         mlp_ratio: hidden width of the block's MLP over its width (paper: 4).
@@ -143,7 +157,8 @@ class PointMoE(nn.Module):
         int64 [B] -> features [N, out_dim], rows as in the batch.
 
     Raises:
-        ValueError: The stage lists disagree in length, a width is no multiple of ``head_dim``, or ``orders`` is empty.
+        ValueError: The stage lists disagree in length, a width is no multiple of ``head_dim``, ``orders`` is empty, or
+            ``placement`` is unknown.
     """
 
     def __init__(
@@ -155,6 +170,7 @@ class PointMoE(nn.Module):
         enc_dims: Sequence[int] = (32, 64, 96),
         dec_depths: Sequence[int] = (1, 1),
         dec_dims: Sequence[int] = (32, 64),
+        placement: Placement = "projection",
         head_dim: int = 16,
         patch_size: int = 128,
         mlp_ratio: float = 4.0,
@@ -172,7 +188,11 @@ class PointMoE(nn.Module):
         if not orders or not set(orders) <= set(ORDERS):
             raise ValueError(f"orders={list(orders)}: give at least one of {', '.join(ORDERS)}")
 
-        block = partial(Block, moe=moe, head_dim=head_dim, patch_size=patch_size, mlp_ratio=mlp_ratio)
+        if placement not in ("projection", "mlp"):
+            raise ValueError(f"placement={placement!r}: choose projection or mlp")
+        block = partial(
+            Block, moe=moe, placement=placement, head_dim=head_dim, patch_size=patch_size, mlp_ratio=mlp_ratio
+        )
 
         def stage(dim: int, rates: list[float]) -> Stage:
             return Stage([block(dim, drop_path=rate) for rate in rates])
@@ -195,17 +215,33 @@ class PointMoE(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Features of each voxel: [N, out_dim], rows as in the batch."""
+        levels, row_N = self._levels(batch)
+        x_NC = torch.empty_like(batch.x).index_copy_(0, row_N, batch.x)
+        passes = [self._unet(x_NC, levels, orders) for orders in self._order_lists()]
+        y_ND = passes[0] if len(passes) == 1 else torch.stack(passes).mean(dim=0)
+        return y_ND.index_select(0, row_N)
+
+    @torch.no_grad()
+    def rows(self, batch: Batch) -> list[Tensor]:
+        """For each resolution, finest first, the row in which the layers of that resolution hold each voxel.
+
+        Routing recorded at ``encoder.i`` or ``decoder.i`` has the rows of entry i: ``value[rows[i]]`` is per voxel of
+        the batch.
+        """
+        levels, row_N = self._levels(batch)
+        rows = [row_N]
+        for level in levels[:-1]:
+            assert level.parent_N is not None
+            rows.append(level.parent_N[rows[-1]])
+        return rows
+
+    def _levels(self, batch: Batch) -> tuple[list[Level], Tensor]:
         group = None if getattr(batch, "domain", None) is None else batch.domain[batch.batch]
-        level, permutation = finest_level(batch.grid, batch.batch, batch.num_graphs, self.orders, group)
+        level, row_N = finest_level(batch.grid, batch.batch, batch.num_graphs, self.orders, group)
         levels = [level]
         for _ in self.pools:
             levels.append(levels[-1].coarser())
-        x_NC = batch.x.index_select(0, permutation)
-        passes = [self._unet(x_NC, levels, orders) for orders in self._order_lists()]
-        y_ND = passes[0] if len(passes) == 1 else torch.stack(passes).mean(dim=0)
-        back = torch.empty_like(permutation)
-        back[permutation] = torch.arange(len(back), device=back.device)
-        return y_ND.index_select(0, back)
+        return levels, row_N
 
     def _unet(self, x_NC: Tensor, levels: list[Level], orders: list[Sequence[Order]]) -> Tensor:
         """Stem, encoder down, decoder up. ``orders``: the list of curves of each encoder stage."""

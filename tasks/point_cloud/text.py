@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,15 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@runtime_checkable
-class TextVectors(Protocol):
-    """What `LanguageHead` asks of a provider of text vectors."""
+class TextVectors(ABC):
+    """What `LanguageHead` asks of a provider of text vectors.
+
+    Attributes:
+        dim: length of the vectors.
+    """
 
     dim: int
 
+    @abstractmethod
     def encode(self, names: Sequence[str]) -> Tensor:
         """Unit vectors of class names: float32 [len(names), dim]."""
-        ...
 
 
 def normalise_name(name: str) -> str:
@@ -79,7 +82,7 @@ def _taxonomy_vectors() -> Tensor:
     return root
 
 
-class TaxonomyText:
+class TaxonomyText(TextVectors):
     """Fixed vectors from a hand-written tree of things: synonyms lie close, siblings nearer than strangers.
 
     cos(a, b) = depth of the last shared category / sqrt(depth of a * depth of b), a categories-only kernel; unrelated
@@ -111,7 +114,7 @@ class TaxonomyText:
         return F.normalize(_taxonomy_vectors()[rows], dim=-1).float()
 
 
-class RandomText:
+class RandomText(TextVectors):
     """Control without meaning: an independent random direction per name, drawn from a hash of the name.
 
     Directions are orthogonal up to chance: cosines have standard deviation 1/sqrt(dim).
@@ -137,7 +140,7 @@ class RandomText:
         return F.normalize(torch.stack(rows), dim=-1) if rows else torch.zeros(0, self.dim)
 
 
-class ClipFileText:
+class ClipFileText(TextVectors):
     """Text vectors made elsewhere, read from an ``.npz`` file with ``names`` [n] and ``vectors`` [n, dim].
 
     `write_text_file` makes such a file from the output of any text encoder.

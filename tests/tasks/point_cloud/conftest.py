@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
+from moeapps.moe import Routing, record_call
+from tasks.point_cloud.data.dataset import Scan
+
 
 class NaiveMoE(nn.Module):
     """The card's equation with every expert on every row: top-k of a softmax, renormalised, gated ReLU experts."""
@@ -24,8 +27,16 @@ class NaiveMoE(nn.Module):
         self.down = nn.Parameter(torch.randn(num_experts, hidden, dim) / hidden**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        probs = self.router(x).softmax(-1)
+        logits = self.router(x)
+        probs = logits.softmax(-1)
         chosen, index = probs.topk(self.top_k)
+        rows = torch.arange(len(x)).repeat_interleave(self.top_k)
+        record_call(
+            self,
+            Routing(
+                rows, index.flatten(), chosen.flatten(), len(x), probs.shape[1], top_k=self.top_k, logits_NE=logits
+            ),
+        )
         weight = torch.zeros_like(probs).scatter(1, index, chosen / chosen.sum(-1, keepdim=True))
         hidden = torch.einsum("nd,edh->neh", x, self.gate).relu() * torch.einsum("nd,edh->neh", x, self.up)
         return torch.einsum("neh,ehd,ne->nd", hidden, self.down, weight)
@@ -36,12 +47,17 @@ def _scan(num: int, *, side: int = 12, domain: int = 0, num_classes: int = 3, se
     cell = torch.randperm(side**3, generator=generator)[:num]
     grid = torch.stack([cell // side**2, cell // side % side, cell % side], dim=1)
     grid = grid - grid.amin(dim=0)
-    return Data(
+    inverse = torch.randint(num, (3 * num,), generator=generator)
+    y = grid[:, 2] % num_classes
+    return Scan(
         grid=grid,
         pos=grid.float() * 0.1,
         x=torch.randn(num, 6, generator=generator),
-        y=grid[:, 2] % num_classes,
+        y=y,
         domain=torch.tensor([domain]),
+        raw_y=y[inverse],
+        inverse=inverse,
+        name=f"scan-{seed}",
         num_nodes=num,
     )
 

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from tasks.point_cloud.losses import lovasz_softmax, mean_over_domains, segmentation_loss
-from tasks.point_cloud.metrics import PointScores, confusion, scores
+from tasks.point_cloud.metrics import (
+    SegmentationScore,
+    confusion,
+    per_class_iou,
+    scan_iou,
+    scores,
+    segmentation_metrics,
+)
 
 
 def test_lovasz_of_hard_predictions_is_one_minus_iou_averaged_over_present_classes() -> None:
@@ -74,8 +81,8 @@ def test_scores_of_a_hand_made_example_with_three_classes() -> None:
     assert result["allacc"].item() == pytest.approx(3 / 5)
 
 
-def test_metric_is_additive_over_scans_and_ignores_unlabelled_points() -> None:
-    whole, parts = PointScores(4), PointScores(4)
+def test_metrics_are_additive_over_scans_and_ignore_unlabelled_points() -> None:
+    whole, parts = segmentation_metrics(4), segmentation_metrics(4)
     voxel, raw = torch.randint(-1, 4, (2, 60)), torch.randint(-1, 4, (2, 300))
     voxel[0], raw[0] = voxel[0].clamp(min=0), raw[0].clamp(min=0)
 
@@ -84,38 +91,55 @@ def test_metric_is_additive_over_scans_and_ignores_unlabelled_points() -> None:
         parts.update(*v, *r)
 
     assert whole.compute() == parts.compute()
-    assert int(whole.points.sum()) == int((raw[1] >= 0).sum())
+    assert int(whole["miou"].counts.sum()) == int((raw[1] >= 0).sum())
+    assert int(whole["voxel_miou"].counts.sum()) == int((voxel[1] >= 0).sum())
 
 
-def test_metric_agrees_with_scikit_learn() -> None:
+def test_metrics_agree_with_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
-    pred, target = torch.randint(0, 5, (2, 400))
-    metric = PointScores(5)
+    pred, target, raw_pred, raw_target = torch.randint(0, 5, (4, 400))
+    metrics = segmentation_metrics(5)
 
-    metric.update(pred, target, pred, target)
+    metrics.update(pred, target, raw_pred, raw_target)
 
-    result = metric.compute()
-    assert result["miou"].item() == pytest.approx(sklearn.jaccard_score(target, pred, average="macro"))
-    assert result["macc"].item() == pytest.approx(sklearn.balanced_accuracy_score(target, pred))
+    result = metrics.compute()
+    assert result["miou"].item() == pytest.approx(sklearn.jaccard_score(raw_target, raw_pred, average="macro"))
+    assert result["macc"].item() == pytest.approx(sklearn.balanced_accuracy_score(raw_target, raw_pred))
     assert result["voxel_allacc"].item() == pytest.approx(sklearn.accuracy_score(target, pred))
+    assert result["voxel_miou"].item() == pytest.approx(sklearn.jaccard_score(target, pred, average="macro"))
 
 
-def test_per_class_scores_are_nan_for_absent_classes() -> None:
-    metric = PointScores(3)
-    metric.update(torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([0, 0]))
+def test_iou_per_class_is_nan_for_absent_classes() -> None:
+    iou = per_class_iou(confusion(torch.tensor([0, 1]), torch.tensor([0, 0]), 3))
 
-    result = metric.per_class()
+    assert iou[0] == 0.5
+    assert iou.isnan().tolist() == [False, True, True]
 
-    assert result["iou"][0] == 0.5
-    assert result["recall"].isnan().tolist() == [False, True, True]
+
+def test_iou_per_scan_is_the_score_of_the_scan_alone() -> None:
+    pred, target, scan = torch.randint(0, 4, (90,)), torch.randint(-1, 4, (90,)), torch.arange(90) // 30
+
+    values = scan_iou(pred, target, scan, 4, 4)
+
+    for i in range(3):
+        expected = scores(confusion(pred[scan == i], target[scan == i], 4))["miou"]
+        torch.testing.assert_close(values[i], expected)
+    assert values[3].isnan()
 
 
 def test_perfect_prediction_scores_one_although_a_class_is_absent() -> None:
-    metric = PointScores(3)
+    metrics = segmentation_metrics(3)
     target = torch.tensor([0, 1, 1])
-    metric.update(target, target, target, target)
+    metrics.update(target, target, target, target)
 
-    result = metric.compute()
+    result = metrics.compute()
 
     assert result["miou"] == 1
     assert result["miou_all"].item() == pytest.approx(2 / 3)
+
+
+def test_wrong_metrics_are_errors() -> None:
+    with pytest.raises(ValueError, match="at least one class"):
+        SegmentationScore(0)
+    with pytest.raises(ValueError, match="choose from"):
+        SegmentationScore(3, "f1")

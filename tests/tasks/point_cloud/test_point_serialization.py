@@ -123,8 +123,8 @@ def test_coarser_level_equals_a_level_built_from_the_parent_cells(make_batch) ->
     coarse = level.coarser()
 
     rows = torch.unique(torch.cat([batch.batch[:, None], batch.grid >> 1], dim=1), dim=0)
-    built, permutation = finest_level(rows[:, 1:], rows[:, 0], 3, ORDERS)
-    assert torch.equal(coarse.grid_N3, rows[permutation, 1:])
+    built, row = finest_level(rows[:, 1:], rows[:, 0], 3, ORDERS)
+    assert torch.equal(coarse.grid_N3[row], rows[:, 1:])
     assert torch.equal(coarse.batch_N, built.batch_N)
     assert torch.equal(coarse.num_B, built.num_B)
     assert torch.equal(level.grid_N3 >> 1, coarse.grid_N3[level.parent_N])
