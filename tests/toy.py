@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -175,3 +176,28 @@ class KeepEpochs(L.Callback):
         last = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
         if last.is_file():
             shutil.copy(last, last.with_name(f"epoch={trainer.current_epoch - 1}.ckpt"))
+
+
+LayerFactory = Callable[[int], nn.Module]
+
+
+class Holder(nn.Module):
+    """Two layers made by one factory.
+
+    Args:
+        moe: width in, layer out.
+    """
+
+    def __init__(self, moe: LayerFactory) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([moe(4), moe(6)])
+
+
+def outputs(*, num_experts: int = 2, router: LayerFactory | None = None) -> LayerFactory:
+    """Make linear layers.
+
+    Args:
+        num_experts: outputs.
+        router: inner factory.
+    """
+    return lambda width: nn.Linear(width, num_experts)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 import lightning as L
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
-from moeapps.training.precedence import checkpoint_hparams, differences, explicit_flags
+from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
 from moeapps.training.run import next_version, runs_root
 from moeapps.training.task import BaseTask
 
@@ -104,7 +105,9 @@ class Cli(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with our loggers and callbacks beside the configured ones."""
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        if not config.get("barebones"):
+        if config.get("barebones"):
+            self.save_config_callback = None  # it would fall into the working directory
+        else:
             given = config.get("callbacks") or []
             given = given if isinstance(given, list) else [given]
             config["callbacks"] = [*given, *self._default_callbacks(config, given)]
@@ -143,6 +146,7 @@ class Cli(LightningCLI):
             (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
             (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
             (ours.EndTable, ours.EndTable, True),
+            (ours.PredictionWriter, ours.PredictionWriter, self.subcommand == "predict"),
             (
                 Checkpoint,
                 lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode),
@@ -161,12 +165,11 @@ class Cli(LightningCLI):
         if not hparams:
             return
         before = self.config[command].model.as_dict()
-        self.config = self.parser.parse_object({command: {"model": hparams}}, self.config)
-        stored = self.config[command].model.as_dict()
-        flags = explicit_flags(self.words[1:], "model")
-        if flags:
-            self.config = self.parser.parse_args([command, *flags], namespace=self.config)
-        for line in differences(before, stored, self.config[command].model.as_dict()):
+        with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+            yaml.safe_dump({"model": hparams}, file)
+            file.flush()
+            self.config = self.parser.parse_args(insert_config(self.words, file.name))
+        for line in differences(before, hparams, self.config[command].model.as_dict()):
             log.info(line)
 
     # Running ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from moeapps.training.callbacks.balance import BiasBalancing
+from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
 from moeapps.training.callbacks.routing import RoutingMonitor
 from moeapps.training.callbacks.state import BestCheckpoint, InterruptCheckpoint, RandomState, SaveRun, TipFilter
@@ -16,6 +17,7 @@ __all__ = [
     "EndTable",
     "InterruptCheckpoint",
     "MoESummary",
+    "PredictionWriter",
     "ProgressLines",
     "RandomState",
     "RoutingMonitor",
