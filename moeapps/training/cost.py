@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moeapps.moe.experts import Experts, ModuleExperts
+from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
 from moeapps.training.task import BaseTask
@@ -27,17 +29,14 @@ class LayerCost:
         num_experts: experts of the bank, shared ones included.
         mean_k: experts that work per row, shared ones included.
         params: parameters of the whole bank.
+        active: parameters of the bank that work for one row, on average.
     """
 
     name: str
     num_experts: int
     mean_k: float
     params: int
-
-    @property
-    def active(self) -> float:
-        """Parameters of the bank that work for one row."""
-        return self.params * min(1.0, self.mean_k / self.num_experts)
+    active: float
 
 
 @dataclass(frozen=True)
@@ -95,32 +94,42 @@ def measure_cost(task: BaseTask, batch: Any) -> Cost:
 
 
 def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
-    """Return one entry per MoE layer that was called; a layer called several times counts with its mean k."""
-    calls: dict[str, list[float]] = defaultdict(list)
-    banks: dict[str, nn.Module] = {}
+    """Return one entry per MoE layer that was called; of a layer called several times the mean over its calls."""
+    calls: dict[str, list[Tensor]] = defaultdict(list)
+    sizes: dict[str, Tensor] = {}
     for record in records:
         bank = getattr(record.layer, "experts", None)
-        if isinstance(bank, nn.Module):
-            banks[record.name] = bank
-            calls[record.name].append(experts_per_row(record, int(getattr(bank, "num_experts", 1))))
-    return [
-        LayerCost(
-            name,
-            int(getattr(bank, "num_experts", 1)),
-            sum(calls[name]) / len(calls[name]),
-            sum(parameter.numel() for parameter in bank.parameters()),
-        )
-        for name, bank in banks.items()
-    ]
+        if isinstance(bank, Experts):
+            sizes[record.name] = torch.tensor(expert_sizes(bank), dtype=torch.float64)
+            calls[record.name].append(work_per_row(record, bank.num_experts))
+    costs = []
+    for name, size_E in sizes.items():
+        share_E = torch.stack(calls[name]).mean(0)
+        active = float((size_E * share_E.clamp_max(1.0)).sum())
+        costs.append(LayerCost(name, len(size_E), float(share_E.sum()), int(size_E.sum().round()), active))
+    return costs
 
 
-def experts_per_row(record: Record, bank_size: int) -> float:
-    """Return how many experts of the bank work per row: chosen ones plus shared ones; all of them for soft routing."""
+def work_per_row(record: Record, bank_size: int) -> Tensor:
+    """Return how often each expert of the bank works per row, float64 [bank_size]: counts over rows, 1 for shared ones.
+
+    Where every expert runs on every row (dense and slot routing) all are 1.
+    """
     routing = record.routing
-    if not isinstance(routing, Routing):
-        return float(bank_size)
-    rows = routing.num_rows if record.token_mask is None else int(record.token_mask.sum())
-    return float(routing.counts().sum()) / max(1, rows) + (bank_size - routing.num_experts)
+    share_E = torch.ones(bank_size, dtype=torch.float64)
+    if isinstance(routing, Routing):
+        rows = routing.num_rows if record.token_mask is None else int(record.token_mask.sum())
+        share_E[: routing.num_experts] = routing.counts().double().cpu() / max(1, rows)
+    return share_E
+
+
+def expert_sizes(bank: Experts) -> list[float]:
+    """Return the parameters of each expert; stacked weights are shared out evenly."""
+    if isinstance(bank, JoinedExperts):
+        return [size for part in bank.banks if isinstance(part, Experts) for size in expert_sizes(part)]
+    if isinstance(bank, ModuleExperts):
+        return [float(sum(p.numel() for p in module.parameters())) for module in bank.experts]
+    return [sum(p.numel() for p in bank.parameters()) / bank.num_experts] * bank.num_experts
 
 
 def _extra_formulas() -> dict[Any, Any]:

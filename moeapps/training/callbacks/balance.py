@@ -8,9 +8,11 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeapps.moe.balance import CountAccumulator, update_bias
+from moeapps.moe.layer import MoELayer
+from moeapps.moe.routers import TopK
 from moeapps.training.task import BaseTask
 
 
@@ -36,18 +38,17 @@ class BiasBalancing(L.Callback):
         self.rate = rate
         self.layers = layers
         self._counts = CountAccumulator()
-        self._choosers: dict[str, nn.Module] = {}
+        self._choosers: dict[str, TopK] = {}
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the biases."""
-        self._choosers = {
-            name.removesuffix(".router.choose"): module
-            for name, module in pl_module.named_modules()
-            if name.endswith("router.choose")
-            and fnmatchcase(name.removesuffix(".router.choose"), self.layers)
-            and isinstance(getattr(module, "bias", None), Tensor)
-        }
+        self._choosers = {}
+        for layer, module in pl_module.named_modules():
+            if isinstance(module, MoELayer) and fnmatchcase(layer, self.layers):
+                for chooser in module.router.modules():
+                    if isinstance(chooser, TopK) and chooser.bias is not None:
+                        self._choosers[layer] = chooser
         if not self._choosers:
             raise ValueError(
                 f"BiasBalancing finds no layer like {self.layers!r} with a bias; set balance_bias: true in its router"
@@ -65,6 +66,7 @@ class BiasBalancing(L.Callback):
         self._step = trainer.global_step
         with torch.no_grad():
             for name, counts_E in self._counts.totals().items():
-                bias = cast(Tensor, self._choosers[name].bias)
-                bias.copy_(update_bias(bias, counts_E, self.rate))
+                bias_E = cast(Tensor, self._choosers[name].bias)
+                # Experts that are not chosen but given (fixed groups) come after the chosen ones and have no bias.
+                bias_E.copy_(update_bias(bias_E, counts_E[: len(bias_E)], self.rate))
         self._counts.reset()
