@@ -24,11 +24,19 @@ log = logging.getLogger("moeapps")
 
 
 class TipFilter(logging.Filter):
-    """Drop the two advertising tips that Lightning prints at every run."""
+    """Drop the two advertising tips that Lightning prints at every run, and lines that only say what is not there."""
+
+    unwanted = (
+        "Tip: For seamless",
+        "TPU available",
+        "Loading `train_dataloader` to estimate",
+        "`weights_only` was not",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is shown."""
-        return "Tip: For seamless" not in record.getMessage()
+        message = record.getMessage()
+        return not any(text in message for text in self.unwanted)
 
 
 class RandomState(L.Callback):
@@ -97,6 +105,11 @@ class BestCheckpoint(ModelCheckpoint):
             filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1, enable_version_counter=False
         )
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save last.ckpt if no epoch end did; fast_dev_run saves nothing (Lightning forgets that here)."""
+        if not getattr(trainer, "fast_dev_run", False):
+            super().on_train_end(trainer, pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
         state = dict(state_dict)
@@ -122,7 +135,7 @@ class SaveRun(SaveConfigCallback):
         """Choose the file name, then save as Lightning does."""
         folder = trainer.log_dir
         if not self.already_saved and stage != "fit" and folder is not None and (Path(folder) / "run.json").is_file():
-            self.config_filename = f"config_{stage}.yaml"
+            self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
