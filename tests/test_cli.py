@@ -307,9 +307,8 @@ def checkpoint(tmp_path: Path) -> str:
 
 def test_checkpoint_beats_yaml_and_flag_beats_checkpoint(checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="moeapps"):
-        resumed = run(
-            ["fit", *TOY, "--ckpt_path", checkpoint, "--model.optimizer.eps", "1e-6", "--trainer.max_epochs", "2"]
-        )
+        flags = ["--model.optimizer.eps", "1e-6", "--trainer.max_epochs", "2"]
+        resumed = run(["fit", *TOY, "--ckpt_path", checkpoint, *flags])
 
     assert resumed.model.net.first.out_features == 6
     assert resumed.model.optimizer_config.lr == 0.002

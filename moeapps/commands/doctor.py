@@ -71,9 +71,7 @@ def _free(folder: Path) -> str:
 def main(args: list[str]) -> int:
     """Print the report; ``-h`` explains."""
     if args and args[0] in ("-h", "--help"):
-        print(
-            "usage: moeapps doctor\n\nShow versions, threads, caches, free disk, bf16, and who owns `lightning` on PATH."
-        )
+        print("usage: moeapps doctor\n\nShow versions, threads, caches, free disk, bf16, and who owns `lightning`.")
         return 0
     for name, finding in report():
         print(f"{name:<16}{finding}")

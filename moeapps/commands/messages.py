@@ -18,10 +18,11 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 _NOISE = re.compile(
-    r"^(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|Expected a <class 'NoneType'>$|Problem with given|$)"
+    r"^(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|"
+    r"Expected a <class 'NoneType'>$|Problem with given|$)"
 )
-# Config files and class flags of the command line being parsed, as plain values: errors arise in nested parsers, in other
-# working directories, that know nothing of them.
+# Config files and class flags of the command line being parsed, as plain values: errors arise in nested parsers and in
+# other working directories, where neither is known.
 RAW: ContextVar[dict[str, Any] | None] = ContextVar("moeapps_raw_config", default=None)
 _KEY = re.compile(r'^Parser key "([^"]+)":\s*(.*)$')
 
@@ -202,7 +203,7 @@ def _step(node: Any, target: Any, key: str) -> tuple[Any, Any]:
         child = node.get(key)
     hint = None
     if owner is not None:
-        function = owner.__init__ if inspect.isclass(owner) else owner
+        function = vars(owner).get("__init__", object) if isinstance(owner, type) else owner
         try:
             hint = typing.get_type_hints(function).get(key)
         except (NameError, TypeError):
@@ -235,7 +236,7 @@ def _class_of(node: Any) -> Any:
 def option_names(target: Any) -> list[str]:
     """Return the parameter names of a class or function; those behind ``**kwargs`` come from its base classes."""
     functions = (
-        [cls.__init__ for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else [target]
+        [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else [target]
     )
     names: list[str] = []
     for function in functions:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seen/unseen matrix: runs by domains, with averages, worst case, gap, intervals and paired differences.
 
-Intervals answer two questions that are kept apart: over TEST UNITS of one run (seeded bootstrap: would other test scans
-change the number?) and over SEEDS of one variant (t: would another training run?). Differences to a baseline are paired:
-over common seeds where there are at least two, else over the units of the one pair of runs.
+Intervals answer two questions that are kept apart: over TEST UNITS of one run (seeded bootstrap: would other test items
+change the number?) and over SEEDS of one variant (t: would another training run?). Differences to a baseline are
+paired: over common seeds where there are at least two, else over the units of the one pair of runs.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def compare(
     others = [run for run in runs if run.path not in {run.path for run in baseline}]
     for variant in dict.fromkeys(run.variant for run in others):
         group = _by_seed([run for run in others if run.variant == variant])
-        common = sorted(seed for seed in group if seed in base)
+        common = [seed for seed in group if seed in base]
         if len(common) >= 2:
             pairs = [(cells(group[s], metric), cells(base[s], metric)) for s in common]
             columns = [

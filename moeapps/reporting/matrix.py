@@ -83,7 +83,7 @@ def _width(lines: Sequence[Sequence[str]]) -> int:
 
 def markdown(matrix: Matrix) -> str:
     """Return the whole comparison as Markdown."""
-    parts = []
+    parts: list[str] = []
     for title, (head, rows) in zip(_titles(matrix), _all_cells(matrix), strict=True):
         if rows:
             parts.append(f"{'##' if parts else '#'} {title}\n\n{_markdown_table(head, rows)}")

@@ -22,7 +22,7 @@ log = logging.getLogger("moeapps")
 
 @dataclass
 class _Layer:
-    """Sums of one layer: work per domain and expert [S, E], entropy times rows, rows (float64, on the layer's device)."""
+    """Sums of one layer in float64: work per domain and expert [S, E], entropy times rows, rows."""
 
     table_SE: Tensor
     entropy: Tensor
@@ -54,8 +54,8 @@ class RoutingMonitor(L.Callback):
 
     At every evaluation it logs ``moe/<layer>/load_cv``, ``/entropy`` (nats), ``/dead`` (fraction of experts below
     1 percent of the mean load) and ``/mi_domain`` (mutual information of expert and domain over the entropy of the
-    domains), writes metrics/routing_<stage>.json and figures/routing_<stage>.png (expert by domain), and warns once when
-    an expert collapses. While training it logs ``moe/<layer>/train_load_cv`` of the steps since the last log.
+    domains), writes metrics/routing_<stage>.json and figures/routing_<stage>.png (expert by domain), and warns once
+    when an expert collapses. While training it logs ``moe/<layer>/train_load_cv`` of the steps since the last log.
 
     Args:
         figures: write the heat maps, and show them in TensorBoard where that is on.
@@ -80,7 +80,7 @@ class RoutingMonitor(L.Callback):
             work_E = expert_work(record)
             earlier_E = self._train.get(record.name)
             self._train[record.name] = work_E if earlier_E is None else earlier_E + work_E
-        if self._train and (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if self._train and (trainer.fit_loop.epoch_loop.batch_idx + 1) % cast(Any, trainer).log_every_n_steps == 0:
             for name, work_E in self._train.items():
                 pl_module.log(f"moe/{name}/train_load_cv", load_cv(work_E).float(), batch_size=1, sync_dist=True)
             self._train = {}

@@ -91,9 +91,10 @@ class InterruptCheckpoint(L.Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep best.ckpt by the task's monitor, and last.ckpt, at the end of every epoch.
+    """Keep best.ckpt by the task's monitor, and last.ckpt at the end of every epoch.
 
-    A resumed run gets a folder of its own; it takes the best checkpoint so far, and its score, along.
+    Lightning's own ``save_last`` writes only when the best improves, which is of no use for going on. A resumed run
+    gets a folder of its own; it takes the best checkpoint so far, and its score, along.
 
     Args:
         monitor: key of the metric that decides.
@@ -101,14 +102,14 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
-        super().__init__(
-            filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1, enable_version_counter=False
-        )
+        super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save last.ckpt if no epoch end did; fast_dev_run saves nothing (Lightning forgets that here)."""
-        if not getattr(trainer, "fast_dev_run", False):
-            super().on_train_end(trainer, pl_module)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save best.ckpt if the monitor improved, then last.ckpt."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.dirpath is not None and not getattr(trainer, "fast_dev_run", False):
+            self.last_model_path = str(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(self.last_model_path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
