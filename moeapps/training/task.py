@@ -196,20 +196,29 @@ class BaseTask(L.LightningModule):
         self.results = table
         folder = run_dir(self.trainer)
         if write and folder is not None and self.trainer.is_global_zero:
-            write_json(folder / "metrics" / f"{stage}.json", {"header": self.header(), **table.as_dict()})
+            results = {"header": self.header(), **table.as_dict()}
+            results["summary"] |= self._told_by_callbacks("describe_results")
+            write_json(folder / "metrics" / f"{stage}.json", results)
 
     def header(self) -> dict[str, Any]:
         """Return what a results file says about its run: the parts that callbacks and the command line know."""
         kind = type(self)
         parts: dict[str, Any] = {"task": f"{kind.__module__}.{kind.__qualname__}", "main_metric": self.main_metric}
-        for callback in cast(Any, self.trainer).callbacks:
-            describe: Callable[[], dict[str, Any]] | None = getattr(callback, "describe_run", None)
-            if describe is not None:
-                parts.update(describe())
+        parts |= self._told_by_callbacks("describe_run")
         parts["sources"] = dict(self.data.sources)
         parts["missing_domains"] = dict(self.data.missing)
         parts["epoch"] = self.current_epoch
         parts["global_step"] = self.global_step
+        return parts
+
+    def _told_by_callbacks(self, method: str) -> dict[str, Any]:
+        """Join what callbacks add to a results file: ``describe_run`` to the header, ``describe_results`` (group ->
+        number's name -> number) to the summary.
+        """
+        parts: dict[str, Any] = {}
+        for callback in cast(Any, self.trainer).callbacks:
+            describe: Callable[[], dict[str, Any]] | None = getattr(callback, method, None)
+            parts |= {} if describe is None else describe()
         return parts
 
     def on_train_start(self) -> None:

@@ -6,6 +6,8 @@ Shape legend: N voxels, P runs, K voxels in a run, D width, H heads, A = D / H h
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,8 +68,8 @@ class PatchAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = projection(dim)
 
-    def forward(self, x_ND: Tensor, level: Level, order: Order) -> Tensor:
-        """Attend along one curve."""
+    def forward(self, x_ND: Tensor, level: Level, order: Order, features: Tensor | None = None) -> Tensor:
+        """Attend along one curve; a mixture that merges the heads routes on ``features`` [N, D], or on its input."""
         patches = level.patches(order, self.patch_size)
         (num_runs, size), dim = patches.index_PK.shape, x_ND.shape[1]
         # Gathered before the linear: one row in K is borrowed, but rows of D move instead of rows of 3 D.
@@ -76,13 +78,15 @@ class PatchAttention(nn.Module):
         mask = None if patches.mask_PK is None else patches.mask_PK[:, None, None, :]  # (P, 1, 1, K)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (P, H, K, A)
         y = y.transpose(1, 2).reshape(num_runs * size, dim).index_select(0, patches.slot_N)  # (N, D)
-        return apply_layer(self.proj, y, level)
+        return apply_layer(self.proj, y, level, features)
 
 
-def apply_layer(layer: nn.Module, x_ND: Tensor, level: Level) -> Tensor:
-    """Call a layer made by a `LayerFactory`, telling a mixture the domain of each row.
+def apply_layer(layer: nn.Module, x_ND: Tensor, level: Level, features: Tensor | None = None) -> Tensor:
+    """Call a layer made by a `LayerFactory`, telling a mixture the domain of each row and what to route on.
 
-    Only table routers (the domain-id control) and metrics look at it; a plain layer takes the features alone.
+    Only table and domain-guided routers (controls) and metrics look at the domain; a plain layer takes ``x`` alone.
     """
-    y_ND: Tensor = layer(x_ND, group=level.group_N) if isinstance(layer, MoELayer) else layer(x_ND)
-    return y_ND
+    if isinstance(layer, MoELayer):
+        y_ND: Tensor = layer(x_ND, features, group=level.group_N)
+        return y_ND
+    return cast(Tensor, layer(x_ND))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,9 @@ class PointMoE(nn.Module):
             ``placement`` is unknown.
     """
 
+    block: ClassVar[type[Block]] = Block
+    """What the stages are made of; a rival backbone names another."""
+
     def __init__(
         self,
         *,
@@ -192,7 +195,7 @@ class PointMoE(nn.Module):
         if placement not in ("projection", "mlp"):
             raise ValueError(f"placement={placement!r}: choose projection or mlp")
         block = partial(
-            Block, moe=moe, placement=placement, head_dim=head_dim, patch_size=patch_size, mlp_ratio=mlp_ratio
+            self.block, moe=moe, placement=placement, head_dim=head_dim, patch_size=patch_size, mlp_ratio=mlp_ratio
         )
 
         def stage(dim: int, rates: list[float]) -> Stage:
