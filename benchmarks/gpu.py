@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the core on an accelerator, where one is at hand: ``python -m benchmarks.gpu --json FILE``.
 
-Three checks per regime of a mixture of gated experts: bfloat16 agrees with a float32 run on the processor, time and peak
-memory of forward + backward against a dense network of equal active FLOPs, and ``torch.compile`` changes nothing.
+Three checks per regime of a mixture of gated experts: bfloat16 agrees with a float32 run on the processor, time and
+peak memory of forward + backward against a dense network of equal active FLOPs, and ``torch.compile`` changes nothing.
 Nothing in the project needs this file's result; without an accelerator it says so and writes nothing.
 """
 
