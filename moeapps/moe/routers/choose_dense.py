@@ -152,7 +152,7 @@ class Slots(Chooser):
     ) -> SlotRouting:
         """Dispatch and combine [N, E, G S]; masked rows give nothing and read nothing."""
         num_rows = logits_NX.shape[0]
-        logits_NES = logits_NX.view(num_rows, -1, self.slots)
+        logits_NES = logits_NX.unflatten(-1, (self.num_experts, self.slots))
         if self.num_groups > 1 and group is None:
             raise ValueError(f"Slots(num_groups={self.num_groups}) needs group=ids; pass them to the layer.")
         present_NG = logits_NX.new_ones(num_rows, 1, dtype=torch.bool)
