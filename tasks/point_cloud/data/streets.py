@@ -66,17 +66,14 @@ class _Street:
         """Draw ``count`` positions along the street, one per equal part, so that nothing overlaps."""
         reach = self.world.reach
         edges = np.linspace(low * reach, high * reach, count + 1)
-        return [
-            float(self.rng.uniform(a + 0.3 * (b - a), b - 0.3 * (b - a)))
-            for a, b in itertools.pairwise(edges)
-        ]
+        return [float(self.rng.uniform(a + 0.3 * (b - a), b - 0.3 * (b - a))) for a, b in itertools.pairwise(edges)]
 
 
 def _pavement(street: _Street, y: float, width: float, z: float) -> None:
     """Poles, signs and people on a pavement."""
     rng = street.rng
     side = np.sign(y)
-    kinds = ["pole"] * 4 + ["sign"] * 4 + ["person"] * 5
+    kinds = ["pole"] * 4 + ["sign"] * 5 + ["person"] * 5
     rng.shuffle(kinds)
     for kind, x in zip(kinds, street.slots(len(kinds)), strict=True):
         at = y - side * width * (0.35 if kind != "person" else float(rng.uniform(-0.3, 0.2)))
@@ -95,8 +92,9 @@ def sign(frame: Frame, rng: np.random.Generator) -> None:
     """A plate on a thin post."""
     low = float(rng.uniform(1.8, 2.4))
     frame.cylinder("pole", (0, 0, 0), 0.05, low + 0.6, albedo=0.5)
-    size = float(rng.uniform(0.6, 0.9))
-    frame.box("traffic sign", (0.08, 0, low), (0.05, size, size), albedo=0.95, yaw=float(rng.uniform(-0.3, 0.3)))
+    size = float(rng.uniform(0.8, 1.2))
+    # A retroreflector saturates the receiver at almost every angle.
+    frame.box("traffic sign", (0.08, 0, low), (0.05, size, size), albedo=3.0, yaw=float(rng.uniform(-0.3, 0.3)))
 
 
 def person(frame: Frame, rng: np.random.Generator) -> None:
@@ -201,7 +199,7 @@ def _traffic(street: _Street) -> None:
     """Cars and trucks on the lanes, people who cross, and road works; the sensor's own place stays free."""
     rng, lane = street.rng, street.lane
     for side in (-1, 1):
-        spots = [x for x in street.slots(6, -1.5, 1.5) if abs(x) > 7]
+        spots = [x for x in street.slots(10, -1.8, 1.8) if abs(x) > 7]
         for index, x in enumerate(spots):
             frame = street.builder.at(x, side * lane / 2, 0.0 if side < 0 else np.pi)
             (truck if index % 3 == 1 else car)(frame, rng)
