@@ -20,6 +20,7 @@ from moeapps.moe import (
     Chooser,
     Dense,
     DenseRouting,
+    DenseToSparse,
     ExpertChoice,
     GatedShared,
     GroupLimitedTopK,
@@ -74,6 +75,7 @@ CHOOSERS: dict[str, Callable[[], Chooser]] = {
     "race": lambda: Threshold(1.5, scope="pairs", weighing="identity"),
     "dense": lambda: Dense(),
     "dense_sigmoid": lambda: Dense("sigmoid", allowed=[True] * (E - 1) + [False]),
+    "dense_to_sparse": lambda: DenseToSparse(0.1),
     "slots": lambda: Slots(2),
 }
 
@@ -487,6 +489,16 @@ def test_dense_can_leave_experts_out_by_group() -> None:
 def test_dense_checks_what_is_allowed(allowed: list[object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         bound(Dense(allowed=allowed), 2)
+
+
+def test_dense_to_sparse_is_dense_when_warm_and_top_1_when_cold() -> None:
+    s = logits()
+    warm, cold = bound(DenseToSparse())(s / 100), bound(DenseToSparse())(s * 1e5)
+    torch.testing.assert_close(warm.assignment(), (s / 100).softmax(-1))
+    assert torch.equal(cold.assignment().gt(0).sum(-1), torch.ones(40, dtype=torch.int64))
+    assert torch.equal(cold.assignment().argmax(-1), s.argmax(-1))
+    with pytest.raises(ValueError, match="threshold=1"):
+        DenseToSparse(1.0)
 
 
 def test_slots_mix_rows_and_rows_mix_slots() -> None:

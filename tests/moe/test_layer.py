@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moeapps.moe import (
     Capacity,
+    Chain,
     ConstantScore,
     CosineScore,
     Dense,
@@ -26,6 +27,7 @@ from moeapps.moe import (
     MLPExperts,
     ModuleExperts,
     MoELayer,
+    MoERecorder,
     MultiGate,
     NormalisedExperts,
     Router,
@@ -434,6 +436,25 @@ def test_joined_banks_group_select_and_count() -> None:
         JoinedExperts([GLUExperts(2, D, 8), GLUExperts(1, D + 1, 3)])
     with pytest.raises(ValueError, match="batch statistics"):
         JoinedExperts([NormalisedExperts(2, D, 3)])
+
+
+def test_a_chain_takes_steps_with_one_bank() -> None:
+    routers = [Router(LinearScore(D, E), TopK(2)) for _ in range(3)]
+    bank = MLPExperts(E, D, 8)
+    chain, x = Chain(routers, bank).double(), rows(5, D)
+    expected = x
+    for router in routers:
+        expected = expected + MoELayer(router, bank)(expected)
+    torch.testing.assert_close(chain(x), expected)
+    torch.testing.assert_close(Chain(routers, bank, add_input=False).double()(x), expected - x)
+    assert sum(p.numel() for p in chain.parameters()) == sum(p.numel() for p in [*bank.parameters()]) + 3 * D * E
+    with MoERecorder(chain) as recorder:
+        chain(x)
+    assert [r.name for r in recorder.records] == ["steps.0", "steps.1", "steps.2"]
+    with pytest.raises(ValueError, match="at least one"):
+        Chain([], bank)
+    with pytest.raises(ValueError, match="keep the width"):
+        Chain(routers, MLPExperts(E, D, 8, out_dim=3))
 
 
 # --- construction, saving, import -----------------------------------------------------------------------------------
