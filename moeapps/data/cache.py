@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a file once: under a lock, through a temporary name and a rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows: two processes then build twice, and the rename still keeps files whole
+    fcntl = None  # type: ignore[assignment]
+
+_ENV = "MOEAPPS_CACHE"
+
+
+def cache_dir(*parts: str, root: Path | str | None = None) -> Path:
+    """Return (and create) a folder of the cache.
+
+    Args:
+        parts: sub-folders.
+        root: root of the cache; default ``$MOEAPPS_CACHE``, else ``~/.cache/moeapps``.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    base = Path(root) if root is not None else Path(os.environ.get(_ENV) or Path.home() / ".cache" / "moeapps")
+    folder = base.expanduser().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the cache folder {folder} ({error}); set {_ENV} to a folder you can write") from error
+    return folder
+
+
+def config_hash(config: Any, length: int = 12) -> str:
+    """Return a hexadecimal hash of a plain configuration.
+
+    Dictionaries are hashed without regard to order, dataclasses as dictionaries, paths as text. Equal configurations
+    give equal hashes on every machine and Python version.
+
+    Raises:
+        TypeError: the configuration holds something that JSON cannot say.
+    """
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} in a configuration cannot be hashed; use numbers, text, lists, dicts")
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (a file made for the purpose); it ends with the process that held it."""
+    with open(path, "a+b") as handle:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
+    """Return ``path``, calling ``writer`` to make it if it is not there.
+
+    ``writer`` receives a temporary name in the same folder, which is renamed to ``path`` after it returns: a crash
+    leaves no half-written ``path``. A second process that wants the same file waits and then finds it.
+
+    Args:
+        path: file to return.
+        writer: function that writes a whole file to the path given to it.
+
+    Raises:
+        RuntimeError: ``writer`` returned without writing.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_name(path.name + ".lock")):
+        if path.exists():
+            return path
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            temporary.unlink()
+            writer(temporary)
+            if not temporary.exists():
+                raise RuntimeError(f"the writer of {path.name} returned without writing its file")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
