@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Data modules, mixing of domains, caches and package archives."""

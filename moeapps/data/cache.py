@@ -15,7 +15,9 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows: two processes then build twice, and the rename still keeps files whole
+except (
+    ImportError
+):  # pragma: no cover - Windows: two processes then build twice, and the rename still keeps files whole
     fcntl = None  # type: ignore[assignment]
 
 _ENV = "MOEAPPS_CACHE"
@@ -36,7 +38,9 @@ def cache_dir(*parts: str, root: Path | str | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the cache folder {folder} ({error}); set {_ENV} to a folder you can write") from error
+        raise ValueError(
+            f"cannot make the cache folder {folder} ({error}); set {_ENV} to a folder you can write"
+        ) from error
     return folder
 
 
@@ -87,7 +91,7 @@ def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(path.with_name(path.name + ".lock")):
+    with file_lock(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return path
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)

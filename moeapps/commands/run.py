@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moeapps fit | validate | test | predict``: LightningCLI in subclass mode, with its sharp edges taken off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from contextvars import ContextVar
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from moeapps.commands.messages import ShortErrorParser, UsageError
+from moeapps.data.domain import DomainDataModule
+from moeapps.training import callbacks as ours
+from moeapps.training.precedence import checkpoint_hparams, differences, explicit_flags
+from moeapps.training.run import next_version, runs_root
+from moeapps.training.task import BaseTask
+
+_SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
+log = logging.getLogger("moeapps")
+
+
+class Cli(LightningCLI):
+    """The parser and runner of one training command.
+
+    Args:
+        args: the words after the program name, the command first.
+        run_folder: folder of an earlier run to continue in (``--run``), or None for a new one.
+        run: False only builds trainer, model and data (for notebooks and tests).
+    """
+
+    def __init__(self, args: Sequence[str], *, run_folder: Path | None = None, run: bool = True) -> None:
+        self.words = list(args)
+        self.run_folder = run_folder
+        token = _SUBCOMMAND.set(args[0] if run else None)
+        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns about leftovers there when it is given arguments
+        try:
+            super().__init__(
+                BaseTask,
+                DomainDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_callback=ours.SaveRun,
+                save_config_kwargs={"overwrite": True},
+                parser_class=ShortErrorParser,
+                trainer_defaults={
+                    "accelerator": "auto",
+                    "devices": 1,
+                    "log_every_n_steps": 10,
+                    "use_distributed_sampler": False,
+                },
+                auto_configure_optimizers=False,
+                args=self.words,
+                run=run,
+            )
+        finally:
+            _SUBCOMMAND.reset(token)
+            sys.argv = argv
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the requested command alone: building the other parsers would only cost time."""
+        wanted = _SUBCOMMAND.get()
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if wanted in (None, name)}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options and hand the data module's facts to the model."""
+        parser.add_argument("--system", type=str, default="custom", help="Name of the system: runs/<system>/...")
+        parser.add_argument(
+            "--name", type=str, default="base", help="Name of the variant: runs/<system>/<name>/version_k."
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="After fit, test with the best checkpoint (fast_dev_run: as is).",
+        )
+        parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
+
+    # Construction -------------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; a ValueError of theirs is a wrong configuration, told without a traceback."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer with our loggers and callbacks beside the configured ones."""
+        config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if not config.get("barebones"):
+            given = config.get("callbacks") or []
+            given = given if isinstance(given, list) else [given]
+            config["callbacks"] = [*given, *self._default_callbacks(config, given)]
+            config["logger"] = self._loggers(config.get("logger"))
+            config["enable_model_summary"] = False
+            config["default_root_dir"] = config.get("default_root_dir") or self._folder()
+        return self._instantiate_trainer(config, [])
+
+    def _folder(self) -> Path:
+        if self.run_folder is not None:
+            return self.run_folder
+        return runs_root() / str(self._get(self.config, "system")) / str(self._get(self.config, "name"))
+
+    def _loggers(self, configured: Any) -> list[Logger]:
+        """CSV and TensorBoard in the run folder unless other loggers are configured; CSV is never off.
+
+        A run folder that exists already (``--run``) gets no new log: its results go to metrics/*.json.
+        """
+        if self.run_folder is not None:
+            return []
+        parent = self._folder()
+        place: dict[str, Any] = {"save_dir": parent.parent, "name": parent.name, "version": next_version(parent)}
+        csv = CSVLogger(**place)
+        if configured is None or configured is True:
+            return [csv, TensorBoardLogger(**place, default_hp_metric=False)]
+        extra = configured if isinstance(configured, list) else [configured] if configured else []
+        return [csv, *extra]
+
+    def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
+        task = cast(BaseTask, self.model)
+        wanted: list[tuple[type[Callback], Any]] = [
+            (ours.RandomState, ours.RandomState),
+            (ours.InterruptCheckpoint, ours.InterruptCheckpoint),
+            (ours.EndTable, ours.EndTable),
+        ]
+        if config.get("enable_checkpointing") is not False:
+            wanted.append((Checkpoint, lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode)))
+        return [make() for kind, make in wanted if not any(isinstance(callback, kind) for callback in given)]
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _parse_ckpt_path(self) -> None:
+        """Merge the checkpoint's model options: explicit flag > checkpoint > YAML, and print what differs."""
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        hparams = checkpoint_hparams(path)
+        if not hparams:
+            return
+        before = self.config[command].model.as_dict()
+        self.config = self.parser.parse_object({command: {"model": hparams}}, self.config)
+        stored = self.config[command].model.as_dict()
+        flags = explicit_flags(self.words[1:], "model")
+        if flags:
+            self.config = self.parser.parse_args([command, *flags], namespace=self.config)
+        for line in differences(before, stored, self.config[command].model.as_dict()):
+            log.info(line)
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    def after_fit(self) -> None:
+        """Test with the best checkpoint (under fast_dev_run, which saves none, with the weights as they are)."""
+        if not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
+
+
+def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
+    """Replace ``--run DIR`` by DIR's config and checkpoint.
+
+    ``fit`` goes on from last.ckpt in a new run folder; the other commands take best.ckpt and write into DIR.
+
+    Returns:
+        The words without ``--run``, and the folder to write into (None: a new one).
+
+    Raises:
+        UsageError: DIR is no run folder, or holds no checkpoint.
+    """
+    words, folder = list(args), None
+    for i, word in enumerate(args):
+        if word == "--run" or word.startswith("--run="):
+            name = word[6:] if word.startswith("--run=") else (args[i + 1] if i + 1 < len(args) else "")
+            folder = Path(name)
+            words = [*args[:i], *args[i + (1 if "=" in word else 2) :]]
+            break
+    if folder is None:
+        return words, None
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(
+            f"--run {folder}: no config.yaml there; give a run folder such as runs/point_moe/base/version_0"
+        )
+    head = [words[0], "--config", str(folder / "config.yaml")]
+    if not any(word == "--ckpt_path" or word.startswith("--ckpt_path=") for word in words):
+        wanted = ("last.ckpt",) if words[0] == "fit" else ("best.ckpt", "last.ckpt")
+        found = [folder / "checkpoints" / name for name in wanted if (folder / "checkpoints" / name).is_file()]
+        if not found:
+            raise UsageError(f"--run {folder}: no checkpoints/{wanted[0]} there; name a file with --ckpt_path")
+        head += ["--ckpt_path", str(found[0])]
+    return [*head, *words[1:]], None if words[0] == "fit" else folder
+
+
+def import_tasks(args: Sequence[str]) -> None:
+    """Import the task packages that the words or their config files name, so that short class names resolve.
+
+    If none is named, all packages below ``tasks`` are imported.
+    """
+    text = " ".join(args)
+    for word in args:
+        path = Path(word.partition("=")[2] if word.startswith("--") and "=" in word else word)
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            text += path.read_text(encoding="utf-8")
+    named = sorted(set(re.findall(r"\btasks\.([a-z_0-9]+)", text)))
+    if not named:
+        try:
+            named = [module.name for module in pkgutil.iter_modules(import_module("tasks").__path__) if module.ispkg]
+        except ModuleNotFoundError:
+            return
+    for name in named:
+        import_module(f"tasks.{name}")
+
+
+def quiet() -> None:
+    """Drop the advertising tips and the one deprecation warning that Lightning itself causes; show our own lines."""
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(isinstance(known, ours.TipFilter) for known in tips.filters):
+        tips.addFilter(ours.TipFilter())
+    os.environ.setdefault(
+        "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
+    )  # Lightning 2.6 calls what jsonargparse 5 will drop
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message="You are using a custom batch sampler `ShardedBatches` for prediction")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+def run(args: Sequence[str]) -> Cli:
+    """Run one training command and return its objects (``trainer``, ``model``, ``datamodule``).
+
+    Raises:
+        UsageError: wrong usage or configuration.
+    """
+    quiet()
+    words, folder = expand_run(list(args))
+    import_tasks(words)
+    return Cli(words, run_folder=folder)
+
+
+def main(args: list[str]) -> int:
+    """Run one training command; a wrong configuration is told in a few lines (--debug: with its traceback)."""
+    debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
+    try:
+        run([word for word in args if word != "--debug"])
+    except (UsageError, yaml.YAMLError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0

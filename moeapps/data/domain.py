@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data side of every task: named domains in three disjoint roles.
+
+A domain is a named source of data: a sensor, a language, a population, an ODE family, an image style. ``seen`` domains
+are trained on; ``validation`` domains are never trained on and every choice is made there; ``unseen`` domains are
+touched by ``test`` only.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from moeapps.data.mixing import Mixing, MixingSampler, ShardedBatches
+
+Role = Literal["seen", "validation", "unseen"]
+Split = Literal["train", "val", "test"]
+ROLES: tuple[Role, ...] = ("seen", "validation", "unseen")
+STAGE_ROLES: dict[str, tuple[Role, ...]] = {"val": ("seen", "validation"), "test": ROLES}
+# These words name means over domains in the metric keys, so no domain may carry them.
+RESERVED = frozenset({*ROLES, "gap", "aux"})
+
+log = logging.getLogger("moeapps")
+
+
+class DomainDataModule(L.LightningDataModule):
+    """Base class of all data modules: three roles of domains, one loader per domain for evaluation.
+
+    A subclass provides ``dataset`` and ``collate``, may extend ``facts`` and may name missing optional domains in
+    ``available``. The base builds the loaders, shares rows between processes and remembers its place for a resumed run.
+
+    Args:
+        seen: names of the domains that are trained on; at least one.
+        validation: names of the domains never trained on where every choice is made.
+        unseen: names of the domains that only ``test`` touches.
+        batch_size: items per step and process.
+        num_workers: loader processes; 0 loads in the training process.
+        seed: seed of the order of the training rows.
+        cache_dir: folder for generated and downloaded data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
+        mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
+            or one_domain (each batch from one domain).
+        eval_batch_size: items per evaluation batch and process; None means batch_size.
+
+    Raises:
+        ValueError: a domain in two roles or twice in one, a reserved or malformed name, no seen domain, a size below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        seen: list[str],
+        validation: list[str],
+        unseen: list[str],
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+        mixing: Mixing = "concat",
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.roles: dict[Role, list[str]] = {"seen": list(seen), "validation": list(validation), "unseen": list(unseen)}
+        _check_roles(self.roles)
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch_size={batch_size}, eval_batch_size={eval_batch_size}; both must be 1 or more")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.mixing: Mixing = mixing
+        self.sources: dict[str, str] = {}
+        self._missing: dict[str, str] | None = None
+        self._datasets: dict[tuple[str, Split], Dataset[Any]] = {}
+        self._sampler: MixingSampler | None = None
+        self._sampler_state: dict[str, Any] | None = None
+        self._worker_seeds = torch.Generator().manual_seed(seed)
+
+    # What a subclass provides -------------------------------------------------------------------------------------
+
+    def dataset(self, domain: str, split: Split) -> Dataset[Any]:
+        """Return the map-style data set of one domain and split; called once per process, its result is kept."""
+        raise TypeError(f"{type(self).__name__} must define dataset(domain, split)")
+
+    def collate(self, items: list[Any]) -> Any:
+        """Make a batch of items; the default is torch's."""
+        return torch.utils.data.default_collate(items)
+
+    def available(self, domain: str) -> str | None:
+        """Return why an OPTIONAL domain is missing on this machine, or None where it is there or is required."""
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Plain values that the model needs, known without ``setup``; a subclass adds to this dictionary."""
+        return {"domains": {role: list(names) for role, names in self.roles.items()}}
+
+    # Domains ------------------------------------------------------------------------------------------------------
+
+    @property
+    def domain_names(self) -> list[str]:
+        """All configured domains: seen, then validation, then unseen."""
+        return [name for role in ROLES for name in self.roles[role]]
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Optional domains that are not on this machine, with the reason; each is announced by one line."""
+        if self._missing is None:
+            reasons = {name: self.available(name) for name in self.domain_names}
+            self._missing = {name: reason for name, reason in reasons.items() if reason is not None}
+            for name, reason in self._missing.items():
+                log.info("domain %s (%s) is left out: %s", name, self.role_of(name), reason)
+            if not self.present("seen"):
+                raise ValueError(
+                    f"no seen domain is left: {self._missing}; provide one of {self.roles['seen']} or name others"
+                )
+        return self._missing
+
+    def present(self, role: Role) -> list[str]:
+        """Return the domains of a role that are on this machine, in configured order."""
+        missing = self.missing if self._missing is None else self._missing
+        return [name for name in self.roles[role] if name not in missing]
+
+    def eval_domains(self, stage: str) -> list[str]:
+        """Return the domains of the loaders of a stage, in order.
+
+        Args:
+            stage: ``val`` (seen, validation) or ``test`` (seen, validation, unseen); ``predict`` is as ``test``.
+        """
+        return [name for role in STAGE_ROLES["val" if stage == "val" else "test"] for name in self.present(role)]
+
+    def role_of(self, domain: str) -> Role:
+        """Return the role of a domain.
+
+        Raises:
+            ValueError: the domain is not configured.
+        """
+        for role in ROLES:
+            if domain in self.roles[role]:
+                return role
+        raise ValueError(f"unknown domain {domain!r}; the configured ones are {', '.join(self.domain_names)}")
+
+    def get_dataset(self, domain: str, split: Split) -> Dataset[Any]:
+        """Return the kept data set of one domain and split, built on first use.
+
+        Raises:
+            ValueError: unknown domain, or the data set is empty.
+        """
+        self.role_of(domain)
+        if (domain, split) not in self._datasets:
+            dataset = self.dataset(domain, split)
+            if len(cast(Sized, dataset)) == 0:
+                raise ValueError(f"domain {domain!r} has no {split} item; give it data or take it out of the roles")
+            self._datasets[domain, split] = dataset
+        return self._datasets[domain, split]
+
+    def example_batch(self, num_items: int = 1) -> Any:
+        """Return a batch of the first training items of the first seen domain, the same at every call.
+
+        The global random states are left as they were.
+        """
+        dataset = self.get_dataset(self.present("seen")[0], "train")
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            return self.collate([dataset[i] for i in range(min(num_items, len(cast(Sized, dataset))))])
+
+    # Loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader over all seen domains, mixed as ``mixing`` says."""
+        parts = [self.get_dataset(name, "train") for name in self.present("seen")]
+        rank, world_size = self._place()
+        self._sampler = MixingSampler(
+            [len(cast(Sized, part)) for part in parts],
+            self.batch_size,
+            mode=self.mixing,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        if self._sampler_state is not None:
+            self._sampler.load_state_dict(self._sampler_state)
+        return self._loader(ConcatDataset(parts), self._sampler)
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return one loader per seen and validation domain."""
+        return self._eval_loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return one loader per domain of all roles."""
+        return self._eval_loaders("test")
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the loaders of ``test``."""
+        return self._eval_loaders("test")
+
+    def is_padding(self, stage: str, loader_idx: int, batch_idx: int) -> bool:
+        """Return whether an evaluation batch only keeps this process in step with others (never with one process)."""
+        rank, world_size = self._place()
+        if world_size == 1:
+            return False
+        split: Split = "val" if stage == "val" else "test"
+        dataset = self.get_dataset(self.eval_domains(stage)[loader_idx], split)
+        shard = ShardedBatches(len(cast(Sized, dataset)), self.eval_batch_size, rank=rank, world_size=world_size)
+        return shard.is_padding(batch_idx)
+
+    def _eval_loaders(self, split: Literal["val", "test"]) -> list[DataLoader[Any]]:
+        rank, world_size = self._place()
+        loaders = []
+        for name in self.eval_domains(split):
+            dataset = self.get_dataset(name, split)
+            batches = ShardedBatches(len(cast(Sized, dataset)), self.eval_batch_size, rank=rank, world_size=world_size)
+            loaders.append(self._loader(dataset, batches))
+        return loaders
+
+    def _loader(self, dataset: Dataset[Any], batches: MixingSampler | ShardedBatches) -> DataLoader[Any]:
+        # An own generator: creating an iterator would otherwise draw from the global random state.
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            generator=self._worker_seeds
+            if isinstance(batches, MixingSampler)
+            else torch.Generator().manual_seed(self.seed),
+            persistent_workers=False,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    # Resuming -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the training order: the next epoch, or this one and the number of its finished steps."""
+        epoch, start = 0, 0
+        if self._sampler is not None:
+            epoch, start = self._sampler.epoch, 0
+            if self.trainer is not None:
+                done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+                last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+                epoch, start = (epoch + 1, 0) if last or done >= self.trainer.num_training_batches else (epoch, done)
+        return {"sampler": {"epoch": epoch, "start": start}, "worker_seeds": self._worker_seeds.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the place in the training order that ``state_dict`` gave."""
+        self._sampler_state = dict(state_dict["sampler"])
+        self._worker_seeds.set_state(state_dict["worker_seeds"])
+
+
+def _check_roles(roles: dict[Role, Sequence[str]] | dict[Role, list[str]]) -> None:
+    """Raise ValueError unless the roles are disjoint lists of usable names with at least one seen domain."""
+    where: dict[str, Role] = {}
+    for role, names in roles.items():
+        for name in names:
+            if name in where:
+                raise ValueError(
+                    f"domain {name!r} is given as {where[name]} and as {role}; a domain has exactly one role"
+                )
+            if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(
+                    f"domain name {name!r} is not allowed; use letters, digits, _ and -, and none of {sorted(RESERVED)}"
+                )
+            where[name] = role
+    if not roles["seen"]:
+        raise ValueError("seen=[] leaves nothing to train on; name at least one domain")

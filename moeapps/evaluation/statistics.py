@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intervals and verdicts: what a handful of paired runs can and cannot say.
+
+Two kinds of uncertainty are kept apart. *Between runs* (other seeds, other generated data) the interval is a paired t
+over the per-seed differences. *Within one run* (other test units of the same kind) it is a seeded percentile bootstrap
+over test units. Everything here is plain Python and numpy, so a verdict can be recomputed from a results file anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rule = Literal["superiority", "non-inferiority", "exact"]
+Direction = Literal["higher", "lower", "equal"]
+Verdict = Literal["supported", "not supported", "inconclusive"]
+
+RULES: tuple[Rule, ...] = ("superiority", "non-inferiority", "exact")
+DIRECTIONS: tuple[Direction, ...] = ("higher", "lower", "equal")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with a two-sided confidence interval.
+
+    Args:
+        mean: Point estimate, in the units of the data.
+        low: Lower end.
+        high: Upper end.
+        n: Number of observations it rests on.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a rule says about paired results: the interval of ``system - baseline`` and the verdict.
+
+    The interval is never turned round: with ``direction="lower"`` a better system shows a negative difference. It is
+    None for the rule ``exact``, which makes no statement about runs that were not made.
+    """
+
+    diff_mean: float
+    interval: Interval | None
+    verdict: Verdict
+
+
+def student_t_cdf(t: float, dof: int) -> float:
+    r"""Distribution function of Student's t for a whole number of degrees of freedom.
+
+    With θ = arctan(t/√ν), P(|T| < |t|) is a finite trigonometric sum, so no series is cut and no integral is
+    approximated: for odd ν it is 2/π·(θ + sin θ·(cos θ + 2/3·cos³θ + … )), for even ν it is sin θ·(1 + 1/2·cos²θ +
+        1·3/(2·4)·cos⁴θ + …).
+
+    Args:
+        t: Any real number.
+        dof: Degrees of freedom ν, at least 1.
+
+    Returns:
+        P(T ≤ t), in [0, 1], exact up to rounding (about 1e-15 times the number of terms).
+
+    Raises:
+        ValueError: If ``dof`` is below 1.
+
+    Source: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    """
+    if dof < 1:
+        raise ValueError(f"dof={dof}: a t distribution needs at least one degree of freedom; use two or more pairs")
+    inside = _t_inside(math.atan2(abs(t), math.sqrt(dof)), dof)
+    return 0.5 + math.copysign(0.5 * inside, t)
+
+
+def _t_inside(theta: float, dof: int) -> float:
+    """Give P(|T| < √ν·tan θ) for θ in [0, π/2]."""
+    sin, cos = math.sin(theta), math.cos(theta)
+    odd = dof % 2
+    term = cos if odd else 1.0
+    total = term if dof > 1 else 0.0
+    for j in range(2 + odd, dof - 1, 2):
+        term *= cos * cos * (j - 1) / j
+        total += term
+    return 2 / math.pi * (theta + sin * total) if odd else sin * total
+
+
+def student_t_quantile(prob: float, dof: int) -> float:
+    """Give the t below which Student's distribution has mass ``prob``; the inverse of `student_t_cdf`.
+
+    Bisection on the angle θ = arctan(t/√ν), which lives in a bounded interval and in which the distribution function is
+    smooth and increasing: 200 halvings end at neighbouring floats for every ν.
+
+    Args:
+        prob: Probability in (0, 1).
+        dof: Degrees of freedom, at least 1.
+
+    Raises:
+        ValueError: If ``prob`` is not inside (0, 1) or ``dof`` is below 1.
+    """
+    if not 0.0 < prob < 1.0:
+        raise ValueError(f"prob={prob}: a quantile needs a probability strictly between 0 and 1")
+    student_t_cdf(0.0, dof)  # one place checks dof
+    inside = abs(2.0 * prob - 1.0)
+    low, high = 0.0, math.pi / 2
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if _t_inside(middle, dof) < inside:
+            low = middle
+        else:
+            high = middle
+    return math.copysign(math.sqrt(dof) * math.tan(0.5 * (low + high)), prob - 0.5) if inside else 0.0
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Give the mean of independent values with its t interval: mean ± t(ν=n−1)·s/√n.
+
+    Args:
+        values: At least two finite numbers, one per run.
+        confidence: Two-sided coverage in (0, 1).
+
+    Raises:
+        ValueError: If there are fewer than two values, or one is not finite.
+    """
+    data = _finite(values, "values")
+    n = len(data)
+    if n < 2:
+        raise ValueError(f"{n} value(s): an interval between runs needs at least two; add seeds")
+    mean = math.fsum(data) / n
+    # Two passes: equal values give a width of exactly zero, and no cancellation for values far from zero.
+    var = math.fsum((v - mean) ** 2 for v in data) / (n - 1)
+    half = student_t_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(var / n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_t_interval(system: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Give the mean of ``system - baseline`` with its t interval over pairs (same seed, same data).
+
+    Args:
+        system: One number per seed.
+        baseline: One number per seed, in the same order.
+        confidence: Two-sided coverage in (0, 1).
+
+    Raises:
+        ValueError: If the lengths differ, there are fewer than two pairs, or a value is not finite.
+    """
+    return t_interval(_differences(system, baseline), confidence)
+
+
+def bootstrap_interval(
+    units: NDArray[Any] | Sequence[float],
+    statistic: Callable[[NDArray[Any]], float] | None = None,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Give a statistic of the test units of ONE run with its percentile bootstrap interval.
+
+    Whole units (a scan, a clip, a user, a trajectory) are drawn with replacement: rows inside a unit are not
+    independent. For the difference of two models tested on the same units give an array with one row per unit and a
+    statistic that subtracts.
+
+    Args:
+        units: ``[U]`` or ``[U, ...]``, one entry per test unit, at least two.
+        statistic: Function of a resampled array of the same shape; the mean of all entries when None.
+        resamples: Number of bootstrap samples, at least 100.
+        confidence: Two-sided coverage in (0, 1).
+        seed: Seed of the drawing; the same seed gives the same interval.
+
+    Raises:
+        ValueError: If there are fewer than two units or fewer than 100 resamples.
+    """
+    data = np.asarray(units)
+    if data.ndim == 0 or len(data) < 2:
+        raise ValueError(
+            f"shape {data.shape}: a bootstrap over test units needs at least two units along the first axis"
+        )
+    if resamples < 100:
+        raise ValueError(f"resamples={resamples}: percentiles of fewer than 100 samples mean nothing; use 1000 or more")
+    compute = statistic if statistic is not None else _mean
+    generator = np.random.default_rng(seed)
+    draws = np.array([compute(data[generator.integers(0, len(data), len(data))]) for _ in range(resamples)])
+    low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(float(compute(data)), float(low), float(high), len(data))
+
+
+def judge(
+    system: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    rule: Rule,
+    direction: Direction,
+    margin: float = 0.0,
+    confidence: float = 0.95,
+) -> Judgement:
+    """Apply a rule, fixed before the runs, to paired results.
+
+    With gain g = system − baseline (or its negative when lower is better) and [lo, hi] its interval:
+
+    * ``superiority``: supported if lo > margin, not supported if hi ≤ margin, else inconclusive.
+    * ``non-inferiority``: supported if lo > −margin, not supported if hi ≤ −margin, else inconclusive.
+    * ``exact``: no interval. Direction ``equal``: supported if |system − baseline| ≤ margin in every pair. Direction
+      ``higher`` or ``lower``: supported if g > margin in every pair. Otherwise not supported.
+
+    Args:
+        system: One number per seed.
+        baseline: One number per seed, in the same order.
+        rule: One of `RULES`.
+        direction: Which way is better; ``equal`` is for the rule ``exact`` alone.
+        margin: Not negative, in the units of the metric; non-inferiority needs one above zero.
+        confidence: Two-sided coverage of the interval.
+
+    Raises:
+        ValueError: For an unknown rule or direction, a margin that the rule does not allow, or unusable numbers.
+    """
+    check_rule(rule, direction, margin)
+    differences = _differences(system, baseline)
+    if rule == "exact":
+        sign = -1.0 if direction == "lower" else 1.0
+        holds = all(abs(d) <= margin if direction == "equal" else sign * d > margin for d in differences)
+        return Judgement(math.fsum(differences) / len(differences), None, "supported" if holds else "not supported")
+    interval = t_interval(differences, confidence)
+    low, high = (-interval.high, -interval.low) if direction == "lower" else (interval.low, interval.high)
+    bar = margin if rule == "superiority" else -margin
+    verdict: Verdict = "supported" if low > bar else "not supported" if high <= bar else "inconclusive"
+    return Judgement(interval.mean, interval, verdict)
+
+
+def check_rule(rule: str, direction: str, margin: float) -> None:
+    """Check that rule, direction and margin go together.
+
+    Raises:
+        ValueError: If they do not; the text says what is allowed.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}: allowed are {', '.join(RULES)}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction={direction!r}: allowed are {', '.join(DIRECTIONS)}")
+    if direction == "equal" and rule != "exact":
+        raise ValueError(
+            f"direction='equal' with rule={rule!r}: only the rule 'exact' tests equality; say higher or lower"
+        )
+    if not (math.isfinite(margin) and margin >= 0.0):
+        raise ValueError(f"margin={margin}: give a finite number that is not negative, in the units of the metric")
+    if rule == "non-inferiority" and margin == 0.0:
+        raise ValueError("margin=0 with rule='non-inferiority': give the loss you would accept, or use 'superiority'")
+
+
+def _differences(system: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    left, right = _finite(system, "system"), _finite(baseline, "baseline")
+    if len(left) != len(right) or not left:
+        raise ValueError(f"{len(left)} system and {len(right)} baseline values: pairs need one of each per seed")
+    return [a - b for a, b in zip(left, right, strict=True)]
+
+
+def _finite(values: Sequence[float], what: str) -> list[float]:
+    data = [float(v) for v in values]
+    if not all(math.isfinite(v) for v in data):
+        raise ValueError(f"{what}={data}: every value must be finite; look at the log of the run that gave this one")
+    return data
+
+
+def _mean(units: NDArray[Any]) -> float:
+    return float(units.mean())

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to compute a sparse routing behind one function, ``run``; they differ in speed alone."""
+
+from __future__ import annotations
+
+from moeapps.moe.backends.auto import Backend, choose_backend, run
+from moeapps.moe.backends.plan import Plan, sort_assignments
+
+__all__ = ["Backend", "Plan", "choose_backend", "run", "sort_assignments"]

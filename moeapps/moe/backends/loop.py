@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiable path of any order: sort, one call per expert, weigh, add up; every step is an ordinary operation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moeapps.moe.backends.plan import Plan
+    from moeapps.moe.experts import Experts
+
+
+def loop(
+    experts: Experts, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
+) -> Tensor:
+    """Compute the weighted sum of the chosen experts with ordinary operations.
+
+    Works for every bank that offers ``grouped``, in every dtype, under double backward, forward mode and
+    ``torch.func``.
+
+    Args:
+        experts: The bank.
+        x_ND: Rows (N, ...).
+        plan: Sorted assignments.
+        side: Further inputs with N rows each.
+        at_input: Multiply the weight into the row before the expert instead of into its output.
+
+    Returns:
+        (targets, O).
+    """
+    x_MD = x_ND.index_select(0, plan.row_M)
+    if at_input:
+        x_MD = weigh(x_MD, plan.weight_M)
+    y_MO = experts.grouped(x_MD, plan.counts, *(s.index_select(0, plan.row_M) for s in side))
+    return combine(y_MO if at_input else weigh(y_MO, plan.weight_M), plan)
+
+
+def weigh(rows_M: Tensor, weight_M: Tensor) -> Tensor:
+    """Multiply row m, of any shape, by ``weight_M[m]`` in the dtype of the rows."""
+    return rows_M * weight_M.to(rows_M.dtype).view(-1, *[1] * (rows_M.dim() - 1))
+
+
+def combine(y_MO: Tensor, plan: Plan) -> Tensor:
+    """Add the outputs of the sorted assignments up in their target rows."""
+    return y_MO.new_zeros(plan.num_targets, *y_MO.shape[1:]).index_add(0, plan.target_M, y_MO)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which the assignments of a routing are computed: expert by expert, without those that need no work.
+
+Shape legend: N rows, M assignments, E experts, K chosen per row; M of a plan counts real assignments alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moeapps.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Assignments sorted by expert, in routing order within an expert; sentinels ("no work") are gone.
+
+    Attributes:
+        row_M: int64, row of the input that each sorted assignment reads.
+        target_M: int64, row of the output that it adds to.
+        weight_M: Its weight, differentiable with respect to the routing's weight.
+        counts: Assignments of each expert, E integers on the host; they sum to M.
+        num_rows: N, rows of the input.
+        num_targets: Rows of the output.
+        inverse_NK: int64 (N, K) or None. Where row n's j-th assignment went in the sorted order; only when every row
+            has exactly K real assignments that return to it.
+    """
+
+    row_M: Tensor
+    target_M: Tensor
+    weight_M: Tensor
+    counts: list[int]
+    num_rows: int
+    num_targets: int
+    inverse_NK: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E, experts of the bank, busy or not."""
+        return len(self.counts)
+
+    @property
+    def num_assignments(self) -> int:
+        """M, assignments that are computed."""
+        return self.row_M.shape[0]
+
+    def expert_M(self) -> Tensor:
+        """Expert of each sorted assignment, int64 (M,)."""
+        ids = torch.arange(self.num_experts, device=self.row_M.device)
+        return torch.repeat_interleave(ids, self.counts_E(), output_size=self.num_assignments)
+
+    def counts_E(self) -> Tensor:
+        """The counts as an int64 tensor (E,) on the device of the plan."""
+        return torch.tensor(self.counts, device=self.row_M.device)
+
+
+def sort_assignments(routing: Routing) -> Plan:
+    """Sort a sparse routing by expert and drop its sentinels before anything is gathered.
+
+    The sort is stable, and its keys are the smallest integers that hold E + 1 values: radix sort of uint8 takes a fifth
+    of the time of int64. The counts cross to the host once.
+
+    Args:
+        routing: Sparse routing; expert id ``num_experts`` marks "no work".
+
+    Returns:
+        The plan, with the same weights in the new order.
+
+    Raises:
+        ValueError: If an expert id lies outside ``0 .. num_experts``.
+    """
+    num_experts = routing.num_experts
+    counts = _counts(routing.expert_M, num_experts)
+    num_real = sum(counts)
+    total = routing.expert_M.shape[0]
+    top_k = routing.top_k
+    if num_experts == 1 and num_real == total:
+        order_M = torch.arange(total, device=routing.expert_M.device)
+    else:
+        order_M = torch.sort(routing.expert_M.to(_key_dtype(num_experts)), stable=True).indices[:num_real]
+    row_M = order_M.div(top_k, rounding_mode="floor") if top_k else routing.row_M.index_select(0, order_M)
+    target_M = row_M if routing.target_M is None else routing.target_M.index_select(0, order_M)
+    inverse_NK = None
+    if top_k and routing.target_M is None and num_real == total:
+        inverse = torch.empty_like(order_M)
+        inverse[order_M] = torch.arange(total, device=order_M.device)
+        inverse_NK = inverse.view(-1, top_k)
+    return Plan(
+        row_M=row_M,
+        target_M=target_M,
+        weight_M=routing.weight_M.index_select(0, order_M),
+        counts=counts,
+        num_rows=routing.num_rows,
+        num_targets=routing.num_rows if routing.num_targets is None else routing.num_targets,
+        inverse_NK=inverse_NK,
+    )
+
+
+def _counts(expert_M: Tensor, num_experts: int) -> list[int]:
+    """Assignments per expert on the host, without the sentinel."""
+    counts: list[int] = torch.bincount(expert_M, minlength=num_experts + 1).tolist()
+    if len(counts) > num_experts + 1:
+        raise ValueError(
+            f"the routing names expert {len(counts) - 1}, but there are {num_experts} experts; ids run from 0 to "
+            f"{num_experts - 1}, and {num_experts} means 'no work'."
+        )
+    return counts[:num_experts]
+
+
+def _key_dtype(num_experts: int) -> torch.dtype:
+    """Smallest integer type that holds the ids 0 .. num_experts (the sentinel included)."""
+    if num_experts <= torch.iinfo(torch.uint8).max:
+        return torch.uint8
+    return torch.int16 if num_experts <= torch.iinfo(torch.int16).max else torch.int32

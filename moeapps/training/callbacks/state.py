@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps beside its weights: random states, config and origin, and a checkpoint when it is interrupted."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from moeapps.training.run import config_hash, git_commit, run_dir, versions, write_json
+
+log = logging.getLogger("moeapps")
+
+
+class TipFilter(logging.Filter):
+    """Drop the two advertising tips that Lightning prints at every run."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is shown."""
+        return "Tip: For seamless" not in record.getMessage()
+
+
+class RandomState(L.Callback):
+    """Keep the global random states (python, numpy, torch, CUDA) of every process in the checkpoint.
+
+    They are put back when training starts again, after everything that draws numbers while setting up.
+    """
+
+    def __init__(self) -> None:
+        self._restored: list[dict[str, Any]] | None = None
+        self._alone = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Ask no other process for its state any more: it may be gone."""
+        self._alone = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random states of all processes in order of rank (collective, except after an exception)."""
+        mine = _random_state()
+        states: list[Any] = [mine]
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and not self._alone:
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, mine)
+        return {"states": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the stored states until training starts."""
+        self._restored = state_dict["states"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the stored state of this process back; a process that had none keeps its own."""
+        if self._restored is not None and trainer.global_rank < len(self._restored):
+            _set_random_state(self._restored[trainer.global_rank])
+        self._restored = None
+
+
+class InterruptCheckpoint(L.Callback):
+    """Write checkpoints/interrupted.ckpt when training is stopped by Ctrl-C, a signal or, alone, an error."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the state of the run and say how to go on."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
+            return
+        if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            return  # the other processes may never reach the barrier inside save_checkpoint
+        folder = run_dir(trainer)
+        if folder is None or not trainer.checkpoint_callbacks:
+            return
+        path = folder / "checkpoints" / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        log.info("interrupted; go on with: moeapps fit --config %s --ckpt_path %s", folder / "config.yaml", path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep best.ckpt by the task's monitor, and last.ckpt, at the end of every epoch.
+
+    A resumed run gets a folder of its own; it takes the best checkpoint so far, and its score, along.
+
+    Args:
+        monitor: key of the metric that decides.
+        mode: whether it should be small (``min``) or large (``max``).
+    """
+
+    def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
+        super().__init__(
+            filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1, enable_version_counter=False
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
+        state = dict(state_dict)
+        old = Path(state["best_model_path"])
+        if self.dirpath is not None and state["dirpath"] != self.dirpath and old.is_file():
+            new = Path(self.dirpath) / old.name
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                new.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(old, new)
+            state["best_k_models"] = {str(new): score for score in state["best_k_models"].values()}
+            state["best_model_path"] = state["kth_best_model_path"] = str(new)
+            state["last_model_path"] = ""
+        super().load_state_dict({**state, "dirpath": self.dirpath})
+
+
+class SaveRun(SaveConfigCallback):
+    """Save config.yaml and run.json (commit, versions, config hash, seed) in the run folder.
+
+    A command that works in the folder of an earlier run writes config_<command>.yaml and leaves config.yaml alone.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose the file name, then save as Lightning does."""
+        folder = trainer.log_dir
+        if not self.already_saved and stage != "fit" and folder is not None and (Path(folder) / "run.json").is_file():
+            self.config_filename = f"config_{stage}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write run.json beside config.yaml."""
+        folder = run_dir(trainer)
+        if folder is not None and self.config_filename == "config.yaml":
+            write_json(folder / "run.json", self.describe_run())
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return system, name, seed, config hash, commit and versions."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
+        return {
+            "system": config.get("system"),
+            "name": config.get("name"),
+            "seed": config.get("seed_everything"),
+            "config_hash": config_hash(config),
+            "commit": git_commit(),
+            "versions": versions(),
+        }
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the state others draw from
+    return {
+        "python": random.getstate(),
+        # A tensor in place of the array: checkpoints must load with weights_only=True.
+        "numpy": (name, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

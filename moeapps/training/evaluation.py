@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores per domain: metrics, losses and counts, and the means over roles made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, SumMetric
+
+Direction = Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one domain.
+
+    Args:
+        domain: name of the domain.
+        role: ``seen``, ``validation`` or ``unseen``.
+        metric: name of the metric.
+        value: its value.
+        n: items (scans, clips, rows) it was computed from.
+        direction: whether a larger (``max``) or a smaller (``min``) value is better.
+    """
+
+    domain: str
+    role: str
+    metric: str
+    value: float
+    n: int
+    direction: Direction
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of one evaluation and, where a task gives them, values per test unit.
+
+    Args:
+        scores: one entry per domain and metric.
+        units: domain -> metric -> values per unit.
+    """
+
+    scores: list[Score]
+    units: dict[str, dict[str, list[float]]]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return role -> metric -> mean over the domains of the role, plus ``gap``.
+
+        ``gap`` = how much worse unseen domains are than seen ones (seen - unseen where larger is better, else
+        unseen - seen). A domain whose metric is not a number is left out of the mean.
+        """
+        grouped: dict[str, dict[str, list[float]]] = {}
+        for score in self.scores:
+            grouped.setdefault(score.role, {}).setdefault(score.metric, []).append(score.value)
+        means = {role: {name: _mean(values) for name, values in metrics.items()} for role, metrics in grouped.items()}
+        if "seen" in means and "unseen" in means:
+            sign = {score.metric: 1.0 if score.direction == "max" else -1.0 for score in self.scores}
+            common = [name for name in means["seen"] if name in means["unseen"]]
+            means["gap"] = {name: sign[name] * (means["seen"][name] - means["unseen"][name]) for name in common}
+        return means
+
+    def keys(self, stage: str) -> dict[str, float]:
+        """Return the logged keys ``<stage>/<domain or role or gap>/<metric>``."""
+        flat = {f"{stage}/{score.domain}/{score.metric}": score.value for score in self.scores}
+        for role, metrics in self.summary().items():
+            flat.update({f"{stage}/{role}/{name}": value for name, value in metrics.items()})
+        return flat
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON form: ``rows``, ``summary`` and, if there are any, ``units``."""
+        value: dict[str, Any] = {"rows": [vars(score) for score in self.scores], "summary": self.summary()}
+        if self.units:
+            value["units"] = self.units
+        return value
+
+
+class DomainScores(nn.Module):
+    """Metrics, mean loss, item count and per-unit values of several domains; its states are summed over processes.
+
+    Args:
+        domains: domain -> role, in the order of the table.
+        configure_metrics: gives fresh metrics for a domain.
+
+    Raises:
+        ValueError: a metric is called ``loss``, which is the name of the mean loss.
+    """
+
+    def __init__(self, domains: dict[str, str], configure_metrics: Callable[[str], MetricCollection]) -> None:
+        super().__init__()
+        self.domains = dict(domains)
+        self.index = {name: i for i, name in enumerate(domains)}
+        self.metrics = nn.ModuleList([configure_metrics(name) for name in domains])
+        self.losses = nn.ModuleList([MeanMetric(nan_strategy="disable") for _ in domains])
+        self.counts = nn.ModuleList([SumMetric() for _ in domains])
+        self.units: dict[str, dict[str, CatMetric]] = {name: {} for name in domains}
+        for name, metrics in zip(domains, self.metrics, strict=True):
+            if "loss" in cast(MetricCollection, metrics):
+                raise ValueError(f"the metrics of domain {name!r} hold a 'loss'; choose another name for it")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for module in (*self.metrics, *self.losses, *self.counts):
+            cast(Metric, module).reset()
+        self.units = {name: {} for name in self.domains}
+
+    def update(
+        self, domain: str, loss: Tensor, batch_size: int, metric_args: tuple[Any, ...], units: dict[str, Tensor]
+    ) -> None:
+        """Add one batch of a domain."""
+        i = self.index[domain]
+        if metric_args:
+            cast(MetricCollection, self.metrics[i]).update(*metric_args)
+        cast(MeanMetric, self.losses[i]).update(loss.detach(), batch_size)
+        cast(SumMetric, self.counts[i]).update(batch_size)
+        for name, values in units.items():
+            metric = self.units[domain].setdefault(name, CatMetric(nan_strategy="disable").to(loss.device))
+            metric.update(values.detach().float())
+
+    def compute(self, domains: list[str]) -> ScoreTable:
+        """Return the scores of the given domains over all processes; a collective, to be called by each of them."""
+        scores: list[Score] = []
+        units: dict[str, dict[str, list[float]]] = {}
+        for domain in domains:
+            i, role = self.index[domain], self.domains[domain]
+            n = int(cast(SumMetric, self.counts[i]).compute())
+            scores.append(Score(domain, role, "loss", float(cast(MeanMetric, self.losses[i]).compute()), n, "min"))
+            collection = cast(MetricCollection, self.metrics[i])
+            values = collection.compute() if len(collection) else {}
+            for name, value in values.items():
+                direction: Direction = "min" if collection[name].higher_is_better is False else "max"
+                scores.append(Score(domain, role, name, float(torch.as_tensor(value)), n, direction))
+            if self.units[domain]:
+                units[domain] = {
+                    name: torch.as_tensor(metric.compute()).flatten().tolist()
+                    for name, metric in sorted(self.units[domain].items())
+                }
+        return ScoreTable(scores, units)
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return sum(finite) / len(finite) if finite else math.nan

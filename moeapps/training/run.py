@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: where it is, what is written there, and who made it (commit, versions, config hash)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+PACKAGES = (
+    "moeapps",
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "torch-geometric",
+    "torchaudio",
+    "timm",
+    "numpy",
+)
+# Keys that say where and how loudly a run runs, not what it computes.
+_SILENT_TRAINER_KEYS = (
+    "logger",
+    "callbacks",
+    "default_root_dir",
+    "profiler",
+    "log_every_n_steps",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+)
+_COUNTED_KEYS = ("seed_everything", "system", "model", "data")
+
+
+def runs_root() -> Path:
+    """Return the folder of all runs: $MOEAPPS_RUNS, or ``runs`` in the working directory."""
+    return Path(os.environ.get("MOEAPPS_RUNS") or "runs")
+
+
+def next_version(folder: Path) -> int:
+    """Return the first k for which no ``version_k`` of ``folder`` has that or a higher number."""
+    taken = [int(p.name[8:]) for p in folder.glob("version_*") if p.name[8:].isdigit()] if folder.is_dir() else []
+    return max(taken, default=-1) + 1
+
+
+def run_dir(trainer: L.Trainer) -> Path | None:
+    """Return the folder of this run, or None where nothing is to be written (fast_dev_run, barebones).
+
+    Must be called on all processes.
+    """
+    if getattr(trainer, "fast_dev_run", False) or trainer.barebones:
+        return None
+    folder = trainer.log_dir
+    return None if folder is None else Path(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON whole or not at all; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a copy of a JSON value in which every number that is not finite is None."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def git_commit(folder: Path | None = None) -> str | None:
+    """Return the commit of the checkout that holds this package (``-dirty`` appended if it has changes), or None."""
+    folder = folder or Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Return 12 hex digits that name what a run computes: seed, system, model, data and the trainer's numbers.
+
+    The run's name, its folders, loggers and progress bars do not count.
+    """
+    counted: dict[str, Any] = {key: config.get(key) for key in _COUNTED_KEYS}
+    trainer = dict(config.get("trainer") or {})
+    counted["trainer"] = {key: value for key, value in trainer.items() if key not in _SILENT_TRAINER_KEYS}
+    text = json.dumps(counted, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lightning side of every task: one ``shared_step``, everything else is done here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.mixins import hparams_mixin
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from moeapps.data.domain import STAGE_ROLES, DomainDataModule
+from moeapps.moe.losses import AuxLoss
+from moeapps.moe.record import MoERecorder, Record
+from moeapps.training.evaluation import DomainScores
+from moeapps.training.optim import Constant, OptimizerConfig, Schedule, build_adamw
+from moeapps.training.run import run_dir, write_json
+
+Stage = Literal["train", "val", "test"]
+
+
+@dataclass
+class StepOutput:
+    """What one batch gave.
+
+    Args:
+        loss: scalar; the task's own loss without auxiliary losses.
+        batch_size: items in the batch (scans, clips, rows); the weight of this batch in means.
+        metric_args: arguments of the metrics' ``update``, in order.
+        logs: further scalars, logged as ``train/<name>`` while training.
+        units: values per test unit, metric name -> (units,), for intervals within a run; optional.
+    """
+
+    loss: Tensor
+    batch_size: int
+    metric_args: tuple[Any, ...] = ()
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, Tensor] = field(default_factory=dict)
+
+
+class BaseTask(L.LightningModule):
+    """Base class of all task modules.
+
+    A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes
+    something, ``predict_step``. The base records routing, adds auxiliary losses, keeps metrics per domain and logs
+    ``train/...``, ``val/<domain>/<metric>``, ``val/<role>/<metric>``, ``test/...`` and ``test/gap/<metric>``.
+
+    Args:
+        facts: plain values from the data module (linked by the command line); ``facts["domains"]`` names the roles.
+        aux_losses: losses on the routing, each added with its own weight and logged as ``train/aux/<name>``.
+        optimizer: AdamW's numbers and parameter groups by name pattern.
+        schedule: learning-rate schedule over the run.
+
+    Raises:
+        ValueError: ``facts`` without domains, or two auxiliary losses of one name.
+    """
+
+    monitor: ClassVar[str] = "val/validation/loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    main_metric: ClassVar[str] = "loss"
+
+    def __init__(
+        self,
+        *,
+        facts: dict[str, Any],
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        if hparams_mixin._given_hyperparameters.get() is not None:
+            # Only the command line gives plain values; live modules would make the checkpoint unsafe to load.
+            self.save_hyperparameters(logger=False)
+        if "domains" not in facts:
+            raise ValueError(f"facts has no 'domains' but {sorted(facts)}; give the data module's facts")
+        names = [loss.name for loss in aux_losses or []]
+        if len(set(names)) < len(names):
+            raise ValueError(f"auxiliary losses {names} share a name; give each its own")
+        self.facts = facts
+        self.aux_losses = nn.ModuleList(aux_losses or [])
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.schedule = schedule or Constant()
+        self.scores: dict[str, DomainScores] = {}
+        self.last_records: list[Record] = []
+        self.last_domain: str | None = None
+
+    # What a subclass provides -------------------------------------------------------------------------------------
+
+    def shared_step(self, batch: Any, stage: Stage) -> StepOutput:
+        """Return loss and metric arguments of one batch."""
+        raise TypeError(f"{type(self).__name__} must define shared_step(batch, stage)")
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        """Return fresh metrics for one domain; their names are the ``<metric>`` of the keys."""
+        return MetricCollection({})
+
+    def num_tokens(self, batch: Any) -> int:
+        """Return how many tokens (points, frames, pixels, rows) a batch holds: the unit of FLOPs per token."""
+        raise TypeError(f"{type(self).__name__} must define num_tokens(batch)")
+
+    # Steps --------------------------------------------------------------------------------------------------------
+
+    def recorded_step(self, batch: Any, stage: Stage) -> StepOutput:
+        """Run ``shared_step`` under a recorder and keep its records for losses and callbacks."""
+        with MoERecorder(self) as recorder:
+            out = self.shared_step(batch, stage)
+        self.last_records = recorder.records
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss plus the weighted auxiliary losses, and log each of them."""
+        self.last_domain = None
+        out = self.recorded_step(batch, "train")
+        total = out.loss
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            value = aux(self.last_records)
+            total = total + aux.weight * value
+            self.log_train(f"aux/{aux.name}", value, out.batch_size)
+        for name, value in out.logs.items():
+            self.log_train(name, value, out.batch_size)
+        self.log_train("loss", out.loss, out.batch_size, prog_bar=True)
+        optimizers = self.trainer.optimizers
+        if optimizers:
+            self.log_train("lr", torch.tensor(float(optimizers[0].param_groups[0]["lr"])), out.batch_size)
+        return total
+
+    def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
+        """Log one training scalar of this step as ``train/<name>``."""
+        self.log(
+            f"train/{name}", value.detach(), batch_size=batch_size, prog_bar=prog_bar, on_step=True, on_epoch=False
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the scores of the domain whose loader gave the batch."""
+        self.evaluation_step(batch, "val", batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the scores of the domain whose loader gave the batch."""
+        self.evaluation_step(batch, "test", batch_idx, dataloader_idx)
+
+    def evaluation_step(self, batch: Any, stage: Literal["val", "test"], batch_idx: int, dataloader_idx: int) -> None:
+        """Run one evaluation batch; padding batches of a multi-process run are computed but not counted."""
+        self.last_domain = self.data.eval_domains(stage)[dataloader_idx]
+        out = self.recorded_step(batch, stage)
+        if self.data.is_padding(stage, dataloader_idx, batch_idx):
+            self.last_records = []
+            return
+        self.scores[stage].update(self.last_domain, out.loss, out.batch_size, out.metric_args, out.units)
+
+    # Evaluation epochs --------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> DomainDataModule:
+        """The data module of the running trainer."""
+        return cast(DomainDataModule, cast(Any, self.trainer).datamodule)
+
+    def setup(self, stage: str) -> None:
+        """Build the metrics of every configured domain, once."""
+        roles = cast(dict[str, list[str]], self.facts["domains"])
+        for name, wanted in STAGE_ROLES.items():
+            if name not in self.scores:
+                domains: dict[str, str] = {domain: role for role in wanted for domain in roles[role]}
+                self.scores[name] = DomainScores(domains, self.configure_metrics)
+                self.add_module(f"{name}_scores", self.scores[name])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an earlier evaluation (the sanity check, too) left in the metrics."""
+        self.scores["val"].reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an earlier evaluation left in the metrics."""
+        self.scores["test"].reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation keys and, under ``validate``, write metrics/val.json."""
+        if not self.trainer.sanity_checking:
+            self._finish("val", write=self.trainer.state.fn == "validate")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test keys and write metrics/test.json."""
+        self._finish("test", write=True)
+
+    def _finish(self, stage: Literal["val", "test"], *, write: bool) -> None:
+        table = self.scores[stage].compute(self.data.eval_domains(stage))
+        bar = {f"{stage}/{role}/{self.main_metric}" for role in ("seen", "validation")}
+        for key, value in table.keys(stage).items():
+            self.log(key, value, prog_bar=key in bar, batch_size=1, sync_dist=True)
+        self.results = table
+        folder = run_dir(self.trainer)
+        if write and folder is not None and self.trainer.is_global_zero:
+            write_json(folder / "metrics" / f"{stage}.json", {"header": self.header(), **table.as_dict()})
+
+    def header(self) -> dict[str, Any]:
+        """Return what a results file says about its run: the parts that callbacks and the command line know."""
+        parts: dict[str, Any] = {"task": f"{type(self).__module__}.{type(self).__qualname__}"}
+        for callback in cast(Any, self.trainer).callbacks:
+            describe: Callable[[], dict[str, Any]] | None = getattr(callback, "describe_run", None)
+            if describe is not None:
+                parts.update(describe())
+        parts["sources"] = dict(self.data.sources)
+        parts["missing_domains"] = dict(self.data.missing)
+        parts["epoch"] = self.current_epoch
+        parts["global_step"] = self.global_step
+        return parts
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let go of the records, which hold the step's graph."""
+        self.last_records = []
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Let go of the records."""
+        self.last_records = []
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Let go of the records."""
+        self.last_records = []
+
+    # Optimisation -------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW with the configured groups and the schedule over the trainer's total number of steps."""
+        optimizer = build_adamw(self, self.optimizer_config)
+        scheduler = self.schedule(optimizer, max(1, int(self.trainer.estimated_stepping_batches)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

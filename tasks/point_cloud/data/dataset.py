@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Items for the network: voxels of one scan, with features, labels and the way back to the raw points."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torch_geometric.data import Batch, Data
+
+from tasks.point_cloud.data.features import common_features, normalise_light, paper_features, voxelise
+from tasks.point_cloud.data.scans import ScanArrays
+from tasks.point_cloud.data.scene import Floats, Ints
+from tasks.point_cloud.transforms import Augmentation, crop_columns, tile_columns
+
+Features = Literal["common", "paper"]
+
+
+class Scan(Data):  # type: ignore[misc]
+    """One scan, or a part of one, as voxels. ``Batch.from_data_list`` makes a batch of several.
+
+    Attributes:
+        pos: [N, 3] float32 metres, one point per voxel.
+        grid: [N, 3] int64 voxel coordinates, minimum 0.
+        x: [N, 6] float32 features.
+        y: [N] int64 index into the label set of its domain, -1 ignored.
+        domain: [1] int64 index into ``facts["domain_names"]``.
+        raw_y: [R] int64 labels of the raw points.
+        inverse: [R] int64 voxel of every raw point; in a batch it counts through all voxels.
+        name: name of the scan.
+    """
+
+    def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Shift ``inverse`` by the voxels before it when scans are joined."""
+        return self.num_nodes if key == "inverse" else super().__inc__(key, value, *args, **kwargs)
+
+
+class _Epoch(Protocol):
+    epoch: int
+
+
+class _FirstEpoch:
+    epoch = 0
+
+
+class ScanDataset(Dataset[Scan]):
+    """Scans of one domain and split.
+
+    Training items are random: item i in epoch e is a function of (seed, domain, e, i) and nothing else, so that a
+    resumed run sees the crops an uninterrupted one would have seen. Test items are fixed tiles that cover every point.
+
+    Args:
+        scans: the scans.
+        domain: name of the domain; labels are looked up in its label set.
+        domain_index: position of the domain in ``facts["domain_names"]``.
+        voxel: voxel edge, metres.
+        max_voxels: most voxels in a crop or tile.
+        train: random crops (True) or fixed tiles.
+        crops: training items per scan and epoch.
+        augmentation: random changes in training; None for none.
+        features: ``common`` or ``paper``.
+        indoor: which of the paper's two layouts applies.
+        seed: seed of all draws.
+
+    Raises:
+        ValueError: a scan is empty, has coordinates that are not finite, or labels outside the domain's set.
+    """
+
+    def __init__(
+        self,
+        scans: list[ScanArrays],
+        *,
+        domain: str,
+        domain_index: int,
+        voxel: float,
+        max_voxels: int = 3000,
+        train: bool = False,
+        crops: int = 1,
+        augmentation: Augmentation | None = None,
+        features: Features = "common",
+        indoor: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.domain, self.domain_index, self.voxel, self.max_voxels = domain, domain_index, voxel, max_voxels
+        self.train, self.crops, self.augmentation = train, crops, augmentation
+        self.features, self.indoor, self.seed = features, indoor, seed
+        self.clock: _Epoch = _FirstEpoch()
+        self.scans = scans
+        self.targets = [_check(scan, domain) for scan in scans]
+        self.lights = [normalise_light(scan.light) for scan in scans]
+        self.tiles: list[tuple[int, Ints]] = []
+        if not train:
+            for index, scan in enumerate(scans):
+                voxels = voxelise(scan.pos, voxel, self._fixed(index))
+                cell_pos = scan.pos[voxels.pick]
+                owner = np.empty(len(cell_pos), np.int64)
+                parts = tile_columns(cell_pos, max_voxels)
+                for number, part in enumerate(parts):
+                    owner[part] = number
+                of_point = owner[voxels.inverse]
+                self.tiles.extend((index, np.flatnonzero(of_point == number)) for number in range(len(parts)))
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.scans) * self.crops if self.train else len(self.tiles)
+
+    def __getitem__(self, index: int) -> Scan:
+        """Return one item."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        if self.train:
+            return self._crop(index)
+        scan, points = self.tiles[index]
+        voxels = voxelise(self.scans[scan].pos[points], self.voxel, self._fixed(scan))
+        return self._item(
+            scan, points, self.scans[scan].pos[points], self.lights[scan][points], voxels.pick, voxels.inverse
+        )
+
+    def _fixed(self, scan: int) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(self.scans[scan].name.encode()))
+
+    def _crop(self, index: int) -> Scan:
+        rng = np.random.default_rng((self.seed, zlib.crc32(self.domain.encode()), self.clock.epoch, index))
+        scan = index % len(self.scans)
+        points = np.arange(len(self.scans[scan]))
+        pos, light = self.scans[scan].pos, self.lights[scan]
+        if self.augmentation is not None:
+            points = self.augmentation.keep(len(points), rng)
+            pos = self.augmentation.move(pos[points], self.voxel, rng)
+            light = self.augmentation.relight(light[points], rng)
+        voxels = voxelise(pos, self.voxel, rng)
+        chosen = crop_columns(pos[voxels.pick], self.max_voxels, rng)
+        rank = np.full(len(voxels.pick), -1, np.int64)
+        rank[chosen] = np.arange(len(chosen))
+        inside = np.flatnonzero(rank[voxels.inverse] >= 0)
+        place = np.full(len(points), -1, np.int64)
+        place[inside] = np.arange(len(inside))
+        pick, inverse = place[voxels.pick[chosen]], rank[voxels.inverse[inside]]
+        return self._item(scan, points[inside], pos[inside], light[inside], pick, inverse)
+
+    def _item(self, scan: int, points: Ints, pos: Floats, light: Floats, pick: Ints, inverse: Ints) -> Scan:
+        """Make an item of raw ``points`` at ``pos``; ``pick`` and ``inverse`` index into them."""
+        arrays, target = self.scans[scan], self.targets[scan][points]
+        cell_pos, cell_light, cell_up = pos[pick], light[pick], arrays.up[points[pick]]
+        if self.features == "paper":
+            x = paper_features(cell_pos, self.voxel, cell_light, cell_up, indoor=self.indoor)
+        else:
+            x = common_features(cell_pos, self.voxel, cell_light, cell_up)
+        grid = np.floor(cell_pos.astype(np.float64) / self.voxel).astype(np.int64)
+        return Scan(
+            pos=torch.from_numpy(np.ascontiguousarray(cell_pos)),
+            grid=torch.from_numpy(grid - grid.min(0)),
+            x=torch.from_numpy(x),
+            y=torch.from_numpy(target[pick]),
+            domain=torch.tensor([self.domain_index]),
+            raw_y=torch.from_numpy(target),
+            inverse=torch.from_numpy(inverse),
+            name=arrays.name,
+        )
+
+
+def _check(scan: ScanArrays, domain: str) -> Ints:
+    if len(scan) == 0:
+        raise ValueError(f"scan {scan.name} of domain {domain!r} is empty; leave it out")
+    bad = int((~np.isfinite(scan.pos)).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"scan {scan.name} of domain {domain!r} has {bad} points with NaN or infinite coordinates; drop them"
+        )
+    return scan.target(domain)
+
+
+def collate_scans(items: list[Scan]) -> Batch:
+    """Join scans into one batch; it gains ``batch`` [N] and ``ptr`` [B + 1]."""
+    return Batch.from_data_list(items)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Voxels and the six input channels that all domains share.
+
+Channels: offset inside the voxel / voxel size (3, in [-0.5, 0.5]); height above the 2 per cent quantile of the crop
+/ 3 m (1, in [-1, 6]); light (luminance or intensity) between the 5 and 95 per cent quantiles of its own scan (1, in
+[0, 1]); |z| of the surface normal from a PCA over the 27 cells around the voxel (1, in [0, 1]). No channel says
+which sensor was used: same layout, same range, no unit of the sensor's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.point_cloud.data.scene import Floats, Ints
+
+IN_DIM = 6
+_HEIGHT_SCALE = 3.0
+_LARGEST_CELL = 2**20
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """Occupied cells of R points.
+
+    Attributes:
+        grid: [N, 3] int64 cell coordinates, minimum 0, in lexicographic order (x, then y, then z).
+        inverse: [R] int64 cell of every point.
+        pick: [N] int64 one point of every cell.
+    """
+
+    grid: Ints
+    inverse: Ints
+    pick: Ints
+
+
+def cell_keys(pos: npt.NDArray[np.floating], size: float) -> tuple[Ints, tuple[int, int]]:
+    """Return one int64 key per point and the strides (of x, of y) between neighbouring cells.
+
+    Raises:
+        ValueError: the cloud is more than 2^20 cells wide.
+    """
+    cell = np.floor(np.asarray(pos, np.float64) / size).astype(np.int64)
+    cell -= cell.min(0)
+    top = cell.max(0) + 3  # one empty cell on each side, so that neighbour keys never wrap
+    if top.max() > _LARGEST_CELL:
+        raise ValueError(
+            f"the cloud is {top.max()} voxels of {size} m wide, at most {_LARGEST_CELL} are allowed; "
+            "use a larger voxel, or remove far-away stray points"
+        )
+    stride_y, stride_x = int(top[2]), int(top[2] * top[1])
+    return (cell[:, 0] + 1) * stride_x + (cell[:, 1] + 1) * stride_y + cell[:, 2] + 1, (stride_x, stride_y)
+
+
+def voxelise(pos: npt.NDArray[np.floating], size: float, rng: np.random.Generator | None = None) -> Voxels:
+    """Group points into cubes of ``size`` metres and pick one point of each.
+
+    Args:
+        pos: [R, 3] metres, R >= 1.
+        size: edge of a voxel, metres.
+        rng: draws the picked point; None picks the first in file order.
+
+    Raises:
+        ValueError: the cloud is more than 2^20 cells wide.
+    """
+    keys, (stride_x, stride_y) = cell_keys(pos, size)
+    order = rng.permutation(len(keys)) if rng is not None else np.arange(len(keys))
+    cells, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
+    back = np.empty_like(inverse)
+    back[order] = inverse
+    x, rest = np.divmod(cells, stride_x)
+    y, z = np.divmod(rest, stride_y)
+    grid = np.stack([x, y, z], axis=1)
+    return Voxels(grid - grid.min(0), back, order[first])
+
+
+def normal_z(pos: npt.NDArray[np.floating], size: float) -> Floats:
+    """Return [R] |z| of the normals of R points, equal within a voxel.
+
+    The normal is the eigenvector of the smallest eigenvalue of the covariance of all points in the 27 cells around
+    the voxel. Fewer than three points have none: 0. A turn about the z axis leaves the value unchanged up to the
+    rounding of points into cells, so it is computed once per scan and kept.
+    """
+    keys, (stride_x, stride_y) = cell_keys(pos, size)
+    cells, inverse = np.unique(keys, return_inverse=True)
+    p = np.asarray(pos, np.float64)
+    p = p - p.mean(0)
+    pairs = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+    columns = [np.ones(len(p)), *p.T, *(p[:, i] * p[:, j] for i, j in pairs)]
+    sums = np.stack([np.bincount(inverse, weights=c, minlength=len(cells)) for c in columns], axis=1)
+    total = np.zeros_like(sums)
+    for dx in (-1, 0, 1):
+        for dy in (-1, 0, 1):
+            for dz in (-1, 0, 1):
+                wanted = cells + dx * stride_x + dy * stride_y + dz
+                at = np.minimum(np.searchsorted(cells, wanted), len(cells) - 1)
+                there = cells[at] == wanted
+                total[there] += sums[at[there]]
+    count = total[:, 0]
+    mean = total[:, 1:4] / count[:, None]
+    covariance = np.empty((len(cells), 3, 3))
+    for index, (i, j) in enumerate(pairs):
+        covariance[:, i, j] = covariance[:, j, i] = total[:, 4 + index] / count - mean[:, i] * mean[:, j]
+    _, vectors = np.linalg.eigh(covariance)
+    up = np.where(count >= 3, np.minimum(np.abs(vectors[:, 2, 0]), 1.0), 0.0)
+    return up[inverse].astype(np.float32)
+
+
+def normalise_light(light: npt.NDArray[np.floating]) -> Floats:
+    """Map luminance or intensity of one scan to [0, 1] by its 5 and 95 per cent quantiles; constant gives 0.5."""
+    if len(light) == 0:
+        return np.zeros(0, np.float32)
+    low, high = np.quantile(light, (0.05, 0.95))
+    if high - low < 1e-9:
+        return np.full(len(light), 0.5, np.float32)
+    return np.clip((light - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def common_features(
+    pos: npt.NDArray[np.floating], size: float, light: npt.NDArray[np.floating], up: npt.NDArray[np.floating]
+) -> Floats:
+    """Return the [N, 6] common layout for N points, one per voxel.
+
+    Args:
+        pos: [N, 3] metres.
+        size: voxel edge, metres.
+        light: [N] from :func:`normalise_light`.
+        up: [N] from :func:`normal_z`.
+    """
+    offset = pos / size - np.floor(pos / size) - 0.5
+    height = np.clip((pos[:, 2] - np.quantile(pos[:, 2], 0.02)) / _HEIGHT_SCALE, -1, 6)
+    return np.concatenate([offset, height[:, None], light[:, None], up[:, None]], axis=1).astype(np.float32)
+
+
+def paper_features(
+    pos: npt.NDArray[np.floating],
+    size: float,
+    light: npt.NDArray[np.floating],
+    up: npt.NDArray[np.floating],
+    *,
+    indoor: bool,
+) -> Floats:
+    """Return six channels as the paper feeds them: they mean one thing indoors and another outdoors.
+
+    Indoors colour (here grey, three times) and normal (here (0, 0, |z|)); outdoors xyz in metres and intensity three
+    times. Kept to show what a domain cue in the input does.
+    Source: Point-MoE release, configs/point_moe (UVA-Computer-Vision-Lab/point_moe).
+    """
+    del size
+    grey = np.repeat(light[:, None], 3, axis=1)
+    zero = np.zeros(len(pos))
+    first = grey if indoor else pos - pos.mean(0)
+    second = np.stack([zero, zero, up], axis=1) if indoor else grey
+    return np.concatenate([first, second], axis=1).astype(np.float32)

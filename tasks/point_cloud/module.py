@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lightning side of Point-MoE: losses per domain, scores at raw points, predictions and experts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+from torchmetrics import MetricCollection
+
+from moeapps.moe import MoERecorder, Record
+from moeapps.moe.losses import AuxLoss
+from moeapps.training.optim import OptimizerConfig, Schedule
+from moeapps.training.task import BaseTask, Stage, StepOutput
+from tasks.point_cloud.head import LanguageHead
+from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
+from tasks.point_cloud.metrics import scan_iou, segmentation_metrics
+from tasks.point_cloud.model import PointMoE
+from tasks.point_cloud.text import TaxonomyText, TextVectors
+
+
+class PointCloudTask(BaseTask):
+    """Semantic segmentation of scans from several sensors, each answered in its own words.
+
+    The network is not told where a scan comes from; the head is told which label set to answer in. Loss: cross-entropy
+    plus Lovász-softmax per domain of the batch, then the mean over domains.
+
+    Args:
+        net: the network.
+        facts: from the data module: ``domains``, ``domain_names``, ``label_sets`` and ``in_dim``.
+        text: vectors of the class names; None means `TaxonomyText`.
+        logit_scale: factor of the cosine between a point and a class name, > 0 (paper: about 100).
+        learn_logit_scale: train that factor (paper: no).
+        lovasz_weight: weight of the Lovász-softmax loss beside cross-entropy (paper's code: 1).
+        aux_losses: losses on the routing (paper: none).
+        optimizer: AdamW's numbers; the paper trains parameters named ``*block*`` at 0.3 times the learning rate.
+        schedule: learning-rate schedule (paper: one cycle).
+
+    Raises:
+        ValueError: ``facts`` lacks an entry, or the data has another number of input channels than the network.
+    """
+
+    monitor: ClassVar[str] = "val/validation/miou"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    main_metric: ClassVar[str] = "miou"
+
+    def __init__(
+        self,
+        *,
+        net: PointMoE,
+        facts: dict[str, Any],
+        text: TextVectors | None = None,
+        logit_scale: float = 100.0,
+        learn_logit_scale: bool = False,
+        lovasz_weight: float = 1.0,
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        missing = {"domain_names", "label_sets", "in_dim"} - set(facts)
+        if missing:
+            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of PointCloudData")
+        if facts["in_dim"] != net.in_dim:
+            raise ValueError(f"the data has {facts['in_dim']} channels but net.in_dim={net.in_dim}; set them equal")
+        self.net = net
+        self.label_sets: dict[str, list[str]] = facts["label_sets"]
+        self.domain_names: list[str] = facts["domain_names"]
+        self.lovasz_weight = lovasz_weight
+        self.head = LanguageHead(
+            net.out_dim, self.label_sets, text or TaxonomyText(), scale=logit_scale, learn_scale=learn_logit_scale
+        )
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        """Scores over the label set of a domain."""
+        return segmentation_metrics(len(self.label_sets[domain]))
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Voxels of a batch."""
+        return int(batch.num_nodes)
+
+    def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Answer a batch.
+
+        Returns:
+            For each domain present, the int64 [n] voxels of its scans and their logits [n, C] over its label set.
+        """
+        z = self.head.project(self.net(batch))
+        domain = batch.domain[batch.batch]
+        answers = {}
+        for index in torch.unique(batch.domain).tolist():
+            rows, name = torch.nonzero(domain == index).squeeze(1), self.domain_names[index]
+            if len(rows):
+                answers[name] = rows, self.head.classify(z.index_select(0, rows), name)
+        return answers
+
+    def shared_step(self, batch: Batch, stage: Stage) -> StepOutput:
+        """Loss of one batch; in evaluation also predictions of voxels and of the raw points behind them."""
+        answers = self(batch)
+        parts = {
+            name: segmentation_loss(logits, batch.y[rows], lovasz_weight=self.lovasz_weight)
+            for name, (rows, logits) in answers.items()
+        }
+        loss = mean_over_domains({name: part["loss"] for name, part in parts.items()})
+        logs = {key: mean_over_domains({n: part[key] for n, part in parts.items()}) for key in ("ce", "lovasz")}
+        if stage == "train":
+            return StepOutput(loss, batch.num_graphs, logs=logs)
+        pred = most_likely(answers, batch.y)
+        raw_pred, raw_scan = pred[batch.inverse], batch.batch[batch.inverse]
+        classes = max(len(self.label_sets[name]) for name in answers)
+        units = {"miou": scan_iou(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes)}
+        return StepOutput(loss, batch.num_graphs, (pred, batch.y, raw_pred, batch.raw_y), logs, units)
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Label every raw point of every scan.
+
+        Returns:
+            Per scan a dictionary on the CPU: ``name``, ``domain``, ``names`` (class names), ``label`` int64 [R] index
+            into ``names``, ``expert`` int64 [R] (expert with the largest weight in the last mixture, -1 for none; None
+            without mixtures), ``inverse`` int64 [R] (voxel of each point), ``pos`` [N, 3] metres and ``truth`` int64
+            [N] of the voxels.
+        """
+        with MoERecorder(self.net) as recorder:
+            pred = most_likely(self(batch), batch.y)
+        expert = voxel_experts(recorder.records[-1], self.net.rows(batch)) if recorder.records else None
+        answers = []
+        for i in range(batch.num_graphs):
+            start, stop = int(batch.ptr[i]), int(batch.ptr[i + 1])
+            inverse = batch.inverse[(batch.inverse >= start) & (batch.inverse < stop)]
+            domain = self.domain_names[int(batch.domain[i])]
+            answers.append(
+                {
+                    "name": batch.name[i],
+                    "domain": domain,
+                    "names": list(self.label_sets[domain]),
+                    "label": pred[inverse].cpu(),
+                    "expert": None if expert is None else expert[inverse].cpu(),
+                    "inverse": (inverse - start).cpu(),
+                    "pos": batch.pos[start:stop].cpu(),
+                    "truth": batch.y[start:stop].cpu(),
+                }
+            )
+        return answers
+
+
+def most_likely(answers: dict[str, tuple[Tensor, Tensor]], like_N: Tensor) -> Tensor:
+    """Most likely class of each voxel within the label set of its domain: int64 [N]."""
+    pred_N = torch.zeros_like(like_N)
+    for rows, logits in answers.values():
+        pred_N[rows] = logits.argmax(dim=1)
+    return pred_N
+
+
+def voxel_experts(record: Record, rows: list[Tensor]) -> Tensor:
+    """Expert with the largest weight for each voxel of a batch in one recorded layer.
+
+    Args:
+        record: of a layer named ``encoder.<i>...`` or ``decoder.<i>...``.
+        rows: ``PointMoE.rows`` of the same batch.
+
+    Returns:
+        int64 [N], -1 where no expert worked.
+    """
+    level = re.match(r"(?:.*\.)?(?:encoder|decoder)\.(\d+)\.", record.name)
+    assert level is not None, record.name
+    weight_NE = record.routing.assignment()
+    best = weight_NE.max(dim=1)
+    return best.indices.where(best.values > 0, -1)[rows[int(level.group(1))]]

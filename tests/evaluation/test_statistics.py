@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats  # scipy comes with scikit-learn, a development dependency
+
+from moeapps.evaluation.statistics import (
+    bootstrap_interval,
+    judge,
+    paired_t_interval,
+    student_t_cdf,
+    student_t_quantile,
+    t_interval,
+)
+
+
+@pytest.mark.parametrize("dof", [*range(1, 13), 29, 30, 99, 1000])
+def test_t_distribution_equals_scipy(dof: int) -> None:
+    for t in (-40.0, -3.0, -0.1, 0.0, 0.7, 2.5, 12.706):
+        assert student_t_cdf(t, dof) == pytest.approx(stats.t.cdf(t, dof), rel=1e-11, abs=1e-13)
+    for prob in (0.005, 0.025, 0.3, 0.5, 0.8, 0.95, 0.975, 0.995, 0.9995):
+        assert student_t_quantile(prob, dof) == pytest.approx(stats.t.ppf(prob, dof), rel=1e-9, abs=1e-12)
+
+
+def test_quantile_inverts_the_distribution_function() -> None:
+    for prob, dof in itertools.product((0.01, 0.4, 0.975), (1, 2, 3, 7, 50)):
+        assert student_t_cdf(student_t_quantile(prob, dof), dof) == pytest.approx(prob, abs=1e-14)
+
+
+def test_textbook_quantiles() -> None:
+    assert student_t_quantile(0.975, 1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-13)
+    assert student_t_quantile(0.975, 2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-13)
+    assert student_t_quantile(0.975, 7) == pytest.approx(2.364624, abs=1e-6)
+
+
+def test_paired_interval_equals_scipy_and_ignores_what_pairs_share() -> None:
+    generator = np.random.default_rng(1)
+    base = generator.normal(size=8)
+    gain = 0.1 + 0.05 * generator.normal(size=8)
+    ours = paired_t_interval((base + gain).tolist(), base.tolist())
+    scipy = stats.ttest_rel(base + gain, base).confidence_interval(0.95)
+    shifted = paired_t_interval((100 + base + gain).tolist(), (100 + base).tolist())
+
+    assert (ours.low, ours.high) == pytest.approx((scipy.low, scipy.high), rel=1e-10)
+    assert (shifted.low, shifted.high) == pytest.approx((ours.low, ours.high), abs=1e-12)
+    assert ours.n == 8
+
+
+def test_equal_differences_give_an_interval_of_zero_width() -> None:
+    interval = t_interval([0.25, 0.25, 0.25])
+    assert (interval.low, interval.mean, interval.high) == (0.25, 0.25, 0.25)
+
+
+def test_paired_interval_covers_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    samples = generator.normal(0.3, 1.0, size=(2000, 3))
+    hits = [interval.low <= 0.3 <= interval.high for interval in map(t_interval, samples.tolist())]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
+
+
+def test_bootstrap_is_seeded_and_agrees_with_the_normal_interval() -> None:
+    units = np.random.default_rng(0).normal(2.0, 1.0, size=400)
+    first, again, other = (bootstrap_interval(units, seed=s) for s in (3, 3, 4))
+    half = 1.96 * units.std() / math.sqrt(400)
+
+    assert first == again
+    assert first != other
+    assert first.mean == pytest.approx(units.mean())
+    assert (first.low, first.high) == pytest.approx((units.mean() - half, units.mean() + half), abs=0.02)
+
+
+def test_bootstrap_keeps_pairs_together() -> None:
+    base = np.random.default_rng(0).normal(0.0, 50.0, size=60)
+    units = np.stack([base + 1.0, base], axis=1)
+    interval = bootstrap_interval(units, lambda u: float((u[:, 0] - u[:, 1]).mean()), resamples=200)
+    assert (interval.low, interval.high) == pytest.approx((1.0, 1.0))
+
+
+# Differences 1, 2, 3 have mean 2 and half-width 4.302653*1/sqrt(3) = 2.484138: the interval is [-0.484, 4.484].
+CELLS = [
+    # system, baseline, rule, direction, margin, verdict
+    ([11, 12, 13], [10, 10, 10], "superiority", "higher", 0.0, "inconclusive"),
+    ([11, 12, 13], [10, 10, 10], "non-inferiority", "higher", 0.5, "supported"),
+    ([11, 12, 13], [10, 10, 10], "non-inferiority", "higher", 0.4, "inconclusive"),
+    ([11, 12, 13], [10, 10, 10], "superiority", "higher", 4.5, "not supported"),
+    ([9, 8, 7], [10, 10, 10], "non-inferiority", "lower", 0.5, "supported"),
+    ([9, 8, 7], [10, 10, 10], "superiority", "lower", 0.0, "inconclusive"),
+    ([5.0, 5.1, 5.2], [4.0, 4.0, 4.0], "superiority", "higher", 0.0, "supported"),
+    ([5.0, 5.1, 5.2], [4.0, 4.0, 4.0], "superiority", "lower", 0.0, "not supported"),
+    ([3.0, 3.1, 3.2], [4.0, 4.0, 4.0], "non-inferiority", "higher", 0.5, "not supported"),
+    ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "superiority", "higher", 0.0, "not supported"),
+    ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "exact", "equal", 0.0, "supported"),
+    ([1.0, 1.0, 1.1], [1.0, 1.0, 1.0], "exact", "equal", 0.01, "not supported"),
+    ([2.0, 1.5], [1.0, 1.0], "exact", "higher", 0.0, "supported"),
+    ([2.0, 1.0], [1.0, 1.0], "exact", "higher", 0.0, "not supported"),
+    ([0.5], [1.0], "exact", "lower", 0.0, "supported"),
+]
+
+
+@pytest.mark.parametrize(("system", "baseline", "rule", "direction", "margin", "verdict"), CELLS)
+def test_verdict_of_cells_with_known_intervals(system, baseline, rule, direction, margin, verdict) -> None:
+    result = judge(system, baseline, rule=rule, direction=direction, margin=margin)
+    assert result.verdict == verdict
+    assert result.diff_mean == pytest.approx(np.mean(system) - np.mean(baseline))
+    assert (result.interval is None) == (rule == "exact")
+
+
+def test_known_interval_of_three_pairs() -> None:
+    interval = judge([11, 12, 13], [10, 10, 10], rule="superiority", direction="higher").interval
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx((-0.484138, 4.484138), abs=1e-6)
+
+
+def test_verdict_does_not_depend_on_the_sign_convention_of_the_metric() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        system, baseline = generator.normal(0.8, 0.5, 3), generator.normal(0.0, 0.5, 3)
+        up = judge(system, baseline, rule="superiority", direction="higher", margin=0.1)
+        down = judge(-system, -baseline, rule="superiority", direction="lower", margin=0.1)
+        assert up.verdict == down.verdict
+        assert up.diff_mean == pytest.approx(-down.diff_mean)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: judge([1, 2], [1, 2], rule="better", direction="higher"), "allowed are superiority"),
+        (lambda: judge([1, 2], [1, 2], rule="superiority", direction="up"), "allowed are higher"),
+        (lambda: judge([1, 2], [1, 2], rule="superiority", direction="equal"), "only the rule 'exact'"),
+        (lambda: judge([1, 2], [1, 2], rule="non-inferiority", direction="higher"), "loss you would accept"),
+        (lambda: judge([1, 2], [1, 2], rule="superiority", direction="higher", margin=-1.0), "not negative"),
+        (lambda: judge([1, 2], [1], rule="superiority", direction="higher"), "one of each per seed"),
+        (lambda: judge([1, math.nan], [1, 2], rule="superiority", direction="higher"), "must be finite"),
+        (lambda: judge([1], [2], rule="superiority", direction="higher"), "add seeds"),
+        (lambda: student_t_quantile(1.0, 3), "strictly between"),
+        (lambda: student_t_cdf(1.0, 0), "degree of freedom"),
+        (lambda: bootstrap_interval([1.0]), "at least two units"),
+        (lambda: bootstrap_interval([1.0, 2.0], resamples=10), "resamples=10"),
+    ],
+)
+def test_errors_say_what_to_do(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

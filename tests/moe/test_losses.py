@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the auxiliary losses, each against a value known by arithmetic or a loop over rows."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moeapps.moe import losses
+from moeapps.moe.record import Record
+from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
+
+E, K, N = 4, 2, 48
+
+
+def topk_record(
+    logits_NE: Tensor,
+    k: int,
+    *,
+    nulls: int = 0,
+    mask: Tensor | None = None,
+    group: Tensor | None = None,
+    name: str = "moe",
+):
+    """The record of a softmax top-k router written out here, so that these tests need no router."""
+    probs_NE = logits_NE.softmax(-1)
+    weight_NK, expert_NK = probs_NE.topk(k, -1)
+    experts = logits_NE.shape[1] - nulls
+    expert_NK = expert_NK.clamp_max(experts)
+    if mask is not None:
+        expert_NK = torch.where(mask[:, None], expert_NK, experts)
+        weight_NK = weight_NK * mask[:, None]
+    row_M = torch.arange(len(logits_NE)).repeat_interleave(k)
+    routing = Routing(
+        row_M,
+        expert_NK.flatten(),
+        weight_NK.flatten(),
+        len(logits_NE),
+        experts,
+        top_k=k,
+        logits_NE=logits_NE,
+        probs_NE=probs_NE,
+    )
+    return Record(name, routing, nn.Identity(), mask, group)
+
+
+def logits(n: int = N, e: int = E, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(n, e, generator=generator, dtype=torch.float64)).requires_grad_()
+
+
+def cyclic_record(k: int, sharp: float, dtype: torch.dtype = torch.float64) -> Record:
+    """Row n prefers experts n, n+1, ... n+k-1 (mod E): load and mean probability are both uniform."""
+    base = torch.zeros(E, dtype=dtype)
+    base[:k] = torch.arange(k, 0, -1, dtype=dtype) * sharp
+    return topk_record(torch.stack([base.roll(n) for n in range(N)]), k)
+
+
+# --- switch
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("sharp", [0.1, 5.0])
+def test_balanced_routing_gives_exactly_one_for_any_k(k: int, sharp: float) -> None:
+    torch.testing.assert_close(losses.switch_balance(cyclic_record(k, sharp)).item(), 1.0, rtol=1e-12, atol=0)
+
+
+def test_uniform_probabilities_give_one_whatever_was_selected() -> None:
+    record = topk_record(torch.zeros(N, E, dtype=torch.float64), K)
+    assert losses.switch_balance(record).item() == pytest.approx(1.0, abs=1e-14)
+
+
+def test_everything_on_one_expert_gives_the_number_of_experts() -> None:
+    one = torch.zeros(N, E, dtype=torch.float64)
+    one[:, 2] = 1000.0
+    assert losses.switch_balance(topk_record(one, 1)).item() == pytest.approx(E, abs=1e-12)
+
+
+def test_value_equals_a_loop_over_rows() -> None:
+    s = logits()
+    record = topk_record(s, K)
+    f, p = [0.0] * E, [0.0] * E
+    for n in range(N):
+        row = s[n].softmax(0)
+        for e in row.argsort(descending=True)[:K]:
+            f[e] += 1 / (N * K)
+        for e in range(E):
+            p[e] += row[e].item() / N
+    assert losses.switch_balance(record).item() == pytest.approx(
+        E * sum(a * b for a, b in zip(f, p, strict=True)), abs=1e-12
+    )
+
+
+def test_gradient_pushes_the_overloaded_logit_down_and_reaches_every_row() -> None:
+    s = logits(scale=0.1)
+    with torch.no_grad():
+        s[:, 0] += 2.0
+    losses.switch_balance(topk_record(s, 1)).backward()
+    assert (s.grad[:, 0] > 0).all()
+    assert (s.grad[:, 1:] < 0).all()
+    torch.testing.assert_close(s.grad.sum(1), torch.zeros(N, dtype=torch.float64))
+
+
+def test_balance_does_not_change_when_experts_are_renumbered() -> None:
+    s = logits()
+    order = torch.tensor([2, 0, 3, 1])
+    a, b = losses.switch_balance(topk_record(s, K)), losses.switch_balance(topk_record(s[:, order], K))
+    torch.testing.assert_close(a, b)
+
+
+def test_masked_rows_count_nowhere() -> None:
+    s = logits()
+    mask = torch.arange(N) % 3 != 0
+    masked, alone = topk_record(s, K, mask=mask), topk_record(s[mask], K)
+    for function in (
+        losses.switch_balance,
+        losses.importance_cv2,
+        losses.load_cv2,
+        losses.z_loss,
+        losses.token_entropy,
+        losses.batch_entropy_gap,
+        losses.mutual_information,
+    ):
+        torch.testing.assert_close(function(masked), function(alone), msg=function.__name__)
+        (grad,) = torch.autograd.grad(function(masked), s, retain_graph=True)
+        assert (grad[~mask] == 0).all(), function.__name__
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_two_half_batches_with_common_counts_equal_the_whole_batch(k: int) -> None:
+    s = logits()
+    whole = losses.switch_balance(topk_record(s, k))
+    halves = [topk_record(part, k) for part in s.split(N // 2)]
+    counts = sum(losses.column_counts(half) for half in halves)
+    synced = torch.stack([losses.switch_balance(half, counts_E=counts) for half in halves]).mean()
+    torch.testing.assert_close(synced, whole)
+    torch.testing.assert_close(torch.autograd.grad(synced, s)[0], torch.autograd.grad(whole, s)[0])
+
+
+def test_per_group_equals_the_mean_over_groups_routed_alone() -> None:
+    s = logits()
+    generator = torch.Generator().manual_seed(0)
+    group = torch.tensor([3, 7, 11])[torch.randint(0, 3, (N,), generator=generator)]
+    together = losses.switch_balance(topk_record(s, K, group=group), per_group=True)
+    alone = torch.stack([losses.switch_balance(topk_record(s[group == g], K)) for g in (3, 7, 11)]).mean()
+    torch.testing.assert_close(together, alone)
+
+
+def test_per_group_leaves_masked_rows_and_empty_groups_out() -> None:
+    s = logits()
+    group = torch.arange(N) // 12
+    mask = (group != 1) & (torch.arange(N) % 5 != 0)
+    together = losses.switch_balance(topk_record(s, K, group=group, mask=mask), per_group=True)
+    alone = torch.stack([losses.switch_balance(topk_record(s[mask & (group == g)], K)) for g in (0, 2, 3)]).mean()
+    torch.testing.assert_close(together, alone)
+
+
+def test_drops_shrink_the_load_of_the_full_expert_but_the_shares_still_sum_to_one() -> None:
+    record = topk_record(torch.zeros(6, 2, dtype=torch.float64), 1)
+    dropped = Routing(
+        record.routing.row_M,
+        torch.tensor([0, 0, 0, 1, 2, 2]),
+        record.routing.weight_M,
+        6,
+        2,
+        top_k=1,
+        probs_NE=torch.tensor([[0.75, 0.25]], dtype=torch.float64).expand(6, 2),
+    )
+    assert losses.switch_balance(Record("moe", dropped, nn.Identity())).item() == pytest.approx(
+        2 * (0.75 * 0.75 + 0.25 * 0.25)
+    )
+
+
+def test_null_columns_share_their_mean_load() -> None:
+    s = logits(e=6)
+    record = topk_record(s, 3, nulls=2)
+    raw = torch.bincount(s.softmax(-1).topk(3, -1).indices.flatten(), minlength=6).double()
+    expected = raw.clone()
+    expected[4:] = raw[4:].mean()
+    torch.testing.assert_close(losses.column_counts(record), expected)
+    torch.testing.assert_close(
+        losses.switch_balance(record), 6 * (expected / expected.sum() * s.softmax(-1).mean(0)).sum()
+    )
+
+
+def test_null_choices_of_masked_rows_are_not_counted() -> None:
+    s, mask = logits(e=6), torch.arange(N) < 20
+    torch.testing.assert_close(
+        losses.column_counts(topk_record(s, 3, nulls=2, mask=mask)),
+        losses.column_counts(topk_record(s[mask], 3, nulls=2)),
+    )
+
+
+def test_padding_without_weight_is_no_null_choice() -> None:
+    probs = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.7, 0.1]], dtype=torch.float64)
+    # Row 0 takes expert 0 and the null, row 1 takes expert 1 and pads.
+    routing = Routing(
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([0, 2, 1, 2]),
+        torch.tensor([0.6, 0.3, 0.7, 0.0]).double(),
+        2,
+        2,
+        probs_NE=probs,
+    )
+    assert losses.column_counts(Record("moe", routing, nn.Identity())).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_sigmoid_scores_are_normalised_per_row() -> None:
+    record = topk_record(logits(), K)
+    scores = torch.sigmoid(record.routing.logits_NE)
+    routing = copy.copy(record.routing)
+    object.__setattr__(routing, "probs_NE", scores)
+    expected = scores / scores.sum(1, keepdim=True)
+    torch.testing.assert_close(losses.probabilities(Record("moe", routing, nn.Identity())), expected)
+
+
+# --- importance, load, z
+
+
+def test_importance_is_zero_when_balanced_and_one_expert_gives_zero() -> None:
+    assert losses.importance_cv2(cyclic_record(K, 2.0)).item() == pytest.approx(0.0, abs=1e-20)
+    assert losses.importance_cv2(topk_record(logits(e=1), 1)).item() == 0.0
+
+
+def test_importance_of_one_expert_taking_all_is_experts_minus_one() -> None:
+    one = torch.zeros(N, E, dtype=torch.float64)
+    one[:, 1] = 1000.0
+    assert losses.importance_cv2(topk_record(one, 1)).item() == pytest.approx(E - 1)
+
+
+def test_importance_of_dense_gates_is_the_mean_over_gates_and_their_own_experts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(2, N, 3, generator=generator, dtype=torch.float64)
+    allowed = torch.tensor([[[True, True, False]], [[True, True, True]]])
+    weight = weight * allowed
+    routing = DenseRouting(weight, 3, allowed=allowed)
+    sums = weight.sum(1)
+    expected = torch.stack([v.var(correction=0) / v.mean() ** 2 for v in (sums[0, :2], sums[1])]).mean()
+    torch.testing.assert_close(losses.importance_cv2(Record("moe", routing, nn.Identity())), expected)
+
+
+def test_load_counts_rows_when_the_noise_is_small_and_has_a_gradient() -> None:
+    s = logits()
+    counts = s.topk(K, -1).indices.flatten().bincount(minlength=E).double()
+    sharp = losses.load_cv2(topk_record(s, K), noise_std=1e-9)
+    torch.testing.assert_close(sharp, counts.var(correction=0) / counts.mean() ** 2)
+    losses.load_cv2(topk_record(s, K)).backward()
+    assert s.grad.abs().sum() > 0
+
+
+def test_load_equals_a_loop_over_the_other_experts() -> None:
+    s = logits(n=7)
+    load = torch.zeros(E, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for n in range(7):
+        for e in range(E):
+            others = torch.cat([s[n, :e], s[n, e + 1 :]]).sort(descending=True).values
+            load[e] += normal.cdf((s[n, e] - others[K - 1]) / 0.5)
+    torch.testing.assert_close(
+        losses.load_cv2(topk_record(s, K), noise_std=0.5), load.var(correction=0) / load.mean() ** 2, rtol=1e-6, atol=0
+    )
+
+
+def test_load_is_zero_when_every_expert_is_always_chosen() -> None:
+    assert losses.load_cv2(topk_record(logits(), E)).item() == 0.0
+
+
+def test_z_loss_is_the_squared_log_partition() -> None:
+    s = logits()
+    torch.testing.assert_close(losses.z_loss(topk_record(s, K)), s.exp().sum(1).log().square().mean())
+    assert losses.z_loss(topk_record(torch.zeros(3, E), 1)).item() == pytest.approx(math.log(E) ** 2)
+
+
+def test_z_loss_ignores_excluded_columns() -> None:
+    s = logits().detach()
+    excluded = torch.cat([s, torch.full((N, 1), -math.inf, dtype=torch.float64)], 1)
+    torch.testing.assert_close(losses.z_loss(topk_record(excluded, K)), losses.z_loss(topk_record(s, K)))
+
+
+# --- entropy
+
+
+def test_entropies_of_uniform_and_of_decided_rows() -> None:
+    uniform, decided = topk_record(torch.zeros(N, E, dtype=torch.float64), K), cyclic_record(1, 1000.0)
+    assert losses.token_entropy(uniform).item() == pytest.approx(math.log(E))
+    assert losses.batch_entropy_gap(uniform).item() == pytest.approx(0.0, abs=1e-14)
+    assert losses.mutual_information(uniform).item() == pytest.approx(0.0, abs=1e-14)
+    assert losses.token_entropy(decided).item() == pytest.approx(0.0, abs=1e-14)
+    assert losses.batch_entropy_gap(decided).item() == pytest.approx(0.0, abs=1e-14)
+    assert losses.mutual_information(decided).item() == pytest.approx(math.log(E))
+
+
+def test_mutual_information_is_what_the_two_entropies_leave() -> None:
+    record = topk_record(logits(), K)
+    expected = math.log(E) - losses.batch_entropy_gap(record) - losses.token_entropy(record)
+    torch.testing.assert_close(losses.mutual_information(record), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["token_entropy", "batch_entropy_gap", "mutual_information", "switch_balance", "load_cv2", "z_loss"]
+)
+def test_gradients_equal_finite_differences(name: str) -> None:
+    function = getattr(losses, name)
+    assert torch.autograd.gradcheck(lambda s: function(topk_record(s, K)), logits(n=5))
+
+
+def test_gradients_are_finite_where_a_probability_is_zero() -> None:
+    s = torch.tensor([[0.0, -math.inf, 1.0], [0.0, -2000.0, 1.0]], requires_grad=True)
+    record = topk_record(s, 1)
+    (losses.token_entropy(record) + losses.batch_entropy_gap(record) + losses.switch_balance(record)).backward()
+    assert s.grad[:, [0, 2]].isfinite().all()
+
+
+# --- the modules
+
+MODULES = [
+    losses.SwitchBalance,
+    losses.GlobalBatchBalance,
+    losses.ImportanceLoss,
+    losses.LoadLoss,
+    losses.ZLoss,
+    losses.EntropyLoss,
+    losses.BatchEntropyLoss,
+    losses.MutualInformationLoss,
+]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_module_gives_the_unweighted_mean_over_records(kind) -> None:
+    first, second = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
+    light, heavy = kind(weight=0.0).eval(), kind(weight=100.0).eval()
+    both = heavy([first, second])
+    torch.testing.assert_close(both, (light([first]) + light([second])) / 2)
+    assert both.ndim == 0
+    assert both.requires_grad
+    torch.testing.assert_close(copy.deepcopy(heavy)([first, second]), both)
+
+
+def test_names_are_distinct() -> None:
+    assert len({kind().name for kind in MODULES}) == len(MODULES)
+
+
+def test_layers_pattern_chooses_records() -> None:
+    encoder, decoder = (
+        topk_record(logits(seed=1), K, name="enc.0.moe"),
+        topk_record(logits(seed=2), K, name="dec.0.moe"),
+    )
+    torch.testing.assert_close(losses.ZLoss(layers="enc.*")([encoder, decoder]), losses.z_loss(encoder))
+
+
+def test_module_without_matching_record_says_what_was_recorded() -> None:
+    with pytest.raises(ValueError, match=r"meets no recorded MoE layer \(recorded: \['dec'\]\)"):
+        losses.SwitchBalance(layers="enc*")([topk_record(logits(), K, name="dec")])
+    with pytest.raises(ValueError, match="recorded: none"):
+        losses.SwitchBalance()([])
+
+
+def test_global_balance_uses_the_counts_so_far_and_forgets_at_the_step() -> None:
+    s = logits()
+    halves = [topk_record(part, K) for part in s.split(N // 2)]
+    counts = sum(losses.column_counts(half) for half in halves)
+    module = losses.GlobalBatchBalance()
+
+    first = module(halves[:1])
+    second = module(halves[1:])
+    module.on_optimizer_step()
+    again = module(halves[:1])
+
+    torch.testing.assert_close(first, losses.switch_balance(halves[0]))
+    torch.testing.assert_close(second, losses.switch_balance(halves[1], counts_E=counts))
+    torch.testing.assert_close(again, first)
+
+
+def test_global_balance_gathers_nothing_in_evaluation() -> None:
+    first, second = (topk_record(part, K) for part in logits().split(N // 2))
+    module = losses.GlobalBatchBalance().eval()
+    module([first])
+    torch.testing.assert_close(module([second]), losses.switch_balance(second))
+
+
+def test_global_balance_keeps_layers_apart() -> None:
+    a, b = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
+    expected = (losses.switch_balance(a) + losses.switch_balance(b)) / 2
+    torch.testing.assert_close(losses.GlobalBatchBalance()([a, b]), expected)
+
+
+def test_global_balance_lets_one_sided_micro_batches_be_when_the_step_is_balanced() -> None:
+    one_sided = [torch.zeros(8, 2, dtype=torch.float64), torch.zeros(8, 2, dtype=torch.float64)]
+    one_sided[0][:, 0] = one_sided[1][:, 1] = 1000.0
+    first, second = (topk_record(s, 1) for s in one_sided)
+    module = losses.GlobalBatchBalance()
+    module([first])
+    assert losses.switch_balance(second).item() == pytest.approx(2.0)
+    assert module([second]).item() == pytest.approx(1.0)
+
+
+def test_no_rows_give_zero_with_a_graph() -> None:
+    empty = topk_record(logits(n=0), K, group=torch.zeros(0, dtype=torch.int64))
+    for kind in MODULES:
+        value = kind()([empty])
+        assert value.item() == 0.0, kind
+        assert value.requires_grad, kind
+    assert losses.switch_balance(empty, per_group=True).item() == 0.0
+
+
+def test_one_expert_without_logits_is_balanced() -> None:
+    routing = Routing(torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.ones(3), 3, 1, top_k=1)
+    record = Record("dense", routing, nn.Identity())
+    assert losses.switch_balance(record).item() == 1.0
+    assert losses.token_entropy(record).item() == 0.0
+
+
+# --- errors
+
+
+def dense_record(**extra: Tensor) -> Record:
+    return Record("gate", DenseRouting(torch.full((3, 2), 0.5), 2, **extra), nn.Identity())
+
+
+def slot_record() -> Record:
+    return Record("soft", SlotRouting(torch.full((3, 2, 1), 1 / 3), torch.full((3, 2, 1), 0.5)), nn.Identity())
+
+
+def bare_record() -> Record:
+    return Record(
+        "random", Routing(torch.arange(3), torch.tensor([0, 1, 0]), torch.ones(3), 3, 2, top_k=1), nn.Identity()
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.switch_balance(dense_record()), "DenseRouting, which selects no experts.*ImportanceLoss"),
+        (lambda: losses.switch_balance(slot_record()), "SlotRouting"),
+        (lambda: losses.load_cv2(dense_record()), "DenseRouting"),
+        (lambda: losses.switch_balance(bare_record()), "without probabilities"),
+        (lambda: losses.z_loss(bare_record()), "without logits"),
+        (lambda: losses.switch_balance(topk_record(logits(), K), per_group=True), "without group"),
+        (
+            lambda: losses.switch_balance(topk_record(logits(), K), per_group=True, counts_E=torch.ones(E)),
+            "leave counts_E out",
+        ),
+        (
+            lambda: losses.switch_balance(
+                topk_record(logits(), K, nulls=1, group=torch.zeros(N).long()), per_group=True
+            ),
+            "not defined with null experts",
+        ),
+        (lambda: losses.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
+        (lambda: losses.SwitchBalance(weight=math.nan), "finite number"),
+    ],
+)
+def test_errors_say_what_to_do(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_entropy_and_z_are_defined_for_dense_gates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(2, N, E, generator=generator, dtype=torch.float64)
+    p = s.softmax(-1)
+    record = Record("gate", DenseRouting(p, E, logits_NE=s, probs_NE=p), nn.Identity())
+    torch.testing.assert_close(losses.token_entropy(record), torch.special.entr(p).sum(-1).mean())
+    torch.testing.assert_close(losses.z_loss(record), s.logsumexp(-1).square().mean())

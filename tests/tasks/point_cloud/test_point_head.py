@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.point_cloud.head import LanguageHead
+from tasks.point_cloud.text import ClipFileText, RandomText, TaxonomyText, TextVectors, taxonomy, write_text_file
+
+S3DIS = [
+    "ceiling",
+    "floor",
+    "wall",
+    "beam",
+    "column",
+    "window",
+    "door",
+    "table",
+    "chair",
+    "bookcase",
+    "board",
+    "clutter",
+]
+MATTERPORT_END = ["bathtub", "other", "ceiling"]
+
+
+def test_identical_names_have_identical_logits_in_every_label_set() -> None:
+    head = LanguageHead(8, {"room": ["wall", "chair"], "office": ["Chair", "floor", "wall"]}, TaxonomyText())
+    features = torch.randn(5, 8)
+
+    room, office = head(features, "room"), head(features, "office")
+
+    torch.testing.assert_close(room[:, 0], office[:, 2], rtol=0, atol=0)
+    torch.testing.assert_close(room[:, 1], office[:, 0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", [TaxonomyText(), RandomText(16)])
+def test_enlarging_the_vocabulary_leaves_answers_unchanged(text) -> None:
+    small = LanguageHead(8, {"room": ["wall", "chair"]}, text)
+    large = LanguageHead(8, {"street": ["road", "car"], "room": ["wall", "chair"]}, text)
+    large.load_state_dict(small.state_dict())
+    features = torch.randn(5, 8)
+
+    torch.testing.assert_close(small(features, "room"), large(features, "room"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("domain", "names"), [("s3dis", S3DIS), ("matterport3d", MATTERPORT_END)])
+def test_column_c_is_the_name_of_class_c_even_when_the_vocabulary_is_ordered_otherwise(domain, names) -> None:
+    text = TaxonomyText()
+    head = LanguageHead(text.dim, {"first": ["wall", "floor", "chair", "sofa", "ceiling"], domain: names}, text)
+    torch.nn.init.eye_(head.linear.weight)
+    torch.nn.init.zeros_(head.linear.bias)
+
+    logits = head(text.encode(names), domain)
+
+    assert logits.argmax(dim=1).tolist() == list(range(len(names)))
+
+
+def test_logits_are_scaled_cosines() -> None:
+    head = LanguageHead(4, {"room": ["wall", "chair"]}, RandomText(6), scale=30.0).double()
+    features = torch.randn(3, 4, dtype=torch.float64)
+    z = head.linear(features)
+
+    logits = head(features, "room")
+
+    vectors = RandomText(6).encode(["wall", "chair"]).double()
+    torch.testing.assert_close(
+        logits, 30 * torch.cosine_similarity(z[:, None], vectors[None], dim=2), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_scale_is_frozen_unless_asked_and_text_is_never_trained_nor_saved() -> None:
+    frozen = LanguageHead(4, {"room": ["wall"]}, TaxonomyText())
+    learned = LanguageHead(4, {"room": ["wall"]}, TaxonomyText(), learn_scale=True)
+
+    assert not frozen.log_scale.requires_grad
+    assert learned.log_scale.requires_grad
+    assert set(frozen.state_dict()) == {"linear.weight", "linear.bias", "log_scale"}
+
+
+def test_clip_sized_head_adds_the_published_parameters() -> None:
+    head = LanguageHead(64, {"room": ["wall"]}, RandomText(512))
+
+    assert sum(p.numel() for p in head.linear.parameters()) == 33_280
+
+
+@pytest.mark.parametrize("text", [TaxonomyText(), RandomText(32)])
+def test_providers_give_unit_rows_that_depend_on_the_name_alone(text) -> None:
+    names = list(taxonomy())
+
+    together = text.encode(names)
+
+    assert isinstance(text, TextVectors)
+    assert together.shape == (len(names), text.dim)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(names)))
+    torch.testing.assert_close(text.encode(["Shower-Curtain"]), text.encode(["shower curtain"]), rtol=0, atol=0)
+    torch.testing.assert_close(text.encode(names[::-1]), together.flip(0), rtol=0, atol=0)
+
+
+def test_taxonomy_cosine_is_the_normalised_depth_of_the_shared_category() -> None:
+    text, paths = TaxonomyText(), taxonomy()
+    names = ["road", "driveable surface", "sidewalk", "floor", "chair", "car", "truck"]
+
+    gram = text.encode(names).double() @ text.encode(names).double().T
+
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            shared = sum(1 for k in range(min(len(paths[a]), len(paths[b]))) if paths[a][: k + 1] == paths[b][: k + 1])
+            assert gram[i, j].item() == pytest.approx(shared / (len(paths[a]) * len(paths[b])) ** 0.5, abs=1e-5)
+
+
+def test_synonyms_are_closer_than_siblings_and_siblings_than_strangers() -> None:
+    road, drive, walk, floor, chair = TaxonomyText().encode(["road", "driveable surface", "sidewalk", "floor", "chair"])
+
+    assert road @ drive > road @ walk > road @ floor > road @ chair
+
+
+def test_random_directions_carry_no_meaning() -> None:
+    gram = RandomText(256).encode(list(taxonomy())) @ RandomText(256).encode(list(taxonomy())).T
+    off = gram[~torch.eye(len(gram), dtype=torch.bool)]
+
+    assert off.std().item() == pytest.approx(1 / 16, rel=0.05)
+    assert not torch.equal(RandomText(8, seed=1).encode(["car"]), RandomText(8).encode(["car"]))
+
+
+def test_text_file_round_trip(tmp_path) -> None:
+    vectors = torch.randn(2, 5)
+    write_text_file(tmp_path / "clip.npz", ["Wall", "traffic-sign"], vectors)
+
+    text = ClipFileText(tmp_path / "clip.npz", names=["wall"])
+
+    torch.testing.assert_close(text.encode(["traffic sign", "wall"]), torch.nn.functional.normalize(vectors.flip(0)))
+
+
+def test_missing_file_name_or_layout_is_an_error_at_construction(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no text vectors at"):
+        ClipFileText(tmp_path / "none.npz")
+    write_text_file(tmp_path / "clip.npz", ["wall"], torch.randn(1, 5))
+    with pytest.raises(ValueError, match=r"no vectors for \['chair'\]"):
+        ClipFileText(tmp_path / "clip.npz", names=["wall", "chair"])
+    np.savez(tmp_path / "odd.npz", table=np.zeros(3))
+    with pytest.raises(ValueError, match="expected arrays"):
+        ClipFileText(tmp_path / "odd.npz")
+    with pytest.raises(ValueError, match="one row per name"):
+        write_text_file(tmp_path / "clip.npz", ["wall"], torch.randn(2, 5))
+
+
+def test_wrong_label_sets_are_errors_that_name_them() -> None:
+    with pytest.raises(ValueError, match="does not know"):
+        LanguageHead(4, {"room": ["wall", "flux capacitor"]}, TaxonomyText())
+    with pytest.raises(ValueError, match="repeats a name"):
+        LanguageHead(4, {"room": ["wall", "Wall"]}, TaxonomyText())
+    with pytest.raises(ValueError, match="scale"):
+        LanguageHead(4, {"room": ["wall"]}, TaxonomyText(), scale=0)
+    with pytest.raises(ValueError, match="the head knows room"):
+        LanguageHead(4, {"room": ["wall"]}, TaxonomyText())(torch.randn(1, 4), "street")

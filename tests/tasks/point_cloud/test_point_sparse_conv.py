@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tasks.point_cloud.sparse_conv import SubmanifoldConv3d, neighbour_table, submanifold_conv
+
+
+def sparse_grid(side: int = 6, num: int = 60) -> torch.Tensor:
+    cells = torch.cartesian_prod(*[torch.arange(side)] * 3)
+    return cells[torch.randperm(len(cells))[:num]]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_equals_conv3d_with_zero_padding_at_occupied_cells(kernel_size) -> None:
+    grid = sparse_grid()
+    x = torch.randn(len(grid), 3, dtype=torch.float64)
+    conv = SubmanifoldConv3d(3, 4, kernel_size).double()
+    dense = x.new_zeros(3, 6, 6, 6)
+    dense[:, grid[:, 0], grid[:, 1], grid[:, 2]] = x.T
+    weight = conv.weight.view(kernel_size, kernel_size, kernel_size, 3, 4).permute(4, 3, 0, 1, 2)
+
+    y = conv(x, neighbour_table(grid, torch.zeros(len(grid), dtype=torch.int64), kernel_size))
+
+    expected = F.conv3d(dense[None], weight, conv.bias, padding=kernel_size // 2)[0]
+    torch.testing.assert_close(y, expected[:, grid[:, 0], grid[:, 1], grid[:, 2]].T)
+
+
+def test_with_only_the_centre_weight_it_is_a_linear_map() -> None:
+    grid = sparse_grid()
+    conv = SubmanifoldConv3d(3, 5).double()
+    torch.nn.init.zeros_(conv.weight)
+    torch.nn.init.normal_(conv.weight[13])
+    x = torch.randn(len(grid), 3, dtype=torch.float64)
+
+    y = conv(x, neighbour_table(grid, torch.zeros(len(grid), dtype=torch.int64), 3))
+
+    torch.testing.assert_close(y, x @ conv.weight[13] + conv.bias)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_neighbours_are_all_pairs_at_the_offset_within_a_scan(kernel_size) -> None:
+    grid, batch = torch.cat([sparse_grid(), sparse_grid(4, 30)]), torch.arange(90).ge(60).long()
+    reach = kernel_size // 2
+
+    table = neighbour_table(grid, batch, kernel_size)
+
+    offset = (grid[None] - grid[:, None]).where(batch[None, :, None] == batch[:, None, None], 99)
+    for tap in range(kernel_size**3):
+        wanted = torch.tensor([tap // kernel_size**2, tap // kernel_size % kernel_size, tap % kernel_size]) - reach
+        expected = (offset == wanted).all(dim=2).nonzero().tolist()
+        if tap != kernel_size**3 // 2:
+            assert sorted(torch.stack(table.taps[tap], dim=1).tolist()) == expected
+
+
+def test_centre_of_a_table_equals_the_smaller_table() -> None:
+    grid, batch = sparse_grid(), torch.zeros(60, dtype=torch.int64)
+
+    cut, built = neighbour_table(grid, batch, 5).centre(3), neighbour_table(grid, batch, 3)
+
+    assert cut.taps.keys() == built.taps.keys()
+    for tap, pair in built.taps.items():
+        assert torch.equal(torch.stack(cut.taps[tap]), torch.stack(pair))
+
+
+def test_scans_never_convolve_with_one_another_and_gradients_are_exact() -> None:
+    grid, batch = sparse_grid(3, 20).repeat(2, 1), torch.arange(40).ge(20).long()
+    x = torch.randn(40, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(27, 2, 3, dtype=torch.float64, requires_grad=True)
+    table = neighbour_table(grid, batch, 3)
+
+    assert torch.autograd.gradcheck(lambda a, b: submanifold_conv(a, b, table), (x, weight))
+    (grad,) = torch.autograd.grad(submanifold_conv(x, weight, table)[:20].sum(), x)
+    assert grad[20:].eq(0).all()
+
+
+def test_the_edge_of_one_axis_does_not_touch_the_next() -> None:
+    grid = torch.tensor([[0, 0, 65535], [0, 1, 0], [0, 65535, 65535], [1, 0, 0]])
+
+    table = neighbour_table(grid, torch.zeros(4, dtype=torch.int64), 5)
+
+    assert all(len(out) == 0 for tap, (out, _) in table.taps.items() if tap not in (42, 82))
+    assert sum(len(out) for out, _ in table.taps.values()) == 2  # (0,1,0) and (1,0,0) are diagonal neighbours
+
+
+def test_frozen_weights_or_inputs_get_no_gradient_and_the_other_is_unchanged() -> None:
+    grid, batch = sparse_grid(), torch.zeros(60, dtype=torch.int64)
+    table = neighbour_table(grid, batch, 3)
+    x, weight = torch.randn(60, 2, dtype=torch.float64), torch.randn(27, 2, 3, dtype=torch.float64)
+    full = torch.autograd.grad(
+        submanifold_conv(x.requires_grad_(), weight.requires_grad_(), table).square().sum(), (x, weight)
+    )
+
+    (only_x,) = torch.autograd.grad(submanifold_conv(x, weight.detach(), table).square().sum(), x)
+    (only_weight,) = torch.autograd.grad(submanifold_conv(x.detach(), weight, table).square().sum(), weight)
+
+    torch.testing.assert_close((only_x, only_weight), full)
+
+
+def test_autocast_runs_in_half_precision_and_keeps_the_answer() -> None:
+    grid, batch = sparse_grid(), torch.zeros(60, dtype=torch.int64)
+    table, conv = neighbour_table(grid, batch, 3), SubmanifoldConv3d(4, 4)
+    x = torch.randn(60, 4)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv(x, table)
+    y.sum().backward()
+
+    torch.testing.assert_close(y.float(), conv(x, table), rtol=0.05, atol=0.05)
+    assert conv.weight.grad is not None
+    assert conv.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel_size", [0, 2, 4])
+def test_even_kernels_are_an_error(kernel_size) -> None:
+    with pytest.raises(ValueError, match="odd"):
+        SubmanifoldConv3d(1, 1, kernel_size)

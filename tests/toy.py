@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole task in one small file: Gaussian clusters in five domains, an MLP with one MoE layer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from moeapps.data.domain import DomainDataModule, Split
+from moeapps.moe.losses import AuxLoss
+from moeapps.moe.record import record_call
+from moeapps.moe.routing import Routing
+from moeapps.training.optim import OptimizerConfig, Schedule
+from moeapps.training.task import BaseTask, Stage, StepOutput
+
+
+class ToyData(DomainDataModule):
+    """Clusters of two classes in the plane, turned by an angle of the domain's own.
+
+    Args:
+        num_items: items per domain and split.
+        optional: domains that are treated as missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_items: int = 24,
+        optional: list[str] | None = None,
+        seen: list[str] | None = None,
+        validation: list[str] | None = None,
+        unseen: list[str] | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        mixing: Literal["concat", "balanced", "one_domain"] = "concat",
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            seen=["a", "b", "c"] if seen is None else seen,
+            validation=["v"] if validation is None else validation,
+            unseen=["u"] if unseen is None else unseen,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            mixing=mixing,
+            eval_batch_size=eval_batch_size,
+        )
+        self.num_items = num_items
+        self.optional = optional or []
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts, "num_classes": 2}
+
+    def available(self, domain: str) -> str | None:
+        return "not on this machine" if domain in self.optional else None
+
+    def dataset(self, domain: str, split: Split) -> Dataset[Any]:
+        index = self.domain_names.index(domain)
+        generator = torch.Generator().manual_seed(100 * index + ["train", "val", "test"].index(split))
+        y = torch.arange(self.num_items) % 2
+        x = torch.randn(self.num_items, 2, generator=generator) * 0.5 + torch.stack(
+            [2.0 * y - 1, torch.zeros(len(y))], 1
+        )
+        angle = torch.tensor(0.4 * index)
+        turn = torch.stack([torch.cos(angle), -torch.sin(angle), torch.sin(angle), torch.cos(angle)]).reshape(2, 2)
+        self.sources[domain] = "generated"
+        return TensorDataset(x @ turn.T, y, torch.full_like(y, index))
+
+
+class ToyMoE(nn.Module):
+    """Two-expert top-1 layer written as a loop."""
+
+    def __init__(self, dim: int, num_experts: int = 4) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.experts = nn.Parameter(torch.randn(num_experts, dim, dim) / dim**0.5)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        logits_NE = self.gate(x_ND)
+        probs_NE = logits_NE.softmax(-1)
+        weight_N, expert_N = probs_NE.max(-1)
+        rows, num_experts = x_ND.shape[0], self.experts.shape[0]
+        routing = Routing(
+            torch.arange(rows), expert_N, weight_N, rows, num_experts, top_k=1, logits_NE=logits_NE, probs_NE=probs_NE
+        )
+        record_call(self, routing)
+        return weight_N[:, None] * torch.einsum("nd,ndo->no", x_ND, self.experts[expert_N])
+
+
+class ToyNet(nn.Module):
+    """Linear, MoE, dropout, linear.
+
+    Args:
+        width: hidden width.
+        num_classes: outputs.
+        dropout: probability that a hidden value is dropped, so that training draws random numbers.
+    """
+
+    def __init__(self, width: int = 8, num_classes: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, width)
+        self.moe = ToyMoE(width)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.first(x))
+        return self.last(self.dropout(self.norm(h + self.moe(h))))
+
+
+class ToyTask(BaseTask):
+    """Classification of the clusters.
+
+    Args:
+        net: the network.
+        facts: from the data module.
+        aux_losses: losses on the routing.
+        optimizer: AdamW's numbers.
+        schedule: learning-rate schedule.
+        fail: raise a ValueError at construction.
+    """
+
+    monitor: ClassVar[str] = "val/validation/accuracy"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    main_metric: ClassVar[str] = "accuracy"
+
+    def __init__(
+        self,
+        *,
+        net: ToyNet,
+        facts: dict[str, Any],
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+        fail: bool = False,
+    ) -> None:
+        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        if fail:
+            raise ValueError("fail=True is not allowed; set it to false")
+        self.net = net
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        return MetricCollection({"accuracy": MulticlassAccuracy(self.facts["num_classes"], average="micro")})
+
+    def num_tokens(self, batch: Any) -> int:
+        return len(batch[0])
+
+    def shared_step(self, batch: Any, stage: Stage) -> StepOutput:
+        x, y, _ = batch
+        logits = self.net(x)
+        hit = (logits.argmax(-1) == y).float()
+        return StepOutput(F.cross_entropy(logits, y), len(y), (logits, y), {"accuracy": hit.mean()}, {"accuracy": hit})
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.net(batch[0]).argmax(-1)
+
+
+class KeepEpochs(L.Callback):
+    """Copy last.ckpt of every epoch to ``epoch=<k>.ckpt``."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        last = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            shutil.copy(last, last.with_name(f"epoch={trainer.current_epoch - 1}.ckpt"))

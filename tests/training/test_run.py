@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of the toy system through the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeapps.cli import main
+from moeapps.commands.run import run
+
+TOY = ["--config", "tests/toy.yaml"]
+
+
+def run_folder(tmp_path: Path, version: int = 0) -> Path:
+    return tmp_path / "runs" / "toy" / "base" / f"version_{version}"
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    assert main(["fit", *TOY]) == 0
+    return run_folder(tmp_path)
+
+
+def test_fit_leaves_a_whole_run_folder(trained: Path) -> None:
+    names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+
+    assert {
+        "config.yaml",
+        "run.json",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "metrics/test.json",
+    } <= names
+    assert any(name.startswith("events.out") for name in names)
+
+
+def test_logged_keys_are_the_documented_ones(trained: Path) -> None:
+    with (trained / "metrics.csv").open() as lines:
+        header = set(next(csv.reader(lines)))
+
+    assert {
+        "train/loss",
+        "train/lr",
+        "val/a/accuracy",
+        "val/v/loss",
+        "val/seen/accuracy",
+        "val/validation/accuracy",
+    } <= header
+    assert {"test/u/accuracy", "test/seen/accuracy", "test/unseen/accuracy", "test/gap/accuracy"} <= header
+    assert not any("dataloader_idx" in key or key.startswith("val/u") for key in header)
+
+
+def test_results_file_has_rows_and_header(trained: Path) -> None:
+    results = json.loads((trained / "metrics" / "test.json").read_text())
+
+    assert {row["domain"] for row in results["rows"]} == {"a", "b", "c", "v", "u"}
+    assert set(results["rows"][0]) == {"domain", "role", "metric", "value", "n", "direction"}
+    assert {"config_hash", "commit", "seed", "versions", "sources", "missing_domains"} <= set(results["header"])
+    assert results["header"]["seed"] == 0
+    assert len(results["units"]["u"]["accuracy"]) == 24
+    summary = results["summary"]
+    gap = summary["seen"]["accuracy"] - summary["unseen"]["accuracy"]
+    assert summary["gap"]["accuracy"] == pytest.approx(gap)
+    assert summary["gap"]["loss"] == pytest.approx(summary["unseen"]["loss"] - summary["seen"]["loss"])
+
+
+def test_test_of_a_run_folder_repeats_the_numbers_in_place(trained: Path) -> None:
+    first = json.loads((trained / "metrics" / "test.json").read_text())
+    config = (trained / "config.yaml").read_text()
+
+    assert main(["test", "--run", str(trained)]) == 0
+
+    again = json.loads((trained / "metrics" / "test.json").read_text())
+    assert again["rows"] == first["rows"]
+    assert again["header"]["config_hash"] == first["header"]["config_hash"]
+    assert (trained / "config.yaml").read_text() == config
+    assert main(["validate", "--run", str(trained)]) == 0
+    assert (trained / "metrics" / "val.json").is_file()
+    assert main(["predict", "--run", str(trained)]) == 0
+
+
+def test_two_runs_with_one_seed_are_bit_equal(tmp_path: Path) -> None:
+    first, second = run(["fit", *TOY]), run(["fit", *TOY])
+
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    assert run_folder(tmp_path, 1).is_dir()
