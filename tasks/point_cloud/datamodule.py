@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
+from moeapps.data.domain import DomainDataModule
+from moeapps.data.mixing import Mixing
 from tasks.point_cloud.data.dataset import Features, Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
@@ -24,25 +28,29 @@ from tasks.point_cloud.data.domains import (
 )
 from tasks.point_cloud.data.features import IN_DIM
 from tasks.point_cloud.data.scans import ScanArrays, load_scans, save_scans
-from tasks.point_cloud.data.stand_in import DomainDataModule
+from tasks.point_cloud.data.sources import PointSource
 from tasks.point_cloud.labels import label_set
 from tasks.point_cloud.transforms import Augmentation
 
 log = logging.getLogger("moeapps")
+
+_DEFAULT_AUGMENTATION = Augmentation()
 
 
 class PointCloudData(DomainDataModule):
     """Labelled scans of several sensors; simulated domains are generated on first use and kept.
 
     Args:
-        seen: domains that are trained on.
-        validation: domains never trained on where every choice is made.
-        unseen: domains that only ``test`` touches.
+        seen: domains that are trained on; None means the six simulated ones.
+        validation: domains never trained on where every choice is made; None means drive16.
+        unseen: domains that only ``test`` touches; None means rgbd_house and drive_front.
+        own: domains that are read from files, by name; they also need a role.
         batch_size: crops per training step.
         num_workers: loader processes; 0 loads in the training process.
         seed: seed of crops, augmentation and order.
-        cache_dir: folder for generated scans; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
-        mixing: how batches mix domains: concat, balanced or one_domain.
+        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
+        mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
+            or one_domain (each batch from one domain).
         eval_batch_size: tiles per evaluation batch; None means batch_size.
         data_seed: seed of the generated worlds; another one gives other scenes everywhere.
         train_scenes: generated training scenes per seen domain.
@@ -63,11 +71,12 @@ class PointCloudData(DomainDataModule):
         seen: list[str] | None = None,
         validation: list[str] | None = None,
         unseen: list[str] | None = None,
+        own: dict[str, PointSource] | None = None,
         batch_size: int = 6,
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: str = "concat",
+        mixing: Mixing = "concat",
         eval_batch_size: int | None = None,
         data_seed: int = 0,
         train_scenes: int = 48,
@@ -75,7 +84,7 @@ class PointCloudData(DomainDataModule):
         test_scenes: int = 10,
         crops_per_scene: int = 2,
         max_voxels: int = 3000,
-        augment: Augmentation | None = Augmentation(),  # noqa: B008 - frozen
+        augment: Augmentation | None = _DEFAULT_AUGMENTATION,
         features: Features = "common",
     ) -> None:
         super().__init__(
@@ -93,69 +102,112 @@ class PointCloudData(DomainDataModule):
         for name, value in (*self.counts.items(), ("crops_per_scene", crops_per_scene), ("max_voxels", max_voxels)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed; use 1 or more")
+        self.own = dict(own or {})
         self.data_seed, self.crops_per_scene, self.max_voxels = data_seed, crops_per_scene, max_voxels
         self.augment, self.features = augment, features
         for domain in self.domain_names:
-            if domain not in DOMAINS:
-                raise ValueError(f"unknown domain {domain!r}; allowed: {', '.join(DOMAINS)}")
-            self.sources[domain] = f"simulated (seed {data_seed})"
+            if domain not in DOMAINS and domain not in self.own:
+                raise ValueError(f"unknown domain {domain!r}; allowed: {', '.join([*DOMAINS, *self.own])}; or describe it in own")
+            source = self.own.get(domain)
+            self.sources[domain] = source.describe() if source else f"simulated, data_seed {data_seed}"
 
     @property
     def facts(self) -> dict[str, Any]:
         """Domain names per role and in order, label sets, and the number of input channels."""
         names = self.domain_names
+        sets = {name: self.own[name].label_set if name in self.own else label_set(name) for name in names}
         return {
             **super().facts,
             "domain_names": names,
-            "label_sets": {name: list(label_set(name)) for name in names},
+            "label_sets": {name: list(words) for name, words in sets.items()},
             "in_dim": IN_DIM,
         }
 
-    def _splits(self, domain: str) -> tuple[Split, ...]:
-        role = self.role_of(domain)
-        return SPLITS if role == "seen" else SPLITS[1:] if role == "validation" else SPLITS[2:]
+    def available(self, domain: str) -> str | None:
+        """Return why an optional domain is missing; a packaged one is fetched here.
+
+        Raises:
+            ValueError: a required domain is missing.
+        """
+        source = self.own.get(domain)
+        reason = source.missing(self.cache_dir) if source else None
+        if reason is not None and source is not None and not source.optional:
+            raise ValueError(f"domain {domain!r} cannot be read: {reason}")
+        return reason
 
     def prepare_data(self) -> None:
-        """Generate what is not in the cache yet."""
-        for domain in self.eval_domains("test"):
-            for split in self._splits(domain):
-                self._file(domain, split)
+        """Generate the simulated scans that are not in the cache yet, with a progress bar."""
+        wanted = [
+            (domain, split)
+            for domain in self.eval_domains("test")
+            if domain not in self.own
+            for split in self._splits(domain)
+            if not self._path(domain, split).exists()
+        ]
+        if not wanted:
+            return
+        from rich.progress import Progress
 
-    def _file(self, domain: str, split: Split) -> Path:
-        spec, count = DOMAINS[domain], self.counts[split]
-        key = config_hash([GENERATOR_VERSION, asdict(spec), type(spec.sensor).__name__, split, count, self.data_seed])
-        path = cache_dir("point_cloud", root=self.cache_dir) / f"{domain}-{split}-{key}.npz"
-        return build_once(
-            path, lambda temporary: save_scans(temporary, generate_split(spec, split, count, self.data_seed))
-        )
+        with Progress(transient=True) as progress:
+            task = progress.add_task("generating scans", total=sum(self.counts[split] for _, split in wanted))
+            for domain, split in wanted:
+                progress.update(task, description=f"generating {domain} {split}")
+                self._file(domain, split, lambda: progress.advance(task))
+
+    def _splits(self, domain: str) -> tuple[Split, ...]:
+        """The splits that a role can touch."""
+        return {"seen": SPLITS, "validation": SPLITS[1:], "unseen": SPLITS[2:]}[self.role_of(domain)]
+
+    def _path(self, domain: str, split: Split) -> Path:
+        spec = DOMAINS[domain]
+        key = config_hash([GENERATOR_VERSION, asdict(spec), split, self.counts[split], self.data_seed])
+        return cache_dir("point_cloud", root=self.cache_dir) / f"{domain}-{split}-{key}.npz"
+
+    def _file(self, domain: str, split: Split, advance: Callable[[], object] | None = None) -> Path:
+        def write(path: Path) -> None:
+            save_scans(path, generate_split(DOMAINS[domain], split, self.counts[split], self.data_seed, advance))
+
+        return build_once(self._path(domain, split), write)
 
     def scans(self, domain: str, split: Split) -> list[ScanArrays]:
-        """Return the raw scans of one domain and split."""
+        """Return the raw scans of one domain and split.
+
+        Raises:
+            ValueError: unknown domain, or its files are missing or damaged.
+        """
+        self.role_of(domain)
+        if domain in self.own:
+            return self.own[domain].scans(split, self.cache_dir)
         return load_scans(self._file(domain, split))
 
     def dataset(self, domain: str, split: Split) -> ScanDataset:
         """Return the crops (train) or tiles (val, test) of one domain."""
+        about = self.own.get(domain) or DOMAINS[domain]
         return ScanDataset(
             self.scans(domain, split),
             domain=domain,
+            label_set=self.facts["label_sets"][domain],
             domain_index=self.domain_names.index(domain),
-            voxel=DOMAINS[domain].voxel,
+            voxel=about.voxel,
             max_voxels=self.max_voxels,
             train=split == "train",
             crops=self.crops_per_scene,
             augmentation=self.augment,
             features=self.features,
-            indoor=DOMAINS[domain].indoor,
+            indoor=about.indoor,
             seed=self.seed,
         )
 
-    def train_dataloader(self) -> Any:
-        """Return the mixed training loader; the sampler's epoch chooses the crops."""
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the mixed training loader; the epoch of its sampler decides which crops are cut."""
         loader = super().train_dataloader()
+        assert self._sampler is not None
         for name in self.present("seen"):
-            self.get_dataset(name, "train").clock = self._sampler
+            dataset = self.get_dataset(name, "train")
+            assert isinstance(dataset, ScanDataset)
+            dataset.clock = self._sampler
         return loader
 
     def collate(self, items: list[Scan]) -> Batch:
-        """Join scans into one batch."""
+        """Join scans into one batch; it gains ``batch`` [N] and ``ptr`` [B + 1]."""
         return collate_scans(items)

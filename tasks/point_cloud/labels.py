@@ -7,6 +7,8 @@ data sets that share a name share a target; a name on disk can never be read aga
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 IGNORE = -1
 """Index of points without a label; no loss and no metric counts them."""
 
@@ -138,20 +140,20 @@ WORLD_TO_LABEL: dict[str, dict[str, str]] = {
 """World name -> label name per simulated domain; a world name that is not listed is ignored."""
 
 
-def label_index(domain: str, names: list[str] | tuple[str, ...]) -> dict[str, int]:
-    """Return ``{name: index}`` for ``names`` within the label set of ``domain``.
+def label_index(allowed: Sequence[str], names: Iterable[str], what: str = "data") -> dict[str, int]:
+    """Return ``{name: index}`` for ``names`` within the label set ``allowed``.
 
     Raises:
-        ValueError: a name is not in the label set of ``domain``, or the domain has none.
+        ValueError: a name is not in the label set.
     """
-    allowed = label_set(domain)
+    names = list(names)
     unknown = sorted(set(names) - set(allowed))
     if unknown:
         raise ValueError(
-            f"labels {unknown} are not in the label set of {domain!r} ({', '.join(allowed)}); "
+            f"{what}: labels {unknown} are not in its label set ({', '.join(allowed)}); "
             "rename or map them, or list them as ignored"
         )
-    return {name: allowed.index(name) for name in names}
+    return {name: list(allowed).index(name) for name in names}
 
 
 def label_set(domain: str) -> tuple[str, ...]:

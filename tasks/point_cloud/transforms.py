@@ -125,19 +125,20 @@ def crop_columns(pos: FloatArray, count: int, rng: np.random.Generator) -> Ints:
 
 
 def tile_columns(pos: FloatArray, count: int) -> list[Ints]:
-    """Cut N points into parts of at most ``count`` by halving the longer horizontal side at its median.
+    """Cut N points into ceil(N / count) parts of nearly equal size by splitting the longer horizontal side.
 
     The parts are disjoint, cover all points, and depend on nothing but the points.
     """
     parts: list[Ints] = []
-    stack: list[Ints] = [np.arange(len(pos))]
+    stack: list[tuple[Ints, int]] = [(np.arange(len(pos)), max(1, -(-len(pos) // count)))]
     while stack:
-        part = stack.pop()
-        if len(part) <= count:
-            parts.append(part)
+        part, number = stack.pop()
+        if number == 1:
+            parts.append(np.sort(part))
             continue
         spread = np.ptp(pos[part, :2], axis=0)
         order = part[np.argsort(pos[part, int(spread[1] > spread[0])], kind="stable")]
-        middle = len(order) // 2
-        stack.extend((np.sort(order[middle:]), np.sort(order[:middle])))
+        first = number // 2
+        middle = len(order) * first // number
+        stack.extend(((order[middle:], number - first), (order[:middle], first)))
     return parts

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ class Scan(Data):  # type: ignore[misc]
         domain: [1] int64 index into ``facts["domain_names"]``.
         raw_y: [R] int64 labels of the raw points.
         inverse: [R] int64 voxel of every raw point; in a batch it counts through all voxels.
+        raw_row: [R] int64 row of every raw point in its whole scan.
         name: name of the scan.
     """
 
@@ -54,7 +56,8 @@ class ScanDataset(Dataset[Scan]):
 
     Args:
         scans: the scans.
-        domain: name of the domain; labels are looked up in its label set.
+        domain: name of the domain.
+        label_set: its class names; labels are looked up here by name.
         domain_index: position of the domain in ``facts["domain_names"]``.
         voxel: voxel edge, metres.
         max_voxels: most voxels in a crop or tile.
@@ -74,6 +77,7 @@ class ScanDataset(Dataset[Scan]):
         scans: list[ScanArrays],
         *,
         domain: str,
+        label_set: Sequence[str],
         domain_index: int,
         voxel: float,
         max_voxels: int = 3000,
@@ -89,7 +93,7 @@ class ScanDataset(Dataset[Scan]):
         self.features, self.indoor, self.seed = features, indoor, seed
         self.clock: _Epoch = _FirstEpoch()
         self.scans = scans
-        self.targets = [_check(scan, domain) for scan in scans]
+        self.targets = [_check(scan, domain, label_set) for scan in scans]
         self.lights = [normalise_light(scan.light) for scan in scans]
         self.tiles: list[tuple[int, Ints]] = []
         if not train:
@@ -158,11 +162,12 @@ class ScanDataset(Dataset[Scan]):
             domain=torch.tensor([self.domain_index]),
             raw_y=torch.from_numpy(target),
             inverse=torch.from_numpy(inverse),
+            raw_row=torch.from_numpy(points),
             name=arrays.name,
         )
 
 
-def _check(scan: ScanArrays, domain: str) -> Ints:
+def _check(scan: ScanArrays, domain: str, label_set: Sequence[str]) -> Ints:
     if len(scan) == 0:
         raise ValueError(f"scan {scan.name} of domain {domain!r} is empty; leave it out")
     bad = int((~np.isfinite(scan.pos)).any(1).sum())
@@ -170,7 +175,7 @@ def _check(scan: ScanArrays, domain: str) -> Ints:
         raise ValueError(
             f"scan {scan.name} of domain {domain!r} has {bad} points with NaN or infinite coordinates; drop them"
         )
-    return scan.target(domain)
+    return scan.target(label_set)
 
 
 def collate_scans(items: list[Scan]) -> Batch:

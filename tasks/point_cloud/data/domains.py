@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -205,6 +207,27 @@ def generate_scan(spec: DomainSpec, seed: tuple[int, ...]) -> ScanArrays:
     )
 
 
-def generate_split(spec: DomainSpec, split: Split, count: int, base_seed: int) -> list[ScanArrays]:
-    """Generate all scans of one split."""
-    return [generate_scan(spec, scene_seed(base_seed, spec.name, split, index)) for index in range(count)]
+def generate_split(
+    spec: DomainSpec, split: Split, count: int, base_seed: int, advance: Callable[[], object] | None = None
+) -> list[ScanArrays]:
+    """Generate all scans of one split, two at a time.
+
+    Threads suffice: the work is numpy on large arrays, which releases the interpreter. The result does not depend on
+    their number, since every scan has a seed of its own.
+
+    Args:
+        spec: the domain.
+        split: train, val or test.
+        count: number of scans.
+        base_seed: seed of the whole data set.
+        advance: called after each scan, for a progress bar.
+    """
+
+    def one(index: int) -> ScanArrays:
+        scan = generate_scan(spec, scene_seed(base_seed, spec.name, split, index))
+        if advance is not None:
+            advance()
+        return scan
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, range(count)))

