@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from tasks.point_cloud.data.las import LasError, read_las, write_las
 from tasks.point_cloud.labels import IGNORE
 from tasks.point_cloud.readers.arrays import read_npy, read_npz, read_text, write_npy, write_npz
 from tasks.point_cloud.readers.ply import read_ply, write_ply
@@ -30,8 +31,9 @@ from tasks.point_cloud.readers.scan import (
     map_labels,
 )
 
-FORMATS = (".npy", ".npz", ".ply")
+FORMATS = (".npy", ".npz", ".ply", ".las", ".laz")
 COLUMNS = ("x", "y", "z", "red", "green", "blue", "nx", "ny", "nz", "intensity", "label")
+_LAS_FULL_SCALE = 65_535.0
 _COLOR, _NORMAL = ("red", "green", "blue"), ("nx", "ny", "nz")
 _KEYS = ("names", "ignore", "unit", "intensity_max", "columns", "label")
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -39,7 +41,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "intensity": ("intensity", "scalar_intensity", "reflectance", "remission", "strength"),
     "label": ("label", "class", "classification", "scalar_label", "scalar_classification", "semantic", "segment"),
 }
-"""Property names that mean a column, in lower case; point-cloud editors put ``scalar_`` before their fields."""
+"""Property names (in lower case) that mean a column; point-cloud editors put ``scalar_`` before their fields."""
 _NPZ: dict[str, tuple[str, ...]] = {
     **{"xyz": ("xyz", "coord", "points", "pos"), "color": ("color", "colors", "rgb"), "normal": ("normal", "normals")},
     **{"intensity": _ALIASES["intensity"], "label": _ALIASES["label"]},
@@ -55,7 +57,7 @@ class OwnLabels:
         table: raw id -> index when the file maps ids to names; None when labels are indices already.
         ignore: raw ids that mean "no label".
         unit: metres per unit of the coordinates.
-        intensity_max: full scale of the intensity.
+        intensity_max: full scale of the intensity; None means 65535 for LAS and 1 for the others.
         columns: meaning of the columns of plain .npy arrays, "-" for a column to skip; empty: x, y, z.
         label: name of the label column where a file offers several; empty: the usual names.
     """
@@ -64,7 +66,7 @@ class OwnLabels:
     table: dict[int, int] | None = None
     ignore: tuple[int, ...] = ()
     unit: float = 1.0
-    intensity_max: float = 1.0
+    intensity_max: float | None = None
     columns: tuple[str, ...] = ()
     label: str = ""
 
@@ -90,7 +92,7 @@ def read_own_labels(path: Path) -> OwnLabels:
         table=table,
         ignore=tuple(_list(path, content, "ignore", int)),
         unit=_positive(path, content, "unit"),
-        intensity_max=_positive(path, content, "intensity_max"),
+        intensity_max=_positive(path, content, "intensity_max") if "intensity_max" in content else None,
         columns=_columns(path, _list(path, content, "columns", str)),
         label=_list(path, {"label": [content.get("label", "")]}, "label", str)[0],
     )
@@ -129,7 +131,7 @@ def _columns(path: Path, value: list[str]) -> tuple[str, ...]:
 
 
 class OwnScans(ScanReader):
-    """Your own scans in a plain layout: ``root/<domain>/<split>/*.npy|npz|ply``, named by ``labels.yaml``.
+    """Your own scans in a plain layout: ``root/<domain>/<split>/*.npy|npz|ply|las|laz``, named by ``labels.yaml``.
 
     Args:
         root: folder of your data.
@@ -139,7 +141,9 @@ class OwnScans(ScanReader):
         PointCloudFileError: ``labels.yaml`` is missing or wrong; it is read at once, since the model needs the names.
     """
 
-    layout: ClassVar[str] = "<domain>/labels.yaml and <domain>/<train|val|test>/ with .npy, .npz or .ply files"
+    layout: ClassVar[str] = (
+        "<domain>/labels.yaml and <domain>/<train|val|test>/ with .npy, .npz, .ply, .las or .laz files"
+    )
     source: ClassVar[str] = "your own data; docs/point_cloud_formats.md describes the layout"
 
     def __init__(self, root: Path | str, domain: str) -> None:
@@ -173,7 +177,7 @@ class OwnScans(ScanReader):
 
 
 def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
-    """Read one .npy, .npz or .ply file as ``labels`` says.
+    """Read one .npy, .npz, .ply, .las or .laz file as ``labels`` says.
 
     Raises:
         PointCloudFileError: damaged, of another format, or not as ``labels`` says.
@@ -185,12 +189,15 @@ def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
             arrays = _npz_arrays(path, labels)
         case ".ply":
             arrays = _group(path, _renamed(path, read_ply(path).vertex, labels), labels)
+        case ".las" | ".laz":
+            arrays = _las_arrays(path, labels)
         case suffix:
             raise PointCloudFileError(path, f"a {suffix or 'nameless'} file", ", ".join(FORMATS), "convert it")
     raw = arrays.pop("label", None)
     label = None if raw is None else _indices(path, raw, labels)
+    full_scale = labels.intensity_max or (_LAS_FULL_SCALE if path.suffix.lower() in (".las", ".laz") else 1.0)
     return make_scan(
-        path, labels.names, label=label, unit=labels.unit, intensity_max=labels.intensity_max, **_required(path, arrays)
+        path, labels.names, label=label, unit=labels.unit, intensity_max=full_scale, **_required(path, arrays)
     )
 
 
@@ -228,6 +235,22 @@ def _npz_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
     return {what: arrays[_one(path, what, keys, arrays)] for what, keys in aliases.items() if set(keys) & set(arrays)}
 
 
+def _las_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
+    try:
+        cloud = read_las(path)
+    except LasError as error:
+        raise PointCloudFileError(path, str(error), "a LAS or LAZ file", "see the reason given") from None
+    arrays: dict[str, NDArray[Any]] = {"xyz": cloud.pos, "intensity": cloud.intensity, "label": cloud.classification}
+    if labels.label:
+        if labels.label not in cloud.extra:
+            given = f"the extra attributes {', '.join(cloud.extra) or 'none'}"
+            raise PointCloudFileError(path, given, f"{labels.label!r}", "correct `label` in labels.yaml")
+        arrays["label"] = cloud.extra[labels.label]
+    if cloud.rgb is not None:
+        arrays["color"] = cloud.rgb
+    return arrays
+
+
 def _renamed(path: Path, columns: Mapping[str, NDArray[Any]], labels: OwnLabels) -> dict[str, NDArray[Any]]:
     """Return columns under our names, whatever the writing program called them."""
     lower = {name.lower(): name for name in columns}
@@ -263,11 +286,15 @@ def write_own_scan(path: Path, scan: RawScan) -> None:
     """Write ``scan`` in the format of the path's ending; labels are indices, intensity is in [0, 1].
 
     A .npy file becomes a structured array (one named field per column), which needs no ``columns`` to be read again.
+    A .las file keeps millimetres, no normals, and has class 255 for points without a label.
 
     Raises:
-        ValueError: the ending is not one of the formats.
+        ValueError: the ending is not one that can be written.
     """
     points = scan.xyz if not any(scan.origin) else scan.world_xyz()
+    if path.suffix == ".las":
+        _write_las(path, scan)
+        return
     if path.suffix == ".npz":
         arrays = {"xyz": points, "color": scan.color, "normal": scan.normal, "intensity": scan.intensity}
         label = scan.label if scan.labelled else None
@@ -289,7 +316,20 @@ def write_own_scan(path: Path, scan: RawScan) -> None:
             rows[name] = column
         write_npy(path, rows)
     else:
-        raise ValueError(f"{path.name}: no writer for {path.suffix!r}; allowed: {', '.join(FORMATS)}")
+        raise ValueError(f"{path.name}: no writer for {path.suffix!r}; allowed: {', '.join(FORMATS[:-1])}")
+
+
+def _write_las(path: Path, scan: RawScan) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    zero = np.zeros(len(scan), np.float32)
+    write_las(
+        path,
+        scan.world_xyz(),
+        classification=np.where(scan.label < 0, 255, scan.label).astype(np.uint8),
+        intensity=np.rint((zero if scan.intensity is None else scan.intensity) * _LAS_FULL_SCALE).astype(np.uint16),
+        rgb=None if scan.color is None else scan.color.astype(np.uint16) * 257,  # 255 -> 65535
+        point_format=6 if scan.color is None else 7,
+    )
 
 
 def write_own_labels(path: Path, labels: OwnLabels) -> None:
@@ -297,8 +337,8 @@ def write_own_labels(path: Path, labels: OwnLabels) -> None:
     content: dict[str, Any] = {"names": list(labels.names)}
     if labels.table is not None:
         content["names"] = {key: labels.names[index] for key, index in labels.table.items()}
-    content.update(unit=labels.unit, intensity_max=labels.intensity_max)
-    for key in ("ignore", "columns", "label"):
+    content["unit"] = labels.unit
+    for key in ("intensity_max", "ignore", "columns", "label"):
         if value := getattr(labels, key):
             content[key] = list(value) if isinstance(value, tuple) else value
     path.parent.mkdir(parents=True, exist_ok=True)

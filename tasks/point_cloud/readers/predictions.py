@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.point_cloud.data.las import write_las
 from tasks.point_cloud.readers.ply import PlyFormat, write_ply
 
 NOTHING = 255
@@ -87,3 +88,47 @@ def write_prediction_ply(
     }
     comments = tuple(f"class {index} {name}" for index, name in enumerate(prediction.names))
     write_ply(path, vertex, layout=layout, comments=comments)
+
+
+def write_prediction_las(path: Path, prediction: PointPrediction, *, scale: float = 0.001) -> None:
+    """Write points coloured by class as LAS 1.4 with the extra dimensions ``class`` and ``expert`` (255 for none).
+
+    The standard field "classification" holds the same number as ``class``: an index into the class names, not an
+    ASPRS code. LAS has no place for names that viewers would show, so a text file of the same stem lists them.
+
+    Args:
+        path: file to write.
+        prediction: what to write.
+        scale: resolution of the stored coordinates, metres.
+
+    Raises:
+        ValueError: the scan is too wide for the resolution.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    color = class_colors(prediction.names)[prediction.label].astype(np.uint16)
+    write_las(
+        path,
+        prediction.xyz,
+        classification=prediction.class_byte(),
+        rgb=color * 257,
+        extra={"class": prediction.class_byte(), "expert": prediction.expert_byte()},
+        point_format=7,
+        scale=scale,
+    )
+    lines = [f"{index} {name}" for index, name in enumerate(prediction.names)]
+    path.with_suffix(".classes.txt").write_text("\n".join([*lines, f"{NOTHING} none"]) + "\n", encoding="utf-8")
+
+
+def write_prediction(path: Path, prediction: PointPrediction) -> None:
+    """Write a prediction in the format of the path's ending, ``.ply`` or ``.las``.
+
+    Raises:
+        ValueError: another ending.
+    """
+    match path.suffix.lower():
+        case ".ply":
+            write_prediction_ply(path, prediction)
+        case ".las":
+            write_prediction_las(path, prediction)
+        case suffix:
+            raise ValueError(f"{path.name}: predictions are not written as {suffix!r}; use .ply or .las")
