@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Literal
 
 from moeapps.data.cache import cache_dir, file_lock
-from moeapps.data.unpacking import ArchiveError, safe_extract
+from moeapps.data.unpacking import ArchiveError, ArchiveKind, safe_extract
 
 __all__ = ["ArchiveError", "Package", "archive_name", "collect_packages", "fetch_package", "is_fetched", "safe_extract"]
 
 log = logging.getLogger("moeapps")
 
 Kind = Literal["sdist", "wheel", "debian"]
+_FORM: dict[Kind, ArchiveKind] = {"sdist": "tar", "wheel": "zip", "debian": "deb"}
 _GIGABYTE = 1 << 30
 
 
@@ -134,8 +135,7 @@ def fetch_package(package: Package, *, root: Path | None = None, archive: Path |
             _check_hash(package, path)
             unpacked = work / "members"
             unpacked.mkdir()
-            kind = {"sdist": "tar", "wheel": "zip", "debian": "deb"}[package.kind]
-            safe_extract(path, unpacked, package.members, kind=kind, max_bytes=package.max_bytes)
+            safe_extract(path, unpacked, package.members, kind=_FORM[package.kind], max_bytes=package.max_bytes)
             os.replace(unpacked, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)

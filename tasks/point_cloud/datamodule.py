@@ -107,7 +107,9 @@ class PointCloudData(DomainDataModule):
         self.augment, self.features = augment, features
         for domain in self.domain_names:
             if domain not in DOMAINS and domain not in self.own:
-                raise ValueError(f"unknown domain {domain!r}; allowed: {', '.join([*DOMAINS, *self.own])}; or describe it in own")
+                raise ValueError(
+                    f"unknown domain {domain!r}; allowed: {', '.join([*DOMAINS, *self.own])}; or describe it in own"
+                )
             source = self.own.get(domain)
             self.sources[domain] = source.describe() if source else f"simulated, data_seed {data_seed}"
 

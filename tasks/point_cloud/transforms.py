@@ -80,12 +80,12 @@ class Augmentation:
             moved += _elastic(moved, self.elastic_cell, self.elastic_strength, rng)
         if self.jitter:
             moved += np.clip(rng.standard_normal(moved.shape), -4, 4) * (self.jitter * voxel)
-        return moved.astype(np.float32)
+        return np.asarray(moved, np.float32)
 
     def relight(self, light: FloatArray, rng: np.random.Generator) -> Floats:
         """Return normalised light times a random factor, cut to [0, 1]."""
         factor = rng.uniform(1 - self.light_jitter, 1 + self.light_jitter)
-        return np.clip(light * factor, 0, 1).astype(np.float32)
+        return np.asarray(np.clip(light * factor, 0, 1), np.float32)
 
 
 def _turn(z: float, x: float, y: float) -> npt.NDArray[np.float64]:

@@ -91,7 +91,9 @@ def test_pip_is_asked_for_the_pinned_archive_with_its_hash(
     assert seen[0][-1] == f"pkg==1.0 --hash=sha256:{package.sha256}\n"
 
 
-def test_debian_client_is_asked_for_the_exact_version(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debian_client_is_asked_for_the_exact_version(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = _package(good, kind="debian", version="1.0-2")
     seen: list[list[str]] = []
 
@@ -304,7 +306,9 @@ def test_debian_package_is_unpacked(tmp_path: Path) -> None:
         return f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
 
     deb = tmp_path / "x.deb"
-    deb.write_bytes(b"!<arch>\n" + entry("debian-binary", b"2.0\n") + entry("control.tar", b"odd") + entry("data.tar.gz", inner))
+    deb.write_bytes(
+        b"!<arch>\n" + entry("debian-binary", b"2.0\n") + entry("control.tar", b"odd") + entry("data.tar.gz", inner)
+    )
     (tmp_path / "t").mkdir()
     assert [p.read_bytes() for p in safe_extract(deb, tmp_path / "t", ["usr/share/x/*"], kind="deb")] == [PAYLOAD]
 

@@ -105,7 +105,7 @@ def normal_z(pos: npt.NDArray[np.floating], size: float) -> Floats:
         covariance[:, i, j] = covariance[:, j, i] = total[:, 4 + index] / count - mean[:, i] * mean[:, j]
     _, vectors = np.linalg.eigh(covariance)
     up = np.where(count >= 3, np.minimum(np.abs(vectors[:, 2, 0]), 1.0), 0.0)
-    return up[inverse].astype(np.float32)
+    return np.asarray(up[inverse], np.float32)
 
 
 def normalise_light(light: npt.NDArray[np.floating]) -> Floats:
@@ -115,7 +115,7 @@ def normalise_light(light: npt.NDArray[np.floating]) -> Floats:
     low, high = np.quantile(light, (0.05, 0.95))
     if high - low < 1e-9:
         return np.full(len(light), 0.5, np.float32)
-    return np.clip((light - low) / (high - low), 0, 1).astype(np.float32)
+    return np.asarray(np.clip((light - low) / (high - low), 0, 1), np.float32)
 
 
 def common_features(

@@ -145,7 +145,7 @@ def _parse_header(data: bytes, name: str) -> _Header:
 
 
 def _extra_fields(data: bytes, header: _Header) -> list[_Field]:
-    """Return (name, dtype, shape) of the extra bytes; an unreadable description gives none, the points stay readable."""
+    """Return (name, dtype, shape) of the extra bytes; an unreadable list gives none, the points stay readable."""
     position = header.header_size
     for _ in range(min(header.num_vlrs, 1000)):
         if position + 54 > min(header.point_offset, len(data)):
@@ -167,11 +167,27 @@ def _describe_extras(body: bytes) -> list[_Field]:
             return []
         # Kinds 11 - 30, pairs and triples of kinds 1 - 10, are withdrawn but still met.
         times, base = divmod(kind - 1, 10)
-        fields.append((name, f"V{options}", ()) if kind == 0 else (name, _EXTRA_TYPES[base], (times + 1,) if times else ()))
+        fields.append(
+            (name, f"V{options}", ()) if kind == 0 else (name, _EXTRA_TYPES[base], (times + 1,) if times else ())
+        )
     return fields
 
 
-_RESERVED = {"xyz", "intensity", "returns", "class", "flags", "angle", "user", "source", "time", "rgb", "nir", "wave", "pad"}
+_RESERVED = {
+    "xyz",
+    "intensity",
+    "returns",
+    "class",
+    "flags",
+    "angle",
+    "user",
+    "source",
+    "time",
+    "rgb",
+    "nir",
+    "wave",
+    "pad",
+}
 
 
 def _cloud(records: npt.NDArray[Any], header: _Header, extras: list[str]) -> LasCloud:
@@ -180,9 +196,9 @@ def _cloud(records: npt.NDArray[Any], header: _Header, extras: list[str]) -> Las
     return LasCloud(
         pos=records["xyz"] * header.scale + header.offset,
         intensity=records["intensity"].copy(),
-        classification=records["class"].copy() if new else records["class"] & 31,
-        return_number=returns & (15 if new else 7),
-        num_returns=(returns >> 4) if new else (returns >> 3) & 7,
+        classification=(records["class"] & (255 if new else 31)).astype(np.uint8),
+        return_number=(returns & (15 if new else 7)).astype(np.uint8),
+        num_returns=((returns >> 4) if new else (returns >> 3) & 7).astype(np.uint8),
         rgb=records["rgb"].copy() if "rgb" in names else None,
         extra={name: records[name].copy() for name in extras},
         scale=(float(header.scale[0]), float(header.scale[1]), float(header.scale[2])),
@@ -197,7 +213,9 @@ def _read_laz(path: Path) -> LasCloud:
     try:
         cloud = laspy.read(path)
     except (laspy.errors.LaspyException, RuntimeError, ValueError, OSError) as error:
-        raise LasError(f"laspy cannot read {path.name} ({error}); is a LAZ backend installed, is the file whole?") from error
+        raise LasError(
+            f"laspy cannot read {path.name} ({error}); is a LAZ backend installed, is the file whole?"
+        ) from error
     names = set(cloud.point_format.dimension_names)
     rgb = np.stack([np.asarray(cloud[c]) for c in ("red", "green", "blue")], 1) if "red" in names else None
     return LasCloud(
@@ -232,7 +250,8 @@ def write_las(
         pos: [N, 3] coordinates.
         classification: [N] or one ASPRS class (formats 0 - 3: at most 31).
         intensity: [N] or one, 0 - 65535.
-        return_number: [N] or one; ``num_returns`` likewise.
+        return_number: [N] or one; first is 1.
+        num_returns: [N] or one; echoes of the pulse.
         rgb: [N, 3], 0 - 65535; only with formats 2, 3, 7 and 8.
         extra: further attributes by name ([N] integers or floats), e.g. the expert of every point.
         point_format: 0 - 3 or 6 - 8.
@@ -250,7 +269,9 @@ def write_las(
     offset = np.floor(pos.min(0)) if len(pos) else np.zeros(3)
     steps = np.round((pos - offset) / scale)
     if len(steps) and steps.max() > 2**31 - 1:
-        raise ValueError(f"the cloud spans {np.ptp(pos, 0).max():.0f}, too far for steps of {scale}; use a larger scale")
+        raise ValueError(
+            f"the cloud spans {np.ptp(pos, 0).max():.0f}, too far for steps of {scale}; use a larger scale"
+        )
     records = np.zeros(len(pos), dtype)
     new = point_format >= 6
     records["xyz"] = steps
@@ -296,7 +317,12 @@ def _extra_vlr(extra: dict[str, npt.NDArray[Any]]) -> bytes:
 
 
 def _header(
-    point_format: int, length: int, pos: npt.NDArray[np.float64], offset: npt.NDArray[np.float64], scale: float, vlr: int
+    point_format: int,
+    length: int,
+    pos: npt.NDArray[np.float64],
+    offset: npt.NDArray[np.float64],
+    scale: float,
+    vlr: int,
 ) -> bytearray:
     new = point_format >= 6
     size, count = (375 if new else 227), len(pos)

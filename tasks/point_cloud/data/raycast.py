@@ -42,7 +42,7 @@ class Hits:
     @property
     def hit(self) -> Bools:
         """[N] true where the ray hit something."""
-        return self.primitive != MISS
+        return np.asarray(self.primitive != MISS)
 
 
 def cast(

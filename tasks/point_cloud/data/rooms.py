@@ -187,7 +187,7 @@ def camera_views(scene: Scene, count: int, rng: np.random.Generator) -> list[tup
         middle = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
         back = middle - 0.28 * np.array([np.cos(yaw) * (x1 - x0), np.sin(yaw) * (y1 - y0)])
         candidate = np.array([back[0], back[1], position[2]], np.float32)
-        if not scene.occupied(*candidate.tolist(), margin=0.2):
+        if not scene.occupied(float(back[0]), float(back[1]), float(position[2]), 0.2):
             position = candidate
         views.append((position, yaw, float(rng.uniform(-0.45, -0.15))))
     return views

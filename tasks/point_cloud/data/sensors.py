@@ -45,11 +45,11 @@ def join(scans: list[RawScan]) -> RawScan:
 
 def unit(vectors: Floats) -> Floats:
     """Normalise [N, 3] vectors."""
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
 def _cosine(hits: Hits, direction: Floats) -> Floats:
-    return np.clip(-(hits.normal * direction).sum(1), 0, 1)
+    return np.asarray(np.clip(-(hits.normal * direction).sum(1), 0, 1), np.float32)
 
 
 # ---------------------------------------------------------------------------------------------- depth camera
@@ -132,7 +132,7 @@ def _one_view(
         wobble = camera.pose_sigma * camera.noise
         angles = np.radians(60 * wobble) * rng.standard_normal(3)
         points = rays @ rotation(*angles.tolist()).T
-        position = position + wobble * rng.standard_normal(3)
+        position = position + wobble * rng.standard_normal(3).astype(np.float32)
     pos = position + (depth / axial)[:, None] * points
     return RawScan(pos[keep].astype(np.float32), luminance[keep].astype(np.float32), hits.name[keep])
 
@@ -311,8 +311,8 @@ def _strip(
     for _ in range(laser.returns):
         hits = cast(scene, origin, rays, rng, t_min=0.3)
         hit = hits.hit
-        distance = hits.distance[hit] + laser.sigma * rng.standard_normal(int(hit.sum())).astype(np.float32)
-        pos = origin[hit] + distance[:, None] * rays[hit]
+        distance = hits.distance[hit] + laser.sigma * rng.standard_normal(int(hit.sum()))
+        pos = np.asarray(origin[hit] + distance[:, None] * rays[hit], np.float32)
         leaf = hits.name == NAME_ID["vegetation"]
         share = np.where(leaf, rng.uniform(0.25, 0.8, len(leaf)), 1.0) * energy
         light = share * hits.albedo * np.sqrt(_cosine(hits, rays)) * (1 + 0.1 * rng.standard_normal(len(leaf)))

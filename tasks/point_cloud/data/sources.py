@@ -156,5 +156,7 @@ class LasFiles(PointSource):
     def describe(self) -> str:
         """Say where the files come from."""
         if self.root is None and self.package is not None:
-            return f"{self.package.name} {self.package.version} ({self.package.kind}, sha256 {self.package.sha256[:12]})"
+            return (
+                f"{self.package.name} {self.package.version} ({self.package.kind}, sha256 {self.package.sha256[:12]})"
+            )
         return f"{sum(map(len, self.files.values()))} LAS file(s) of the user's own"

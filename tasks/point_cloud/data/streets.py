@@ -66,10 +66,7 @@ class _Street:
         """Draw ``count`` positions along the street, one per equal part, so that nothing overlaps."""
         reach = self.world.reach
         edges = np.linspace(low * reach, high * reach, count + 1)
-        return [
-            float(self.rng.uniform(a + 0.3 * (b - a), b - 0.3 * (b - a)))
-            for a, b in itertools.pairwise(edges)
-        ]
+        return [float(self.rng.uniform(a + 0.3 * (b - a), b - 0.3 * (b - a))) for a, b in itertools.pairwise(edges)]
 
 
 def _pavement(street: _Street, y: float, width: float, z: float) -> None:

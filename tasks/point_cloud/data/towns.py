@@ -177,4 +177,4 @@ class _Relief:
         Points are lifted by it after casting: exact for vertical rays, off by tilt times slope (under 0.02) for ours.
         """
         bumps = np.sin(self.wave[0] * pos[:, 0] + self.phase[0]) * np.sin(self.wave[1] * pos[:, 1] + self.phase[1])
-        return (self.slope[0] * pos[:, 0] + self.slope[1] * pos[:, 1] + self.amplitude * bumps).astype(np.float32)
+        return np.asarray(self.slope[0] * pos[:, 0] + self.slope[1] * pos[:, 1] + self.amplitude * bumps, np.float32)
