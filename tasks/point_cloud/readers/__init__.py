@@ -15,7 +15,13 @@ from tasks.point_cloud.readers.pointcept import (
     WaymoFolders,
     write_pointcept_scan,
 )
-from tasks.point_cloud.readers.predictions import PointPrediction, class_colors, write_prediction_ply
+from tasks.point_cloud.readers.predictions import (
+    PointPrediction,
+    class_colors,
+    write_prediction,
+    write_prediction_las,
+    write_prediction_ply,
+)
 from tasks.point_cloud.readers.scan import PointCloudFileError, RawScan, ScanReader, ScanRef, Split, make_scan
 from tasks.point_cloud.readers.scannet_raw import ScanNetMeshes, write_scannet_scene
 from tasks.point_cloud.readers.semantic_kitti import SemanticKITTI, write_kitti_frame
@@ -50,6 +56,8 @@ __all__ = [
     "write_own_scan",
     "write_ply",
     "write_pointcept_scan",
+    "write_prediction",
+    "write_prediction_las",
     "write_prediction_ply",
     "write_scannet_scene",
 ]

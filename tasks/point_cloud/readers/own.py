@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tasks.point_cloud.data.las import LasError, read_las, write_las
 from tasks.point_cloud.labels import IGNORE
-from tasks.point_cloud.readers.arrays import read_npy, read_npz, read_text, write_npy, write_npz
+from tasks.point_cloud.readers.arrays import read_bytes, read_npy, read_npz, read_text, write_npy, write_npz
 from tasks.point_cloud.readers.ply import read_ply, write_ply
 from tasks.point_cloud.readers.scan import (
     PointCloudFileError,
@@ -33,7 +33,7 @@ from tasks.point_cloud.readers.scan import (
 
 FORMATS = (".npy", ".npz", ".ply", ".las", ".laz")
 COLUMNS = ("x", "y", "z", "red", "green", "blue", "nx", "ny", "nz", "intensity", "label")
-_LAS_FULL_SCALE = 65_535.0
+_LAS_FULL_SCALE, _LAS_BLANK = 65_535.0, (0, 1, 255)
 _COLOR, _NORMAL = ("red", "green", "blue"), ("nx", "ny", "nz")
 _KEYS = ("names", "ignore", "unit", "intensity_max", "columns", "label")
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -236,11 +236,15 @@ def _npz_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
 
 
 def _las_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
+    if not path.is_file():
+        read_bytes(path)  # says why not
     try:
         cloud = read_las(path)
     except LasError as error:
         raise PointCloudFileError(path, str(error), "a LAS or LAZ file", "see the reason given") from None
-    arrays: dict[str, NDArray[Any]] = {"xyz": cloud.pos, "intensity": cloud.intensity, "label": cloud.classification}
+    arrays: dict[str, NDArray[Any]] = {"xyz": cloud.pos, "intensity": cloud.intensity}
+    if not _is_blank(cloud.classification, labels.table):
+        arrays["label"] = cloud.classification
     if labels.label:
         if labels.label not in cloud.extra:
             given = f"the extra attributes {', '.join(cloud.extra) or 'none'}"
@@ -249,6 +253,12 @@ def _las_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
     if cloud.rgb is not None:
         arrays["color"] = cloud.rgb
     return arrays
+
+
+def _is_blank(classes: NDArray[np.uint8], table: Mapping[int, int] | None) -> bool:
+    """Whether a LAS file was never classified: all points 0 or all 1 (the standard's two words for it), or all 255."""
+    only = int(classes[0]) if len(classes) and bool((classes == classes[0]).all()) else None
+    return only in _LAS_BLANK and (table is None or only not in table)
 
 
 def _renamed(path: Path, columns: Mapping[str, NDArray[Any]], labels: OwnLabels) -> dict[str, NDArray[Any]]:

@@ -85,7 +85,7 @@ def _own(suffix: str) -> Layout:
         write_own_labels(root / "yard" / "labels.yaml", OwnLabels(OWN_NAMES))
         write_own_scan(root / "yard" / "train" / f"first{suffix}", scan)
 
-    keeps = ("color", "normal")
+    keeps = ("color",) if suffix == ".las" else ("color", "normal")
     return Layout(write, lambda root: OwnScans(root, "yard"), OWN_NAMES, True, keeps)
 
 
@@ -138,6 +138,7 @@ LAYOUTS: dict[str, Layout] = {
     "own_npy": _own(".npy"),
     "own_npz": _own(".npz"),
     "own_ply": _own(".ply"),
+    "own_las": _own(".las"),
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from readers_common import random_scan
 
+from tasks.point_cloud.data.las import write_las
 from tasks.point_cloud.labels import LABEL_SETS, label_set
 from tasks.point_cloud.readers import (
     Matterport3DFolders,
@@ -24,6 +25,7 @@ from tasks.point_cloud.readers import (
     SemanticKITTI,
     Structured3DFolders,
     WaymoFolders,
+    read_own_scan,
     write_kitti_frame,
     write_nuscenes,
     write_own_labels,
@@ -312,3 +314,35 @@ def test_written_kitti_and_pointcept_labels_are_the_documented_numbers(tmp_path:
 
     assert [KITTI[int(key)] for key in ids] == list(scan.names)
     np.testing.assert_array_equal(np.load(tmp_path / "scan" / "segment.npy"), np.arange(19))
+
+
+@pytest.mark.parametrize("blank", [0, 1, 255])
+def test_a_las_file_that_was_never_classified_has_no_labels(blank: int, tmp_path: Path) -> None:
+    write_las(tmp_path / "a.las", np.eye(3), classification=blank)
+
+    assert not read_own_scan(tmp_path / "a.las", OwnLabels(("ground", "building"))).labelled
+    assert not read_own_scan(tmp_path / "a.las", OwnLabels(("ground",), table={2: 0})).labelled
+    assert read_own_scan(tmp_path / "a.las", OwnLabels(("ground",), table={blank: 0})).labelled
+
+
+def test_las_codes_colours_and_named_attributes_are_read(tmp_path: Path) -> None:
+    write_las(
+        tmp_path / "a.las",
+        np.eye(3) * 100,
+        classification=np.array([2, 6, 7]),
+        intensity=np.array([0, 13_107, 65_535]),
+        rgb=np.array([[0, 0, 65_535], [257, 0, 0], [0, 514, 0]]),
+        point_format=7,
+        extra={"species": np.array([1, 0, 9], np.uint8)},
+    )
+
+    scan = read_own_scan(tmp_path / "a.las", OwnLabels(("ground", "building"), table={2: 0, 6: 1}))
+    other = read_own_scan(tmp_path / "a.las", OwnLabels(("oak", "fir"), ignore=(9,), label="species", unit=0.3048))
+
+    assert _names(scan.label, scan.names) == ["ground", "building", None]
+    np.testing.assert_allclose(scan.intensity, [0, 0.2, 1], atol=1e-6)
+    np.testing.assert_array_equal(scan.color, [[0, 0, 255], [1, 0, 0], [0, 2, 0]])
+    assert _names(other.label, other.names) == ["fir", "oak", None]
+    np.testing.assert_allclose(other.xyz, np.eye(3) * 30.48, atol=1e-4)
+    with pytest.raises(PointCloudFileError, match="'genus'"):
+        read_own_scan(tmp_path / "a.las", OwnLabels(("oak",), label="genus"))

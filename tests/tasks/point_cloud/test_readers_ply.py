@@ -9,12 +9,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from tasks.point_cloud.data.las import read_las
 from tasks.point_cloud.readers import (
     PointCloudFileError,
     PointPrediction,
     class_colors,
     read_ply,
     write_ply,
+    write_prediction,
     write_prediction_ply,
 )
 from tasks.point_cloud.readers.ply import PlyFormat, parse_ply
@@ -190,3 +192,32 @@ def test_predictions_that_do_not_fit_are_refused(label: list[int], expert: list[
         PointPrediction(
             np.zeros((2, 3)), np.array(label), ("a", "b", "c"), None if expert is None else np.array(expert)
         )
+
+
+def test_las_predictions_carry_class_and_expert_as_extra_dimensions(tmp_path: Path) -> None:
+    names = ("ground", "building")
+    xyz = np.array(
+        [[691_000.001, 5_336_000.002, 500.003], [691_009.0, 5_336_001.0, 501.0], [691_000.5, 5_336_000.5, 500.0]]
+    )
+    prediction = PointPrediction(xyz, np.array([1, -1, 0]), names, np.array([3, 0, -1]))
+
+    write_prediction(tmp_path / "out" / "p.las", prediction)
+    cloud = read_las(tmp_path / "out" / "p.las")
+
+    np.testing.assert_allclose(cloud.pos, xyz, atol=5.1e-4)
+    np.testing.assert_array_equal(cloud.extra["class"], [1, 255, 0])
+    np.testing.assert_array_equal(cloud.extra["expert"], [3, 0, 255])
+    np.testing.assert_array_equal(cloud.classification, [1, 255, 0])
+    assert cloud.rgb is not None
+    np.testing.assert_array_equal(cloud.rgb // 257, class_colors(names)[prediction.label])
+    assert (tmp_path / "out" / "p.classes.txt").read_text() == "0 ground\n1 building\n255 none\n"
+
+
+def test_a_prediction_format_is_chosen_by_the_ending(tmp_path: Path) -> None:
+    prediction = PointPrediction(np.eye(3), np.array([0, 1, -1]), ("a", "b"))
+
+    write_prediction(tmp_path / "p.ply", prediction)
+
+    np.testing.assert_array_equal(read_ply(tmp_path / "p.ply").vertex["class"], [0, 1, 255])
+    with pytest.raises(ValueError, match=r"\.ply or \.las"):
+        write_prediction(tmp_path / "p.obj", prediction)
