@@ -6,10 +6,39 @@ Loads torch and nothing else of weight.
 
 from __future__ import annotations
 
-from moeapps.moe.activation import ActivationName
-from moeapps.moe.backends import Backend, Plan, run, sort_assignments
-from moeapps.moe.balance import CountAccumulator, update_bias
-from moeapps.moe.experts import Experts, GLUExperts, MLPExperts, ModuleExperts, NormalisedExperts
+from moeapps.moe.activation import (
+    ActivationName,
+)
+from moeapps.moe.backends import (
+    Backend,
+    Plan,
+    run,
+    sort_assignments,
+)
+from moeapps.moe.balance import (
+    CountAccumulator,
+    update_bias,
+)
+from moeapps.moe.combine import (
+    Combiner,
+    Stack,
+    Sum,
+)
+from moeapps.moe.experts import (
+    Experts,
+    GLUExperts,
+    MLPExperts,
+    ModuleExperts,
+    NormalisedExperts,
+)
+from moeapps.moe.joined import (
+    JoinedExperts,
+)
+from moeapps.moe.layer import (
+    LayerFactory,
+    MoELayer,
+    RouterFactory,
+)
 from moeapps.moe.losses import (
     AuxLoss,
     BatchEntropyLoss,
@@ -21,33 +50,111 @@ from moeapps.moe.losses import (
     SwitchBalance,
     ZLoss,
 )
-from moeapps.moe.record import MoERecorder, Record, record_call
-from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
+from moeapps.moe.record import (
+    MoERecorder,
+    Record,
+    record_call,
+)
+from moeapps.moe.routers import (
+    AttentionScore,
+    Capacity,
+    Chooser,
+    ConditionalSplit,
+    ConstantScore,
+    CosineScore,
+    Dense,
+    ExpertChoice,
+    GatedShared,
+    GaussianNoise,
+    GroupLimitedTopK,
+    GumbelNoise,
+    Jitter,
+    LinearScore,
+    MLPScore,
+    MultiGate,
+    Noise,
+    PrototypeScore,
+    RandomScore,
+    RecurrentScore,
+    Router,
+    RouterBase,
+    RowChooser,
+    Score,
+    Slots,
+    SumRouters,
+    TableScore,
+    Threshold,
+    TopK,
+    TopP,
+)
+from moeapps.moe.routing import (
+    AnyRouting,
+    DenseRouting,
+    Routing,
+    SlotRouting,
+)
 
 __all__ = [
     "ActivationName",
     "AnyRouting",
+    "AttentionScore",
     "AuxLoss",
     "Backend",
     "BatchEntropyLoss",
+    "Capacity",
+    "Chooser",
+    "Combiner",
+    "ConditionalSplit",
+    "ConstantScore",
+    "CosineScore",
     "CountAccumulator",
+    "Dense",
     "DenseRouting",
     "EntropyLoss",
+    "ExpertChoice",
     "Experts",
     "GLUExperts",
+    "GatedShared",
+    "GaussianNoise",
     "GlobalBatchBalance",
+    "GroupLimitedTopK",
+    "GumbelNoise",
     "ImportanceLoss",
+    "Jitter",
+    "JoinedExperts",
+    "LayerFactory",
+    "LinearScore",
     "LoadLoss",
     "MLPExperts",
+    "MLPScore",
+    "MoELayer",
     "MoERecorder",
     "ModuleExperts",
+    "MultiGate",
     "MutualInformationLoss",
+    "Noise",
     "NormalisedExperts",
     "Plan",
+    "PrototypeScore",
+    "RandomScore",
     "Record",
+    "RecurrentScore",
+    "Router",
+    "RouterBase",
+    "RouterFactory",
     "Routing",
+    "RowChooser",
+    "Score",
     "SlotRouting",
+    "Slots",
+    "Stack",
+    "Sum",
+    "SumRouters",
     "SwitchBalance",
+    "TableScore",
+    "Threshold",
+    "TopK",
+    "TopP",
     "ZLoss",
     "record_call",
     "run",

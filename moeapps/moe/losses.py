@@ -27,6 +27,7 @@ Shape suffixes: N rows, E columns (experts, then nulls), M assignments, G groups
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -225,7 +226,7 @@ class AuxLoss(nn.Module):
     Args:
         weight: Coefficient that the task multiplies with; the value returned and logged (``train/aux/<name>``) is
             without it.
-        layers: Pattern (``*`` and ``?``) of the names of the layers that take part.
+        layers: Pattern (``*`` and ``?``) of the names of the layers that take part; it becomes part of the name.
 
     Shape:
         Input: list of records. Output: 0-dim tensor.
@@ -244,6 +245,8 @@ class AuxLoss(nn.Module):
             )
         self.weight = weight
         self.layers = layers
+        if layers != "*":  # Two losses of one kind on different layers must be logged apart.
+            self.name = f"{self.name}.{re.sub(r'[^A-Za-z0-9]+', '_', layers).strip('_')}"
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one record, 0-dim."""

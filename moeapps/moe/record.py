@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recorder: what every MoE layer routed, without threading a tuple through the model.
 
-``with MoERecorder(net) as recorder: net(x)`` fills ``recorder.records``, one :class:`Record` per call of a layer, in call order. Losses and
-metrics are pure functions of records. Nothing is computed and nothing is copied: a record holds references to tensors that the forward pass
-made anyway. With no recorder open a layer pays one look-up of a context variable.
+``with MoERecorder(net) as recorder: net(x)`` fills ``recorder.records``, one :class:`Record` per call of a layer, in
+call order. Losses and metrics are pure functions of records. Nothing is computed and nothing is copied: a record holds
+references to tensors that the forward pass made anyway. With no recorder open a layer pays one look-up of a context
+variable.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ class Record:
 class MoERecorder:
     """Context manager that collects one :class:`Record` per call of an MoE layer.
 
-    The recorder belongs to the thread (context) that opened it; the innermost open recorder receives the records. Layers that run again
-    while a backward pass is under way (activation checkpointing) are not recorded a second time, so counts and gradients are the same with
-    and without checkpointing. Reentrant checkpointing runs the first pass without gradients, so a loss on its records would be silently
-    constant: that raises.
+    The recorder belongs to the thread (context) that opened it; the innermost open recorder receives the records.
+    Layers that run again while a backward pass is under way (activation checkpointing) are not recorded a second time,
+    so counts and gradients are the same with and without checkpointing. Reentrant checkpointing runs the first pass
+    without gradients, so a loss on its records would be silently constant: that raises.
 
     Args:
-        module: the module whose layer names are used; None names layers ``MoELayer``, ``MoELayer_1`` ... in order of first call.
+        module: the module whose layer names are used; None names layers ``MoELayer``, ``MoELayer_1`` ... in order of
+            first call.
 
     Raises:
         RuntimeError: when a layer is recorded with gradients off although they were on when the recorder was opened.
@@ -97,9 +99,10 @@ class MoERecorder:
         """Append one record; called by the layer through :func:`record_call`."""
         if self._grad and not torch.is_grad_enabled():
             raise RuntimeError(
-                "An MoE layer ran with gradients off inside a recorder that was opened with gradients on, so losses on its routing would "
-                "have no gradient. Reentrant activation checkpointing does this: use torch.utils.checkpoint.checkpoint(..., "
-                "use_reentrant=False). For a pass that needs no gradient on purpose, open a MoERecorder of its own inside the no_grad block."
+                "An MoE layer ran with gradients off inside a recorder that was opened with gradients on, so losses on "
+                "its routing would have no gradient. Reentrant activation checkpointing does this: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False). For a pass that needs no gradient on "
+                "purpose, open a MoERecorder of its own inside the no_grad block."
             )
         self.records.append(Record(self._name_of(layer), routing, layer, token_mask, group))
 

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a router returns: three frozen dataclasses, one per shape of routing.
 
-Shape suffixes, one legend for the whole project: B batch, L sequence, N rows (tokens, points, users, environments), D model width,
-F hidden width, E experts, K chosen per row, C classes, H heads, S domains (or shared experts in ``shared_weight_NS``),
-M assignments, G gates.
+Shape suffixes, one legend for the whole project: B batch, L sequence, N rows (tokens, points, users, environments), D
+model width, F hidden width, E experts, K chosen per row, C classes, H heads, S domains (or shared experts in
+``shared_weight_NS``), M assignments, G gates.
 
 * :class:`Routing` - a list of M (row, expert, weight) triples: every sparse router, with a static M.
 * :class:`DenseRouting` - a weight for every (row, expert) pair, for one gate or for G gates over one bank of experts.
-* :class:`SlotRouting` - soft dispatch of rows to slots and soft combination of slots to rows (soft MoE, the one-hot oracle).
+* :class:`SlotRouting` - soft dispatch of rows to slots and soft combination of slots to rows (soft MoE, the one-hot
+  oracle).
 
-All three carry ``logits_NE``, ``probs_NE`` and ``features_ND`` for losses and metrics, and ``state`` for routers with a memory. They hold
-references only: building one computes nothing.
+All three carry ``logits_NE``, ``probs_NE`` and ``features_ND`` for losses and metrics, and ``state`` for routers with a
+memory. They hold references only: building one computes nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +26,36 @@ from torch import Tensor
 def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
     if ids_M.dtype != torch.int64 or ids_M.ndim != 1 or ids_M.shape[0] != num:
         raise ValueError(
-            f"{name} is {tuple(ids_M.shape)} of {ids_M.dtype}; it must be one-dimensional int64 with one entry per assignment ({num})."
+            f"{name} is {tuple(ids_M.shape)} of {ids_M.dtype}; it must be one-dimensional int64 with one entry per "
+            f"assignment ({num})."
         )
+
+
+def _offsets(times: int, like: Tensor) -> Tensor:
+    if times < 1:
+        raise ValueError(f"times={times}; a row is repeated at least once.")
+    return torch.arange(times, device=like.device).view(1, -1, 1)
+
+
+def _repeat(values_M: Tensor, times: int, width: int) -> Tensor:
+    """Repeat runs of ``width`` entries, so that a row-major order of assignments stays one."""
+    return values_M.view(-1, 1, width).expand(-1, times, width).reshape(-1)
+
+
+def _repeated_extras(routing: Routing | DenseRouting, times: int) -> dict[str, Any]:
+    """What losses read, repeated along the rows; a state has no rows to repeat and is kept."""
+    names = ("logits_NE", "probs_NE", "features_ND", "shared_weight_NS")
+    found = {name: getattr(routing, name) for name in names}
+    return {name: None if v is None else v.repeat_interleave(times, -2) for name, v in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
     r"""Sparse assignments: M triples (row, expert, weight), with M known before the data is seen.
 
-    The layer computes :math:`y_t = \sum_{m:\, target_m = t} w_m\, E_{expert_m}(x_{row_m})`. The expert id ``num_experts`` is the sentinel
-    "no work" (a null expert, a capacity drop, top-p padding, a masked row): such assignments cost no expert work and contribute exactly 0.
+    The layer computes :math:`y_t = \sum_{m:\, target_m = t} w_m\, E_{expert_m}(x_{row_m})`. The expert id
+    ``num_experts`` is the sentinel "no work" (a null expert, a capacity drop, top-p padding, a masked row): such
+    assignments cost no expert work and contribute exactly 0.
 
     Args:
         row_M: int64 [M], the row each assignment reads, in ``[0, num_rows)``.
@@ -47,17 +68,21 @@ class Routing:
         top_k: set when M == num_rows * top_k in row-major order (assignment m belongs to row ``m // top_k``).
         shared_weight_NS: weight [N, S] of the always-on shared experts; None means 1 each.
         state: memory of a recurrent router, handed back by the caller at the next layer.
-        logits_NE: [N, E] or [N, E + nulls]: logits as scored, before noise and bias.
+        logits_NE: [N, E] or [N, E + nulls]: logits as the chooser got them: after noise and ``adjust``, before any
+            selection bias or mask.
         probs_NE: probabilities (softmax or sigmoid) of the same shape as ``logits_NE``.
         features_ND: what was routed on, not detached.
 
     Raises:
-        ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without ``num_targets``.
+        ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without
+            ``num_targets``.
 
-    Source: shapes follow the transformers convention of a sentinel id E for "not here" tokens, generalised to every kind of no-work.
+    Source: shapes follow the transformers convention of a sentinel id E for "not here" tokens, generalised to every
+    kind of no-work.
 
     Example:
-        >>> r = Routing(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 3]), torch.tensor([0.6, 0.4, 1.0, 0.0]), 2, 3, top_k=2)
+        >>> row, expert, weight = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 3]), torch.tensor([0.6, 0.4, 1, 0])
+        >>> r = Routing(row, expert, weight, num_rows=2, num_experts=3, top_k=2)
         >>> r.counts().tolist()
         [1, 1, 1]
         >>> r.assignment()
@@ -93,8 +118,8 @@ class Routing:
                 raise ValueError("target_M is given without num_targets: say how many rows the output has.")
         if self.top_k is not None and num != self.num_rows * self.top_k:
             raise ValueError(
-                f"top_k={self.top_k} says {self.num_rows * self.top_k} assignments for {self.num_rows} rows, but there are {num}; "
-                "leave top_k=None unless assignment m belongs to row m // top_k."
+                f"top_k={self.top_k} says {self.num_rows * self.top_k} assignments for {self.num_rows} rows, but there "
+                f"are {num}; leave top_k=None unless assignment m belongs to row m // top_k."
             )
 
     @property
@@ -107,13 +132,35 @@ class Routing:
         """Rows of the output: ``num_targets`` or, by default, ``num_rows``."""
         return self.num_rows if self.num_targets is None else self.num_targets
 
+    def repeat_rows(self, times: int) -> Routing:
+        """The routing of ``times`` consecutive rows for each row: route per image or request, apply per item.
+
+        Args:
+            times: how many rows of the new input share one row of this routing, at least 1.
+
+        Raises:
+            ValueError: when outputs do not go back to their own rows (``target_M`` is set).
+        """
+        if self.target_M is not None:
+            raise ValueError("repeat_rows is for outputs that go back to their own row; this routing has target_M.")
+        width = 1 if self.top_k is None else self.top_k
+        row_M = (self.row_M.view(-1, 1, width) * times + _offsets(times, self.row_M)).reshape(-1)
+        return replace(
+            self,
+            row_M=row_M,
+            expert_M=_repeat(self.expert_M, times, width),
+            weight_M=_repeat(self.weight_M, times, width),
+            num_rows=self.num_rows * times,
+            **_repeated_extras(self, times),
+        )
+
     def counts(self) -> Tensor:
         """Assignments per expert, int64 [E]; the sentinel is not counted. No host synchronisation."""
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.expert_M.device)
         return counts.scatter_add(0, self.expert_M, torch.ones_like(self.expert_M))[: self.num_experts]
 
     def assignment(self) -> Tensor:
-        """Dense weights [N, E] by the row that was read, differentiable; repeated pairs add up. For oracles and metrics."""
+        """Dense weights [N, E] by the row that was read, differentiable; repeated pairs add up."""
         dense = self.weight_M.new_zeros(self.num_rows, self.num_experts + 1)
         dense = dense.index_put((self.row_M, self.expert_M), self.weight_M, accumulate=True)
         return dense[:, : self.num_experts]
@@ -121,9 +168,10 @@ class Routing:
 
 @dataclass(frozen=True, eq=False)
 class DenseRouting:
-    r"""A weight for every (row, expert) pair: every expert runs once on every row, :math:`y_{gn} = \sum_e w_{gne} E_e(x_n)`.
+    r"""A weight for every (row, expert) pair, :math:`y_{gn} = \sum_e w_{gne} E_e(x_n)`.
 
-    Leading dimensions of ``weight`` are gates: weight [N, E] gives output [N, o]; weight [G, N, E] gives [G, N, o] (MMoE, HoME).
+    Every expert runs once on every row. Leading dimensions of ``weight`` are gates: weight [N, E] gives output [N, o];
+    weight [G, N, E] gives [G, N, o] (MMoE, HoME).
 
     Args:
         weight: float [..., N, E], differentiable; already zero where not allowed.
@@ -141,8 +189,8 @@ class DenseRouting:
     Source: MMoE and its descendants (moe-core card 2.14).
 
     Example:
-        >>> r = DenseRouting(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), 2, allowed=torch.tensor([[True, True], [True, False]]))
-        >>> r.counts().tolist()
+        >>> allowed = torch.tensor([[True, True], [True, False]])
+        >>> DenseRouting(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), 2, allowed=allowed).counts().tolist()
         [2, 1]
     """
 
@@ -165,6 +213,14 @@ class DenseRouting:
     def num_rows(self) -> int:
         """N."""
         return int(self.weight.shape[-2])
+
+    def repeat_rows(self, times: int) -> DenseRouting:
+        """The routing of ``times`` consecutive rows for each row; see :meth:`Routing.repeat_rows`."""
+        allowed = self.allowed
+        if allowed is not None:
+            allowed = allowed.expand(self.weight.shape).repeat_interleave(times, -2)
+        weight = self.weight.repeat_interleave(times, -2)
+        return replace(self, weight=weight, allowed=allowed, **_repeated_extras(self, times))
 
     def counts(self) -> Tensor:
         """Rows per expert, int64 [E]: N each, less the pairs that no gate allows."""

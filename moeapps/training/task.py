@@ -88,6 +88,7 @@ class BaseTask(L.LightningModule):
         self.scores: dict[str, DomainScores] = {}
         self.last_records: list[Record] = []
         self.last_domain: str | None = None
+        self._last_step = 0
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
@@ -208,9 +209,17 @@ class BaseTask(L.LightningModule):
         parts["global_step"] = self.global_step
         return parts
 
+    def on_train_start(self) -> None:
+        """Remember where the optimizer stands (a resumed run does not start at 0)."""
+        self._last_step = self.trainer.global_step
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let go of the records, which hold the step's graph."""
+        """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped."""
         self.last_records = []
+        if self.trainer.global_step != self._last_step:
+            self._last_step = self.trainer.global_step
+            for aux in cast(list[AuxLoss], list(self.aux_losses)):
+                aux.on_optimizer_step()
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Let go of the records."""

@@ -341,7 +341,10 @@ def test_module_gives_the_unweighted_mean_over_records(kind) -> None:
 
 
 def test_names_are_distinct() -> None:
-    assert len({kind().name for kind in MODULES}) == len(MODULES)
+    kinds = [kind() for kind in MODULES]
+    apart = [losses.ZLoss(layers="enc.*"), losses.ZLoss(layers="dec.*")]
+    assert len({loss.name for loss in [*kinds, *apart]}) == len(MODULES) + 2
+    assert apart[0].name == "z.enc"
 
 
 def test_layers_pattern_chooses_records() -> None:

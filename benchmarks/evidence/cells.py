@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One finished cell is one small JSON file: made from a run folder, written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.grid import Cell
+
+FORMAT = 1
+UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
+_SCALARS = ("params_total", "params_active", "flops_per_token")
+
+
+class CellError(ValueError):
+    """A run that left no usable results, or a cell file that cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The content of a cell file.
+
+    Args:
+        system: Name of the system.
+        variant: Name of the variant.
+        seed: Seed of the model.
+        data_seed: Seed of the data.
+        definition: Digest of the variant's configs and flags when it ran.
+        config_hash: Digest of the resolved configuration, from the run.
+        commit: Commit of the checkout, with ``-dirty`` if it had changes.
+        params_total: Parameters in all, or None if the run did not say.
+        params_active: Parameters that work on one row.
+        flops_per_token: Forward operations per row.
+        metrics: ``<domain or role>/<metric>`` -> value.
+        domains: Domains that were tested.
+        units: Domain -> metric -> values per test unit, where few.
+        sources: Domain -> where its data came from.
+        missing_domains: Domain -> reason why it was left out.
+        cpu_s: CPU seconds of the whole command (all its processes), with one thread.
+        machine: Processor and operating system; no host name.
+        versions: Versions of Python and packages.
+    """
+
+    system: str
+    variant: str
+    seed: int
+    data_seed: int
+    definition: str
+    config_hash: str
+    commit: str | None
+    params_total: int | None
+    params_active: int | None
+    flops_per_token: float | None
+    metrics: dict[str, float]
+    domains: list[str]
+    units: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    missing_domains: dict[str, str] = field(default_factory=dict)
+    cpu_s: float = 0.0
+    machine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> Cell:
+        """Which cell of the grid this is."""
+        return Cell(self.variant, self.seed, self.data_seed)
+
+    def value(self, metric: str) -> float:
+        """Give one metric, or one of ``params_total``, ``params_active``, ``flops_per_token``.
+
+        Raises:
+            CellError: If the cell has no such number; the text lists what there is.
+        """
+        found = getattr(self, metric) if metric in _SCALARS else self.metrics.get(metric)
+        if found is None:
+            raise CellError(f"cell {self.cell.stem} has no finite {metric!r}; it has {', '.join(sorted(self.metrics))}")
+        return float(found)
+
+
+def cell_path(folder: Path, cell: Cell) -> Path:
+    """Give the file of a cell below ``benchmarks/results/<system>/cells``."""
+    return folder / f"{cell.stem}.json"
+
+
+def write_cell(folder: Path, result: CellResult) -> Path:
+    """Write a cell file under a temporary name, then rename it: a file that is there is finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = cell_path(folder, result.cell)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps({"format": FORMAT, **asdict(result)}, indent=1, sort_keys=True, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_cell(path: Path, system: str) -> CellResult:
+    """Read and check a cell file.
+
+    Raises:
+        CellError: If it is not whole, of another format, or not the cell its name says.
+    """
+    advice = "delete the file and run the grid again"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data.pop("format")
+        result = CellResult(**data)
+        finite = all(isinstance(v, int | float) and math.isfinite(v) for v in result.metrics.values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CellError(f"{path} is not a whole cell file ({type(error).__name__}: {error}); {advice}") from error
+    if version != FORMAT:
+        raise CellError(f"{path} has format {version}, this program reads {FORMAT}; {advice}")
+    if result.system != system or f"{result.cell.stem}.json" != path.name:
+        raise CellError(f"{path} holds the cell {result.system}/{result.cell.stem}; {advice}")
+    if not finite:
+        raise CellError(f"{path} holds a metric that is not a finite number; {advice}")
+    return result
+
+
+def read_cells(folder: Path, system: str) -> dict[Cell, CellResult]:
+    """Read every cell file of a folder (none if there is no folder)."""
+    found = (read_cell(path, system) for path in sorted(folder.glob("[!.]*.json")))
+    return {result.cell: result for result in found}
+
+
+def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: float) -> CellResult:
+    """Make a cell from the metrics/test.json that a run left somewhere below ``run_root``.
+
+    Raises:
+        CellError: If there is no such file or more than one, it cannot be read, or it is the result of another seed.
+    """
+    files = sorted(run_root.glob("**/metrics/test.json"))
+    if len(files) != 1:
+        raise CellError(f"the run left {len(files)} metrics/test.json instead of one; did it test after fit?")
+    try:
+        data = json.loads(files[0].read_text(encoding="utf-8"))
+        header, rows = data["header"], data["rows"]
+        metrics = {f"{row['domain']}/{row['metric']}": row["value"] for row in rows}
+        metrics |= _role_means(rows) | _flat(data.get("summary", {}))
+        numbers = {name: float(value) for name, value in metrics.items() if value is not None and math.isfinite(value)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CellError(f"metrics/test.json of the run is not as expected ({type(error).__name__}: {error})") from error
+    if header.get("seed", cell.seed) != cell.seed:
+        raise CellError(f"the run used seed {header['seed']}, not {cell.seed}: does its config override the flag?")
+    return CellResult(
+        system=system,
+        variant=cell.variant,
+        seed=cell.seed,
+        data_seed=cell.data_seed,
+        definition=definition,
+        config_hash=str(header.get("config_hash", "")),
+        commit=header.get("commit"),
+        params_total=header.get("params_total"),
+        params_active=header.get("params_active"),
+        flops_per_token=header.get("flops_per_token"),
+        metrics=dict(sorted(numbers.items())),
+        domains=sorted({row["domain"] for row in rows}),
+        units=_small_units(data.get("units", {})),
+        sources=dict(header.get("sources", {})),
+        missing_domains=dict(header.get("missing_domains", {})),
+        cpu_s=round(cpu_s, 1),
+        machine=describe_machine(),
+        versions=dict(header.get("versions", {})),
+    )
+
+
+def differing_metrics(old: CellResult, new: CellResult, tolerance: float = 1e-6) -> list[str]:
+    """List the metrics of two results of one cell that differ by more than ``tolerance``, relative above 1."""
+    lines = []
+    for name in sorted(old.metrics.keys() | new.metrics.keys()):
+        a, b = old.metrics.get(name), new.metrics.get(name)
+        if a is None or b is None or abs(a - b) > tolerance * max(1.0, abs(a)):
+            lines.append(f"{name}: {a} before, {b} now")
+    return lines
+
+
+def describe_machine() -> str:
+    """Name processor, cores and operating system."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else processor}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def _role_means(rows: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over the domains of each role; a results file that brings its own summary overrides these."""
+    grouped: dict[str, list[float]] = {}
+    for row in rows:
+        if row["value"] is not None:
+            grouped.setdefault(f"{row['role']}/{row['metric']}", []).append(float(row["value"]))
+    return {name: math.fsum(values) / len(values) for name, values in grouped.items()}
+
+
+def _flat(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{role}/{metric}": value for role, metrics in summary.items() for metric, value in metrics.items()}
+
+
+def _small_units(units: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    small = {
+        domain: {name: values for name, values in metrics.items() if len(values) <= UNIT_LIMIT and None not in values}
+        for domain, metrics in units.items()
+    }
+    return {domain: metrics for domain, metrics in small.items() if metrics}

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets: annotated functions of plain options that return a factory, width in, layer (or router) out.
+
+A network calls the factory once per block, so that no two blocks share parameters. YAML names a preset by class path::
+
+    moe:
+      class_path: moeapps.moe.presets.point_moe
+      init_args: {num_experts: 4, top_k: 2}
+
+A paper is a preset; the core knows none of them.
+"""
+
+from __future__ import annotations
+
+from moeapps.moe.presets.basic import compose, dense, linear, random_router, table_router, top_k_router, top_p_router
+from moeapps.moe.presets.ranking import aw_moe, home_level
+from moeapps.moe.presets.systems import meta_dmoe, mixer, point_moe, promoe, unimoe_audio
+
+__all__ = [
+    "aw_moe",
+    "compose",
+    "dense",
+    "home_level",
+    "linear",
+    "meta_dmoe",
+    "mixer",
+    "point_moe",
+    "promoe",
+    "random_router",
+    "table_router",
+    "top_k_router",
+    "top_p_router",
+    "unimoe_audio",
+]

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MoE steps of Point-MoE, UniMoE-Audio, ProMoE, MixER and Meta-DMoE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moeapps.moe.activation import ActivationName
+from moeapps.moe.backends import Backend
+from moeapps.moe.combine import Stack
+from moeapps.moe.experts import GLUExperts, MLPExperts, ModuleExperts
+from moeapps.moe.joined import JoinedExperts
+from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
+from moeapps.moe.presets.basic import top_k_router
+from moeapps.moe.routers import (
+    ConditionalSplit,
+    ConstantScore,
+    Dense,
+    ExpertChoice,
+    GatedShared,
+    Jitter,
+    LinearScore,
+    PrototypeScore,
+    Router,
+    RowChooser,
+    TableScore,
+    TopK,
+    TopP,
+)
+
+
+def point_moe(
+    *,
+    num_experts: int = 4,
+    top_k: int = 2,
+    expansion: float = 1.0,
+    activation: ActivationName = "relu",
+    router: RouterFactory | None = None,
+    num_shared: int = 0,
+    backend: Backend = "auto",
+) -> LayerFactory:
+    r"""Point-MoE: :math:`y = \sum_{top k} \frac{p_e}{\sum p} W_{down}(f(x W_{gate}) \odot x W_{up})`, no balance loss.
+
+    Args:
+        num_experts: E; the paper's small model has 4, the large one 8.
+        top_k: experts per point.
+        expansion: hidden width over model width; 1 (small) or 2 (large).
+        activation: of the gate.
+        router: another router over the same experts; None is the linear top-k one.
+        num_shared: always-on experts beside the E.
+        backend: how sparse routings are computed.
+
+    Source: Point-MoE (its card 2.2 and 2.3).
+
+    Example:
+        >>> point_moe(num_experts=4)(8).experts.w_in.shape
+        torch.Size([4, 8, 16])
+    """
+    make_router = top_k_router(num_experts=num_experts, top_k=top_k) if router is None else router
+
+    def build(dim: int) -> MoELayer:
+        bank = GLUExperts(num_experts + num_shared, dim, int(expansion * dim), activation=activation)
+        return MoELayer(make_router(dim), bank, num_shared=num_shared, backend=backend)
+
+    return build
+
+
+def unimoe_audio(
+    *,
+    num_experts: int = 8,
+    num_null: int = 1,
+    num_shared: int = 2,
+    top_p: float = 0.7,
+    top_k: int | None = None,
+    expansion: float = 1.0,
+    shared_expansion: float = 0.5,
+    shared_weighting: Literal["gated", "add"] = "gated",
+    jitter: float = 0.01,
+    router: RouterFactory | None = None,
+    backend: Backend = "auto",
+) -> LayerFactory:
+    r"""UniMoE-Audio: top-p over routed and null experts, renormalised over the chosen, plus shared experts.
+
+    The weights follow the paper's equation (proportional over the chosen set, null experts included, whose share is
+    lost); the released code ends close to uniform weights instead.
+
+    Args:
+        num_experts: routed experts.
+        num_null: null experts.
+        num_shared: shared experts.
+        top_p: probability to reach.
+        top_k: a fixed number of experts instead (ablation); None uses ``top_p``.
+        expansion: hidden width of a routed expert over model width (the paper: 2752 / 2048).
+        shared_expansion: the same for a shared expert (the paper: half of the routed width).
+        shared_weighting: ``gated`` weighs shared experts by one softmax with the chosen; ``add`` adds them with weight
+            1.
+        jitter: half width of the noise on the router's input in training.
+        router: another router over the same experts (its shared experts are then added).
+        backend: how sparse routings are computed.
+
+    Raises:
+        ValueError: for an unknown ``shared_weighting``.
+
+    Source: UniMoE-Audio (its card 2.4 and 2.5).
+
+    Example:
+        >>> unimoe_audio()(16).router.num_experts
+        8
+    """
+    if shared_weighting not in ("gated", "add"):
+        raise ValueError(f"shared_weighting={shared_weighting!r}, but it must be 'gated' or 'add'.")
+    gated = shared_weighting == "gated" and num_shared > 0
+
+    def default_router(dim: int) -> Router:
+        choose: RowChooser = TopP(top_p, num_null=num_null, renormalise=True)
+        if top_k is not None:
+            choose = TopK(top_k, num_null=num_null)
+        score = LinearScore(dim, num_experts + num_null + (num_shared if gated else 0))
+        noise = Jitter(jitter) if jitter else None
+        return Router(score, GatedShared(choose, num_shared) if gated else choose, noise=noise)
+
+    def build(dim: int) -> MoELayer:
+        banks = [GLUExperts(num_experts, dim, int(expansion * dim), activation="silu")]
+        if num_shared:
+            banks.append(GLUExperts(num_shared, dim, int(shared_expansion * dim), activation="silu"))
+        experts = JoinedExperts(banks) if num_shared else banks[0]
+        make_router = default_router if router is None else router
+        return MoELayer(make_router(dim), experts, num_shared=num_shared, backend=backend)
+
+    return build
+
+
+def promoe(
+    *,
+    num_experts: int = 12,
+    top_k: int = 1,
+    expansion: float = 2.0,
+    by_expert: bool = False,
+    unconditional_group: int = -1,
+    router: RouterFactory | None = None,
+    backend: Backend = "auto",
+) -> LayerFactory:
+    r"""ProMoE: unconditional rows to their own expert, cosine prototypes for the others, one shared expert.
+
+    Call with ``group=ids``: the sample of each row, or ``unconditional_group``. Bank: E routed, 1 unconditional, 1
+    shared.
+
+    Args:
+        num_experts: routed experts E.
+        top_k: experts per conditional row.
+        expansion: hidden width over model width.
+        by_expert: the EC variant: each expert takes its best rows of each sample.
+        unconditional_group: the group id of rows without a condition.
+        router: another router of the conditional rows over the E experts.
+        backend: how sparse routings are computed.
+
+    Source: ProMoE (its card 2.2 and 2.4).
+
+    Example:
+        >>> layer = promoe(num_experts=3)(8)
+        >>> layer(torch.zeros(2, 8), group=torch.tensor([0, -1])).shape
+        torch.Size([2, 8])
+    """
+
+    def default_router(dim: int) -> Router:
+        by_row = TopK(top_k, weighing="identity")
+        choose = ExpertChoice(float(top_k), per="group", weighing="identity") if by_expert else by_row
+        return Router(PrototypeScore(dim, num_experts), choose)
+
+    def build(dim: int) -> MoELayer:
+        conditional = (default_router if router is None else router)(dim)
+        bank = MLPExperts(num_experts + 2, dim, int(expansion * dim), activation="gelu_tanh")
+        return MoELayer(ConditionalSplit(conditional, (unconditional_group,)), bank, num_shared=1, backend=backend)
+
+    return build
+
+
+def mixer(
+    *,
+    num_experts: int,
+    context_dim: int,
+    field: Callable[[int], nn.Module],
+    gate: Literal["fixed", "switch", "soft"] = "fixed",
+) -> LayerFactory:
+    r"""MixER: one vector field per environment, chosen from its context by a linear gate.
+
+    ``layer.route(context)`` once per solve, then ``layer(x, routing=routing.repeat_rows(n), side=(...,))``. The gate of
+    ``fixed`` gets no gradient: fit it by ``layer.router.score.fit`` (least squares on cluster labels).
+
+    Args:
+        num_experts: fields.
+        context_dim: width of a whole context, which the gate reads.
+        field: state width -> vector field ``f(x, *side)``; called once per expert.
+        gate: ``fixed`` (weight 1), ``switch`` (top-1, scaled by its probability) or ``soft`` (dense mixture).
+
+    Raises:
+        ValueError: for an unknown gate.
+
+    Source: MixER (mixer-dsr card 2.1 and 3.3; switch and soft are the fair gradient rivals named there).
+
+    Example:
+        >>> layer = mixer(num_experts=2, context_dim=4, field=lambda dim: nn.Linear(dim, dim))(3)
+        >>> layer(torch.zeros(5, 3), torch.zeros(5, 4)).shape
+        torch.Size([5, 3])
+    """
+    if gate not in ("fixed", "switch", "soft"):
+        raise ValueError(f"gate={gate!r}, but it must be 'fixed', 'switch' or 'soft'.")
+
+    def build(dim: int) -> MoELayer:
+        choose = {"fixed": TopK(1, weighing="ones"), "switch": TopK(1), "soft": Dense()}[gate]
+        score = LinearScore(context_dim, num_experts, bias=True).requires_grad_(gate != "fixed")
+        fields = [field(dim) for _ in range(num_experts)]
+        return MoELayer(Router(score, choose), ModuleExperts(fields, in_dim=dim, out_dim=dim))
+
+    return build
+
+
+def meta_dmoe(
+    *, specialists: Sequence[nn.Module], out_dim: int, row_dims: int = 3, leave_out: bool = False
+) -> LayerFactory:
+    """Meta-DMoE: all frozen specialists run on every input; an aggregator reads the stack ``(y [N, E, o], mask)``.
+
+    Args:
+        specialists: trained feature extractors, input -> (N, out_dim); they are frozen and put in evaluation mode.
+        out_dim: width of their features.
+        row_dims: dimensions of one input, 3 for images.
+        leave_out: rows of group s do not see expert s (group E sees all): a domain must not ask its own specialist.
+
+    Source: Meta-DMoE (its card 2.1 and 2.2).
+
+    Example:
+        >>> nets = [nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(3)]
+        >>> y, mask = meta_dmoe(specialists=nets, out_dim=4)(3)(torch.zeros(5, 3, 2, 2))
+        >>> y.shape, mask.shape
+        (torch.Size([5, 3, 4]), torch.Size([5, 3]))
+    """
+
+    def build(dim: int) -> MoELayer:
+        num = len(specialists)
+        bank = ModuleExperts(list(specialists), in_dim=dim, out_dim=out_dim, row_dims=row_dims).requires_grad_(False)
+        if not leave_out:
+            return MoELayer(Router(ConstantScore(num), Dense("ones")), bank.eval(), combiner=Stack())
+        allowed = torch.cat([~torch.eye(num, dtype=torch.bool), torch.ones(1, num, dtype=torch.bool)])
+        router = Router(TableScore(torch.zeros(1, num)), Dense("ones", allowed))
+        return MoELayer(router, bank.eval(), combiner=Stack())
+
+    return build

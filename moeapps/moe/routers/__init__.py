@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers: a score, a chooser that owns its weighings, optional noise and capacity, and combinators."""
+
+from __future__ import annotations
+
+from moeapps.moe.routers.capacity import Capacity
+from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK, TopP
+from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
+from moeapps.moe.routers.choose_dense import Dense, Slots
+from moeapps.moe.routers.chooser import Chooser, RowChooser
+from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
+from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
+from moeapps.moe.routers.router import Router, RouterBase
+from moeapps.moe.routers.score import (
+    ConstantScore,
+    CosineScore,
+    LinearScore,
+    MLPScore,
+    PrototypeScore,
+    RandomScore,
+    Score,
+    TableScore,
+)
+from moeapps.moe.routers.score_sequence import AttentionScore, RecurrentScore
+
+__all__ = [
+    "AttentionScore",
+    "Capacity",
+    "Chooser",
+    "ConditionalSplit",
+    "ConstantScore",
+    "CosineScore",
+    "Dense",
+    "ExpertChoice",
+    "GatedShared",
+    "GaussianNoise",
+    "GroupLimitedTopK",
+    "GumbelNoise",
+    "Jitter",
+    "LinearScore",
+    "MLPScore",
+    "MultiGate",
+    "Noise",
+    "PrototypeScore",
+    "RandomScore",
+    "RecurrentScore",
+    "Router",
+    "RouterBase",
+    "RowChooser",
+    "Score",
+    "Slots",
+    "SumRouters",
+    "TableScore",
+    "Threshold",
+    "TopK",
+    "TopP",
+]

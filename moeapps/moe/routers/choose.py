@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosers by row: each row takes its own experts - top-k, top-p - with the weighings that are legal there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from moeapps.moe.routers.chooser import Chooser, NullMass, Picked, RowChooser, normalised, rows_to_routing, top_indices
+from moeapps.moe.routing import Routing
+
+Weighing = Literal["softmax", "topk_softmax", "sigmoid", "identity", "ones"]
+
+
+class TopK(RowChooser):
+    r"""Each row takes its k best experts.
+
+    With :math:`p` the softmax (or sigmoid) of the logits and :math:`I` the k chosen: ``softmax`` and ``sigmoid`` weigh
+    by :math:`p_I`, divided by its sum when ``renormalise``; ``topk_softmax`` by the softmax over the chosen logits
+    (equal to renormalised ``softmax``, but only chosen logits get gradient through it); ``identity`` by the raw score
+    (cosine prototypes); ``ones`` by 1: no gradient for the score (tables, fitted gates). Weights are multiplied by
+    ``scale``.
+
+    Args:
+        k: experts per row, nulls included, 1 <= k <= E + num_null.
+        weighing: as above.
+        renormalise: None means yes where it is legal and useful: k > 1 and ``softmax`` or ``sigmoid``.
+        scale: factor on the weights.
+        balance_bias: keep a float32 buffer ``bias`` [E], added to the scores for the selection only.
+        num_null: null experts, whose logits are the last columns.
+        null_mass: when renormalising, whether the weight of a chosen null expert is ``lost`` (the output shrinks) or
+            ``redistributed`` over the real experts chosen (AdaMoE).
+
+    Raises:
+        ValueError: k = 1 with a weighing that would always give weight 1 although the score should learn; renormalised
+            ``identity`` or ``ones``; k larger than what there is to choose from (when the router is built).
+
+    Source: Switch, GShard, Mixtral, DeepSeek-V3 (moe-core card 2.1-2.3), AdaMoE (2.11).
+
+    Example:
+        >>> choose = TopK(2)
+        >>> _ = choose.bind(3)
+        >>> choose(torch.tensor([[0.0, 2.0, 1.0]])).expert_M.tolist()
+        [1, 2]
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        weighing: Weighing = "softmax",
+        renormalise: bool | None = None,
+        scale: float = 1.0,
+        balance_bias: bool = False,
+        num_null: int = 0,
+        null_mass: NullMass = "lost",
+    ) -> None:
+        super().__init__()
+        self._check_null(num_null, null_mass)
+        self.k, self.weighing, self.scale, self.balance_bias = k, weighing, scale, balance_bias
+        self.renormalise = k > 1 and weighing in ("softmax", "sigmoid") if renormalise is None else renormalise
+        _check_weighing(k, weighing, self.renormalise)
+        self.register_buffer("bias", None)
+
+    def bind(self, num_outputs: int) -> int:
+        """Check k against the number of columns and make room for the bias."""
+        num_experts = super().bind(num_outputs)
+        if self.k > num_experts + self.num_null:
+            raise ValueError(
+                f"top_k={self.k}, but there are only {num_experts} experts and {self.num_null} null experts; "
+                f"use 1 <= top_k <= {num_experts + self.num_null}, or add experts."
+            )
+        if self.balance_bias and self.bias is None:
+            self.bias = torch.zeros(num_experts, dtype=torch.float32)
+        return num_experts
+
+    def mean_k(self) -> float | None:
+        """K, unless null experts may be chosen."""
+        return None if self.num_null else float(self.k)
+
+    def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
+        """What the selection goes by: the logits, or with a bias the scores the weights are made of plus the bias."""
+        if self.bias is None:
+            return logits_NX
+        score = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
+        return score + nn.functional.pad(self.bias, (0, self.num_null)).to(score.dtype)
+
+    def pick(self, logits_NX: Tensor) -> Picked:
+        """The k best columns of each row."""
+        probs_NX = logits_NX.sigmoid() if self.weighing == "sigmoid" else logits_NX.softmax(-1)
+        index_NK = top_indices(self.rank(logits_NX, probs_NX), self.k)
+        if self.weighing == "ones":
+            weight_NK = torch.ones_like(index_NK, dtype=logits_NX.dtype)
+        else:
+            source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
+            weight_NK = source.gather(-1, index_NK)
+        if self.weighing == "topk_softmax":
+            weight_NK = self._softmax_of(weight_NK, self._counted(index_NK, None))
+        if self.renormalise:
+            weight_NK = normalised(weight_NK, self._counted(index_NK, None))
+        return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, None, probs_NX)
+
+    @staticmethod
+    def _softmax_of(chosen_NK: Tensor, counted_NK: Tensor | None) -> Tensor:
+        if counted_NK is not None:  # a row of nulls alone keeps finite logits: its weights are sentinels' and count 0
+            kept_NK = counted_NK | ~counted_NK.any(-1, keepdim=True)
+            chosen_NK = chosen_NK.where(kept_NK, float("-inf"))
+        return chosen_NK.softmax(-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the bias in float32 when the model is cast: its steps are smaller than half precision resolves."""
+        kept = self.bias
+        super()._apply(fn, recurse)
+        if kept is not None and self.bias is not None and self.bias.dtype != torch.float32:
+            self.bias = kept.to(self.bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings, for the printed module."""
+        return f"k={self.k}, weighing={self.weighing!r}, renormalise={self.renormalise}, num_null={self.num_null}"
+
+
+def _check_weighing(k: int, weighing: str, renormalise: bool) -> None:
+    if k < 1:
+        raise ValueError(
+            f"top_k={k}, but each row takes at least one expert; use top_k >= 1 (null experts allow none)."
+        )
+    if weighing not in ("softmax", "topk_softmax", "sigmoid", "identity", "ones"):
+        raise ValueError(f"weighing={weighing!r}; use softmax, topk_softmax, sigmoid, identity or ones.")
+    if k == 1 and (weighing == "topk_softmax" or (renormalise and weighing in ("softmax", "sigmoid"))):
+        raise ValueError(
+            f"top_k=1 with weighing={weighing!r} and renormalise={renormalise} gives every row the weight 1, so the "
+            "router would get "
+            "no gradient; use renormalise=False with 'softmax' or 'sigmoid', or weighing='ones' if that is what you "
+            "want."
+        )
+    if renormalise and weighing in ("identity", "ones"):
+        raise ValueError(f"renormalise=True is for softmax and sigmoid weights, not for weighing={weighing!r}.")
+
+
+class GroupLimitedTopK(TopK):
+    r"""Top-k among the experts of the best groups only.
+
+    The E experts are cut into ``num_groups`` equal runs; a group scores the sum of its two best experts; the best
+    ``keep_groups`` groups stay.
+
+    Args:
+        k: experts per row.
+        num_groups: groups; divides E.
+        keep_groups: groups that stay, at most ``num_groups``.
+        weighing: as in :class:`TopK`.
+        renormalise: as in :class:`TopK`.
+        scale: as in :class:`TopK`.
+        balance_bias: as in :class:`TopK`.
+
+    Raises:
+        ValueError: if the groups do not divide E, or hold fewer than k experts.
+
+    Source: DeepSeek-V3, node-limited routing (moe-core card 2.3).
+
+    Example:
+        >>> choose = GroupLimitedTopK(2, num_groups=2, keep_groups=1)
+        >>> _ = choose.bind(4)
+        >>> choose(torch.tensor([[3.0, 0.0, 2.0, 2.0]])).expert_M.tolist()
+        [2, 3]
+    """
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        num_groups: int,
+        keep_groups: int,
+        weighing: Weighing = "softmax",
+        renormalise: bool | None = None,
+        scale: float = 1.0,
+        balance_bias: bool = False,
+    ) -> None:
+        super().__init__(k, weighing=weighing, renormalise=renormalise, scale=scale, balance_bias=balance_bias)
+        if not 1 <= keep_groups <= num_groups:
+            raise ValueError(f"keep_groups={keep_groups}, but it must be from 1 to num_groups={num_groups}.")
+        self.num_groups, self.keep_groups = num_groups, keep_groups
+
+    def bind(self, num_outputs: int) -> int:
+        """Check the groups against E."""
+        num_experts = super().bind(num_outputs)
+        size, rest = divmod(num_experts, self.num_groups)
+        if rest or self.k > size * self.keep_groups:
+            raise ValueError(
+                f"{num_experts} experts in {self.num_groups} groups, of which {self.keep_groups} stay: num_groups "
+                "must divide the "
+                f"experts, and the groups that stay must hold at least top_k={self.k}."
+            )
+        return num_experts
+
+    def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
+        """Scores with all but the best groups at minus infinity."""
+        score_NE = super().rank(logits_NX, probs_NX).detach()
+        score_NGe = score_NE.unflatten(-1, (self.num_groups, -1))
+        best_NG = score_NGe.topk(min(2, score_NGe.shape[-1]), dim=-1).values.sum(-1)
+        kept_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter(-1, top_indices(best_NG, self.keep_groups), True)
+        masked_NE: Tensor = score_NGe.masked_fill(~kept_NG.unsqueeze(-1), float("-inf")).flatten(-2)
+        return masked_NE
+
+
+class TopP(RowChooser):
+    r"""Each row takes the smallest set of experts whose probabilities reach p, best first.
+
+    Column j in descending order is taken iff :math:`\sum_{i<j} p_i < p`, so the one that crosses p is included, at
+    least one is taken, and p = 1 takes all. A row takes at most :math:`\lfloor p X \rfloor + 1` of X columns (reached
+    by uniform probabilities); that is the static K, and the rest of a row is padded with sentinels.
+
+    Args:
+        p: in (0, 1].
+        num_null: null experts, whose logits are the last columns.
+        max_k: never take more than this many.
+        renormalise: divide the weights by the sum over the chosen; otherwise a weight is its probability.
+        null_mass: as in :class:`TopK`.
+
+    Raises:
+        ValueError: if p is not in (0, 1] or ``max_k`` is below 1.
+
+    Source: Harder Tasks Need More Experts (moe-core card 2.10): weights as they are; UniMoE-Audio (its card, 2.4): with
+        null experts, renormalised over the chosen ones, nulls included.
+
+    Example:
+        >>> choose = TopP(0.7)
+        >>> _ = choose.bind(3)
+        >>> choose(torch.tensor([[0.6, 0.3, 0.1], [0.9, 0.05, 0.05]]).log()).counts().tolist()
+        [2, 1, 0]
+    """
+
+    def __init__(
+        self,
+        p: float,
+        *,
+        num_null: int = 0,
+        max_k: int | None = None,
+        renormalise: bool = False,
+        null_mass: NullMass = "lost",
+    ) -> None:
+        super().__init__()
+        self._check_null(num_null, null_mass)
+        if not 0 < p <= 1 or (max_k is not None and max_k < 1):
+            raise ValueError(f"p={p}, max_k={max_k}: use 0 < p <= 1, and max_k >= 1 or None.")
+        self.p, self.max_k, self.renormalise = p, max_k, renormalise
+
+    def pick(self, logits_NX: Tensor) -> Picked:
+        """The smallest sets that reach p."""
+        probs_NX = logits_NX.softmax(-1)
+        num = probs_NX.shape[-1]
+        k = min(num, int(self.p * num) + 1, num if self.max_k is None else self.max_k)
+        index_NK = torch.sort(logits_NX.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
+        weight_NK = probs_NX.gather(-1, index_NK)
+        before_NK = nn.functional.pad(weight_NK.detach().cumsum(-1)[:, :-1], (1, 0))
+        taken_NK = before_NK < self.p if self.p < 1 else torch.ones_like(before_NK, dtype=torch.bool)
+        if self.renormalise:
+            weight_NK = normalised(weight_NK, self._counted(index_NK, taken_NK))
+        return Picked(index_NK, weight_NK, taken_NK, probs_NX)
+
+    def extra_repr(self) -> str:
+        """The settings, for the printed module."""
+        return f"p={self.p}, num_null={self.num_null}, max_k={self.max_k}, renormalise={self.renormalise}"
+
+
+class GatedShared(Chooser):
+    r"""Weigh routed and shared experts by one softmax over the chosen and the shared logits.
+
+    With :math:`a` that softmax, shared expert s gets :math:`a_s`; the weights of the inner chooser are multiplied by
+    :math:`\sum_{chosen} a` (null experts included), so that routed, null and shared weights sum to 1 when the inner
+    ones do.
+
+    Args:
+        choose: chooser by row for the routed (and null) columns.
+        num_shared: shared experts; their logits are the last columns of the score.
+
+    Raises:
+        ValueError: if ``num_shared`` is below 1.
+
+    Source: UniMoE-Audio, released code (its card 2.4, steps 4-6); ``shared_weighting: gated`` there.
+
+    Example:
+        >>> choose = GatedShared(TopK(2), num_shared=1)
+        >>> choose.bind(4)
+        3
+        >>> r = choose(torch.zeros(1, 4))
+        >>> [round(float(w), 3) for w in (*r.weight_M, *r.shared_weight_NS[0])]
+        [0.333, 0.333, 0.333]
+    """
+
+    by_row: ClassVar[bool] = True
+
+    def __init__(self, choose: RowChooser, num_shared: int) -> None:
+        super().__init__()
+        if num_shared < 1:
+            raise ValueError(f"num_shared={num_shared}, but GatedShared weighs at least one; otherwise leave it out.")
+        self.choose, self.num_shared, self.num_null = choose, num_shared, choose.num_null
+
+    def bind(self, num_outputs: int) -> int:
+        """Bind the inner chooser to the columns before the shared ones."""
+        num_experts = super().bind(num_outputs)
+        self.choose.bind(num_outputs - self.num_shared)
+        return num_experts
+
+    def mean_k(self) -> float | None:
+        """That of the inner chooser."""
+        return self.choose.mean_k()
+
+    def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
+        """The inner routing with scaled weights and ``shared_weight_NS``."""
+        routable_NX, shared_NS = logits_NX.tensor_split([logits_NX.shape[-1] - self.num_shared], dim=-1)
+        picked = self.choose.pick(routable_NX)
+        chosen_NK = routable_NX.gather(-1, picked.index_NK)
+        if picked.taken_NK is not None:
+            chosen_NK = chosen_NK.where(picked.taken_NK, float("-inf"))
+        gate = torch.cat([chosen_NK, shared_NS], -1).softmax(-1)
+        mass_N1 = gate[:, : chosen_NK.shape[-1]].sum(-1, keepdim=True)
+        picked = replace(picked, weight_NK=picked.weight_NK * mass_N1)
+        all_real = self.num_null == 0
+        routing = rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=routable_NX)
+        return replace(routing, shared_weight_NS=gate[:, chosen_NK.shape[-1] :])

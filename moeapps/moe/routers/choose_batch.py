@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosers by expert: experts take rows. They look at the whole batch (or group) and do not suit causal models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moeapps.moe.routers.chooser import Chooser
+from moeapps.moe.routing import Routing
+
+BatchWeighing = Literal["softmax", "sigmoid", "identity"]
+
+
+def _weights(logits_NE: Tensor, weighing: BatchWeighing) -> Tensor:
+    if weighing == "identity":
+        return logits_NE
+    return logits_NE.sigmoid() if weighing == "sigmoid" else logits_NE.softmax(-1)
+
+
+def _check(capacity_factor: float, weighing: str) -> None:
+    if not capacity_factor > 0 or weighing not in ("softmax", "sigmoid", "identity"):
+        raise ValueError(
+            f"capacity_factor={capacity_factor}, weighing={weighing!r}: use a factor above 0 (the mean number of "
+            "experts per "
+            "row) and softmax, sigmoid or identity."
+        )
+
+
+def _pairs_to_routing(taken_NE: Tensor, weight_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
+    """One assignment per (row, expert) pair, sentinels where not taken: M = N E is known beforehand, row-major."""
+    num_rows, num_experts = taken_NE.shape
+    columns_NE = torch.arange(num_experts, device=taken_NE.device).expand(num_rows, -1)
+    return Routing(
+        row_M=torch.arange(num_rows * num_experts, device=taken_NE.device) // num_experts,
+        expert_M=columns_NE.where(taken_NE, num_experts).reshape(-1),
+        weight_M=weight_NE.where(taken_NE, 0).reshape(-1),
+        num_rows=num_rows,
+        num_experts=num_experts,
+        top_k=num_experts,
+        logits_NE=logits_NE,
+        probs_NE=probs_NE,
+    )
+
+
+def _rank_in_group(score_NE: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of each row among the rows of its group, by descending score per expert, and the size of its group."""
+    num_rows = score_NE.shape[0]
+    by_score_NE = torch.sort(score_NE, dim=0, descending=True, stable=True).indices
+    by_group_NE = torch.sort(group_N[by_score_NE], dim=0, stable=True).indices
+    order_NE = by_score_NE.gather(0, by_group_NE)
+    sorted_group_N = torch.sort(group_N).values
+    start_N = torch.searchsorted(sorted_group_N, sorted_group_N)
+    size_N = torch.searchsorted(sorted_group_N, group_N, right=True) - torch.searchsorted(sorted_group_N, group_N)
+    place_N1 = (torch.arange(num_rows, device=group_N.device) - start_N).unsqueeze(-1)
+    return torch.zeros_like(order_NE).scatter(0, order_NE, place_N1.expand_as(order_NE)), size_N
+
+
+class ExpertChoice(Chooser):
+    r"""Each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows, at least 1.
+
+    The balance is perfect; a row may get anything from 0 to E experts.
+
+    Args:
+        capacity_factor: c, the mean number of experts per row.
+        per: choose among all rows (``batch``) or among the rows of each ``group`` apart (``group``; rows of other
+            groups then change nothing).
+        weighing: ``softmax`` over experts, ``sigmoid``, or ``identity`` (the raw score); selection goes by the same.
+
+    Raises:
+        ValueError: for a factor not above 0, or ``per="group"`` without group ids.
+
+    Source: expert choice routing (moe-core card 2.12); ProMoE-EC (its card 2.4): per image, identity.
+
+    Example:
+        >>> choose = ExpertChoice(1.0)
+        >>> _ = choose.bind(2)
+        >>> choose(torch.randn(6, 2)).counts().tolist()
+        [3, 3]
+    """
+
+    def __init__(
+        self,
+        capacity_factor: float,
+        *,
+        per: Literal["group", "batch"] = "batch",
+        weighing: BatchWeighing = "softmax",
+    ) -> None:
+        super().__init__()
+        _check(capacity_factor, weighing)
+        if per not in ("group", "batch"):
+            raise ValueError(f"per={per!r}, but it must be 'group' or 'batch'.")
+        self.capacity_factor, self.per, self.weighing = capacity_factor, per, weighing
+
+    def mean_k(self) -> float | None:
+        """The capacity factor."""
+        return min(self.capacity_factor, float(self.num_experts))
+
+    def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
+        """The rows each expert takes; masked rows are taken last and become sentinels."""
+        weight_NE = _weights(logits_NX, self.weighing)
+        probs_NE = weight_NE if self.weighing == "softmax" else logits_NX.softmax(-1)
+        score_NE = weight_NE.detach()
+        if token_mask is not None:
+            score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
+        if self.per == "group":
+            if group is None:
+                raise ValueError(
+                    "ExpertChoice(per='group') needs group=ids; pass them to the layer or use per='batch'."
+                )
+            rank_NE, size_N = _rank_in_group(score_NE, group)
+            capacity_N = (size_N * self.capacity_factor / self.num_experts).long().clamp(min=1)
+            taken_NE = (rank_NE < capacity_N.unsqueeze(-1)) & score_NE.isfinite()
+            return _pairs_to_routing(taken_NE, weight_NE, logits_NX, probs_NE)
+        return self._batch(weight_NE, score_NE, logits_NX, probs_NE)
+
+    def _batch(self, weight_NE: Tensor, score_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
+        num_rows, num_experts = weight_NE.shape
+        c = min(num_rows, max(1, int(num_rows * self.capacity_factor / num_experts)))
+        row_EC = torch.sort(score_NE, dim=0, descending=True, stable=True).indices[:c].T
+        real_EC = score_NE.T.gather(1, row_EC).isfinite()
+        expert_EC = torch.arange(num_experts, device=row_EC.device).unsqueeze(-1).expand_as(row_EC)
+        return Routing(
+            row_M=row_EC.reshape(-1),
+            expert_M=expert_EC.where(real_EC, num_experts).reshape(-1),
+            weight_M=weight_NE.T.gather(1, row_EC).where(real_EC, 0).reshape(-1),
+            num_rows=num_rows,
+            num_experts=num_experts,
+            logits_NE=logits_NE,
+            probs_NE=probs_NE,
+        )
+
+
+class Threshold(Chooser):
+    r"""Choice over the whole batch in training, by a learned threshold in evaluation.
+
+    Training, ``scope="expert"``: each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows; the buffer
+    ``threshold`` [E] follows the C-th best score: :math:`\theta \leftarrow d\,\theta + (1-d)\,s_{(C)}`.
+    ``scope="pairs"``: the :math:`\lfloor N c \rfloor` best of all N E pairs are taken, with one threshold. Evaluation:
+    a pair is taken iff its score reaches the threshold, so a row's experts do not depend on its batch.
+
+    Args:
+        capacity_factor: c, the mean number of experts per row in training.
+        scope: as above.
+        weighing: ``softmax``, ``sigmoid`` or ``identity``; selection goes by the same.
+        decay: d, in [0, 1).
+
+    Raises:
+        ValueError: for a factor not above 0 or a decay outside [0, 1).
+
+    Source: DiffMoE (``expert``; promoe card, rivals: decay 0.95, start 0. Its capacity predictor, a second network
+    trained
+        to guess the selection, is left out: the score itself is compared) and Expert Race (``pairs``, ``identity``).
+
+    Example:
+        >>> choose = Threshold(1.0)
+        >>> _ = choose.bind(2)
+        >>> choose(torch.randn(6, 2)).counts().tolist()
+        [3, 3]
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        capacity_factor: float,
+        *,
+        scope: Literal["expert", "pairs"] = "expert",
+        weighing: BatchWeighing = "softmax",
+        decay: float = 0.95,
+    ) -> None:
+        super().__init__()
+        _check(capacity_factor, weighing)
+        if scope not in ("expert", "pairs") or not 0 <= decay < 1:
+            raise ValueError(f"scope={scope!r}, decay={decay}: use 'expert' or 'pairs', and 0 <= decay < 1.")
+        self.capacity_factor, self.scope, self.weighing, self.decay = capacity_factor, scope, weighing, decay
+        self.register_buffer("threshold", torch.zeros(1))
+
+    def bind(self, num_outputs: int) -> int:
+        """Make room for the thresholds."""
+        num_experts = super().bind(num_outputs)
+        self.threshold = torch.zeros(num_experts if self.scope == "expert" else 1)
+        return num_experts
+
+    def mean_k(self) -> float | None:
+        """The capacity factor, which training holds and evaluation approaches."""
+        return min(self.capacity_factor, float(self.num_experts))
+
+    def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
+        """The pairs taken; masked rows are never taken."""
+        weight_NE = _weights(logits_NX, self.weighing)
+        probs_NE = weight_NE if self.weighing == "softmax" else logits_NX.softmax(-1)
+        score_NE = weight_NE.detach()
+        if token_mask is not None:
+            score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
+        taken_NE = self._best(score_NE) if self.training else score_NE >= self.threshold.to(score_NE.dtype)
+        return _pairs_to_routing(taken_NE & score_NE.isfinite(), weight_NE, logits_NX, probs_NE)
+
+    def _best(self, score_NE: Tensor) -> Tensor:
+        """The best pairs of the batch; moves the thresholds, once per forward (not when it is recomputed)."""
+        flat = score_NE if self.scope == "expert" else score_NE.reshape(-1, 1)
+        per_column = self.capacity_factor / (score_NE.shape[1] if self.scope == "expert" else 1)
+        c = min(flat.shape[0], max(1, int(score_NE.shape[0] * per_column)))
+        order = torch.sort(flat, dim=0, descending=True, stable=True)
+        if flat.shape[0] and torch._C._current_graph_task_id() == -1:
+            last = order.values[c - 1].to(self.threshold.dtype)
+            moved = self.decay * self.threshold + (1 - self.decay) * last
+            self.threshold.copy_(moved.where(last.isfinite(), self.threshold))
+        taken = torch.zeros_like(flat, dtype=torch.bool).scatter(0, order.indices[:c], True)
+        return taken.view_as(score_NE)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all choosers share.
+
+A chooser turns logits into a routing. ``Chooser.bind`` is called once by the router and says how many of the logit
+columns are routed experts; the columns after them are null experts (an output of exactly 0) and gated shared experts.
+Ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moeapps.moe.routing import AnyRouting, Routing
+
+NullMass = Literal["lost", "redistributed"]
+
+
+class Chooser(nn.Module):
+    """Base of all choosers: ``choose(logits, token_mask=..., group=...) -> routing``.
+
+    Attributes:
+        sparse: whether rows go to some experts only; a bank without ``grouped`` needs a dense chooser.
+        by_row: whether each row takes its own k experts.
+        num_null: columns after the routed experts whose output is 0.
+        num_shared: last columns, which weigh the shared experts.
+        num_experts: E, known after ``bind``.
+    """
+
+    sparse: ClassVar[bool] = True
+    by_row: ClassVar[bool] = False
+    num_null: int = 0
+    num_shared: int = 0
+    num_experts: int = 0
+
+    def bind(self, num_outputs: int) -> int:
+        """Learn how many columns the score has and return how many routed experts they make.
+
+        Args:
+            num_outputs: columns of the logits.
+
+        Raises:
+            ValueError: if the setting does not fit that many, or the chooser serves another router of another size.
+        """
+        num_experts = num_outputs - self.num_null - self.num_shared
+        if num_experts < 1:
+            raise ValueError(
+                f"the score has {num_outputs} columns, but {self.num_null} null and {self.num_shared} shared ones "
+                "leave no "
+                "routed expert; give the score num_experts + num_null + num_shared columns."
+            )
+        if self.num_experts not in (0, num_experts):
+            raise ValueError(
+                f"this {type(self).__name__} already serves a router of {self.num_experts} experts and cannot serve "
+                "one of "
+                f"{num_experts}; make one chooser per router."
+            )
+        self.num_experts = num_experts
+        return num_experts
+
+    def mean_k(self) -> float | None:
+        """Experts per row, where it is known beforehand; None where the data decide."""
+        return None
+
+    def forward(
+        self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None
+    ) -> AnyRouting:
+        """Choose.
+
+        Args:
+            logits_NX: [N, E + num_null + num_shared], float32 or float64.
+            token_mask: bool [N], False rows get no work; None means all True.
+            group: int64 [N] or None.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What each row takes: K columns, best first.
+
+    Attributes:
+        index_NK: int64 [N, K], columns.
+        weight_NK: their weights.
+        taken_NK: bool, False for padding of a row that takes fewer than K; None means all are taken.
+        probs_NX: probabilities of all columns, for losses.
+    """
+
+    index_NK: Tensor
+    weight_NK: Tensor
+    taken_NK: Tensor | None
+    probs_NX: Tensor
+
+
+def top_indices(score_NX: Tensor, k: int) -> Tensor:
+    """Columns of the k largest scores, best first, ties to the lowest index; int64 [N, k].
+
+    Repeated arg-max is faster than ``topk`` for small k and, unlike it, has a defined order of ties.
+    """
+    score = score_NX.detach()
+    if k > 8:
+        return torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :k]
+    found: list[Tensor] = []
+    for _ in range(k):
+        if found:
+            score = score.scatter(-1, found[-1], float("-inf"))
+        found.append(score.argmax(-1, keepdim=True) if score.shape[0] else score.new_zeros(0, 1, dtype=torch.int64))
+    return torch.cat(found, dim=-1)
+
+
+def normalised(weight_NK: Tensor, counted_NK: Tensor | None = None) -> Tensor:
+    """Weights divided by the sum of the counted ones of their row; rows whose sum is 0 stay 0."""
+    counted = weight_NK if counted_NK is None else weight_NK.where(counted_NK, 0)
+    total = counted.sum(-1, keepdim=True)
+    return weight_NK / total.where(total > 0, 1)
+
+
+def rows_to_routing(
+    picked: Picked, num_experts: int, token_mask: Tensor | None, *, all_real: bool, logits_NX: Tensor
+) -> Routing:
+    """Row-major assignments of what rows picked; null columns, padding and masked rows become sentinels of weight 0."""
+    num_rows, k = picked.index_NK.shape
+    expert_NK, weight_NK = picked.index_NK, picked.weight_NK
+    if not all_real or picked.taken_NK is not None or token_mask is not None:
+        real = expert_NK < num_experts
+        real = real if picked.taken_NK is None else real & picked.taken_NK
+        real = real if token_mask is None else real & token_mask.unsqueeze(-1)
+        expert_NK, weight_NK = expert_NK.where(real, num_experts), weight_NK.where(real, 0)
+    return Routing(
+        row_M=torch.arange(num_rows * k, device=expert_NK.device) // k,
+        expert_M=expert_NK.reshape(-1),
+        weight_M=weight_NK.reshape(-1),
+        num_rows=num_rows,
+        num_experts=num_experts,
+        top_k=k,
+        logits_NE=logits_NX,
+        probs_NE=picked.probs_NX,
+    )
+
+
+class RowChooser(Chooser):
+    """Base of choosers by row; a subclass says in ``pick`` what each row takes."""
+
+    by_row: ClassVar[bool] = True
+    null_mass: NullMass = "lost"
+
+    def pick(self, logits_NX: Tensor) -> Picked:
+        """Columns, weights and probabilities, from the logits of routed and null experts [N, E + num_null]."""
+        raise NotImplementedError
+
+    def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
+        """The routing of what ``pick`` gives."""
+        picked, all_real = self.pick(logits_NX), self.num_null == 0
+        return rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=logits_NX)
+
+    def _check_null(self, num_null: int, null_mass: NullMass) -> None:
+        if num_null < 0 or null_mass not in ("lost", "redistributed"):
+            raise ValueError(
+                f"num_null={num_null}, null_mass={null_mass!r}: use num_null >= 0 and 'lost' or 'redistributed'."
+            )
+        self.num_null, self.null_mass = num_null, null_mass
+
+    def _counted(self, index_NK: Tensor, taken_NK: Tensor | None) -> Tensor | None:
+        """Which picks share a weight of 1 when renormalised: all taken, or only the real experts among them."""
+        if self.num_null == 0 or self.null_mass == "lost":
+            return taken_NK
+        real = index_NK < self.num_experts
+        return real if taken_NK is None else real & taken_NK

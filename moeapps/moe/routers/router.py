@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router: score, noise, hook, choice, capacity - in full precision, whatever autocast says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moeapps.moe.routers.capacity import Capacity
+from moeapps.moe.routers.chooser import Chooser
+from moeapps.moe.routers.noise import Noise
+from moeapps.moe.routers.score import Features, Score
+from moeapps.moe.routing import AnyRouting, Routing
+
+Adjust = Callable[[Tensor, Features], Tensor]
+
+
+class RouterBase(nn.Module):
+    """What a layer needs of a router: how many experts it routes to, and ``forward``.
+
+    Attributes:
+        num_experts: E, routed experts.
+        num_shared: shared experts that the routing weighs; 0 leaves them at weight 1, however many there are.
+        sparse: whether rows go to some experts only.
+        takes_gates: whether features may come one per gate, [G, N, d] or a tuple; they are then never reshaped.
+        adjust: hook ``(logits, features) -> logits`` for test-time rerouting; None does nothing.
+    """
+
+    num_experts: int
+    num_shared: int = 0
+    sparse: bool = True
+    takes_gates: bool = False
+    adjust: Adjust | None = None
+
+    def mean_k(self) -> float | None:
+        """Experts per row, where it is known beforehand; None where the data decide."""
+        return None
+
+    def forward(
+        self,
+        features: Features,
+        *,
+        state: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> AnyRouting:
+        """Route.
+
+        Args:
+            features: what is routed on, usually [N, d].
+            state: memory of a recurrent score.
+            token_mask: bool [N]; False rows get no work.
+            group: int64 [N]: domain, sample or condition of each row.
+        """
+        raise NotImplementedError
+
+
+def full_precision(features: Features) -> Features:
+    """Floating-point features in float32 at least; float64 stays, other dtypes are untouched."""
+    if isinstance(features, tuple):
+        return tuple(_full(member) for member in features)
+    return _full(features)
+
+
+def _full(member: Tensor) -> Tensor:
+    return member.float() if member.dtype in (torch.float16, torch.bfloat16) else member
+
+
+def device_of(features: Features) -> torch.device:
+    """Device of the features."""
+    return features.device if isinstance(features, Tensor) else features[0].device
+
+
+class Router(RouterBase):
+    r"""Score, then choose: :math:`R = capacity(choose(adjust(noise(score(features)))))`.
+
+    Logits, probabilities and weights are float32 under any autocast (float64 features stay float64).
+
+    Args:
+        score: features -> logits.
+        choose: logits -> routing.
+        noise: in training only; None for none.
+        capacity: ceiling per expert; None drops nothing.
+
+    Shape:
+        features [N, d] -> a routing of N rows over ``num_experts``.
+
+    Raises:
+        ValueError: if the chooser does not fit the columns of the score, or capacity is asked of a chooser without k
+            experts per row.
+
+    Example:
+        >>> from moeapps.moe.routers import LinearScore, TopK
+        >>> router = Router(LinearScore(8, 4), TopK(2))
+        >>> int(router(torch.randn(3, 8)).counts().sum())
+        6
+    """
+
+    def __init__(
+        self, score: Score, choose: Chooser, noise: Noise | None = None, capacity: Capacity | None = None
+    ) -> None:
+        super().__init__()
+        self.score, self.choose, self.noise, self.capacity = score, choose, noise, capacity
+        self.num_experts = choose.bind(score.num_outputs)
+        self.num_shared, self.sparse = choose.num_shared, choose.sparse
+        self.adjust: Adjust | None = None
+        if capacity is not None and not choose.by_row:
+            raise ValueError(
+                f"capacity is for choosers that give each row k experts (TopK, TopP), not for {type(choose).__name__}, "
+                "which bounds the rows of an expert itself or runs all; leave capacity out."
+            )
+
+    def mean_k(self) -> float | None:
+        """That of the chooser."""
+        return self.choose.mean_k()
+
+    def forward(
+        self,
+        features: Features,
+        *,
+        state: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> AnyRouting:
+        """The routing of these rows; see :class:`RouterBase`."""
+        with torch.autocast(device_of(features).type, enabled=False):
+            read = full_precision(features)
+            if self.noise is not None:
+                read = self.noise.on_features(read)
+            scored = self.score(read, group=group, state=state)
+            logits, state = scored if isinstance(scored, tuple) else (scored, None)
+            if self.noise is not None:
+                logits = self.noise.on_logits(logits, read)
+            if self.adjust is not None:
+                logits = self.adjust(logits, features)
+            routing: AnyRouting = self.choose(logits, token_mask=token_mask, group=group)
+            if self.capacity is not None and isinstance(routing, Routing):
+                routing = self.capacity(routing)
+        return replace(routing, state=state, features_ND=features if isinstance(features, Tensor) else None)

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores: modules that map what is routed on to one logit per column, ``[N, num_outputs]``.
+
+Columns are the routed experts, followed by the null experts and the gated shared experts of choosers that have them.
+Scores compute in the precision they are given (the router hands them at least float32); their parameters follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Features = Tensor | tuple[Tensor, ...]
+
+
+class Score(nn.Module):
+    """Base of all scores: ``score(features, group=..., state=...) -> logits`` or ``(logits, new state)``.
+
+    Args:
+        num_outputs: columns of the logits, at least 1.
+
+    Raises:
+        ValueError: if ``num_outputs`` is below 1.
+
+    Example:
+        >>> Score(4).num_outputs
+        4
+    """
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        if num_outputs < 1:
+            raise ValueError(f"num_experts={num_outputs}, but a score needs at least one column.")
+        self.num_outputs = num_outputs
+
+    def forward(
+        self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [N, num_outputs]; a score with a memory returns them with its new state.
+
+        Args:
+            features: what is routed on, usually [N, d].
+            group: int64 [N] or None.
+            state: memory from the previous layer or None.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The number of columns, for the printed module."""
+        return f"num_outputs={self.num_outputs}"
+
+
+def _one(features: Features, who: str) -> Tensor:
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{who} reads one tensor of features, but got a tuple of {len(features)}; use AttentionScore.")
+    return features
+
+
+class LinearScore(Score):
+    r"""Linear logits, :math:`s = W x + b`.
+
+    Args:
+        dim: width of the features.
+        num_experts: columns, null experts and gated shared ones included.
+        bias: whether there is a bias.
+        init_std: standard deviation of a normal initialisation; None draws like ``nn.Linear``, 0 starts undecided.
+
+    Shape:
+        features [N, dim] -> logits [N, num_experts]; ``weight`` [num_experts, dim].
+
+    Example:
+        >>> LinearScore(8, 4)(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dim: int, num_experts: int, *, bias: bool = False, init_std: float | None = None) -> None:
+        super().__init__(num_experts)
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights again."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for parameter in self.parameters():
+            if self.init_std is None:
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.normal_(parameter, 0.0, self.init_std)
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Logits [N, num_experts] of features [N, dim]."""
+        x_ND = _one(features, "LinearScore")
+        bias = None if self.bias is None else self.bias.to(x_ND.dtype)
+        return F.linear(x_ND, self.weight.to(x_ND.dtype), bias)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, targets: Tensor, *, noise: float = 0.0) -> None:
+        r"""Set the weights to the minimum-norm least-squares solution of :math:`[x, 1] W = Y`, instead of a gradient.
+
+        Args:
+            features: [N, dim].
+            targets: [N, num_experts], usually one-hot.
+            noise: standard deviation added to the features before the fit.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+
+        Source: the gate update of MixER (mixer-dsr card 3.2, G6).
+        """
+        wanted = ((features.shape[0], self.weight.shape[1]), (features.shape[0], self.num_outputs))
+        if (tuple(features.shape), tuple(targets.shape)) != wanted:
+            raise ValueError(f"features {tuple(features.shape)} and targets {tuple(targets.shape)} must be {wanted}.")
+        A = features.double() + noise * torch.randn_like(features, dtype=torch.float64)
+        if self.bias is not None:
+            A = torch.cat([A, A.new_ones(A.shape[0], 1)], dim=1)
+        solution = torch.linalg.pinv(A) @ targets.double()
+        self.weight.copy_(solution[: self.weight.shape[1]].T)
+        if self.bias is not None:
+            self.bias.copy_(solution[-1])
+
+
+class MLPScore(Score):
+    r"""Logits of a two-layer perceptron, :math:`s = W_2 f(W_1 x + b_1) + b_2`.
+
+    Args:
+        dim: width of the features.
+        hidden_dim: hidden width.
+        num_experts: columns.
+        activation: module between the layers; default GELU.
+
+    Shape:
+        features [N, dim] -> logits [N, num_experts].
+
+    Example:
+        >>> MLPScore(8, 16, 4)(torch.zeros(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, num_experts: int, activation: nn.Module | None = None) -> None:
+        super().__init__(num_experts)
+        self.activation = nn.GELU() if activation is None else activation
+        self.hidden = LinearScore(dim, hidden_dim, bias=True)
+        self.out = LinearScore(hidden_dim, num_experts, bias=True)
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Logits [N, num_experts] of features [N, dim]."""
+        hidden: Tensor = self.activation(self.hidden(features))
+        return self.out.forward(hidden)
+
+
+class CosineScore(Score):
+    r"""Cosine logits with a learned temperature, :math:`s_e = \cos(P x, v_e) \exp(\min(t, \log 100))`.
+
+    Args:
+        dim: width of the features.
+        num_experts: columns.
+        proj_dim: width of the space in which angles are taken; None takes them in feature space (no projection).
+        temperature: the logits start as cosines divided by it, above 0.01.
+        learn_temperature: whether t is a parameter.
+
+    Shape:
+        features [N, dim] -> logits [N, num_experts], within plus or minus 100.
+
+    Raises:
+        ValueError: if the temperature is not above 0.01.
+
+    Source: X-MoE; constants as in microsoft/tutel gates/cosine_top.py (256 wide, temperature 0.5, keys N(0, 0.01)).
+
+    Example:
+        >>> score = CosineScore(8, 4, proj_dim=16)
+        >>> bool((score(torch.randn(3, 8)).abs() <= 2.001).all())
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        proj_dim: int | None = None,
+        temperature: float = 0.5,
+        learn_temperature: bool = True,
+    ) -> None:
+        super().__init__(num_experts)
+        if not temperature > 0.01:
+            raise ValueError(f"temperature={temperature}, but it must be above 0.01: exp(t) is clamped at 100.")
+        self.proj = None if proj_dim is None else LinearScore(dim, proj_dim)
+        self.keys = nn.Parameter(torch.empty(num_experts, dim if proj_dim is None else proj_dim))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the keys again."""
+        nn.init.normal_(self.keys, 0.0, 0.01)
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Logits [N, num_experts] of features [N, dim]."""
+        x_ND = _one(features, "CosineScore") if self.proj is None else self.proj(features)
+        scale = self.log_scale.to(x_ND.dtype).clamp(max=math.log(100.0)).exp()
+        return F.normalize(x_ND, dim=-1) @ F.normalize(self.keys.to(x_ND.dtype), dim=-1).T * scale
+
+
+class PrototypeScore(Score):
+    r"""Cosine to learned prototypes with a constant scale, :math:`Z_{ij} = \alpha \cos(x_i, p_j)`.
+
+    Args:
+        dim: width of the features.
+        num_experts: prototypes.
+        alpha: constant scale.
+        init_std: standard deviation of the prototypes at the start.
+
+    Shape:
+        features [N, dim] -> logits [N, num_experts] in [-alpha, alpha]; ``prototypes`` [num_experts, dim].
+
+    Source: ProMoE, prototypical routing (promoe card 2.2): alpha = 1, prototypes N(0, 0.02^2).
+
+    Example:
+        >>> PrototypeScore(8, 4)(torch.randn(3, 8)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, alpha: float = 1.0, init_std: float = 0.02) -> None:
+        super().__init__(num_experts)
+        self.alpha, self.init_std = alpha, init_std
+        self.prototypes = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the prototypes again."""
+        nn.init.normal_(self.prototypes, 0.0, self.init_std)
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Logits [N, num_experts] of features [N, dim]."""
+        x_ND = _one(features, "PrototypeScore")
+        return self.alpha * (F.normalize(x_ND, dim=-1) @ F.normalize(self.prototypes.to(x_ND.dtype), dim=-1).T)
+
+
+class TableScore(Score):
+    """Logits looked up by group id: domain-id routing, hash routing, any oracle. Reads ``group``, not the features.
+
+    Ids beyond the table wrap around (id modulo its length), so a domain that was never trained on is still served.
+
+    Args:
+        table: fixed logits [num_ids, E], kept as a buffer; or a number of ids, for a learned table that starts at 0.
+        num_experts: E, needed when ``table`` is a number.
+
+    Shape:
+        group int64 [N] -> logits [N, E].
+
+    Raises:
+        ValueError: if the table is not two-dimensional, ``num_experts`` is missing, or no group comes.
+
+    Example:
+        >>> score = TableScore(torch.eye(3))
+        >>> score(torch.zeros(2, 8), group=torch.tensor([1, 3])).argmax(-1).tolist()
+        [1, 0]
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor | Sequence[Sequence[float]] | int, num_experts: int | None = None) -> None:
+        if isinstance(table, int):
+            if num_experts is None or table < 1:
+                raise ValueError(
+                    f"TableScore(table={table}, num_experts={num_experts}): a learned table needs both sizes."
+                )
+            values = torch.zeros(table, num_experts)
+        else:
+            values = torch.as_tensor(table).float()
+            if values.ndim != 2 or num_experts not in (None, values.shape[-1]):
+                raise ValueError(f"table is {tuple(values.shape)}, but it must be [num_ids, {num_experts or 'E'}].")
+        super().__init__(values.shape[1])
+        if isinstance(table, int):
+            self.table = nn.Parameter(values)
+        else:
+            self.register_buffer("table", values)
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Logits [N, E] of the group ids."""
+        if group is None:
+            if self.table.shape[0] > 1:
+                raise ValueError("TableScore routes by group id, but group=None; pass group=ids to the layer.")
+            first = features if isinstance(features, Tensor) else features[0]
+            group = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+        return self.table.index_select(0, group.remainder(self.table.shape[0]))
+
+
+class ConstantScore(Score):
+    """Logits that are all 0 and have no parameters: uniform gates, or a layer of one expert.
+
+    Args:
+        num_experts: columns.
+
+    Shape:
+        features [N, ...] -> zeros [N, num_experts].
+
+    Example:
+        >>> ConstantScore(2)(torch.randn(1, 8))
+        tensor([[0., 0.]])
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Zeros [N, num_experts]."""
+        first = features if isinstance(features, Tensor) else features[0]
+        return first.new_zeros(first.shape[0], self.num_outputs)
+
+
+class RandomScore(Score):
+    """Logits drawn anew at each call: the control that tells whether learned routing matters (THOR's claim).
+
+    Training draws from torch's global generator (so seeds, resumption and checkpointing hold); evaluation draws from
+    ``seed``, the same for every call of the same size, so that two evaluations agree.
+
+    Args:
+        num_experts: columns.
+        seed: of the draws in evaluation.
+        per: one draw per row, or one for the whole batch (THOR).
+
+    Shape:
+        features [N, ...] -> logits [N, num_experts], N(0, 1).
+
+    Source: THOR, Stochastic Mixture of Experts (moe-core card 2.18).
+
+    Example:
+        >>> score = RandomScore(4, per="batch").eval()
+        >>> bool((score(torch.zeros(5, 2)) == score(torch.zeros(5, 2))[0]).all())
+        True
+    """
+
+    def __init__(self, num_experts: int, seed: int = 0, *, per: Literal["row", "batch"] = "row") -> None:
+        super().__init__(num_experts)
+        if per not in ("row", "batch"):
+            raise ValueError(f"per={per!r}, but it must be 'row' or 'batch'.")
+        self.seed, self.per = seed, per
+
+    def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """Random logits [N, num_experts]."""
+        first = features if isinstance(features, Tensor) else features[0]
+        shape = (first.shape[0] if self.per == "row" else 1, self.num_outputs)
+        if self.training:
+            logits = torch.randn(shape, device=first.device, dtype=first.dtype)
+        else:
+            generator = torch.Generator().manual_seed(self.seed)
+            logits = torch.randn(shape, generator=generator, dtype=first.dtype).to(first.device)
+        return logits.expand(first.shape[0], -1)

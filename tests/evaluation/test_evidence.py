@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence runner with a program of a few lines in place of the training command."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks.evidence.__main__ import ROOT, Evidence, all_results, main, to_json
+from benchmarks.evidence.cells import CellError, CellResult, read_cells, write_cell
+from benchmarks.evidence.grid import Cell, Claim, Grid, GridError, Ladder, Variant, list_systems, load_grid
+from benchmarks.evidence.report import render
+from benchmarks.evidence.summary import summarise
+
+# Scores 0.5 + 0.01*seed for every variant, plus --gain; --burn, --crash, --hang, --silent misbehave.
+FAKE = """
+import json, os, pathlib, sys, time
+word = lambda name, other=None: sys.argv[sys.argv.index(name) + 1] if name in sys.argv else other
+seed, gain = int(word("--seed_everything")), float(word("--gain", 0.0))
+print("training", word("--name"), flush=True)
+if "--crash" in sys.argv:
+    sys.exit("out of luck")
+while time.process_time() < float(word("--burn", 0.0)):
+    pass
+if "--hang" in sys.argv:
+    pathlib.Path("hanging").touch()
+    time.sleep(60)
+drift = float(os.environ.get("DRIFT", 0.0))
+rows = [
+    {"domain": d, "role": r, "metric": "miou", "value": 0.5 + 0.01 * seed + gain + drift, "n": 4, "direction": "max"}
+    for d, r in (("kitchen", "seen"), ("hall", "seen"), ("street", "unseen"))
+]
+header = {"config_hash": "abc", "commit": "f00", "seed": seed, "params_total": 1000, "params_active": 500,
+          "flops_per_token": float(word("--flops", 2000.0)), "versions": {"python": "3"}}
+folder = pathlib.Path(os.environ["MOEAPPS_RUNS"]) / word("--system") / word("--name") / "version_0" / "metrics"
+folder.mkdir(parents=True)
+if "--silent" not in sys.argv:
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    (folder / "test.json").write_text(json.dumps({"header": header, "rows": rows}))
+"""
+
+WIN = Claim("C1", "Experts help on unseen domains.", "unseen/miou", "higher", "moe", "dense")
+TIE = Claim("C2", "Experts do not hurt.", "seen/miou", "higher", "same", "dense", "non-inferiority", 0.01)
+
+
+def toy(variants: dict[str, Variant] | None = None, claims: tuple[Claim, ...] = (WIN, TIE), **changes: Any) -> Grid:
+    default = {"moe": Variant(flags=("--gain", "0.1")), "dense": Variant(), "same": Variant()}
+    return Grid("toy", "base.yaml", variants or default, claims, **{"show": ("unseen/miou",), **changes})
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text("model: {depth: 2}\n")
+    (tmp_path / "wide.yaml").write_text("model: {width: 8}\n")
+    (tmp_path / "fake.py").write_text(FAKE)
+    return tmp_path
+
+
+def evidence(repository: Path, grid: Grid) -> tuple[Evidence, Console]:
+    console = Console(record=True, width=200, file=io.StringIO(), highlight=False)
+    return Evidence(grid, repository, command=(sys.executable, str(repository / "fake.py")), console=console), console
+
+
+def result(variant: str, seed: int, value: float, **changes: Any) -> CellResult:
+    """A finished cell made up on the spot."""
+    plain = CellResult(
+        system="toy", variant=variant, seed=seed, data_seed=seed, definition="d", config_hash="h", commit="c",
+        params_total=1000, params_active=500, flops_per_token=2000.0,
+        metrics={"unseen/miou": value, "seen/miou": value}, domains=["kitchen", "street"],
+        cpu_s=60.0, machine="toy machine",
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def results(**values: list[float]) -> dict[Cell, CellResult]:
+    found = [result(name, seed, value) for name, row in values.items() for seed, value in enumerate(row, start=1)]
+    return {cell.cell: cell for cell in found}
+
+
+# --- running ---
+
+
+def test_grid_runs_every_cell_and_writes_results_and_page(repository: Path) -> None:
+    runs, _ = evidence(repository, toy())
+    assert runs.run() == 0
+
+    data = json.loads((repository / "benchmarks/results/toy.json").read_text())
+    first, second = data["claims"]
+    assert first["verdict"] == "supported"
+    assert first["diff_mean"] == pytest.approx(0.1)
+    assert first["ci95"] == pytest.approx([0.1, 0.1])
+    assert first["seeds"] == [[1, 1], [2, 2], [3, 3]]
+    assert first["system"] == pytest.approx([0.61, 0.62, 0.63])
+    assert (first["flops_ratio"], first["params_ratio"]) == (1.0, 1.0)
+    assert (second["rule"], second["verdict"]) == ("non-inferiority(0.01)", "supported")
+    assert data["variants"]["moe"]["mean"] == {"unseen/miou": pytest.approx(0.62)}
+    assert "**supported**" in (repository / "docs/evidence.md").read_text()
+
+
+def test_cell_file_tells_what_ran(repository: Path) -> None:
+    runs, _ = evidence(repository, toy({"dense": Variant(flags=("--burn", "0.5"), pairs=2)}, ()))
+    runs.run()
+    files = sorted(path.name for path in runs.cells_folder.iterdir())
+    cell = json.loads((runs.cells_folder / "dense-s1-d1.json").read_text())
+    assert files == ["dense-s1-d1.json", "dense-s2-d2.json"]
+    names = ("kitchen/miou", "hall/miou", "street/miou", "seen/miou", "unseen/miou")
+    assert cell["metrics"] == dict.fromkeys(names, 0.51)
+    assert (cell["config_hash"], cell["commit"], cell["params_active"]) == ("abc", "f00", 500)
+    assert 0.5 <= cell["cpu_s"] < 5
+    assert not (runs.work / "cells/dense-s1-d1/runs").exists(), "runs of finished cells are removed"
+
+
+def test_a_rerun_skips_finished_cells(repository: Path) -> None:
+    runs, _ = evidence(repository, toy({"dense": Variant(pairs=2)}, ()))
+    runs.run()
+    stamps = [path.stat().st_mtime_ns for path in sorted(runs.cells_folder.iterdir())]
+    (runs.cells_folder / "dense-s2-d2.json").unlink()
+    again, _ = evidence(repository, runs.grid)
+    again.command = (sys.executable, str(repository / "fake.py"))
+    again.run()
+    assert (runs.cells_folder / "dense-s1-d1.json").stat().st_mtime_ns == stamps[0]
+    assert (runs.cells_folder / "dense-s2-d2.json").stat().st_mtime_ns > stamps[1]
+
+
+def test_a_failing_cell_is_reported_with_its_log_and_does_not_stop_the_others(repository: Path) -> None:
+    grid = toy(
+        {
+            "moe": Variant(flags=("--crash",), pairs=2),
+            "mute": Variant(flags=("--silent",), pairs=1),
+            "dense": Variant(pairs=2),
+        },
+        (),
+    )
+    runs, console = evidence(repository, grid)
+    assert runs.run() == 3
+    text = console.export_text()
+    assert "moe-s1-d1: FAILED, exit status 1" in text
+    assert "out of luck" in text
+    assert "mute-s1-d1: FAILED, the run left 0 metrics/test.json" in text
+    assert {cell.variant for cell in runs.read()} == {"dense"}
+
+
+def test_only_runs_what_matches(repository: Path) -> None:
+    runs, _ = evidence(repository, toy())
+    runs.run(only="den*")
+    assert {cell.variant for cell in runs.read()} == {"dense"}
+    claims = json.loads((repository / "benchmarks/results/toy.json").read_text())["claims"]
+    assert claims[0]["verdict"] == "not tested (3 of 6 cells are not run)"
+    with pytest.raises(GridError, match="matches no variant"):
+        runs.run(only="nothing")
+
+
+def test_a_cell_that_hangs_is_stopped(repository: Path) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(flags=("--hang",), pairs=1)}, ()))
+    assert runs.run(timeout_s=1.0) == 1
+    assert "stopped after 1 s" in console.export_text()
+
+
+def test_interruption_stops_the_cells_and_keeps_what_is_finished(repository: Path) -> None:
+    """Ctrl-C in the middle of a grid, sent to a real process, and the grid taken up again."""
+    script = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); root = pathlib.Path.cwd()\n"
+        "from benchmarks.evidence.__main__ import Evidence; from benchmarks.evidence.grid import Grid, Variant\n"
+        "variants = {'dense': Variant(pairs=2), 'late': Variant(flags=('--hang',), pairs=1)}\n"
+        "Evidence(Grid('toy', 'base.yaml', variants, ()), root, command=(sys.executable, 'fake.py')).run(jobs=3)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(ROOT)], cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    cells = repository / "benchmarks/results/toy/cells"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (
+        (repository / "hanging").exists() and len(list(cells.glob("*.json"))) == 2
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    assert sorted(path.name for path in cells.iterdir()) == ["dense-s1-d1.json", "dense-s2-d2.json"]
+
+    grid = toy({"dense": Variant(pairs=2), "late": Variant(pairs=1)}, ())
+    runs, console = evidence(repository, grid)
+    assert runs.run() == 0
+    assert len(runs.read()) == 3
+    assert "dense-s1-d1: done" not in console.export_text()
+
+
+def test_changed_configs_are_noticed_and_run_again_on_request(repository: Path) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(("wide.yaml",), pairs=1)}, ()))
+    runs.run()
+    (repository / "wide.yaml").write_text("# a comment changes nothing\nmodel: {width: 8}\n")
+    assert runs.stale() == []
+    (repository / "wide.yaml").write_text("model: {width: 16}\n")
+    assert [cell.stem for cell in runs.stale()] == ["dense-s1-d1"]
+    old = runs.read()
+    runs.run()
+    assert runs.read() == old
+    assert "stay as they are" in console.export_text()
+    runs.run(redo_stale=True)
+    assert runs.stale() == []
+
+
+def test_missing_config_fails_before_anything_runs(repository: Path) -> None:
+    runs, _ = evidence(repository, toy({"dense": Variant(("gone.yaml",), pairs=1)}, ()))
+    with pytest.raises(GridError, match=r"cannot read gone\.yaml"):
+        runs.run()
+
+
+def test_verify_accepts_equal_numbers_and_refuses_others(repository: Path, monkeypatch) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(pairs=3)}, ()))
+    runs.run()
+    before = (runs.cells_folder / "dense-s1-d1.json").read_text()
+    assert runs.verify(2, seed=0) == 0
+    monkeypatch.setenv("DRIFT", "1e-7")
+    assert runs.verify(1, seed=0) == 0
+    monkeypatch.setenv("DRIFT", "1e-5")
+    assert runs.verify(1, seed=0) == 1
+    assert "DIFFERS" in console.export_text()
+    assert (runs.cells_folder / "dense-s1-d1.json").read_text() == before, "verifying changes no cell"
+    with pytest.raises(GridError, match="only 3 cells"):
+        runs.verify(4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 1, "sys', "not a whole cell file"),
+        ("[]", "not a whole cell file"),
+        ('{"format": 1}', "not a whole cell file"),
+        (None, "has format 99"),
+    ],
+)
+def test_a_corrupted_cell_is_a_clear_error(repository: Path, text: str | None, message: str) -> None:
+    runs, _ = evidence(repository, toy())
+    path = write_cell(runs.cells_folder, result("dense", 1, 0.5))
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99') if text is None else text)
+    with pytest.raises(CellError, match=rf"dense-s1-d1\.json.*{message}.*delete the file"):
+        runs.run()
+
+
+def test_a_cell_under_another_name_and_a_cell_with_nan_are_errors(tmp_path: Path) -> None:
+    path = write_cell(tmp_path, result("dense", 1, 0.5))
+    text = path.read_text()
+    path.rename(tmp_path / "dense-s2-d2.json")
+    with pytest.raises(CellError, match="holds the cell toy/dense-s1-d1"):
+        read_cells(tmp_path, "toy")
+    (tmp_path / "dense-s2-d2.json").unlink()
+    path.write_text(text.replace("0.5", "NaN", 1))
+    with pytest.raises(CellError, match="not a finite number"):
+        read_cells(tmp_path, "toy")
+
+
+def test_half_written_files_are_not_cells(tmp_path: Path) -> None:
+    write_cell(tmp_path, result("dense", 1, 0.5))
+    (tmp_path / ".dense-s2-d2.json.123.tmp").write_text("{")
+    assert len(read_cells(tmp_path, "toy")) == 1
+
+
+@pytest.mark.medium
+def test_a_cell_of_the_real_command_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    variants = {"toy": Variant(flags=("--trainer.max_epochs", "1"), pairs=1)}
+    console = Console(record=True, width=200, file=io.StringIO())
+    runs = Evidence(Grid("toy", str(ROOT / "tests/toy.yaml"), variants, ()), tmp_path, console=console)
+    assert runs.run() == 0, console.export_text()
+    cell = runs.read()[Cell("toy", 1, 1)]
+    assert cell.domains == ["a", "b", "c", "u", "v"]
+    assert {"unseen/accuracy", "validation/accuracy", "gap/accuracy", "u/loss"} <= cell.metrics.keys()
+    assert cell.config_hash
+    assert cell.units["u"]["accuracy"]
+
+
+# --- judging ---
+
+
+def test_verdicts_of_made_up_cells_with_known_intervals() -> None:
+    # Differences 0.01, 0.02, 0.03: the interval is 0.02 -+ 4.302653*0.01/sqrt(3) = [-0.00484138, 0.04484138].
+    cells = results(moe=[0.51, 0.52, 0.53], dense=[0.5, 0.5, 0.5], same=[0.495, 0.495, 0.495])
+    first, second = summarise(toy(), cells)["claims"]
+    assert first["verdict"] == "inconclusive"
+    assert first["diff_mean"] == pytest.approx(0.02)
+    assert first["ci95"] == pytest.approx([-0.00484138, 0.04484138], abs=1e-8)
+    assert second["verdict"] == "supported"
+    assert second["ci95"] == pytest.approx([-0.005, -0.005])
+
+
+def test_recomputing_gives_the_same_file_whatever_the_order_of_cells() -> None:
+    cells = results(moe=[0.51, 0.52, 0.53], dense=[0.5, 0.5, 0.5], same=[0.49, 0.48, 0.47])
+    shuffled = dict(sorted(cells.items(), key=lambda item: -item[0].seed))
+    assert to_json(summarise(toy(), cells)) == to_json(summarise(toy(), shuffled))
+
+
+def claim_verdict(claim: Claim, cells: dict[Cell, CellResult], **changes: Any) -> str:
+    return summarise(toy(None, (claim,), **changes), cells)["claims"][0]["verdict"]
+
+
+def test_unfair_or_unusable_comparisons_are_not_tested() -> None:
+    cells = results(moe=[0.6, 0.6, 0.6], dense=[0.5, 0.5, 0.5])
+    assert claim_verdict(WIN, cells) == "supported"
+    heavy = {c: replace(r, flops_per_token=2100.0) if c.variant == "moe" else r for c, r in cells.items()}
+    assert claim_verdict(WIN, heavy) == "not tested (active FLOPs differ by +5.0 per cent; at most 2 is fair)"
+    assert claim_verdict(replace(WIN, match="none"), heavy) == "supported"
+    assert claim_verdict(replace(WIN, match="params"), heavy) == "supported"
+    unknown = {c: replace(r, flops_per_token=None) for c, r in cells.items()}
+    assert claim_verdict(WIN, unknown) == "not tested (the cells do not say their active FLOPs)"
+    mixed = {c: replace(r, definition="e") if c == Cell("moe", 2, 2) else r for c, r in cells.items()}
+    assert claim_verdict(WIN, mixed) == "not tested (the cells of moe were made with different configs)"
+    domains = {c: replace(r, domains=["street"]) if c == Cell("dense", 2, 2) else r for c, r in cells.items()}
+    assert claim_verdict(WIN, domains) == "not tested (the cells were tested on different domains)"
+    assert "has no finite 'unseen/f1'; it has seen/miou, unseen/miou" in claim_verdict(
+        replace(WIN, metric="unseen/f1"), cells
+    )
+    assert (
+        claim_verdict(Claim("C9", "Needs a data set we have not.", untested="no licence"), cells)
+        == "not tested (no licence)"
+    )
+
+
+def test_claims_against_a_constant_within_a_model_and_on_differences_of_differences() -> None:
+    cells = results(moe=[0.6, 0.61, 0.62], dense=[0.5, 0.5, 0.5], same=[0.55, 0.55, 0.55])
+    cells = {
+        c: replace(r, metrics={**r.metrics, "seen/miou": r.metrics["unseen/miou"] + 0.2}) for c, r in cells.items()
+    }
+    constant = Claim("A", "", "unseen/miou", "higher", "moe", baseline_value=0.4)
+    within = Claim("B", "", "seen/miou", "higher", "moe", "moe", baseline_metric="unseen/miou")
+    interaction = Claim("C", "", "unseen/miou", "higher", "moe", "same", minus=("dense", "dense"), match="none")
+    exact = Claim("D", "", "params_total", "equal", "moe", "dense", "exact")
+    found = {c["id"]: c for c in summarise(toy(None, (constant, within, interaction, exact)), cells)["claims"]}
+    assert {c["verdict"] for c in found.values()} == {"supported"}
+    assert found["A"]["baseline"] == [0.4, 0.4, 0.4]
+    assert found["B"]["diff_mean"] == pytest.approx(0.2)
+    assert found["C"]["system"] == pytest.approx([0.1, 0.11, 0.12])
+    assert found["C"]["baseline"] == pytest.approx([0.05, 0.05, 0.05])
+    assert (found["D"]["kind"], found["D"]["ci95"]) == ("exact", None)
+
+
+def test_headline_pairs_use_all_the_seeds_both_variants_have() -> None:
+    variants = {"moe": Variant(pairs=8), "dense": Variant(pairs=8), "same": Variant()}
+    cells = results(moe=[0.6] * 8, dense=[0.5] * 8, same=[0.5] * 3)
+    first, second = summarise(toy(variants), cells)["claims"]
+    assert (len(first["seeds"]), len(second["seeds"])) == (8, 3)
+
+
+def test_ladder_runs_first_and_gives_a_curve(repository: Path) -> None:
+    levels = {"none": Variant(), "strong": Variant(flags=("--gain", "0.3"))}
+    ladder = Ladder(levels, "moe", "dense", "unseen/miou", "higher", "Domains disagree more and more.", pairs=2)
+    variants = {"moe": Variant(pairs=2), "dense": Variant(pairs=2)}
+    grid = toy(variants, (), ladder=ladder)
+    assert [cell.variant.startswith("ladder-") for cell in grid.cells()] == [True] * 8 + [False] * 4
+    assert "--gain" in grid.arguments(Cell("ladder-strong-moe", 1, 1))
+
+    runs, _ = evidence(repository, grid)
+    runs.run(only="ladder-none-*")
+    levels_found = json.loads((repository / "benchmarks/results/toy.json").read_text())["ladder"]["levels"]
+    assert levels_found[0]["diff_mean"] == 0.0
+    assert levels_found[1]["note"] == "not tested (4 of 4 cells are not run)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: toy(None, (replace(WIN, system="nobody"),)),
+            "claim C1 names variant 'nobody'; defined are moe, dense, same",
+        ),
+        (lambda: toy(None, (WIN, WIN)), "repeat"),
+        (lambda: toy({"Bad Name": Variant()}, ()), "lower case"),
+        (lambda: toy({"moe": Variant(pairs=9)}, ()), "asks for 9 pairs"),
+        (lambda: toy({"moe": Variant(pairs=1), "dense": Variant()}, (WIN,)), "at least two"),
+        (lambda: toy(seeds=((1, 1), (1, 1), (2, 2))), "repeat a pair"),
+        (lambda: replace(WIN, baseline=None), "either a baseline"),
+        (lambda: replace(WIN, metric=""), "or a reason in 'untested'"),
+        (lambda: replace(TIE, margin=0.0), "claim C2: margin=0"),
+        (lambda: toy(ladder=Ladder({}, "nobody", "dense", "m", "higher", "")), "the ladder names variant"),
+    ],
+)
+def test_wrong_grids_say_what_is_wrong(make, message) -> None:
+    with pytest.raises(GridError, match=message):
+        make()
+
+
+# --- the page and the command line ---
+
+
+def test_page_does_not_depend_on_order_and_says_so_when_there_is_nothing() -> None:
+    cells = results(moe=[0.51, 0.52, 0.53], dense=[0.5, 0.5, 0.5], same=[0.49, 0.48, 0.47])
+    first, second = summarise(toy(), cells), {**summarise(toy(), {}), "system": "another"}
+    assert render([first, second]) == render([second, first])
+    assert "No system has been measured yet" in render([])
+    assert "No system" not in render([first])
+
+
+def test_page_shows_losses_as_plainly_as_wins() -> None:
+    cells = results(moe=[0.4, 0.41, 0.42], dense=[0.5, 0.5, 0.5], same=[0.5, 0.5, 0.5])
+    page = render([summarise(toy(), cells)])
+    assert "| C1 | Experts help on unseen domains. | superiority | unseen/miou ↑ |" in page
+    assert "−0.09 [−0.1148, −0.06516] | 1.00× | 1.00× | **not supported** |" in page
+
+
+def test_command_line_explains_unknown_systems(capsys) -> None:
+    assert main(["nothing"]) == 2
+    assert "no grid for 'nothing'" in capsys.readouterr().out
+    assert main([]) == 2
+
+
+# --- what is committed ---
+
+
+def almost_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(almost_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(almost_equal, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return a == pytest.approx(b, rel=1e-9, abs=1e-12)
+    return bool(a == b)
+
+
+def test_every_committed_interval_and_verdict_follows_from_its_cells() -> None:
+    for data in all_results(ROOT):
+        grid = load_grid(data["system"])
+        cells = read_cells(ROOT / "benchmarks" / "results" / grid.system / "cells", grid.system)
+        assert almost_equal(json.loads(to_json(summarise(grid, cells))), data), grid.system
+
+
+def test_every_committed_grid_can_be_read_and_its_configs_exist() -> None:
+    for system in list_systems():
+        grid = load_grid(system)
+        for name in grid.all_variants:
+            assert grid.definition(name, ROOT)
+
+
+def test_committed_page_follows_from_the_committed_results() -> None:
+    page = ROOT / "docs" / "evidence.md"
+    assert page.read_text(encoding="utf-8") == render(all_results(ROOT))
