@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,25 @@ class PublicScans(PointSource):
         optional: a missing root drops the domain with one plain line (True), or stops before training (False).
 
     Raises:
-        ValueError: a voxel that is not positive, or more class names than a byte can count.
+        ValueError: a voxel that is not positive.
     """
 
     def __init__(self, *, reader: ScanReader, voxel: float, indoor: bool = False, optional: bool = False) -> None:
         if voxel <= 0:
             raise ValueError(f"voxel={voxel} must be positive; the paper uses 0.02 m indoors and 0.05 m for driving")
-        if len(reader.names) > UNLABELLED:
-            raise ValueError(f"{len(reader.names)} class names; at most {UNLABELLED} are allowed, merge some")
         self.reader, self.voxel, self.indoor, self.optional = reader, voxel, indoor, optional
-        self.label_set = reader.names
+
+    @cached_property
+    def label_set(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Class names in the order of their indices.
+
+        Raises:
+            ValueError: more names than a byte can count, or the file that holds them is missing or wrong.
+        """
+        names = self.reader.names
+        if len(names) > UNLABELLED:
+            raise ValueError(f"{len(names)} class names; at most {UNLABELLED} are allowed, merge some")
+        return names
 
     def missing(self, cache: Path | None) -> str | None:
         """Return why the data cannot be had, or None."""
@@ -172,7 +182,7 @@ class StreamedScans(ScanDataset):
     def _counts(self, cache: Path | None) -> list[int]:
         files = [(ref.name, *_stamp(ref.points)) for ref in self.refs]
         key = config_hash([str(self.source.reader.root.resolve()), files, self.voxel, self.max_voxels])
-        path = cache_dir("point_cloud", root=cache) / f"tiles-{self.domain}-{self.split}-{key}.json"
+        path = cache_dir("point_cloud", root=cache) / f"tiles-{self.domain}-{key}.json"
 
         def write(target: Path) -> None:
             log.info("counting the tiles of %d %s scans of %s", len(self.refs), self.split, self.domain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,9 +137,6 @@ class OwnScans(ScanReader):
     Args:
         root: folder of your data.
         domain: folder below it, one per sensor or place.
-
-    Raises:
-        PointCloudFileError: ``labels.yaml`` is missing or wrong; it is read at once, since the model needs the names.
     """
 
     layout: ClassVar[str] = (
@@ -147,11 +145,26 @@ class OwnScans(ScanReader):
     source: ClassVar[str] = "your own data; docs/point_cloud_formats.md describes the layout"
 
     def __init__(self, root: Path | str, domain: str) -> None:
-        base = Path(root).expanduser()
-        own = base / domain / "labels.yaml"
-        shared = base / "labels.yaml"
-        self.labels = read_own_labels(shared if shared.exists() and not own.exists() else own)
-        super().__init__(base / domain, self.labels.names)
+        self.base = Path(root).expanduser()
+        super().__init__(self.base / domain, None)
+
+    @cached_property
+    def labels(self) -> OwnLabels:
+        """What ``labels.yaml`` says; read when it is first asked for.
+
+        Raises:
+            PointCloudFileError: it is missing or wrong.
+        """
+        for path in (self.root / "labels.yaml", self.base / "labels.yaml"):
+            if path.exists():
+                return read_own_labels(path)
+        advice = "write it (docs/point_cloud_formats.md), or set `root` and `domain` of this reader"
+        raise PointCloudFileError(self.root / "labels.yaml", "no such file", "the class names, names: [a, b]", advice)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Class names in index order."""
+        return self.labels.names
 
     def find(self, split: Split) -> list[ScanRef]:
         """List the files of a split's folder.

@@ -97,7 +97,7 @@ class ScanReader(ABC):
 
     Args:
         root: folder of the data set; ``~`` is expanded. It is looked at when scans are listed, not here.
-        names: class names in index order, without repeats.
+        names: class names in index order, without repeats; None for a subclass that reads them from its root.
 
     Raises:
         ValueError: no names, or a name twice.
@@ -108,10 +108,14 @@ class ScanReader(ABC):
     source: ClassVar[str]
     """Where the data comes from and under which terms, in one line."""
 
-    def __init__(self, root: Path | str, names: tuple[str, ...]) -> None:
+    names: tuple[str, ...]
+
+    def __init__(self, root: Path | str, names: tuple[str, ...] | None) -> None:
+        self.root = Path(root).expanduser()
+        if names is None:
+            return
         if not names or len(set(names)) != len(names):
             raise ValueError(f"names must be a non-empty list without repeats, got {list(names)}; merge equal classes")
-        self.root = Path(root).expanduser()
         self.names = tuple(names)
 
     def scans(self, split: Split) -> list[ScanRef]:

@@ -259,7 +259,7 @@ def test_a_wrong_labels_yaml_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "yard" / "labels.yaml").write_text(text)
 
     with pytest.raises(PointCloudFileError, match=r"labels\.yaml"):
-        OwnScans(tmp_path, "yard")
+        OwnScans(tmp_path, "yard").names  # noqa: B018
 
 
 def test_strange_files_in_a_split_are_named(tmp_path: Path) -> None:
