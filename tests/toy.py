@@ -185,3 +185,26 @@ def outputs(*, num_experts: int = 2, router: LayerFactory | None = None) -> Laye
         router: inner factory.
     """
     return lambda width: nn.Linear(width, num_experts)
+
+
+class RowTape(L.Callback):
+    """Keep the first coordinates of the rows of every training step."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self.rows.append(batch[0][:, 0].tolist())
+
+
+class PressCtrlC(L.Callback):
+    """Interrupt training after the given number of steps."""
+
+    def __init__(self, step: int = 13) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
