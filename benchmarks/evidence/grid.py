@@ -116,7 +116,7 @@ class Ladder:
 
     Args:
         levels: Name of the level -> overlays and flags on top of the variant's own, from the least conflict to the
-            most.
+            most. A level that adds nothing shares the cells of the variants themselves.
         system: Name of the system's variant.
         baseline: Name of its dense twin.
         metric: What the curve shows.
@@ -135,7 +135,8 @@ class Ladder:
 
     def variant_name(self, level: str, variant: str) -> str:
         """Give the name under which a level's cells are kept."""
-        return f"ladder-{level}-{variant}"
+        extra = self.levels[level]
+        return f"ladder-{level}-{variant}" if extra.overlays or extra.flags else variant
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,10 @@ class Grid:
         variants: Name -> variant. Names are lower case letters, digits, ``_``, ``.`` and ``-``.
         claims: In the order of the paper's claims.
         seeds: (seed, data seed) pairs; variants run the first few. Seed 0 is left for choosing settings.
-        ladder: The conflict ladder, run before everything else.
+        ladder: The conflict ladder, run before the wide table.
+        headline: Variants of the headline pairs, run before everything else.
         flags: Words for the command line of every cell.
+        data_seed_flags: Options that receive the data seed.
         settings_tried: Number of settings tried while choosing, on validation domains and other seeds; printed.
         choice: How settings were chosen, in one sentence; printed.
         show: Metrics of the table of all variants.
@@ -178,7 +181,9 @@ class Grid:
     claims: tuple[Claim, ...]
     seeds: tuple[Pair, ...] = tuple((s, s) for s in range(1, 9))
     ladder: Ladder | None = None
+    headline: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    data_seed_flags: tuple[str, ...] = ("--data.seed",)
     settings_tried: int = 0
     choice: str = ""
     show: tuple[str, ...] = ()
@@ -199,6 +204,8 @@ class Grid:
         ids = [claim.id for claim in self.claims]
         if len(set(ids)) != len(ids):
             raise GridError(f"claim ids {ids} repeat; give each claim its own")
+        for name in self.headline:
+            self._require(name, "the headline")
         for claim in self.claims:
             self._check(claim)
 
@@ -209,10 +216,13 @@ class Grid:
             self._require(name, "the ladder")
         for level, extra in self.ladder.levels.items():
             for name in (self.ladder.system, self.ladder.baseline):
-                base = self.variants[name]
-                self._all[self.ladder.variant_name(level, name)] = Variant(
-                    base.overlays + extra.overlays, base.flags + extra.flags, self.ladder.pairs
-                )
+                base, own = self.variants[name], self.ladder.variant_name(level, name)
+                if own != name:
+                    self._all[own] = Variant(
+                        base.overlays + extra.overlays, base.flags + extra.flags, self.ladder.pairs
+                    )
+                elif base.pairs < self.ladder.pairs:
+                    raise GridError(f"ladder level {level!r} needs {self.ladder.pairs} pairs of {name!r}")
 
     def _check(self, claim: Claim) -> None:
         if claim.untested:
@@ -236,12 +246,11 @@ class Grid:
         return self.seeds[: min(self._all[name].pairs for name in names)]
 
     def cells(self) -> list[Cell]:
-        """List every cell, ladder first, then seed by seed, so that an interrupted grid has whole seeds."""
-        order = sorted(self._all, key=lambda name: not name.startswith("ladder-"))
-        ladder = [name for name in order if name.startswith("ladder-")]
-        wide = [name for name in order if not name.startswith("ladder-")]
+        """List every cell: headline, ladder, wide table, each seed by seed, so that an interrupted grid is balanced."""
+        ladder = tuple(name for name in self._all if name not in self.variants and name not in self.headline)
+        wide = tuple(name for name in self.variants if name not in self.headline)
         found = []
-        for names in (ladder, wide):
+        for names in (self.headline, ladder, wide):
             for i, pair in enumerate(self.seeds):
                 found += [Cell(name, *pair) for name in names if i < self._all[name].pairs]
         return found
@@ -250,7 +259,8 @@ class Grid:
         """Give the words after ``moeapps`` that run a cell."""
         variant = self._all[cell.variant]
         configs = [word for name in (self.config, *variant.overlays) for word in ("--config", name)]
-        seeds = ["--seed_everything", str(cell.seed), "--data.seed", str(cell.data_seed)]
+        seeds = ["--seed_everything", str(cell.seed)]
+        seeds += [word for flag in self.data_seed_flags for word in (flag, str(cell.data_seed))]
         return ["fit", *configs, *self.flags, *variant.flags, *seeds, "--system", self.system, "--name", cell.stem]
 
     def definition(self, variant: str, root: Path) -> str:
@@ -268,7 +278,7 @@ class Grid:
                 parts.append(yaml.safe_load((root / name).read_text(encoding="utf-8")))
             except (OSError, yaml.YAMLError) as error:
                 raise GridError(f"variant {variant!r}: cannot read {name}: {error}") from error
-        text = json.dumps([parts, self.flags, chosen.flags], sort_keys=True, default=str)
+        text = json.dumps([parts, self.flags, chosen.flags, self.data_seed_flags], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -153,7 +153,7 @@ def _ladder(grid: Grid, results: Results) -> dict[str, Any] | None:
         if reason:
             entry["note"] = f"not tested ({reason})"
         else:
-            pairs = grid.pairs(*names)
+            pairs = grid.pairs(*names)[: ladder.pairs]
             system, baseline = (_values(results, name, ladder.metric, pairs, None) for name in names)
             entry |= {"system": system, "baseline": baseline}
             if len(pairs) > 1:

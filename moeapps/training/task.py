@@ -212,8 +212,9 @@ class BaseTask(L.LightningModule):
         return parts
 
     def _told_by_callbacks(self, method: str) -> dict[str, Any]:
-        """Join what callbacks add to a results file: ``describe_run`` to the header, ``describe_results`` (group ->
-        number's name -> number) to the summary.
+        """Join what callbacks add to a results file.
+
+        ``describe_run`` gives parts of the header, ``describe_results`` groups of numbers beside the means over roles.
         """
         parts: dict[str, Any] = {}
         for callback in cast(Any, self.trainer).callbacks:

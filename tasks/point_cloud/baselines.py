@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rivals and controls that are more than another preset: routers that read something else, a backbone without attention.
+"""Rivals that are more than another preset: routers that read something else, a backbone without attention.
 
-Each is chosen by its class path in ``configs/baselines/point_moe_*.yaml``. Prompt-driven normalisation, the paper's main
-rival, has a file of its own, ``prompt.py``.
+Each is chosen by its class path in ``configs/baselines/point_moe_*.yaml``. Prompt-driven normalisation, the paper's
+main rival, has a file of its own, ``prompt.py``.
 
 Shape legend: N voxels, D width, E experts, S domains.
 """
@@ -62,7 +62,7 @@ class DomainGuidedScore(Score):
             raise ValueError("a domain-guided router needs one tensor of rows and their domains: pass group=ids")
         table_SV = torch.cat([self.domains.weight, self.domains.weight.mean(dim=0, keepdim=True)])
         vector_NV = table_SV[group.clamp(max=len(table_SV) - 1)]
-        return self.linear(torch.cat([features, vector_NV.to(features.dtype)], dim=1))
+        return self.linear.forward(torch.cat([features, vector_NV.to(features.dtype)], dim=1))
 
 
 def domain_guided_router(
@@ -122,16 +122,16 @@ class ConvBlock(Block):
     def __init__(self, dim: int, *, drop_path: float, **attention_options: Any) -> None:
         nn.Module.__init__(self)
         self.conv1 = SubmanifoldConv3d(dim, dim, 3, bias=False)
-        self.norm1 = nn.BatchNorm1d(dim, eps=1e-3)
+        self.bn1 = nn.BatchNorm1d(dim, eps=1e-3)
         self.conv2 = SubmanifoldConv3d(dim, dim, 3, bias=False)
-        self.norm2 = nn.BatchNorm1d(dim, eps=1e-3)
+        self.bn2 = nn.BatchNorm1d(dim, eps=1e-3)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_ND: Tensor, level: Level, order: Order) -> Tensor:
         """Two convolutions; the curve does not matter: [N, D] -> [N, D]."""
         table = level.neighbours(3)
-        y_ND = self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x_ND, table))), table))
-        return x_ND + self.drop_path(y_ND)
+        y_ND: Tensor = self.drop_path(self.bn2(self.conv2(F.gelu(self.bn1(self.conv1(x_ND, table))), table)))
+        return x_ND + y_ND
 
 
 class ConvUNet(PointMoE):

@@ -95,7 +95,7 @@ class ExpertReport(L.Callback):
         column = torch.tensor([self._vocabulary.index(normalise_name(name)) for name in own], device=batch.y.device)
         labels = {"class": (column[batch.y.clamp(min=0)].where(batch.y >= 0, -1), len(self._vocabulary))}
         if getattr(task.data, "features", "common") == "common":  # the other layout has no normal outdoors
-            labels["normal"] = _binned(batch.x[:, 5], NORMAL_EDGES), len(NORMAL_EDGES) + 1
+            labels["normal"] = _binned(batch.x[:, 5].contiguous(), NORMAL_EDGES), len(NORMAL_EDGES) + 1
         labels["range"] = _binned(batch.pos[:, :2].norm(dim=1), RANGE_EDGES), len(RANGE_EDGES) + 1
         return labels
 

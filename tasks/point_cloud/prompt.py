@@ -5,8 +5,9 @@ Every batch and layer norm is kept once per prompt (one prompt per seen domain, 
 output is scaled and shifted by a learned vector of the prompt: y (1 + scale) + shift, [scale, shift] = Linear(SiLU(v)).
 What differs between the modes is how a scan gets its prompt in evaluation, see `PromptedPointMoE`.
 
-Source: Wu et al. 2024, Towards Large-scale 3D Representation Learning with Multi-dataset Point Prompt Training; Pointcept/
-Pointcept ``models/point_prompt_training`` (there a batch holds one data set; here it may hold several).
+Source: Wu et al. 2024, Towards Large-scale 3D Representation Learning with Multi-dataset Point Prompt Training;
+Pointcept/Pointcept ``models/point_prompt_training`` (there a batch holds one data set; here it may hold several, and
+the modulation begins at zero).
 
 Shape legend: N voxels of a level, D width, P prompts, V length of a prompt's vector, B scans, S seen domains.
 """
@@ -84,7 +85,7 @@ class PromptNorm(nn.Module):
         super().__init__()
         dim = norm.num_features if isinstance(norm, nn.BatchNorm1d) else int(norm.normalized_shape[0])
         self.norms = nn.ModuleList(deepcopy(norm) for _ in range(num_prompts))
-        self.modulation = None if prompt_dim is None else nn.Linear(prompt_dim, 2 * dim)
+        self.modulation: nn.Linear | None = None if prompt_dim is None else nn.Linear(prompt_dim, 2 * dim)
         if self.modulation is not None:  # begins as no modulation
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
@@ -102,14 +103,15 @@ class PromptNorm(nn.Module):
     def _one(self, x_ND: Tensor, prompt: int) -> Tensor:
         norm = self.norms[prompt]
         if isinstance(norm, nn.BatchNorm1d) and len(x_ND) == 1:  # one row has no variance
-            y_ND = F.batch_norm(x_ND, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+            y_ND: Tensor = F.batch_norm(x_ND, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         else:
             y_ND = norm(x_ND)
         vectors_PV = self._rows.vectors_PV
         if self.modulation is None or vectors_PV is None:
             return y_ND
         scale_D, shift_D = self.modulation(F.silu(vectors_PV[prompt])).chunk(2)
-        return y_ND * (1 + scale_D) + shift_D
+        y_ND = y_ND * (1 + scale_D) + shift_D
+        return y_ND
 
 
 def give_prompts(net: nn.Module, rows: PromptRows, num_prompts: int, prompt_dim: int | None) -> None:
@@ -162,7 +164,7 @@ class PromptedPointMoE(PointMoE):
 
     Modes, that is, where a scan's prompt comes from. In training it is always the scan's own domain, but for `generic`:
 
-    * ``oracle``: a seen domain's own; for a domain never trained on, the one that ``stand_in`` names (a person chooses).
+    * ``oracle``: a seen domain's own; a domain never trained on borrows the one that ``stand_in`` names.
     * ``classifier``: what a `DomainDetector`, trained beside, takes the scan for. Needs no label of the data set.
     * ``generic``: one more prompt that is nobody's. In training it takes the place of a scan's own prompt with
       probability ``generic_scans`` in a share ``generic_batches`` of the batches; in evaluation every scan has it.
@@ -222,7 +224,9 @@ class PromptedPointMoE(PointMoE):
         """
         missing = set(self.domains) - set(names)
         if missing:
-            raise ValueError(f"net.domains={list(self.domains)} has prompts for {sorted(missing)}, which the data lacks")
+            raise ValueError(
+                f"net.domains={list(self.domains)} has prompts for {sorted(missing)}, which the data lacks"
+            )
         own = {name: self.stand_in.get(name, name) for name in names}
         unknown = [name for name in names if own[name] not in self.domains]
         if unknown and self.mode == "oracle":

@@ -50,6 +50,7 @@ if "--silent" not in sys.argv:
 """
 
 WIN = Claim("C1", "Experts help on unseen domains.", "unseen/miou", "higher", "moe", "dense")
+PLAIN = Ladder({"plain": Variant()}, "moe", "dense", "unseen/miou", "higher", "")
 TIE = Claim("C2", "Experts do not hurt.", "seen/miou", "higher", "same", "dense", "non-inferiority", 0.01)
 
 
@@ -350,8 +351,8 @@ def test_headline_pairs_use_all_the_seeds_both_variants_have() -> None:
     assert (len(first["seeds"]), len(second["seeds"])) == (8, 3)
 
 
-def test_ladder_runs_first_and_gives_a_curve(repository: Path) -> None:
-    levels = {"none": Variant(), "strong": Variant(flags=("--gain", "0.3"))}
+def test_ladder_runs_before_the_table_and_gives_a_curve(repository: Path) -> None:
+    levels = {"weak": Variant(flags=("--gain", "0.0")), "strong": Variant(flags=("--gain", "0.3"))}
     ladder = Ladder(levels, "moe", "dense", "unseen/miou", "higher", "Domains disagree more and more.", pairs=2)
     variants = {"moe": Variant(pairs=2), "dense": Variant(pairs=2)}
     grid = toy(variants, (), ladder=ladder)
@@ -359,10 +360,38 @@ def test_ladder_runs_first_and_gives_a_curve(repository: Path) -> None:
     assert "--gain" in grid.arguments(Cell("ladder-strong-moe", 1, 1))
 
     runs, _ = evidence(repository, grid)
-    runs.run(only="ladder-none-*")
+    runs.run(only="ladder-weak-*")
     levels_found = json.loads((repository / "benchmarks/results/toy.json").read_text())["ladder"]["levels"]
     assert levels_found[0]["diff_mean"] == 0.0
     assert levels_found[1]["note"] == "not tested (4 of 4 cells are not run)"
+
+
+def test_a_level_that_adds_nothing_shares_the_cells_of_the_variants() -> None:
+    levels = {"plain": Variant(), "strong": Variant(flags=("--gain", "0.3"))}
+    ladder = Ladder(levels, "moe", "dense", "unseen/miou", "higher", "Domains disagree more and more.", pairs=2)
+    grid = toy({"moe": Variant(pairs=3), "dense": Variant(pairs=3)}, (), ladder=ladder)
+    assert {cell.variant for cell in grid.cells()} == {"moe", "dense", "ladder-strong-moe", "ladder-strong-dense"}
+
+    plain, strong = summarise(grid, results(moe=[0.6, 0.7, 0.9], dense=[0.5, 0.5, 0.5]))["ladder"]["levels"]
+
+    assert (plain["system"], plain["baseline"]) == ([0.6, 0.7], [0.5, 0.5])
+    assert strong["note"].startswith("not tested")
+
+
+def test_headline_pairs_run_first_and_every_prefix_is_balanced() -> None:
+    ladder = Ladder({"strong": Variant(flags=("--gain", "0.3"))}, "moe", "dense", "unseen/miou", "higher", "", pairs=2)
+    variants = {"same": Variant(pairs=2), "moe": Variant(pairs=4), "dense": Variant(pairs=4)}
+    grid = toy(variants, (), ladder=ladder, headline=("moe", "dense"))
+    order = [(cell.variant, cell.seed) for cell in grid.cells()]
+    assert order[:8] == [(name, seed) for seed in (1, 2, 3, 4) for name in ("moe", "dense")]
+    strong = [(f"ladder-strong-{name}", seed) for seed in (1, 2) for name in ("moe", "dense")]
+    assert order[8:] == [*strong, ("same", 1), ("same", 2)]
+
+
+def test_the_data_seed_goes_to_every_option_that_the_grid_names() -> None:
+    words = toy(data_seed_flags=("--data.seed", "--data.world")).arguments(Cell("moe", 3, 5))
+    assert words[words.index("--data.seed") + 1] == words[words.index("--data.world") + 1] == "5"
+    assert words[words.index("--seed_everything") + 1] == "3"
 
 
 @pytest.mark.parametrize(
@@ -381,6 +410,11 @@ def test_ladder_runs_first_and_gives_a_curve(repository: Path) -> None:
         (lambda: replace(WIN, metric=""), "or a reason in 'untested'"),
         (lambda: replace(TIE, margin=0.0), "claim C2: margin=0"),
         (lambda: toy(ladder=Ladder({}, "nobody", "dense", "m", "higher", "")), "the ladder names variant"),
+        (lambda: toy(headline=("nobody",)), "the headline names variant"),
+        (
+            lambda: toy({"moe": Variant(), "dense": Variant(pairs=2)}, (), ladder=PLAIN),
+            "ladder level 'plain' needs 3 pairs of 'dense'",
+        ),
     ],
 )
 def test_wrong_grids_say_what_is_wrong(make, message) -> None:
