@@ -65,8 +65,9 @@ def column_counts(record: Record) -> Tensor:
     """Count the assignments per column of the probabilities: float [E + nulls], no gradient.
 
     Counts of null columns are each the mean over the nulls: which of several equal nulls a row takes does not matter,
-    so rows need not be even among them. A null choice is a sentinel of a row that counts and that keeps a weight; where
-    the chooser asks for a fixed k and has no capacity every missing choice is one.
+    so rows need not be even among them. Null choices are those that the chooser marks (``null_M``). In a routing
+    without marks a null choice is a sentinel of a row that counts and that keeps a weight; where it asks for a fixed k
+    and has no capacity every missing choice is one.
 
     Raises:
         ValueError: For dense and slot routings, which select nothing.
@@ -233,6 +234,10 @@ class AuxLoss(nn.Module):
 
     Raises:
         ValueError: For a weight that is not a finite number.
+
+    Example:
+        >>> ZLoss(0.001, layers="decoder.*").name
+        'z.decoder'
     """
 
     name: str = "aux"
@@ -282,6 +287,14 @@ class SwitchBalance(AuxLoss):
         weight: Coefficient; 0.01 in Switch Transformers and most since.
         per_group: Balance within each sample (or whatever group the network gives) rather than over the batch.
         layers: Pattern of layer names.
+
+    Example:
+        >>> from moeapps.moe import LinearScore, MLPExperts, MoELayer, MoERecorder, Router, TopK
+        >>> layer = MoELayer(Router(LinearScore(8, 4, init_std=0.0), TopK(2)), MLPExperts(4, 8, 8))
+        >>> with MoERecorder() as recorder:
+        ...     _ = layer(torch.randn(6, 8))
+        >>> round(SwitchBalance()(recorder.records).item(), 3)
+        1.0
     """
 
     name = "switch_balance"
@@ -307,6 +320,10 @@ class GlobalBatchBalance(AuxLoss):
         layers: Pattern of layer names.
 
     Source: Qiu et al. (2025), Demons in the Detail.
+
+    Example:
+        >>> GlobalBatchBalance(0.01).name
+        'global_balance'
     """
 
     name = "global_balance"
@@ -331,7 +348,12 @@ class GlobalBatchBalance(AuxLoss):
 
 
 class ImportanceLoss(AuxLoss):
-    """`importance_cv2`: cv² of the summed weights, 0 when balanced; the one balance loss that dense gates have too."""
+    """`importance_cv2`: cv² of the summed weights, 0 when balanced; the one balance loss that dense gates have too.
+
+    Example:
+        >>> ImportanceLoss(0.01).name
+        'importance'
+    """
 
     name = "importance"
 
@@ -350,6 +372,10 @@ class LoadLoss(AuxLoss):
         weight: Coefficient.
         noise_std: σ in units of the logits; 1/E when None.
         layers: Pattern of layer names.
+
+    Example:
+        >>> LoadLoss(0.01).name
+        'load'
     """
 
     name = "load"
@@ -364,7 +390,12 @@ class LoadLoss(AuxLoss):
 
 
 class ZLoss(AuxLoss):
-    """`z_loss`: mean logsumexp²; a weight of 0.001 is usual."""
+    """`z_loss`: mean logsumexp²; a weight of 0.001 is usual.
+
+    Example:
+        >>> ZLoss(0.01).name
+        'z'
+    """
 
     name = "z"
 
@@ -377,7 +408,12 @@ class ZLoss(AuxLoss):
 
 
 class EntropyLoss(AuxLoss):
-    """`token_entropy`: minimised by decided routers, needed with top-p above all; a weight of 1e-4 is usual there."""
+    """`token_entropy`: minimised by decided routers, needed with top-p above all; a weight of 1e-4 is usual there.
+
+    Example:
+        >>> EntropyLoss(0.01).name
+        'entropy'
+    """
 
     name = "entropy"
 
@@ -390,7 +426,12 @@ class EntropyLoss(AuxLoss):
 
 
 class BatchEntropyLoss(AuxLoss):
-    """`batch_entropy_gap`: log E − H(mean p), 0 when balanced."""
+    """`batch_entropy_gap`: log E − H(mean p), 0 when balanced.
+
+    Example:
+        >>> BatchEntropyLoss(0.01).name
+        'batch_entropy'
+    """
 
     name = "batch_entropy"
 
@@ -403,7 +444,12 @@ class BatchEntropyLoss(AuxLoss):
 
 
 class MutualInformationLoss(AuxLoss):
-    """The NEGATIVE of `mutual_information`: a positive weight maximises the information."""
+    """The NEGATIVE of `mutual_information`: a positive weight maximises the information.
+
+    Example:
+        >>> MutualInformationLoss(0.01).name
+        'mutual_information'
+    """
 
     name = "mutual_information"
 
@@ -443,7 +489,9 @@ def _grouped_balance(record: Record, probs_NE: Tensor) -> Tensor:
 
 
 def _null_choices(record: Record, routing: Routing) -> Tensor:
-    """Number of choices that fell on a null expert, 0-dim float."""
+    """Number of choices that fell on a null expert, 0-dim float: as the chooser says, else from the sentinels."""
+    if routing.null_M is not None:
+        return routing.null_M.sum().to(routing.weight_M.dtype)
     capacity = getattr(getattr(record.layer, "router", None), "capacity", None)
     sentinel_M = routing.expert_M == routing.num_experts
     if routing.top_k is not None and capacity is None:
