@@ -18,8 +18,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_OLD = [("xyz", "<i4", (3,)), ("intensity", "<u2"), ("returns", "u1"), ("class", "u1"), ("angle", "i1"), ("user", "u1")]
-_NEW = [("xyz", "<i4", (3,)), ("intensity", "<u2"), ("returns", "u1"), ("flags", "u1"), ("class", "u1"), ("user", "u1")]
+_OLD = [
+    ("xyz", "<i4", (3,)),
+    ("intensity", "<u2"),
+    ("returns", "u1"),
+    ("classification", "u1"),
+    ("angle", "i1"),
+    ("user", "u1"),
+]
+_NEW = [
+    ("xyz", "<i4", (3,)),
+    ("intensity", "<u2"),
+    ("returns", "u1"),
+    ("flags", "u1"),
+    ("classification", "u1"),
+    ("user", "u1"),
+]
 _SOURCE, _TIME, _RGB, _NIR = ("source", "<u2"), ("time", "<f8"), ("rgb", "<u2", (3,)), ("nir", "<u2")
 _WAVE = ("wave", "V29")
 _OLD_BASE = [*_OLD, _SOURCE]
@@ -110,6 +124,11 @@ def read_las(path: Path | str) -> LasCloud:
             f"{path.name} is cut short: {header.count} points of {header.record_length} bytes end at byte {end}, "
             f"the file has {len(data)}; fetch it again"
         )
+    if end < len(data) and not _may_hold_more(data, header):
+        raise LasError(
+            f"{path.name} is damaged: {header.count} points of {header.record_length} bytes end at byte {end}, but "
+            f"{len(data) - end} bytes follow that no header field announces; fetch it again"
+        )
     fields = list(_FORMATS[header.point_format])
     extras = _extra_fields(data, header)
     known = np.dtype(fields).itemsize
@@ -118,7 +137,35 @@ def read_las(path: Path | str) -> LasCloud:
     used = np.dtype([*fields, *extras]).itemsize if extras else known
     padding = [("pad", f"V{header.record_length - used}")] if header.record_length > used else []
     records = np.frombuffer(data, np.dtype([*fields, *extras, *padding]), header.count, header.point_offset)
-    return _cloud(records, header, [item[0] for item in extras])
+    cloud = _cloud(records, header, [item[0] for item in extras])
+    _check_bounds(cloud, header, data, path.name)
+    return cloud
+
+
+def _may_hold_more(data: bytes, header: _Header) -> bool:
+    """Whether something may follow the points: waveforms (formats 4, 5, 9, 10) or, since 1.4, further records."""
+    wave = header.point_format in (4, 5, 9, 10)
+    return wave or (data[25] == 4 and struct.unpack_from("<I", data, 243)[0] > 0)
+
+
+def _check_bounds(cloud: LasCloud, header: _Header, data: bytes, name: str) -> None:
+    """Refuse points far outside the box that the header gives: then scale or offset is damaged.
+
+    Boxes larger than the points (clipped files), boxes without volume and boxes in stored integers (lazy writers) are
+    met and harmless.
+    """
+    box = np.frombuffer(data, "<f8", 6, 179).reshape(3, 2)
+    high, low = box[:, 0], box[:, 1]
+    if not len(cloud) or not np.isfinite(box).all() or (high <= low).any():
+        return
+    slack = 0.05 * (high - low) + 1
+    for pos in (cloud.pos, (cloud.pos - header.offset) / header.scale):
+        if (pos.min(0) >= low - slack).all() and (pos.max(0) <= high + slack).all():
+            return
+    raise LasError(
+        f"{name} is damaged: points from {cloud.pos.min(0).round(2).tolist()} to {cloud.pos.max(0).round(2).tolist()}, "
+        f"but its header says {low.round(2).tolist()} to {high.round(2).tolist()}; fetch it again"
+    )
 
 
 def _parse_header(data: bytes, name: str) -> _Header:
@@ -135,9 +182,18 @@ def _parse_header(data: bytes, name: str) -> _Header:
         raise LasError(f"{name} is damaged: records of {record_length} bytes, format {point_format} needs {least}")
     if header_size < _HEADER_SIZE[version] or point_offset < header_size:
         raise LasError(f"{name} is damaged: header of {header_size} bytes, points at byte {point_offset}")
+    if point_format >= 6 and version != (1, 4):
+        raise LasError(
+            f"{name} is damaged: point format {point_format} in LAS {version[0]}.{version[1]}, it came with 1.4"
+        )
     if version == (1, 4) and len(data) >= 255:
-        # The old 32-bit count may be zero in 1.4; the 64-bit one rules, but some writers fill the old one only.
-        count = struct.unpack_from("<Q", data, 247)[0] or count
+        # The 64-bit count rules, but some writers fill the old one only, which must be zero from format 6 on.
+        large = struct.unpack_from("<Q", data, 247)[0]
+        if point_format < 6 and count != large and 0 < large < 2**32:
+            raise LasError(
+                f"{name} is damaged: its header gives both {count} and {large} points in format {point_format}"
+            )
+        count = large or count
     finite = np.isfinite(scale).all() and np.isfinite(offset).all() and (np.abs(scale) > 1e-12).all()
     if not finite or np.abs(scale).max() > 1e6 or np.abs(offset).max() > 1e15:
         raise LasError(f"{name} is damaged: scale {scale.tolist()}, offset {offset.tolist()}")
@@ -177,7 +233,7 @@ _RESERVED = {
     "xyz",
     "intensity",
     "returns",
-    "class",
+    "classification",
     "flags",
     "angle",
     "user",
@@ -196,7 +252,7 @@ def _cloud(records: npt.NDArray[Any], header: _Header, extras: list[str]) -> Las
     return LasCloud(
         pos=records["xyz"] * header.scale + header.offset,
         intensity=records["intensity"].copy(),
-        classification=(records["class"] & (255 if new else 31)).astype(np.uint8),
+        classification=(records["classification"] & (255 if new else 31)).astype(np.uint8),
         return_number=(returns & (15 if new else 7)).astype(np.uint8),
         num_returns=((returns >> 4) if new else (returns >> 3) & 7).astype(np.uint8),
         rgb=records["rgb"].copy() if "rgb" in names else None,
@@ -276,7 +332,7 @@ def write_las(
     new = point_format >= 6
     records["xyz"] = steps
     records["intensity"] = intensity
-    records["class"] = np.asarray(classification) if new else np.asarray(classification) & 31
+    records["classification"] = np.asarray(classification) if new else np.asarray(classification) & 31
     records["returns"] = np.asarray(return_number) | (np.asarray(num_returns) << (4 if new else 3))
     if rgb is not None:
         records["rgb"] = rgb

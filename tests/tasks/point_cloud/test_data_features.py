@@ -87,7 +87,7 @@ def test_features_stay_in_their_ranges_and_in_their_order() -> None:
 def test_shared_features_do_not_know_where_the_scan_stands_in_plan() -> None:
     pos = _rng().uniform(0, 5, (300, 3))
     light, up = _rng().random(300), _rng().random(300)
-    moved = common_features(pos + (30.0, -60.0, 0.0), 0.25, light, up)
+    moved = common_features(pos + np.array([30.0, -60.0, 0.0]), 0.25, light, up)
     np.testing.assert_allclose(moved, common_features(pos, 0.25, light, up), atol=1e-5)
 
 
