@@ -99,7 +99,8 @@ class PointCloudData(DomainDataModule):
             eval_batch_size=eval_batch_size,
         )
         self.counts: dict[Split, int] = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
-        for name, value in (*self.counts.items(), ("crops_per_scene", crops_per_scene), ("max_voxels", max_voxels)):
+        sizes = {f"{split}_scenes": count for split, count in self.counts.items()}
+        for name, value in {**sizes, "crops_per_scene": crops_per_scene, "max_voxels": max_voxels}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed; use 1 or more")
         self.own = dict(own or {})

@@ -3,25 +3,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from moeapps.moe.backends.dense import dense, is_dense
 from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
-from moeapps.moe.backends.segments import segments
+from moeapps.moe.backends.segments import segments, segments_refusal
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
     from moeapps.moe.experts import Experts, FeedForward
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
+Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]
 
-# Rows per busy expert from which `segments` is at least as fast as `grouped_mm` (python -m benchmarks.core).
-SEGMENT_MIN_ROWS: dict[str, int] = {"cpu": 96}
-_DEFAULT_MIN_ROWS = 0
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on ``segments`` is at least as fast as ``grouped_mm``; either condition is enough.
+
+    Attributes:
+        work: Multiply-adds of the first layer per busy expert. Below it the calls of Python cost more than the
+            matrix products.
+        stack_bytes: Size of the first layer of the whole bank, from which fresh gradients cost more in page faults than
+            in arithmetic; ``segments`` asks for huge pages.
+    """
+
+    work: float
+    stack_bytes: float
+
+
+# Measured on the CPU by `python -m benchmarks.core` (rows of both backends side by side). Elsewhere grouped_mm has no
+# loop over experts on the host, and is preferred wherever it can run.
+THRESHOLDS: dict[str, Thresholds] = {"cpu": Thresholds(work=8e6, stack_bytes=32 << 20)}
+_ELSEWHERE = Thresholds(work=float("inf"), stack_bytes=float("inf"))
 
 
 def run(
@@ -34,6 +54,8 @@ def run(
     weight_at: Literal["output", "input"] = "output",
 ) -> Tensor:
     """Apply a bank to the assignments of a plan: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
+
+    Under autocast a stacked bank computes in the autocast dtype, like ``nn.Linear``; float64 stays float64.
 
     Args:
         experts: The bank.
@@ -48,15 +70,15 @@ def run(
         (num_targets, O).
 
     Raises:
-        ValueError: If x has not the plan's rows, the name is unknown or the named backend cannot run this case.
+        ValueError: If x, the plan and the bank do not fit each other, a name is unknown or the named backend cannot run
+            this case.
     """
-    if x_ND.shape[0] != plan.num_rows:
-        raise ValueError(f"x has {x_ND.shape[0]} rows, but the routing was made for {plan.num_rows}; route this x.")
-    if weight_at not in ("output", "input"):
-        raise ValueError(f"weight_at={weight_at!r} is unknown; use 'output' or 'input'.")
+    _check(experts, x_ND, plan, backend, weight_at)
     at_input = weight_at == "input"
-    ffn = experts.feed_forward() if not side else None
-    chosen = choose_backend(ffn, x_ND, plan) if backend == "auto" else backend
+    ffn = None if side else experts.feed_forward()
+    if ffn is not None:
+        ffn, x_ND = _autocast(ffn, x_ND)
+    chosen: Choice = choose_backend(ffn, x_ND, plan) if backend == "auto" else backend
     if chosen == "loop":
         return loop(experts, x_ND, plan, side=side, at_input=at_input)
     if chosen == "onehot":
@@ -64,15 +86,16 @@ def run(
     refusal = _refusal(chosen, ffn, x_ND)
     if refusal is not None or ffn is None:
         raise ValueError(f"backend={backend!r} cannot run here: {refusal}; use backend='auto'.")
-    compute = segments if chosen == "segments" else grouped_mm
+    compute = {"segments": segments, "grouped_mm": grouped_mm, "dense": dense}[chosen]
     return compute(ffn, x_ND, plan, at_input=at_input)
 
 
-def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Backend:
+def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
     """Choose the fastest backend that gives right results and derivatives here.
 
     ``loop`` serves whatever is not a stacked two-layer bank, float64 (reference accuracy) and transforms that a custom
-    function does not support (``torch.func``, forward mode). Otherwise the rows per busy expert decide.
+    function does not support (``torch.func``, forward mode). One expert, and few rows that all choose every expert,
+    need no dispatch. Otherwise the work per busy expert decides.
 
     Args:
         ffn: Stacked weights of the bank, None if it has none.
@@ -81,24 +104,60 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Backend
     """
     if ffn is None or x_ND.dtype == torch.float64 or _is_transformed():
         return "loop"
+    thresholds = THRESHOLDS.get(x_ND.device.type, _ELSEWHERE)
     busy = sum(count > 0 for count in plan.counts)
-    rows = plan.num_assignments / busy if busy else 0.0
-    enough = rows >= SEGMENT_MIN_ROWS.get(x_ND.device.type, _DEFAULT_MIN_ROWS)
-    preferred: tuple[Backend, ...] = ("segments", "grouped_mm") if enough else ("grouped_mm", "segments")
+    matrix = ffn.w_in[0].numel()
+    heavy = (
+        plan.num_assignments * matrix >= thresholds.work * max(busy, 1)
+        or ffn.w_in.numel() * ffn.w_in.element_size() >= thresholds.stack_bytes
+    )
+    if (plan.num_experts == 1 or not heavy) and is_dense(plan):
+        return "dense"
+    preferred: tuple[Choice, ...] = ("segments", "grouped_mm") if heavy else ("grouped_mm", "segments")
     return next((name for name in preferred if _refusal(name, ffn, x_ND) is None), "loop")
 
 
-def _refusal(backend: Backend, ffn: FeedForward | None, x_ND: Tensor) -> str | None:
+def _check(experts: Experts, x_ND: Tensor, plan: Plan, backend: str, weight_at: str) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}.")
+    if weight_at not in ("output", "input"):
+        raise ValueError(f"weight_at={weight_at!r} is unknown; use 'output' or 'input'.")
+    if x_ND.shape[0] != plan.num_rows:
+        raise ValueError(f"x has {x_ND.shape[0]} rows, but the routing was made for {plan.num_rows}; route this x.")
+    if experts.num_experts != plan.num_experts:
+        raise ValueError(
+            f"the bank has {experts.num_experts} experts, but the routing names {plan.num_experts}; give both the same "
+            "number."
+        )
+
+
+def _autocast(ffn: FeedForward, x_ND: Tensor) -> tuple[FeedForward, Tensor]:
+    """Cast a bank and its rows as autocast would cast a linear layer, and check that their dtypes agree."""
+    device = x_ND.device.type
+    if torch.is_autocast_enabled(device) and x_ND.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x_ND = x_ND.to(dtype)
+        ffn = replace(
+            ffn,
+            w_in=ffn.w_in.to(dtype),
+            b_in=None if ffn.b_in is None else ffn.b_in.to(dtype),
+            w_out=ffn.w_out.to(dtype),
+            b_out=None if ffn.b_out is None else ffn.b_out.to(dtype),
+        )
+    if x_ND.dtype != ffn.w_in.dtype:
+        raise ValueError(
+            f"x is {x_ND.dtype}, but the experts are {ffn.w_in.dtype}; convert one of them, or use torch.autocast."
+        )
+    return ffn, x_ND
+
+
+def _refusal(backend: Choice, ffn: FeedForward | None, x_ND: Tensor) -> str | None:
     """Why a fast backend cannot run this case, or None when it can."""
-    if backend == "grouped_mm":
-        return grouped_mm_refusal(ffn, x_ND)
-    if backend != "segments":
-        return "it is not one of auto, loop, segments, grouped_mm, onehot"
     if ffn is None:
         return "the experts are not a stacked two-layer network, or side inputs were given"
-    if not ffn.activation.recomputable:
-        return f"the activation {ffn.activation.name} has parameters or is random, and segments computes it twice"
-    return None
+    if backend == "grouped_mm":
+        return grouped_mm_refusal(ffn, x_ND)
+    return segments_refusal(ffn) if backend == "segments" else None
 
 
 def _is_transformed() -> bool:

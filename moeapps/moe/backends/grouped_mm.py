@@ -23,15 +23,13 @@ if TYPE_CHECKING:
 _ALIGNMENT = 16  # bytes
 
 
-def grouped_mm_refusal(ffn: FeedForward | None, x_ND: Tensor) -> str | None:
+def grouped_mm_refusal(ffn: FeedForward, x_ND: Tensor) -> str | None:
     """Say why ``grouped_mm`` cannot run this case, or None when it can.
 
     Args:
-        ffn: Stacked weights of the bank, None if it has none.
+        ffn: Stacked weights of the bank.
         x_ND: Rows (N, D).
     """
-    if ffn is None:
-        return "the experts are not a stacked two-layer network"
     if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm takes float32, bfloat16 or float16, not {x_ND.dtype}"
     widths = (*ffn.w_in.shape[1:], *ffn.w_out.shape[1:])

@@ -10,10 +10,12 @@ the output is ``sum_m w_m y_m``. Backward, with ``g`` the gradient of the output
     dW_in  = (w x)^T dh                         db_in  = dh^T w
 
 The weight ``w`` is multiplied into the narrow tensors only (x, g, dx). Only ``h`` is stored; ``a`` is computed again.
-Rows are taken in blocks that stay in the cache, in scratch memory shared by all experts, and the weights' gradients are
+Rows are taken in chunks that stay in the cache, in scratch memory used again by each: gathers and elementwise steps run
+once per chunk, matrix products once per block (the rows of one expert within the chunk). The weights' gradients are
 written straight into one stacked buffer: nothing here costs O(E^2).
 
-Shape legend: N rows, M sorted assignments, R rows of one block, D, F, O widths, H = F or 2F when gated, E experts.
+Shape legend: N rows, M sorted assignments, C rows of a chunk, R rows of a block, D, F, O widths, H = F or 2F when
+gated, E experts.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeapps.moe.backends.loop import combine, weigh
+from moeapps.moe.backends.memory import empty
 from moeapps.moe.experts import FeedForward
 
 if TYPE_CHECKING:
@@ -33,19 +37,54 @@ if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
 
 
-_BLOCK_ROWS = (
-    512  # rows of one matrix product: large enough for full speed, small enough for its scratch to stay cached
-)
+_CHUNK_ROWS = 512  # enough for a matrix product at full speed, few enough for the scratch to stay in the cache
+
+
+class _Chunk:
+    """Consecutive sorted assignments, ``size`` of them, in blocks: ``sizes[i]`` rows for ``experts[i]``.
+
+    ``firsts[i]`` says whether the block is the first of its expert, whose weight gradient it sets, or adds to it.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start, self.size = start, 0
+        self.sizes: list[int] = []
+        self.experts: list[int] = []
+        self.firsts: list[bool] = []
+
+    def append(self, expert: int, size: int, first: bool) -> None:
+        """Add a block at the end."""
+        self.sizes.append(size)
+        self.experts.append(expert)
+        self.firsts.append(first)
+        self.size += size
+
+    @property
+    def rows(self) -> slice:
+        """Where the chunk lies in the sorted assignments."""
+        return slice(self.start, self.start + self.size)
+
+    def split(self, rows_C: Tensor) -> Sequence[Tensor]:
+        """Cut a tensor with one row per row of the chunk into its blocks."""
+        return (rows_C,) if len(self.sizes) == 1 else rows_C.split(self.sizes)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows ``start .. stop`` of the sorted assignments, all of one expert; ``first`` of that expert or a later one."""
+class _Static:
+    """What the function needs besides the tensors it is differentiated by."""
 
-    expert: int
-    start: int
-    stop: int
-    first: bool
+    activation: Activation
+    gated: bool
+    plan: Plan
+    at_input: bool
+    grad_enabled: bool
+
+
+def segments_refusal(ffn: FeedForward) -> str | None:
+    """Say why ``segments`` cannot run these experts, or None when it can."""
+    if not ffn.activation.recomputable:
+        return f"the activation {ffn.activation.name} has parameters or is random, and segments computes it twice"
+    return None
 
 
 def segments(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = False) -> Tensor:
@@ -67,17 +106,6 @@ def segments(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = Fal
     weight_M = plan.weight_M.to(x_ND.dtype)
     y: Tensor = _Segments.apply(x_ND, weight_M, ffn.w_in, ffn.b_in, ffn.w_out, ffn.b_out, static)
     return y
-
-
-@dataclass(frozen=True)
-class _Static:
-    """What the function needs besides the tensors it is differentiated by."""
-
-    activation: Activation
-    gated: bool
-    plan: Plan
-    at_input: bool
-    grad_enabled: bool
 
 
 class _Segments(torch.autograd.Function):
@@ -113,195 +141,212 @@ class _Segments(torch.autograd.Function):
         return *_Backward(x_ND, weight_M, ffn, static, needs).run(grad_TO, h_MH), None
 
 
-def _blocks(counts: list[int]) -> list[_Block]:
-    """Cut the segment of every busy expert into equal blocks of at most ``_BLOCK_ROWS`` rows."""
-    blocks = []
-    start = 0
+def _chunks(counts: list[int]) -> list[_Chunk]:
+    """Cut the sorted assignments into chunks of at most ``_CHUNK_ROWS`` rows.
+
+    An expert with more rows is cut into equal parts; neighbours with few rows share a chunk.
+    """
+    chunks: list[_Chunk] = []
     for expert, count in enumerate(counts):
-        num_blocks = -(-count // _BLOCK_ROWS)
-        for b in range(num_blocks):
-            low, high = start + count * b // num_blocks, start + count * (b + 1) // num_blocks
-            blocks.append(_Block(expert, low, high, b == 0))
-        start += count
-    return blocks
+        num_parts = -(-count // _CHUNK_ROWS)
+        for part in range(num_parts):
+            size = count * (part + 1) // num_parts - count * part // num_parts
+            if not chunks or chunks[-1].size + size > _CHUNK_ROWS:
+                chunks.append(_Chunk(chunks[-1].rows.stop if chunks else 0))
+            chunks[-1].append(expert, size, part == 0)
+    return chunks
 
 
-def _unbind(stack: Tensor | None, num_experts: int) -> Sequence[Tensor | None]:
-    return [None] * num_experts if stack is None else stack.unbind(0)
-
-
-def _linear_out(x_RI: Tensor, weight_IO: Tensor, bias_O: Tensor | None, out: Tensor) -> Tensor:
-    if bias_O is None:
-        return torch.mm(x_RI, weight_IO, out=out)
-    return torch.addmm(bias_O, x_RI, weight_IO, out=out)
+def _linear_out(
+    x_CI: Tensor, weight_E: Sequence[Tensor], bias_E: Sequence[Tensor] | None, out_CO: Tensor, chunk: _Chunk
+) -> None:
+    """Write ``x W[e] + b[e]`` of every block into its rows of ``out``."""
+    for e, x_RI, out_RO in zip(chunk.experts, chunk.split(x_CI), chunk.split(out_CO), strict=True):
+        if bias_E is None:
+            torch.mm(x_RI, weight_E[e], out=out_RO)
+        else:
+            torch.addmm(bias_E[e], x_RI, weight_E[e], out=out_RO)
 
 
 def _forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, keep: bool) -> tuple[Tensor, Tensor]:
     """Output (targets, O) and pre-activations: all of them (M, H) when ``keep``, else scratch."""
     plan = static.plan
-    blocks = _blocks(plan.counts)
-    size = max((b.stop - b.start for b in blocks), default=0)
-    y_TO = x_ND.new_zeros(plan.num_targets, ffn.w_out.shape[2])
-    h_MH = x_ND.new_empty(plan.num_assignments if keep else size, ffn.w_in.shape[2])
+    chunks = _chunks(plan.counts)
+    size = max((chunk.size for chunk in chunks), default=0)
+    y_MO = empty(x_ND, (plan.num_assignments, ffn.w_out.shape[2]))
+    h_MH = empty(x_ND, (plan.num_assignments if keep else size, ffn.w_in.shape[2]))
     x_buffer = x_ND.new_empty(size, ffn.w_in.shape[1])
     a_buffer = x_ND.new_empty(size, ffn.w_out.shape[1])
-    y_buffer = x_ND.new_empty(size, ffn.w_out.shape[2])
     w_in, w_out = ffn.w_in.unbind(0), ffn.w_out.unbind(0)
-    b_in, b_out = _unbind(ffn.b_in, len(w_in)), _unbind(ffn.b_out, len(w_in))
-    for block in blocks:
-        e, rows, num = block.expert, slice(block.start, block.stop), block.stop - block.start
-        weight_R1 = weight_M[rows].unsqueeze(1)
-        x_RD = torch.index_select(x_ND, 0, plan.row_M[rows], out=x_buffer[:num])
+    b_in = None if ffn.b_in is None else ffn.b_in.unbind(0)
+    b_out = None if ffn.b_out is None else ffn.b_out.unbind(0)
+    for chunk in chunks:
+        x_CD = torch.index_select(x_ND, 0, plan.row_M[chunk.rows], out=x_buffer[: chunk.size])
         if static.at_input:
-            x_RD.mul_(weight_R1)
-        h_RH = _linear_out(x_RD, w_in[e], b_in[e], h_MH[rows] if keep else h_MH[:num])
-        a_RF = a_buffer[:num]
-        _activate(static, h_RH, a_RF)
-        y_RO = _linear_out(a_RF, w_out[e], b_out[e], y_buffer[:num])
-        if not static.at_input:
-            y_RO.mul_(weight_R1)
-        y_TO.index_add_(0, plan.target_M[rows], y_RO)
-    return y_TO, h_MH
+            x_CD.mul_(weight_M[chunk.rows].unsqueeze(1))
+        h_CH, a_CF = h_MH[chunk.rows] if keep else h_MH[: chunk.size], a_buffer[: chunk.size]
+        _linear_out(x_CD, w_in, b_in, h_CH, chunk)
+        _activate(static, h_CH, a_CF)
+        _linear_out(a_CF, w_out, b_out, y_MO[chunk.rows], chunk)
+    weight = None if static.at_input else weight_M
+    return _scatter(y_MO, weight, plan.target_M, plan.num_targets, plan.inverse_NK), h_MH
 
 
-def _activate(static: _Static, h_RH: Tensor, a_RF: Tensor) -> None:
-    """Write what the second layer reads into ``a_RF``."""
+def _activate(static: _Static, h_CH: Tensor, a_CF: Tensor) -> None:
+    """Write what the second layer reads into ``a_CF``."""
     if not static.gated:
-        static.activation.forward_out(h_RH, a_RF)
+        static.activation.forward_out(h_CH, a_CF)
         return
-    gate_RF, up_RF = h_RH.chunk(2, dim=1)
-    static.activation.forward_out(gate_RF, a_RF)
-    a_RF.mul_(up_RF)
+    gate_CF, up_CF = h_CH.chunk(2, dim=1)
+    static.activation.forward_out(gate_CF, a_CF)
+    a_CF.mul_(up_CF)
+
+
+def _scatter(
+    values_MO: Tensor, weight_M: Tensor | None, index_M: Tensor, num_rows: int, inverse_NK: Tensor | None
+) -> Tensor:
+    """``out[index_m] += weight_m values_m``; with the inverse order known, as one fused weighted gather per row."""
+    if inverse_NK is not None and num_rows:
+        weight_NK = None if weight_M is None else weight_M[inverse_NK]
+        return F.embedding_bag(inverse_NK, values_MO, mode="sum", per_sample_weights=weight_NK)
+    if weight_M is not None:
+        values_MO.mul_(weight_M.unsqueeze(1))
+    return values_MO.new_zeros(num_rows, values_MO.shape[1]).index_add_(0, index_M, values_MO)
 
 
 class _Backward:
-    """One backward pass: gradient buffers of what is asked for, scratch, and the work of one block."""
+    """One backward pass: buffers of the gradients that are asked for, scratch, and the work of one chunk."""
 
     def __init__(
         self, x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, needs: Sequence[bool]
     ) -> None:
         plan = static.plan
         self.static, self.plan, self.ffn, self.x_ND, self.weight_M = static, plan, ffn, x_ND, weight_M
-        self.blocks = _blocks(plan.counts)
-        size = max((b.stop - b.start for b in self.blocks), default=0)
-        need_x, need_weight, need_w_in, need_b_in, need_w_out, need_b_out = needs
-        self.dx_ND = torch.zeros_like(x_ND) if need_x else None
+        self.chunks = _chunks(plan.counts)
+        self.need_x, need_weight, need_w_in, need_b_in, need_w_out, need_b_out = needs
         self.dweight_M = torch.empty_like(weight_M) if need_weight else None
         self.dw_in = _gradient_buffer(ffn.w_in, plan.counts, need_w_in)
         self.db_in = _gradient_buffer(ffn.b_in, plan.counts, need_b_in)
         self.dw_out = _gradient_buffer(ffn.w_out, plan.counts, need_w_out)
         self.db_out = _gradient_buffer(ffn.b_out, plan.counts, need_b_out)
         # Which products are needed at all: frozen experts skip both weight products, a fixed x the last one.
-        self.need_dxs = need_x or (need_weight and static.at_input)
-        self.need_dh = self.need_dxs or need_w_in or need_b_in
+        need_dx = self.need_x or (need_weight and static.at_input)
+        self.need_dh = need_dx or need_w_in or need_b_in
         self.need_dot = need_weight and not static.at_input
-        self.x_buffer = x_ND.new_empty(size, ffn.w_in.shape[1])
-        self.d_buffer = x_ND.new_empty(size, ffn.w_in.shape[1])
-        self.g_buffer = x_ND.new_empty(size, ffn.w_out.shape[2])
-        self.a_buffer = x_ND.new_empty(size, ffn.w_out.shape[1])
-        self.da_buffer = x_ND.new_empty(size, ffn.w_out.shape[1])
-        self.s_buffer = x_ND.new_empty(size, ffn.w_out.shape[1]) if ffn.gated else self.a_buffer
-        self.dh_buffer = x_ND.new_empty(size, ffn.w_in.shape[2]) if ffn.gated else self.da_buffer
-        self.w_in_E, self.w_out_E = ffn.w_in.unbind(0), ffn.w_out.unbind(0)
-        self.b_out_E = _unbind(ffn.b_out, plan.num_experts)
+        (d, h), (f, o) = ffn.w_in.shape[1:], ffn.w_out.shape[1:]
+        size = max((chunk.size for chunk in self.chunks), default=0)
+        self.dx_MD = empty(x_ND, (plan.num_assignments, d)) if need_dx else None
+        self.x_buffer, self.g_buffer = x_ND.new_empty(size, d), x_ND.new_empty(size, o)
+        self.a_buffer, self.da_buffer = x_ND.new_empty(size, f), x_ND.new_empty(size, f)
+        self.s_buffer = x_ND.new_empty(size, f) if ffn.gated else self.a_buffer
+        self.dh_buffer = x_ND.new_empty(size, h) if ffn.gated else self.da_buffer
+        self.w_in_T, self.w_out_T = ffn.w_in.mT.unbind(0), ffn.w_out.mT.unbind(0)
 
     def run(self, grad_TO: Tensor, h_MH: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, w_in, b_in, w_out, b_out; None where not asked for."""
-        for block in self.blocks:
-            rows = slice(block.start, block.stop)
-            num = block.stop - block.start
-            g_RO = torch.index_select(grad_TO, 0, self.plan.target_M[rows], out=self.g_buffer[:num])
-            dh_RH = self._second_layer(block, g_RO, h_MH[rows])
+        plan = self.plan
+        for chunk in self.chunks:
+            g_CO = torch.index_select(grad_TO, 0, plan.target_M[chunk.rows], out=self.g_buffer[: chunk.size])
+            dh_CH = self._second_layer(chunk, g_CO, h_MH[chunk.rows])
             if self.need_dh:
-                self._first_layer(block, dh_RH)
-        return self.dx_ND, self.dweight_M, self.dw_in, self.db_in, self.dw_out, self.db_out
+                self._first_layer(chunk, dh_CH)
+        dx_ND = None
+        if self.need_x and self.dx_MD is not None:
+            dx_ND = _scatter(self.dx_MD, self.weight_M, plan.row_M, plan.num_rows, plan.inverse_NK)
+        return dx_ND, self.dweight_M, self.dw_in, self.db_in, self.dw_out, self.db_out
 
-    def _second_layer(self, block: _Block, g_RO: Tensor, h_RH: Tensor) -> Tensor:
+    def _second_layer(self, chunk: _Chunk, g_CO: Tensor, h_CH: Tensor) -> Tensor:
         """Gradients of the second layer and of the weight; returns that of the pre-activations, without the weight."""
-        e, rows, num = block.expert, slice(block.start, block.stop), block.stop - block.start
-        a_RF, s_RF = self.a_buffer[:num], self.s_buffer[:num]
+        num, weight_C = chunk.size, self.weight_M[chunk.rows]
+        a_CF, s_CF = self.a_buffer[:num], self.s_buffer[:num]
+        da_CF, dh_CH = self.da_buffer[:num], self.dh_buffer[:num]
         if self.static.gated:
-            self.static.activation.forward_out(h_RH.chunk(2, dim=1)[0], s_RF)
-            torch.mul(s_RF, h_RH.chunk(2, dim=1)[1], out=a_RF)
+            gate_CF, up_CF = h_CH.chunk(2, dim=1)
+            self.static.activation.forward_out(gate_CF, s_CF)
+            torch.mul(s_CF, up_CF, out=a_CF)
         else:
-            self.static.activation.forward_out(h_RH, a_RF)
-        da_RF = self.da_buffer[:num]
+            self.static.activation.forward_out(h_CH, a_CF)
         if self.need_dh or self.need_dot:
-            torch.mm(g_RO, self.w_out_E[e].t(), out=da_RF)
-        if self.need_dot and self.dweight_M is not None:
-            dot_R = self.dweight_M[rows]
-            torch.sum(a_RF * da_RF, dim=1, out=dot_R)
-            bias_O = self.b_out_E[e]
-            if bias_O is not None:
-                dot_R.add_(torch.mv(g_RO, bias_O))
+            _linear_out(g_CO, self.w_out_T, None, da_CF, chunk)
+        if self.need_dot:
+            self._weight_gradient(chunk, g_CO, a_CF, da_CF)
         if not self.static.at_input:
-            g_RO.mul_(self.weight_M[rows].unsqueeze(1))
-        _accumulate(self.dw_out, block, a_RF, g_RO)
-        _accumulate_bias(self.db_out, block, g_RO)
-        dh_RH = self.dh_buffer[:num]
+            g_CO.mul_(weight_C.unsqueeze(1))
+        _accumulate(self.dw_out, chunk, a_CF, g_CO)
+        _accumulate_bias(self.db_out, chunk, g_CO, None)
         if self.need_dh:
-            self._activation_backward(h_RH, s_RF, da_RF, dh_RH)
-        return dh_RH
+            self._activation_backward(h_CH, s_CF, da_CF, dh_CH)
+        return dh_CH
 
-    def _activation_backward(self, h_RH: Tensor, s_RF: Tensor, da_RF: Tensor, dh_RH: Tensor) -> None:
+    def _weight_gradient(self, chunk: _Chunk, g_CO: Tensor, a_CF: Tensor, da_CF: Tensor) -> None:
+        """``<da, a> + <g, b_out>``, which is ``<g, y>`` without y."""
+        if self.dweight_M is None:
+            return
+        dot_C = torch.sum(a_CF * da_CF, dim=1, out=self.dweight_M[chunk.rows])
+        if self.ffn.b_out is not None:
+            for e, dot_R, g_RO in zip(chunk.experts, chunk.split(dot_C), chunk.split(g_CO), strict=True):
+                dot_R.add_(torch.mv(g_RO, self.ffn.b_out[e]))
+
+    def _activation_backward(self, h_CH: Tensor, s_CF: Tensor, da_CF: Tensor, dh_CH: Tensor) -> None:
         backward_out = self.static.activation.backward_out
         if not self.static.gated:
-            backward_out(da_RF, h_RH, s_RF, dh_RH)
+            backward_out(da_CF, h_CH, s_CF, dh_CH)
             return
-        gate_RF, up_RF = h_RH.chunk(2, dim=1)
-        dgate_RF, dup_RF = dh_RH.chunk(2, dim=1)
-        torch.mul(da_RF, s_RF, out=dup_RF)
-        da_RF.mul_(up_RF)
-        backward_out(da_RF, gate_RF, s_RF, dgate_RF)
+        gate_CF, up_CF = h_CH.chunk(2, dim=1)
+        dgate_CF, dup_CF = dh_CH.chunk(2, dim=1)
+        torch.mul(da_CF, s_CF, out=dup_CF)
+        da_CF.mul_(up_CF)
+        backward_out(da_CF, gate_CF, s_CF, dgate_CF)
 
-    def _first_layer(self, block: _Block, dh_RH: Tensor) -> None:
-        e, rows, num = block.expert, slice(block.start, block.stop), block.stop - block.start
-        row_R = self.plan.row_M[rows]
-        weight_R1 = self.weight_M[rows].unsqueeze(1)
-        x_RD = torch.index_select(self.x_ND, 0, row_R, out=self.x_buffer[:num])
-        if self.need_dxs:
-            dx_RD = torch.mm(dh_RH, self.w_in_E[e].t(), out=self.d_buffer[:num])
+    def _first_layer(self, chunk: _Chunk, dh_CH: Tensor) -> None:
+        """Gradients of the first layer and of the gathered rows; for a weight at the input, of that weight too."""
+        weight_C = self.weight_M[chunk.rows]
+        x_CD = torch.index_select(self.x_ND, 0, self.plan.row_M[chunk.rows], out=self.x_buffer[: chunk.size])
+        if self.dx_MD is not None:
+            dx_CD = self.dx_MD[chunk.rows]
+            _linear_out(dh_CH, self.w_in_T, None, dx_CD, chunk)
             if self.static.at_input and self.dweight_M is not None:
-                torch.sum(dx_RD * x_RD, dim=1, out=self.dweight_M[rows])
-            if self.dx_ND is not None:
-                self.dx_ND.index_add_(0, row_R, dx_RD.mul_(weight_R1))
-        if self.db_in is not None:
-            bias_weight = None if self.static.at_input else self.weight_M[rows]
-            _accumulate_bias(self.db_in, block, dh_RH, bias_weight)
+                torch.sum(dx_CD * x_CD, dim=1, out=self.dweight_M[chunk.rows])
+        _accumulate_bias(self.db_in, chunk, dh_CH, None if self.static.at_input else weight_C)
         if self.dw_in is not None:
-            _accumulate(self.dw_in, block, x_RD.mul_(weight_R1), dh_RH)
+            _accumulate(self.dw_in, chunk, x_CD.mul_(weight_C.unsqueeze(1)), dh_CH)
 
 
 def _gradient_buffer(stack: Tensor | None, counts: list[int], needed: bool) -> Tensor | None:
     """Uninitialised gradient of a stack, except that the rows of idle experts are exactly zero."""
     if stack is None or not needed:
         return None
-    buffer = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    buffer = empty(stack, stack.shape)
     for e, count in enumerate(counts):
         if not count:
             buffer[e].zero_()
     return buffer
 
 
-def _accumulate(gradient: Tensor | None, block: _Block, left_RI: Tensor, right_RO: Tensor) -> None:
+def _accumulate(gradient: Tensor | None, chunk: _Chunk, left_CI: Tensor, right_CO: Tensor) -> None:
     """``gradient[e] (+)= left^T right``, set by the first block of an expert and added to by the later ones."""
     if gradient is None:
         return
-    if block.first:
-        torch.mm(left_RI.t(), right_RO, out=gradient[block.expert])
-    else:
-        gradient[block.expert].addmm_(left_RI.t(), right_RO)
+    blocks = zip(chunk.experts, chunk.firsts, chunk.split(left_CI), chunk.split(right_CO), strict=True)
+    for e, first, left_RI, right_RO in blocks:
+        if first:
+            torch.mm(left_RI.t(), right_RO, out=gradient[e])
+        else:
+            gradient[e].addmm_(left_RI.t(), right_RO)
 
 
-def _accumulate_bias(gradient: Tensor | None, block: _Block, rows_RO: Tensor, weight_R: Tensor | None = None) -> None:
+def _accumulate_bias(gradient: Tensor | None, chunk: _Chunk, rows_CO: Tensor, weight_C: Tensor | None) -> None:
     """``gradient[e] (+)= sum of the rows``, weighted where a weight is given."""
     if gradient is None:
         return
-    total_O = rows_RO.sum(0) if weight_R is None else torch.mv(rows_RO.t(), weight_R)
-    if block.first:
-        gradient[block.expert].copy_(total_O)
-    else:
-        gradient[block.expert].add_(total_O)
+    weights = [None] * len(chunk.sizes) if weight_C is None else chunk.split(weight_C)
+    blocks = zip(chunk.experts, chunk.firsts, chunk.split(rows_CO), weights, strict=True)
+    for e, first, rows_RO, weight_R in blocks:
+        total_O = rows_RO.sum(0) if weight_R is None else torch.mv(rows_RO.t(), weight_R)
+        if first:
+            gradient[e].copy_(total_O)
+        else:
+            gradient[e].add_(total_O)
 
 
 def _differentiable_backward(
