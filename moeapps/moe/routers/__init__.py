@@ -6,7 +6,7 @@ from __future__ import annotations
 from moeapps.moe.routers.capacity import Capacity
 from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK, TopP
 from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
-from moeapps.moe.routers.choose_dense import Dense, Slots
+from moeapps.moe.routers.choose_dense import Dense, DenseToSparse, Slots
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
 from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
@@ -31,6 +31,7 @@ __all__ = [
     "ConstantScore",
     "CosineScore",
     "Dense",
+    "DenseToSparse",
     "ExpertChoice",
     "GatedShared",
     "GaussianNoise",

@@ -141,6 +141,22 @@ def rows_to_routing(
     )
 
 
+def pairs_to_routing(taken_NE: Tensor, weight_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
+    """One assignment per (row, expert) pair, sentinels where not taken: M = N E is known beforehand, row-major."""
+    num_rows, num_experts = taken_NE.shape
+    columns_NE = torch.arange(num_experts, device=taken_NE.device).expand(num_rows, -1)
+    return Routing(
+        row_M=torch.arange(num_rows * num_experts, device=taken_NE.device) // num_experts,
+        expert_M=columns_NE.where(taken_NE, num_experts).reshape(-1),
+        weight_M=weight_NE.where(taken_NE, 0).reshape(-1),
+        num_rows=num_rows,
+        num_experts=num_experts,
+        top_k=num_experts,
+        logits_NE=logits_NE,
+        probs_NE=probs_NE,
+    )
+
+
 class RowChooser(Chooser):
     """Base of choosers by row; a subclass says in ``pick`` what each row takes."""
 
