@@ -143,7 +143,7 @@ def check_clean(tree: Path, mutations: Sequence[Mutation]) -> None:
 
 def run(mutations: Sequence[Mutation], *, root: Path = ROOT, jobs: int = 2, console: Console | None = None) -> int:
     """Try mutations in copies of a tree, print a table, and give the number of survivors."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, width=140)
     for mutation in mutations:
         mutated((root / mutation.path).read_text(encoding="utf-8"), mutation)
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
