@@ -15,7 +15,9 @@ def _rng() -> np.random.Generator:
 
 
 @settings(max_examples=40, deadline=None)
-@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 60), st.just(3)), elements=st.floats(-50, 50)), st.floats(0.05, 3))
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 60), st.just(3)), elements=st.floats(-50, 50)), st.floats(0.05, 3)
+)
 def test_voxels_are_a_partition_of_the_points(pos: np.ndarray, size: float) -> None:
     voxels = voxelise(pos, size, _rng())
 

@@ -18,7 +18,7 @@ from moeapps.moe import MoELayer, presets
 from tasks.point_cloud.model import PointMoE
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-BASELINES = ("dense", "dense_params", "ptv3", "random")
+BASELINES = ("dense", "dense_params", "ptv3", "random", "domain", "mlp")
 
 
 def network(*overlays: str) -> PointMoE:
@@ -58,6 +58,7 @@ def test_dense_twins_match_in_active_flops_and_in_parameters(make_batch) -> None
     )
 
     assert flops(twin, batch) == pytest.approx(flops(system, batch), rel=0.02)
+    assert flops(network("baselines/point_moe_mlp.yaml"), batch) == pytest.approx(flops(system, batch), rel=0.02)
     assert parameters(wide) == pytest.approx(parameters(system), rel=0.02)
     assert parameters(twin) < 0.95 * parameters(system)
 
