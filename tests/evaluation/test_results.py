@@ -28,5 +28,5 @@ def test_the_folder_of_versions_stands_for_the_newest_by_number(tmp_path: Path) 
 def test_a_run_that_was_not_tested_says_how_to_test_it(tmp_path: Path) -> None:
     (tmp_path / "version_0").mkdir()
 
-    with pytest.raises(ValueError, match="moeapps test --run .*version_0"):
+    with pytest.raises(ValueError, match=r"moeapps test --run .*version_0"):
         read_results(tmp_path)
