@@ -67,6 +67,10 @@ class AuxLoss(nn.Module):
 
     Raises:
         ValueError: For a weight that is not a finite number.
+
+    Example:
+        >>> ZLoss(0.001, layers="decoder.*").name
+        'z.decoder'
     """
 
     name: str = "aux"
@@ -116,6 +120,14 @@ class SwitchBalance(AuxLoss):
         weight: Coefficient; 0.01 in Switch Transformers and most since.
         per_group: Balance within each sample (or whatever group the network gives) rather than over the batch.
         layers: Pattern of layer names.
+
+    Example:
+        >>> from moeapps.moe import LinearScore, MLPExperts, MoELayer, MoERecorder, Router, TopK
+        >>> layer = MoELayer(Router(LinearScore(8, 4, init_std=0.0), TopK(2)), MLPExperts(4, 8, 8))
+        >>> with MoERecorder() as recorder:
+        ...     _ = layer(torch.randn(6, 8))
+        >>> round(SwitchBalance()(recorder.records).item(), 3)
+        1.0
     """
 
     name = "switch_balance"
@@ -141,6 +153,10 @@ class GlobalBatchBalance(AuxLoss):
         layers: Pattern of layer names.
 
     Source: Qiu et al. (2025), Demons in the Detail.
+
+    Example:
+        >>> GlobalBatchBalance(0.01).name
+        'global_balance'
     """
 
     name = "global_balance"
@@ -165,7 +181,12 @@ class GlobalBatchBalance(AuxLoss):
 
 
 class ImportanceLoss(AuxLoss):
-    """`importance_cv2`: cv² of the summed weights, 0 when balanced; the one balance loss that dense gates have too."""
+    """`importance_cv2`: cv² of the summed weights, 0 when balanced; the one balance loss that dense gates have too.
+
+    Example:
+        >>> ImportanceLoss(0.01).name
+        'importance'
+    """
 
     name = "importance"
 
@@ -184,6 +205,10 @@ class LoadLoss(AuxLoss):
         weight: Coefficient.
         noise_std: σ in units of the logits; 1/E when None.
         layers: Pattern of layer names.
+
+    Example:
+        >>> LoadLoss(0.01).name
+        'load'
     """
 
     name = "load"
@@ -198,7 +223,12 @@ class LoadLoss(AuxLoss):
 
 
 class ZLoss(AuxLoss):
-    """`z_loss`: mean logsumexp²; a weight of 0.001 is usual."""
+    """`z_loss`: mean logsumexp²; a weight of 0.001 is usual.
+
+    Example:
+        >>> ZLoss(0.01).name
+        'z'
+    """
 
     name = "z"
 
@@ -211,7 +241,12 @@ class ZLoss(AuxLoss):
 
 
 class EntropyLoss(AuxLoss):
-    """`token_entropy`: minimised by decided routers, needed with top-p above all; a weight of 1e-4 is usual there."""
+    """`token_entropy`: minimised by decided routers, needed with top-p above all; a weight of 1e-4 is usual there.
+
+    Example:
+        >>> EntropyLoss(0.01).name
+        'entropy'
+    """
 
     name = "entropy"
 
@@ -224,7 +259,12 @@ class EntropyLoss(AuxLoss):
 
 
 class BatchEntropyLoss(AuxLoss):
-    """`batch_entropy_gap`: log E − H(mean p), 0 when balanced."""
+    """`batch_entropy_gap`: log E − H(mean p), 0 when balanced.
+
+    Example:
+        >>> BatchEntropyLoss(0.01).name
+        'batch_entropy'
+    """
 
     name = "batch_entropy"
 
@@ -237,7 +277,12 @@ class BatchEntropyLoss(AuxLoss):
 
 
 class MutualInformationLoss(AuxLoss):
-    """The NEGATIVE of `mutual_information`: a positive weight maximises the information."""
+    """The NEGATIVE of `mutual_information`: a positive weight maximises the information.
+
+    Example:
+        >>> MutualInformationLoss(0.01).name
+        'mutual_information'
+    """
 
     name = "mutual_information"
 

@@ -63,19 +63,18 @@ def column_counts(record: Record) -> Tensor:
     """Count the assignments per column of the probabilities: float [E + nulls], no gradient.
 
     Counts of null columns are each the mean over the nulls: which of several equal nulls a row takes does not matter,
-    so rows need not be even among them. A routing does not say which of its sentinels are null experts, so the layer's
-    chooser is asked again.
+    so rows need not be even among them. The chooser marks them in ``null_M``, apart from padding and masked rows; a
+    capacity takes none of them away.
 
     Raises:
-        ValueError: For dense and slot routings, which select nothing; with null experts, if the layer's router has no
-            chooser by row.
+        ValueError: For dense and slot routings, which select nothing; with null experts, if the routing marks none.
 
     Source: AdaMoE, as implemented in CengZihao/AdaMoE (mean over nulls).
     """
     routing = _sparse(record)
     counts_E = routing.counts().to(routing.weight_M.dtype)
     nulls = _num_nulls(routing)
-    return counts_E if nulls == 0 else torch.cat([counts_E, _null_choices(record).mean(1).sum().expand(nulls)])
+    return counts_E if nulls == 0 else torch.cat([counts_E, _null_choices(record).sum().expand(nulls)])
 
 
 def switch_balance(record: Record, *, per_group: bool = False, counts_E: Tensor | None = None) -> Tensor:
@@ -231,7 +230,7 @@ def _grouped_balance(record: Record, probs_NE: Tensor) -> Tensor:
     counts_GE = torch.bincount(slot_M, minlength=groups * (routing.num_experts + 1)).view(groups, -1)[:, :-1]
     counts = counts_GE.to(probs_NE.dtype)
     if _num_nulls(routing):
-        nulls_NX = _null_choices(record).mean(1, keepdim=True).expand(-1, _num_nulls(routing))
+        nulls_NX = _null_choices(record).unsqueeze(-1).expand(-1, _num_nulls(routing))
         counts = torch.cat([counts, nulls_NX.new_zeros(groups, nulls_NX.shape[1]).index_add(0, every_N, nulls_NX)], 1)
     fraction = counts / counts.sum(1, keepdim=True).clamp_min(1)
     size_G = torch.bincount(group_N, minlength=groups).to(probs_NE.dtype)
@@ -245,21 +244,15 @@ def _num_nulls(routing: Routing) -> int:
 
 @torch.no_grad()
 def _null_choices(record: Record) -> Tensor:
-    """Which null experts each row takes: float [N, nulls], 0 for rows that do not count."""
+    """How many choices of each row fell on null experts, per null expert on average: float [N]."""
     routing = _sparse(record)
-    choose = _row_chooser(record)
-    if choose is None or routing.logits_NE is None:
+    if routing.null_M is None:
         raise ValueError(
-            f"layer {record.name!r} has null experts, but no TopK or TopP chooser that says how often they are taken; "
-            "leave the layer out of this loss with its 'layers' pattern"
+            f"layer {record.name!r} has null experts, but its routing does not say which sentinels are choices of one "
+            "(null_M); set it in your router, or leave the layer out of this loss with its 'layers' pattern"
         )
-    picked = choose.pick(routing.logits_NE)
-    taken_NK = torch.ones_like(picked.index_NK, dtype=torch.bool) if picked.taken_NK is None else picked.taken_NK
-    if record.token_mask is not None:
-        taken_NK = taken_NK & record.token_mask[:, None]
-    columns = routing.num_experts + _num_nulls(routing)
-    chosen_NX = routing.weight_M.new_zeros(routing.num_rows, columns)
-    return chosen_NX.scatter(1, picked.index_NK, taken_NK.to(chosen_NX.dtype))[:, routing.num_experts :]
+    share_M = routing.null_M.to(routing.weight_M.dtype) / _num_nulls(routing)
+    return share_M.new_zeros(routing.num_rows).index_add(0, routing.row_M, share_M)
 
 
 def _row_chooser(record: Record) -> RowChooser | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -438,9 +439,9 @@ def bare_record() -> Record:
     )
 
 
-def unasked_nulls() -> Record:
+def unmarked_nulls() -> Record:
     record = record_of(TopK(2, num_null=1), logits())
-    return Record("moe", record.routing, nn.Identity())
+    return replace(record, routing=replace(record.routing, null_M=None))
 
 
 @pytest.mark.parametrize(
@@ -456,7 +457,7 @@ def unasked_nulls() -> Record:
             lambda: losses.switch_balance(topk_record(logits(), K), per_group=True, counts_E=torch.ones(E)),
             "leave counts_E out",
         ),
-        (lambda: losses.switch_balance(unasked_nulls()), "no TopK or TopP chooser"),
+        (lambda: losses.switch_balance(unmarked_nulls()), "set it in your router"),
         (lambda: losses.load_cv2(record_of(TopP(0.5), logits())), "no fixed k"),
         (lambda: losses.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
         (lambda: losses.SwitchBalance(weight=math.nan), "finite number"),
