@@ -11,9 +11,10 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
+if TYPE_CHECKING:
+    import lightning as L
 
 PACKAGES = (
     "moeapps",
@@ -49,6 +50,12 @@ def next_version(folder: Path) -> int:
     """Return the first k for which no ``version_k`` of ``folder`` has that or a higher number."""
     taken = [int(p.name[8:]) for p in folder.glob("version_*") if p.name[8:].isdigit()] if folder.is_dir() else []
     return max(taken, default=-1) + 1
+
+
+def newest_version(folder: Path) -> Path:
+    """Return the newest ``version_k`` in runs/<system>/<name>; a folder without versions is returned as it is."""
+    versions = [path for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    return max(versions, key=lambda path: int(path.name[8:]), default=folder)
 
 
 def run_dir(trainer: L.Trainer) -> Path | None:

@@ -24,11 +24,19 @@ log = logging.getLogger("moeapps")
 
 
 class TipFilter(logging.Filter):
-    """Drop the two advertising tips that Lightning prints at every run."""
+    """Drop the two advertising tips that Lightning prints at every run, and lines that only say what is not there."""
+
+    unwanted = (
+        "Tip: For seamless",
+        "TPU available",
+        "Loading `train_dataloader` to estimate",
+        "`weights_only` was not",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is shown."""
-        return "Tip: For seamless" not in record.getMessage()
+        message = record.getMessage()
+        return not any(text in message for text in self.unwanted)
 
 
 class RandomState(L.Callback):
@@ -83,9 +91,10 @@ class InterruptCheckpoint(L.Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep best.ckpt by the task's monitor, and last.ckpt, at the end of every epoch.
+    """Keep best.ckpt by the task's monitor, and last.ckpt at the end of every epoch.
 
-    A resumed run gets a folder of its own; it takes the best checkpoint so far, and its score, along.
+    Lightning's own ``save_last`` writes only when the best improves, which is of no use for going on. A resumed run
+    gets a folder of its own; it takes the best checkpoint so far, and its score, along.
 
     Args:
         monitor: key of the metric that decides.
@@ -93,9 +102,14 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
-        super().__init__(
-            filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1, enable_version_counter=False
-        )
+        super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save best.ckpt if the monitor improved, then last.ckpt."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.dirpath is not None and not getattr(trainer, "fast_dev_run", False):
+            self.last_model_path = str(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(self.last_model_path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
@@ -122,7 +136,7 @@ class SaveRun(SaveConfigCallback):
         """Choose the file name, then save as Lightning does."""
         folder = trainer.log_dir
         if not self.already_saved and stage != "fit" and folder is not None and (Path(folder) / "run.json").is_file():
-            self.config_filename = f"config_{stage}.yaml"
+            self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
