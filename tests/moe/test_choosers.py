@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeapps.moe import (
@@ -24,6 +24,7 @@ from moeapps.moe import (
     ExpertChoice,
     GatedShared,
     GroupLimitedTopK,
+    Record,
     Routing,
     SlotRouting,
     Slots,
@@ -31,6 +32,7 @@ from moeapps.moe import (
     TopK,
     TopP,
 )
+from moeapps.moe.losses import column_counts
 from moeapps.moe.routers.chooser import top_indices
 
 E = 6
@@ -309,6 +311,28 @@ def test_a_row_of_nulls_alone_is_exactly_nothing(name: str) -> None:
     assert not routing.counts().any()
     assert not routing.weight_M.any()
     assert torch.autograd.grad(routing.weight_M.sum(), s)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [TopK(3, num_null=2), TopP(0.7, num_null=2), GatedShared(TopP(0.7, num_null=2), 1)],
+    ids=["top_k", "top_p", "gated"],
+)
+def test_null_choices_are_told_apart_from_padding_and_masked_rows(choose: Chooser) -> None:
+    columns = 6 + 2 + choose.num_shared
+    s, mask = logits(columns=columns), torch.arange(40) % 4 > 0
+    routing = bound(choose, columns)(s, token_mask=mask)
+    probs = s[:, :8].detach().softmax(-1)
+    expected = 0
+    for row, counts in zip(probs, mask, strict=True):
+        order = row.sort(descending=True).indices
+        size = 3 if isinstance(choose, TopK) else int((row[order].cumsum(0) < 0.7).sum()) + 1
+        expected += int((order[:size] >= 6).sum()) if counts else 0
+    assert routing.null_M.sum() == expected > 0
+    assert (routing.expert_M[routing.null_M] == 6).all()
+    assert bound(TopK(2))(s[:, :6]).null_M is None
+    share = column_counts(Record("moe", routing, nn.Identity(), token_mask=mask))
+    assert share.tolist() == [*routing.counts().tolist(), expected / 2, expected / 2]
 
 
 def test_group_limited_choice_equals_a_loop() -> None:

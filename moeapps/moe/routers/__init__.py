@@ -11,16 +11,8 @@ from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
 from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
 from moeapps.moe.routers.router import Router, RouterBase
-from moeapps.moe.routers.score import (
-    ConstantScore,
-    CosineScore,
-    LinearScore,
-    MLPScore,
-    PrototypeScore,
-    RandomScore,
-    Score,
-    TableScore,
-)
+from moeapps.moe.routers.score import CosineScore, LinearScore, MLPScore, PrototypeScore, Score
+from moeapps.moe.routers.score_fixed import ConstantScore, RandomScore, TableScore
 from moeapps.moe.routers.score_sequence import AttentionScore, RecurrentScore
 
 __all__ = [
