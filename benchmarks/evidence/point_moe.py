@@ -202,7 +202,7 @@ GRID = Grid(
     ),
     data_seed_flags=("--data.init_args.seed", "--data.init_args.data_seed"),
     settings_tried=0,
-    choice="No setting was tuned: networks and rates are those of configs/point_moe.yaml, the training is a third as "
-    "long, and widths of rivals follow from equal active FLOPs.",
+    choice="No setting was tuned: networks and rates are those of configs/point_moe.yaml, the training is 2 epochs "
+    "of 9, and widths of rivals follow from equal active FLOPs.",
     show=(SEEN, "validation/miou", UNSEEN, "real_als/miou", *(f"{part}/mi_domain" for part in ("encoder", "decoder"))),
 )
