@@ -110,8 +110,8 @@ class PromptNorm(nn.Module):
         if self.modulation is None or vectors_PV is None:
             return y_ND
         scale_D, shift_D = self.modulation(F.silu(vectors_PV[prompt])).chunk(2)
-        y_ND = y_ND * (1 + scale_D) + shift_D
-        return y_ND
+        modulated_ND: Tensor = y_ND * (1 + scale_D) + shift_D
+        return modulated_ND
 
 
 def give_prompts(net: nn.Module, rows: PromptRows, num_prompts: int, prompt_dim: int | None) -> None:
