@@ -117,6 +117,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """Return processor, cores this process may use, and threads of torch: what times depend on."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        named = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = named[0] if named else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor, "cores": cores, "threads": torch.get_num_threads()}
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """Return 12 hex digits that name what a run computes: seed, system, model, data and the trainer's numbers.
 
