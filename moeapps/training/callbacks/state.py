@@ -134,8 +134,8 @@ class SaveRun(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the file name, then save as Lightning does."""
-        folder = trainer.log_dir
-        if not self.already_saved and stage != "fit" and folder is not None and (Path(folder) / "run.json").is_file():
+        folder = run_dir(trainer)
+        if not self.already_saved and stage != "fit" and folder is not None and (folder / "run.json").is_file():
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
 
