@@ -238,7 +238,9 @@ def _class_of(node: Any) -> Any:
 def option_names(target: Any) -> list[str]:
     """Return the parameter names of a class or function; those behind ``**kwargs`` come from its base classes."""
     functions = (
-        [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)] if inspect.isclass(target) else [target]
+        [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
+        if inspect.isclass(target)
+        else [target]
     )
     names: list[str] = []
     for function in functions:

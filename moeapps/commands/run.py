@@ -26,7 +26,7 @@ from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
-from moeapps.training.run import next_version, runs_root
+from moeapps.training.run import newest_version, next_version, runs_root
 from moeapps.training.task import BaseTask
 
 _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
@@ -186,7 +186,7 @@ class Cli(LightningCLI):
 
 
 def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
-    """Replace ``--run DIR`` by DIR's config and checkpoint.
+    """Replace ``--run DIR`` by DIR's config and checkpoint; runs/<system>/<name> stands for its newest version.
 
     ``fit`` goes on from last.ckpt in a new run folder; the other commands take best.ckpt and write into DIR.
 
@@ -200,7 +200,7 @@ def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
     for i, word in enumerate(args):
         if word == "--run" or word.startswith("--run="):
             name = word[6:] if word.startswith("--run=") else (args[i + 1] if i + 1 < len(args) else "")
-            folder = Path(name)
+            folder = newest_version(Path(name))
             words = [*args[:i], *args[i + (1 if "=" in word else 2) :]]
             break
     if folder is None:

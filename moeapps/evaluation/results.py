@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moeapps.training.run import newest_version
+
 Direction = Literal["max", "min"]
 
 
@@ -50,14 +52,14 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
     """Read metrics/<stage>.json of a run folder.
 
     Args:
-        path: the run folder, or the file itself.
+        path: the run folder, runs/<system>/<name> for its newest version, or the file itself.
         stage: ``test`` or ``val``.
 
     Raises:
         ValueError: there is no such file, or it is not a results file.
     """
-    file = path if path.suffix == ".json" else path / "metrics" / f"{stage}.json"
-    folder = path.parent.parent if path.suffix == ".json" else path
+    file = path if path.suffix == ".json" else newest_version(path) / "metrics" / f"{stage}.json"
+    folder = path.parent.parent if path.suffix == ".json" else file.parents[1]
     if not file.is_file():
         raise ValueError(f"{folder} has no metrics/{stage}.json; make it with: moeapps test --run {folder}")
     try:

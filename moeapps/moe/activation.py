@@ -35,6 +35,7 @@ class Activation:
             ``f(h)``.
         recomputable: Whether calling it twice gives the same values and no parameter hides inside it. Where this is
             false (dropout, PReLU) the backend that recomputes activations is not used.
+        tabulated: Whether it is one of the table, hence safe to call on several threads at once.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Activation:
     forward_out: Callable[[Tensor, Tensor], object]
     backward_out: Callable[[Tensor, Tensor, Tensor, Tensor], object]
     recomputable: bool = True
+    tabulated: bool = True
 
 
 def _identity(h_RF: Tensor) -> Tensor:
@@ -125,4 +127,6 @@ def _from_module(module: nn.Module) -> Activation:
             value = module(leaf)
         return out.copy_(torch.autograd.grad(value, leaf, grad_RF)[0])
 
-    return Activation(type(module).__name__, module, forward_out, backward_out, not (stateful or random))
+    return Activation(
+        type(module).__name__, module, forward_out, backward_out, not (stateful or random), tabulated=False
+    )

@@ -55,6 +55,12 @@ def next_version(folder: Path) -> int:
     return max(taken, default=-1) + 1
 
 
+def newest_version(folder: Path) -> Path:
+    """Return the newest ``version_k`` in runs/<system>/<name>; a folder without versions is returned as it is."""
+    versions = [path for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    return max(versions, key=lambda path: int(path.name[8:]), default=folder)
+
+
 def run_dir(trainer: L.Trainer) -> Path | None:
     """Return the folder of this run, or None where nothing is to be written (fast_dev_run, barebones).
 

@@ -14,6 +14,7 @@ from tasks.point_cloud.geometry import Level
 from tasks.point_cloud.serialization import Order
 from tasks.point_cloud.sparse_conv import SubmanifoldConv3d
 
+
 class PositionalConv(nn.Module):
     """xCPE: LayerNorm(Linear(SubMConv3(x))), added to x by the block.
 

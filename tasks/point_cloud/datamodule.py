@@ -185,21 +185,24 @@ class PointCloudData(DomainDataModule):
 
     def dataset(self, domain: str, split: Split) -> ScanDataset:
         """Return the crops (train) or tiles (val, test) of one domain."""
-        about = self.own.get(domain) or DOMAINS[domain]
-        return ScanDataset(
-            self.scans(domain, split),
-            domain=domain,
-            label_set=self.facts["label_sets"][domain],
-            domain_index=self.domain_names.index(domain),
-            voxel=about.voxel,
-            max_voxels=self.max_voxels,
-            train=split == "train",
-            crops=self.crops_per_scene,
-            augmentation=self.augment,
-            features=self.features,
-            indoor=about.indoor,
-            seed=self.seed,
-        )
+        source = self.own.get(domain)
+        about = source or DOMAINS[domain]
+        view: dict[str, Any] = {
+            "domain": domain,
+            "label_set": self.facts["label_sets"][domain],
+            "domain_index": self.domain_names.index(domain),
+            "voxel": about.voxel,
+            "max_voxels": self.max_voxels,
+            "train": split == "train",
+            "crops": self.crops_per_scene,
+            "augmentation": self.augment,
+            "features": self.features,
+            "indoor": about.indoor,
+            "seed": self.seed,
+        }
+        if source is not None:
+            return source.dataset(split, self.cache_dir, **view)
+        return ScanDataset(self.scans(domain, split), **view)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the mixed training loader; the epoch of its sampler decides which crops are cut."""

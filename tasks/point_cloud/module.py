@@ -120,8 +120,8 @@ class PointCloudTask(BaseTask):
         Returns:
             Per scan a dictionary on the CPU: ``name``, ``domain``, ``names`` (class names), ``label`` int64 [R] index
             into ``names``, ``expert`` int64 [R] (expert with the largest weight in the last mixture, -1 for none; None
-            where there is nothing to choose), ``inverse`` int64 [R] (voxel of each point), ``pos`` [N, 3] metres and ``truth`` int64
-            [N] of the voxels.
+            where there is nothing to choose), ``inverse`` int64 [R] (voxel of each point), ``pos`` [N, 3] metres
+            and ``truth`` int64 [N] of the voxels.
         """
         with MoERecorder(self.net) as recorder:
             pred = most_likely(self(batch), batch.y)

@@ -88,7 +88,9 @@ def test_others_wait_and_find_the_file(tmp_path: Path) -> None:
         time.sleep(0.05)
         path.write_text("whole")
 
-    threads = [threading.Thread(target=lambda: read.append(build_once(tmp_path / "x", slow).read_text())) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: read.append(build_once(tmp_path / "x", slow).read_text())) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -293,7 +293,7 @@ def test_every_activation_has_the_right_derivative(bank: type[Any], activation: 
 
 
 def test_segments_in_many_chunks_equals_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeapps.moe.backends.segments._CHUNK_ROWS", 4)
+    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ROWS", 4)
     for bank in BANKS:
         experts, x_ND, routing = case(bank, "sentinels", torch.float64)
         fast = value_and_gradients(by_backend("segments", "output"), experts, x_ND, routing)

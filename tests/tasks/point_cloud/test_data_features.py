@@ -15,7 +15,9 @@ def _rng() -> np.random.Generator:
 
 
 @settings(max_examples=40, deadline=None)
-@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 60), st.just(3)), elements=st.floats(-50, 50)), st.floats(0.05, 3))
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 60), st.just(3)), elements=st.floats(-50, 50)), st.floats(0.05, 3)
+)
 def test_voxels_are_a_partition_of_the_points(pos: np.ndarray, size: float) -> None:
     voxels = voxelise(pos, size, _rng())
 
@@ -85,7 +87,7 @@ def test_features_stay_in_their_ranges_and_in_their_order() -> None:
 def test_shared_features_do_not_know_where_the_scan_stands_in_plan() -> None:
     pos = _rng().uniform(0, 5, (300, 3))
     light, up = _rng().random(300), _rng().random(300)
-    moved = common_features(pos + (30.0, -60.0, 0.0), 0.25, light, up)
+    moved = common_features(pos + np.array([30.0, -60.0, 0.0]), 0.25, light, up)
     np.testing.assert_allclose(moved, common_features(pos, 0.25, light, up), atol=1e-5)
 
 

@@ -220,7 +220,7 @@ def _las(folder: Path, name: str = "a.las", count: int = 400) -> None:
     rng = np.random.default_rng(0)
     write_las(
         folder / name,
-        rng.uniform(0, 60, (count, 3)) + (7e5, 2e5, 100),
+        rng.uniform(0, 60, (count, 3)) + np.array([7e5, 2e5, 100]),
         classification=rng.choice([2, 5, 6, 7], count),
         intensity=rng.integers(0, 60_000, count),
     )
