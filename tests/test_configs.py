@@ -18,6 +18,9 @@ from moeapps.commands.run import Cli, import_tasks, quiet
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name, tiny
 from tests.update_golden import GOLDEN, first_losses
 
+# The figures of a system cost more than its two steps; once per base config is enough.
+QUICK = ["--trainer.callbacks", "null"]
+
 
 def parsed(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     capsys.readouterr()
@@ -79,15 +82,15 @@ def test_base_config_fits_tests_and_predicts(path: Path, tmp_path: Path) -> None
     assert {row["role"] for row in results["rows"]} == {"seen", "validation", "unseen"}
     assert 0 < results["header"]["params_active"] <= results["header"]["params_total"]
     assert results["header"]["flops_per_token"] > 0
-    assert main(["test", "--run", str(folder)]) == 0
+    assert main(["test", "--run", str(folder), *QUICK]) == 0
     assert json.loads((folder / "metrics" / "test.json").read_text())["rows"] == results["rows"]
-    assert main(["predict", "--run", str(folder)]) == 0
+    assert main(["predict", "--run", str(folder), *QUICK]) == 0
     assert any((folder / "predictions").rglob("*.pt"))
 
 
 @pytest.mark.parametrize("path", BASELINES, ids=name)
 def test_baseline_fits_and_tests(path: Path) -> None:
-    assert main(["fit", *tiny(base_of(path), path)]) == 0
+    assert main(["fit", *tiny(base_of(path), path), *QUICK]) == 0
 
 
 @pytest.mark.parametrize("path", BASES, ids=name)

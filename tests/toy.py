@@ -16,9 +16,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from moeapps.data.domain import DomainDataModule, Split
-from moeapps.moe.layer import LayerFactory
+from moeapps.moe.experts import GLUExperts
+from moeapps.moe.layer import LayerFactory, MoELayer
 from moeapps.moe.losses import AuxLoss
-from moeapps.moe.presets import point_moe
+from moeapps.moe.presets import point_moe, top_k_router
+from moeapps.training.callbacks import BiasBalancing
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 
@@ -106,7 +108,8 @@ class ToyNet(nn.Module):
 
     def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
         h = F.gelu(self.first(x))
-        return self.last(self.dropout(self.norm(h + self.moe(h, group=group))))
+        mixed = self.moe(h, group=group) if isinstance(self.moe, MoELayer) else self.moe(h)
+        return self.last(self.dropout(self.norm(h + mixed)))
 
 
 class ToyTask(BaseTask):
@@ -185,3 +188,49 @@ def outputs(*, num_experts: int = 2, router: LayerFactory | None = None) -> Laye
         router: inner factory.
     """
     return lambda width: nn.Linear(width, num_experts)
+
+
+class RowTape(L.Callback):
+    """Keep the first coordinates of the rows of every training step."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self.rows.append(batch[0][:, 0].tolist())
+
+
+class PressCtrlC(L.Callback):
+    """Interrupt training after the given number of steps."""
+
+    def __init__(self, step: int = 13) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def biased_moe(*, num_experts: int = 4) -> LayerFactory:
+    """Make top-1 layers with a selection bias whose first expert begins far ahead.
+
+    Args:
+        num_experts: E.
+    """
+
+    def build(width: int) -> MoELayer:
+        router = top_k_router(num_experts=num_experts, top_k=1, weighing="sigmoid", balance_bias=True)(width)
+        with torch.no_grad():
+            router.score.weight[0] = 3.0
+        return MoELayer(router, GLUExperts(num_experts, width, width))
+
+    return build
+
+
+class FastBalancing(BiasBalancing):
+    """BiasBalancing with steps large enough for a short run."""
+
+    def __init__(self) -> None:
+        super().__init__(rate=0.05)

@@ -120,6 +120,8 @@ def _explain_one(complaint: Complaint, parser: LightningArgumentParser, raw: dic
         return [f"{at}no class '{match[1]}.{match[2]}'", *_suggest_class(f"{match[1]}.{match[2]}")]
     if match := re.match(r"Expected a dot import path string: (\S+)", text):
         return [f"{at}no class {match[1]!r} is known", "give its full path, e.g. package.module.Class"]
+    if match := re.search(r"Expected '([^']+)' to be a function that returns", text):
+        return [f"{at}{match[1]!r} is not such a function itself", f"write it as class_path: {match[1]} with init_args"]
     if match := re.match(r"Expected a (?:typing\.)?(.+?)\. Got value: (.*)", text):
         kind = re.sub(r"^<class '(?:\w+\.)*(\w+)'>$", r"\1", match[1])
         kind = f"one of {kind[8:-1]}" if kind.startswith("Literal[") else kind

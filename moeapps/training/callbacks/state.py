@@ -136,9 +136,9 @@ class SaveRun(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the file name, then save as Lightning does."""
-        folder = trainer.log_dir
+        folder = run_dir(trainer)
         # A test of an earlier run's checkpoint reports the time of that run's training.
-        known = json.loads((Path(folder) / "run.json").read_text()) if folder and _has_run(folder) else {}
+        known = json.loads((folder / "run.json").read_text()) if folder is not None and _has_run(folder) else {}
         self.times = {key: known[key] for key in ("fit_seconds", "fit_cpu_seconds") if key in known}
         if not self.already_saved and stage != "fit" and folder is not None and _has_run(folder):
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
@@ -177,8 +177,8 @@ class SaveRun(SaveConfigCallback):
         }
 
 
-def _has_run(folder: str) -> bool:
-    return (Path(folder) / "run.json").is_file()
+def _has_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
 
 
 def _random_state() -> dict[str, Any]:
