@@ -145,7 +145,10 @@ def test_doctor_says_who_owns_the_alias(capsys: pytest.CaptureFixture[str]) -> N
 # Wrong options -------------------------------------------------------------------------------------------------------
 
 WRONG_FLAGS = [
-    (["--model.net.widht", "3"], ["model.net: unknown option 'widht' of ToyNet", "did you mean 'width'", "num_classes"]),
+    (
+        ["--model.net.widht", "3"],
+        ["model.net: unknown option 'widht' of ToyNet", "did you mean 'width'", "num_classes"],
+    ),
     (["--model.optimizer.lrr", "3"], ["model.optimizer", "'lrr' of OptimizerConfig", "did you mean 'lr'"]),
     (["--trainer.max_epoch", "3"], ["unknown key 'trainer.max_epoch'", "did you mean 'max_epochs'"]),
     (["--foo", "1"], ["unknown key 'foo'", "allowed:", "trainer"]),

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+
+from benchmarks.readme import RESULTS, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -44,3 +48,12 @@ def test_relative_links_of_a_page_lead_to_files(page: Path) -> None:
     missing = [t for t in targets if not re.match(r"[a-z]+:", t) and not (page.parent / t).exists()]
 
     assert not missing
+
+
+def test_the_table_of_the_demo_is_the_committed_result(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", copy)
+
+    write_readme(json.loads(RESULTS.read_text()), copy)
+
+    assert copy.read_text() == (ROOT / "README.md").read_text()

@@ -85,9 +85,8 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_remaining_rows_are_trained_on
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 13
     resumed = run([*TOY, tape, "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])
 
-    rows = {kind: [c.rows for c in done.trainer.callbacks if hasattr(c, "rows")][0] for kind, done in
-            (("whole", whole), ("resumed", resumed))}  # fmt: skip
-    assert rows["resumed"] == rows["whole"][13:]
+    rows = [next(c.rows for c in done.trainer.callbacks if hasattr(c, "rows")) for done in (whole, resumed)]
+    assert rows[1] == rows[0][13:]
     assert resumed.trainer.global_step == whole.trainer.global_step
     assert_equal(resumed.model, whole.model)
 

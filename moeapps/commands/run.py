@@ -47,7 +47,6 @@ class Cli(LightningCLI):
         self.run_folder = run_folder
         token = _SUBCOMMAND.set(args[0] if run else None)
         raw = RAW.set(merged_config(self.words))
-        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns about leftovers there when it is given arguments
         try:
             super().__init__(
                 BaseTask,
@@ -71,7 +70,6 @@ class Cli(LightningCLI):
         finally:
             _SUBCOMMAND.reset(token)
             RAW.reset(raw)
-            sys.argv = argv
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -92,6 +90,10 @@ class Cli(LightningCLI):
             help="After fit, test with the best checkpoint (fast_dev_run: as is).",
         )
         parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words given to us; ``sys.argv`` stays as it is, for processes that are started with it."""
+        self.config = parser.parse_args(args)
 
     # Construction -------------------------------------------------------------------------------------------------
 
@@ -239,9 +241,10 @@ def import_tasks(args: Sequence[str]) -> None:
 
 def quiet() -> None:
     """Drop the advertising tips and the one deprecation warning that Lightning itself causes; show our own lines."""
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(isinstance(known, ours.TipFilter) for known in tips.filters):
-        tips.addFilter(ours.TipFilter())
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logger = logging.getLogger(f"lightning.pytorch.{name}")
+        if not any(isinstance(known, ours.TipFilter) for known in logger.filters):
+            logger.addFilter(ours.TipFilter())
     os.environ.setdefault(
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # Lightning 2.6 calls what jsonargparse 5 will drop

@@ -34,8 +34,8 @@ log = logging.getLogger("moeapps")
 class ResumableLoader(DataLoader[Any]):
     """A loader of which Lightning knows that it can go on in the middle of an epoch.
 
-    Lightning asks the loader; the state itself is kept by the data module, which also knows how many of the batches given
-    out were trained on.
+    Lightning asks the loader; the state itself is kept by the data module, which also knows how many of the
+    batches given out were trained on.
     """
 
     def state_dict(self) -> dict[str, Any]:

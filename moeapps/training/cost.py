@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +66,7 @@ class Cost:
         return self.flops / max(1, self.tokens)
 
 
-def measure_cost(task: BaseTask, batch: Any) -> Cost:
+def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None) -> Cost:
     """Measure the cost of a task's network on a batch; random states and training modes are left as they were.
 
     Matrix products, convolutions and attention are counted as they run, also inside custom autograd functions; sums,
@@ -74,13 +75,15 @@ def measure_cost(task: BaseTask, batch: Any) -> Cost:
     Args:
         task: the task, on its device.
         batch: an example batch; moved to the task's device.
+        precision: the trainer's precision, under which the network runs; None means its own.
     """
+    precision = precision or Precision()
     modes = [(module, module.training) for module in task.modules()]
     counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
     try:
         task.eval()
-        with isolate_rng(), torch.no_grad(), counter:
-            moved = task.transfer_batch_to_device(batch, task.device, 0)
+        moved = precision.convert_input(task.transfer_batch_to_device(batch, task.device, 0))
+        with isolate_rng(), torch.no_grad(), precision.forward_context(), counter:
             task.recorded_step(moved, "val")
         layers = layer_costs(task.last_records)
     finally:

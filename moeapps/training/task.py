@@ -163,7 +163,8 @@ class BaseTask(L.LightningModule):
         return cast(DomainDataModule, cast(Any, self.trainer).datamodule)
 
     def setup(self, stage: str) -> None:
-        """Build the metrics of every configured domain, once."""
+        """Build the metrics of every configured domain, once, and agree with the other processes on the run folder."""
+        run_dir(self.trainer)
         roles = cast(dict[str, list[str]], self.facts["domains"])
         for name, wanted in STAGE_ROLES.items():
             if name not in self.scores:

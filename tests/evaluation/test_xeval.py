@@ -19,9 +19,14 @@ ROLES = {"a": "seen", "b": "seen", "v": "validation", "u": "unseen", "w": "unsee
 
 
 def write_run(
-    folder: Path, values: list[float | None], *, variant: str = "moe", seed: int = 0, units: dict[str, Any] | None = None,
+    folder: Path,
+    values: list[float | None],
+    *,
+    variant: str = "moe",
+    seed: int = 0,
+    units: dict[str, Any] | None = None,
     direction: str = "max",
-) -> Path:  # fmt: skip
+) -> Path:
     rows = [
         {"domain": d, "role": r, "metric": m, "value": x if m == "acc" else 1.0, "n": 4, "direction": direction}
         for (d, r), x in zip(ROLES.items(), values, strict=True)

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from moeapps.commands.run import run
 from moeapps.moe import LinearScore, Router, TopK
-from moeapps.moe.presets import compose, point_moe, top_k_router
 from moeapps.moe.experts import GLUExperts
+from moeapps.moe.presets import compose, point_moe, top_k_router
 from moeapps.training.callbacks import BiasBalancing, ProgressLines, progress_bar
 from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
 from moeapps.training.callbacks.summary import MoESummary, summary_table

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from moeapps.training.run import config_hash, git_commit, run_dir, versions, write_json
+from moeapps.training.run import config_hash, git_commit, machine, run_dir, versions, write_json
 
 log = logging.getLogger("moeapps")
 
@@ -127,15 +129,18 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class SaveRun(SaveConfigCallback):
-    """Save config.yaml and run.json (commit, versions, config hash, seed) in the run folder.
+    """Save config.yaml and run.json (commit, versions, config hash, seed, machine, time) in the run folder.
 
     A command that works in the folder of an earlier run writes config_<command>.yaml and leaves config.yaml alone.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the file name, then save as Lightning does."""
-        folder = trainer.log_dir
-        if not self.already_saved and stage != "fit" and folder is not None and (Path(folder) / "run.json").is_file():
+        folder = run_dir(trainer)
+        # A test of an earlier run's checkpoint reports the time of that run's training.
+        known = json.loads((folder / "run.json").read_text()) if folder is not None and _has_run(folder) else {}
+        self.times = {key: known[key] for key in ("fit_seconds", "fit_cpu_seconds") if key in known}
+        if not self.already_saved and stage != "fit" and folder is not None and _has_run(folder):
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
 
@@ -145,8 +150,20 @@ class SaveRun(SaveConfigCallback):
         if folder is not None and self.config_filename == "config.yaml":
             write_json(folder / "run.json", self.describe_run())
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks."""
+        self._started = time.perf_counter(), time.process_time()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note how long training and its validations took."""
+        wall, cpu = self._started
+        self.times = {"fit_seconds": time.perf_counter() - wall, "fit_cpu_seconds": time.process_time() - cpu}
+        folder = run_dir(trainer)
+        if folder is not None and trainer.is_global_zero:
+            write_json(folder / "run.json", self.describe_run())
+
     def describe_run(self) -> dict[str, Any]:
-        """Return system, name, seed, config hash, commit and versions."""
+        """Return system, name, seed, config hash, commit, versions, machine and, after training, its time."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),
@@ -155,7 +172,13 @@ class SaveRun(SaveConfigCallback):
             "config_hash": config_hash(config),
             "commit": git_commit(),
             "versions": versions(),
+            "machine": machine(),
+            **self.times,
         }
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
 
 
 def _random_state() -> dict[str, Any]:

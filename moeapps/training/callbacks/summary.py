@@ -50,7 +50,7 @@ class MoESummary(L.Callback):
 
     def _measure(self, trainer: L.Trainer, task: BaseTask, *, show: bool) -> None:
         if self.cost is None and trainer.is_global_zero:
-            self.cost = measure_cost(task, task.data.example_batch())
+            self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
             if show:
                 Console().print(summary_table(task, self.cost, self.depth))
 

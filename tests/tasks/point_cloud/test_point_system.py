@@ -118,7 +118,7 @@ def test_a_run_writes_scores_figures_and_a_checkpoint_that_holds_plain_values(tm
     cli = run(words)
 
     folder = Path(cli.trainer.log_dir)
-    assert {path.stem for path in (folder / "figures").glob("*.png")} == {"cad_room", "als", "rgbd_room"}
+    assert {path.stem for path in (folder / "figures").glob("*.png")} >= {"cad_room", "als", "rgbd_room"}
     results = json.loads((folder / "metrics" / "test.json").read_text(encoding="utf-8"))
     scores = {(row["domain"], row["metric"]): row["value"] for row in results["rows"]}
     for domain in ("cad_room", "als", "rgbd_room"):
