@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.backends.dense import dense, is_dense
+from moeapps.moe.backends.eager import runs_eagerly
 from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
@@ -44,6 +45,7 @@ THRESHOLDS: dict[str, Thresholds] = {"cpu": Thresholds(work=8e6, stack_bytes=32 
 _ELSEWHERE = Thresholds(work=float("inf"), stack_bytes=float("inf"))
 
 
+@runs_eagerly
 def run(
     experts: Experts,
     x_ND: Tensor,
@@ -55,7 +57,9 @@ def run(
 ) -> Tensor:
     """Apply a bank to the assignments of a plan: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
 
-    Under autocast a stacked bank computes in the autocast dtype, like ``nn.Linear``; float64 stays float64.
+    Under autocast a stacked bank computes in the autocast dtype, like ``nn.Linear``; float64 stays float64. Under
+    ``torch.compile`` the graph breaks here (``fullgraph=True`` is not possible) and nothing is compiled again when the
+    routing changes.
 
     Args:
         experts: The bank.
