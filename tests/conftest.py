@@ -14,7 +14,9 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fail-on-skip", action="store_true", help="fail when a skipped test is not in tests/allowed_skips.txt")
+    parser.addoption(
+        "--fail-on-skip", action="store_true", help="fail when a skipped test is not in tests/allowed_skips.txt"
+    )
 
 
 def _forbidden_skips(config: pytest.Config) -> list[pytest.TestReport]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,24 +12,92 @@ import torch
 from torch import nn
 
 from moeapps.commands.run import run
+from tests.systems import BASES, name, tiny
 
-TOY = ["fit", "--config", "tests/toy.yaml", "--test_after_fit", "false"]
+TOY = ["fit", "--config", "tests/toy.yaml", "--test_after_fit", "false", "--trainer.enable_model_summary", "false"]
+
+
+def checkpoints(tmp_path: Path, version: int, system: str = "toy") -> Path:
+    return tmp_path / "runs" / system / "base" / f"version_{version}" / "checkpoints"
 
 
 def assert_equal(a: nn.Module, b: nn.Module) -> None:
-    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
-        assert torch.equal(x, y), name
+    for (key, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(x, y), key
 
 
-@pytest.mark.parametrize("mixing", ["concat", "balanced", "one_domain"])
-def test_resume_at_an_epoch_end_is_bit_equal(tmp_path: Path, mixing: str) -> None:
-    flags = ["--data.mixing", mixing]
-    whole = run([*TOY, *flags, "--trainer.max_epochs", "3"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.mixing", "concat"],
+        ["--data.mixing", "balanced", "--trainer.check_val_every_n_epoch", "2"],
+        ["--data.mixing", "one_domain", "--trainer.limit_train_batches", "5"],
+        ["--data.num_workers", "1"],
+    ],
+    ids=["concat", "balanced, rare validation", "one_domain, limited", "workers"],
+)
+def test_resume_at_an_epoch_end_is_bit_equal(tmp_path: Path, flags: list[str]) -> None:
     keep = "--trainer.callbacks+=tests.toy.KeepEpochs"
-    run([*TOY, *flags, keep, "--trainer.max_epochs", "3"])
+    whole = run([*TOY, *flags, keep, "--trainer.max_epochs", "3"])
     for epoch in (0, 1):
-        checkpoint = tmp_path / "runs" / "toy" / "base" / "version_1" / "checkpoints" / f"epoch={epoch}.ckpt"
+        checkpoint = checkpoints(tmp_path, 0) / f"epoch={epoch}.ckpt"
         resumed = run([*TOY, *flags, "--trainer.max_epochs", "3", "--ckpt_path", str(checkpoint)])
 
         assert resumed.trainer.global_step == whole.trainer.global_step
         assert_equal(resumed.model, whole.model)
+
+
+def test_last_checkpoint_is_written_when_the_best_does_not_improve(tmp_path: Path) -> None:
+    run([*TOY, "--model.optimizer.lr", "1e-12", "--model.net.norm", "false", "--trainer.max_epochs", "3"])
+
+    best = torch.load(checkpoints(tmp_path, 0) / "best.ckpt", weights_only=True)
+    last = torch.load(checkpoints(tmp_path, 0) / "last.ckpt", weights_only=True)
+    assert best["epoch"] == 0
+    assert last["epoch"] == 2
+
+
+def test_resumed_run_takes_the_best_checkpoint_along(tmp_path: Path) -> None:
+    run([*TOY, "--trainer.max_epochs", "1"])
+    last = checkpoints(tmp_path, 0) / "last.ckpt"
+    resumed = run([*TOY, "--trainer.max_epochs", "2", "--ckpt_path", str(last), "--model.optimizer.lr", "1e-12"])
+
+    first = torch.load(checkpoints(tmp_path, 0) / "best.ckpt", weights_only=True)
+    carried = torch.load(checkpoints(tmp_path, 1) / "best.ckpt", weights_only=True)
+    assert carried["epoch"] == first["epoch"] == 0
+    assert resumed.trainer.checkpoint_callback.best_model_path == str(checkpoints(tmp_path, 1) / "best.ckpt")
+
+
+@pytest.fixture
+def _restored_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_restored_signals")
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_remaining_rows_are_trained_once(tmp_path: Path) -> None:
+    tape = "--trainer.callbacks+=tests.toy.RowTape"
+    whole = run([*TOY, tape, "--trainer.max_epochs", "2"])
+    with pytest.raises(SystemExit):
+        run([*TOY, tape, "--trainer.callbacks+=tests.toy.PressCtrlC", "--trainer.max_epochs", "2"])
+
+    checkpoint = checkpoints(tmp_path, 1) / "interrupted.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 13
+    resumed = run([*TOY, tape, "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])
+
+    rows = [next(c.rows for c in done.trainer.callbacks if hasattr(c, "rows")) for done in (whole, resumed)]
+    assert rows[1] == rows[0][13:]
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert_equal(resumed.model, whole.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES, ids=name)
+def test_resume_of_a_system_is_bit_equal(tmp_path: Path, base: Path) -> None:
+    flags = [*tiny(base), "--test_after_fit", "false", "--trainer.callbacks", "tests.toy.KeepEpochs"]
+    whole = run(["fit", *flags, "--trainer.max_epochs", "2"])
+    checkpoint = checkpoints(tmp_path, 0, base.stem) / "epoch=0.ckpt"
+    resumed = run(["fit", *flags, "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])
+
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert_equal(resumed.model, whole.model)

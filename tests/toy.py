@@ -16,9 +16,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from moeapps.data.domain import DomainDataModule, Split
+from moeapps.moe.experts import GLUExperts
+from moeapps.moe.layer import LayerFactory, MoELayer
 from moeapps.moe.losses import AuxLoss
-from moeapps.moe.record import record_call
-from moeapps.moe.routing import Routing
+from moeapps.moe.presets import point_moe, top_k_router
+from moeapps.training.callbacks import BiasBalancing
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 
@@ -78,46 +80,36 @@ class ToyData(DomainDataModule):
         return TensorDataset(x @ turn.T, y, torch.full_like(y, index))
 
 
-class ToyMoE(nn.Module):
-    """Two-expert top-1 layer written as a loop."""
-
-    def __init__(self, dim: int, num_experts: int = 4) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, num_experts, bias=False)
-        self.experts = nn.Parameter(torch.randn(num_experts, dim, dim) / dim**0.5)
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        logits_NE = self.gate(x_ND)
-        probs_NE = logits_NE.softmax(-1)
-        weight_N, expert_N = probs_NE.max(-1)
-        rows, num_experts = x_ND.shape[0], self.experts.shape[0]
-        routing = Routing(
-            torch.arange(rows), expert_N, weight_N, rows, num_experts, top_k=1, logits_NE=logits_NE, probs_NE=probs_NE
-        )
-        record_call(self, routing)
-        return weight_N[:, None] * torch.einsum("nd,ndo->no", x_ND, self.experts[expert_N])
-
-
 class ToyNet(nn.Module):
-    """Linear, MoE, dropout, linear.
+    """Linear, MoE, norm, dropout, linear.
 
     Args:
+        moe: width -> MoE layer; None means the Point-MoE preset.
         width: hidden width.
         num_classes: outputs.
         dropout: probability that a hidden value is dropped, so that training draws random numbers.
+        norm: batch normalisation, so that there are running statistics.
     """
 
-    def __init__(self, width: int = 8, num_classes: int = 2, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        moe: LayerFactory | None = None,
+        width: int = 8,
+        num_classes: int = 2,
+        dropout: float = 0.1,
+        norm: bool = True,
+    ) -> None:
         super().__init__()
         self.first = nn.Linear(2, width)
-        self.moe = ToyMoE(width)
-        self.norm = nn.BatchNorm1d(width)
+        self.moe = (moe or point_moe())(width)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(width, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, group: Tensor | None = None) -> Tensor:
         h = F.gelu(self.first(x))
-        return self.last(self.dropout(self.norm(h + self.moe(h))))
+        mixed = self.moe(h, group=group) if isinstance(self.moe, MoELayer) else self.moe(h)
+        return self.last(self.dropout(self.norm(h + mixed)))
 
 
 class ToyTask(BaseTask):
@@ -158,13 +150,13 @@ class ToyTask(BaseTask):
         return len(batch[0])
 
     def shared_step(self, batch: Any, stage: Stage) -> StepOutput:
-        x, y, _ = batch
-        logits = self.net(x)
+        x, y, domain = batch
+        logits = self.net(x, domain)
         hit = (logits.argmax(-1) == y).float()
         return StepOutput(F.cross_entropy(logits, y), len(y), (logits, y), {"accuracy": hit.mean()}, {"accuracy": hit})
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.net(batch[0]).argmax(-1)
+        return self.net(batch[0], batch[2]).argmax(-1)
 
 
 class KeepEpochs(L.Callback):
@@ -174,3 +166,71 @@ class KeepEpochs(L.Callback):
         last = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
         if last.is_file():
             shutil.copy(last, last.with_name(f"epoch={trainer.current_epoch - 1}.ckpt"))
+
+
+class Holder(nn.Module):
+    """Two layers made by one factory.
+
+    Args:
+        moe: width in, layer out.
+    """
+
+    def __init__(self, moe: LayerFactory) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([moe(4), moe(6)])
+
+
+def outputs(*, num_experts: int = 2, router: LayerFactory | None = None) -> LayerFactory:
+    """Make linear layers.
+
+    Args:
+        num_experts: outputs.
+        router: inner factory.
+    """
+    return lambda width: nn.Linear(width, num_experts)
+
+
+class RowTape(L.Callback):
+    """Keep the first coordinates of the rows of every training step."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self.rows.append(batch[0][:, 0].tolist())
+
+
+class PressCtrlC(L.Callback):
+    """Interrupt training after the given number of steps."""
+
+    def __init__(self, step: int = 13) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def biased_moe(*, num_experts: int = 4) -> LayerFactory:
+    """Make top-1 layers with a selection bias whose first expert begins far ahead.
+
+    Args:
+        num_experts: E.
+    """
+
+    def build(width: int) -> MoELayer:
+        router = top_k_router(num_experts=num_experts, top_k=1, weighing="sigmoid", balance_bias=True)(width)
+        with torch.no_grad():
+            router.score.weight[0] = 3.0
+        return MoELayer(router, GLUExperts(num_experts, width, width))
+
+    return build
+
+
+class FastBalancing(BiasBalancing):
+    """BiasBalancing with steps large enough for a short run."""
+
+    def __init__(self) -> None:
+        super().__init__(rate=0.05)

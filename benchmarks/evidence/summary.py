@@ -66,7 +66,7 @@ def _claim(grid: Grid, claim: Claim, results: Results) -> dict[str, Any]:
         "flops_ratio": None,
         "params_ratio": None,
     }
-    reason = claim.untested or _unusable(grid, claim.variants, results)
+    reason = claim.untested or _unusable(grid, claim.variants, results, claim.metric)
     if not reason:
         try:
             reason = _fill(grid, claim, results, entry)
@@ -110,7 +110,7 @@ def _unmatched(claim: Claim, entry: Mapping[str, Any]) -> str:
     return ""
 
 
-def _unusable(grid: Grid, names: Sequence[str], results: Results) -> str:
+def _unusable(grid: Grid, names: Sequence[str], results: Results, metric: str) -> str:
     """Say why the cells of these variants cannot be compared; an empty text if they can."""
     wanted = [Cell(name, *pair) for name in names for pair in grid.pairs(*names)]
     missing = [cell for cell in wanted if cell not in results]
@@ -122,6 +122,10 @@ def _unusable(grid: Grid, names: Sequence[str], results: Results) -> str:
             return f"the cells of {name} were made with different configs"
     if len({tuple(result.domains) for result in found}) > 1:
         return "the cells were tested on different domains"
+    # A domain whose metric is not a number is left out of the mean of its role: such means are not comparable.
+    ending = "/" + metric.rsplit("/", 1)[-1]
+    if len({tuple(sorted(key for key in result.metrics if key.endswith(ending))) for result in found}) > 1:
+        return f"{ending[1:]} is not a number for some domains of some cells"
     return ""
 
 
@@ -149,7 +153,7 @@ def _ladder(grid: Grid, results: Results) -> dict[str, Any] | None:
     for level in ladder.levels:
         names = [ladder.variant_name(level, name) for name in (ladder.system, ladder.baseline)]
         entry: dict[str, Any] = {"level": level, "system": [], "baseline": [], "diff_mean": None, "ci95": None}
-        reason = _unusable(grid, names, results)
+        reason = _unusable(grid, names, results, ladder.metric)
         if reason:
             entry["note"] = f"not tested ({reason})"
         else:

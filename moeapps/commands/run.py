@@ -9,23 +9,24 @@ import pkgutil
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from moeapps.commands.messages import ShortErrorParser, UsageError
+from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
-from moeapps.training.precedence import checkpoint_hparams, differences, explicit_flags
-from moeapps.training.run import next_version, runs_root
+from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
+from moeapps.training.run import newest_version, next_version, runs_root
 from moeapps.training.task import BaseTask
 
 _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
@@ -45,7 +46,7 @@ class Cli(LightningCLI):
         self.words = list(args)
         self.run_folder = run_folder
         token = _SUBCOMMAND.set(args[0] if run else None)
-        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns about leftovers there when it is given arguments
+        raw = RAW.set(merged_config(self.words))
         try:
             super().__init__(
                 BaseTask,
@@ -68,7 +69,7 @@ class Cli(LightningCLI):
             )
         finally:
             _SUBCOMMAND.reset(token)
-            sys.argv = argv
+            RAW.reset(raw)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -90,6 +91,10 @@ class Cli(LightningCLI):
         )
         parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words given to us; ``sys.argv`` stays as it is, for processes that are started with it."""
+        self.config = parser.parse_args(args)
+
     # Construction -------------------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
@@ -97,17 +102,19 @@ class Cli(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(explain(str(error), self.parser, RAW.get() or {})) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with our loggers and callbacks beside the configured ones."""
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        if not config.get("barebones"):
+        if config.get("barebones"):
+            self.save_config_callback = None  # it would fall into the working directory
+        else:
             given = config.get("callbacks") or []
             given = given if isinstance(given, list) else [given]
             config["callbacks"] = [*given, *self._default_callbacks(config, given)]
             config["logger"] = self._loggers(config.get("logger"))
-            config["enable_model_summary"] = False
+            config["enable_model_summary"] = False  # MoESummary is the summary
             config["default_root_dir"] = config.get("default_root_dir") or self._folder()
         return self._instantiate_trainer(config, [])
 
@@ -132,15 +139,23 @@ class Cli(LightningCLI):
         return [csv, *extra]
 
     def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
+        """Every callback of ours of which the configuration holds no own instance and that it does not switch off."""
         task = cast(BaseTask, self.model)
-        wanted: list[tuple[type[Callback], Any]] = [
-            (ours.RandomState, ours.RandomState),
-            (ours.InterruptCheckpoint, ours.InterruptCheckpoint),
-            (ours.EndTable, ours.EndTable),
+        wanted: list[tuple[type[Callback], Callable[[], Callback], bool]] = [
+            (ours.RandomState, ours.RandomState, True),
+            (ours.InterruptCheckpoint, ours.InterruptCheckpoint, True),
+            (ours.RoutingMonitor, ours.RoutingMonitor, True),
+            (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
+            (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
+            (ours.EndTable, ours.EndTable, True),
+            (ours.PredictionWriter, ours.PredictionWriter, self.subcommand == "predict"),
+            (
+                Checkpoint,
+                lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode),
+                config.get("enable_checkpointing") is not False,
+            ),
         ]
-        if config.get("enable_checkpointing") is not False:
-            wanted.append((Checkpoint, lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode)))
-        return [make() for kind, make in wanted if not any(isinstance(callback, kind) for callback in given)]
+        return [make() for kind, make, on in wanted if on and not any(isinstance(callback, kind) for callback in given)]
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -152,12 +167,11 @@ class Cli(LightningCLI):
         if not hparams:
             return
         before = self.config[command].model.as_dict()
-        self.config = self.parser.parse_object({command: {"model": hparams}}, self.config)
-        stored = self.config[command].model.as_dict()
-        flags = explicit_flags(self.words[1:], "model")
-        if flags:
-            self.config = self.parser.parse_args([command, *flags], namespace=self.config)
-        for line in differences(before, stored, self.config[command].model.as_dict()):
+        with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+            yaml.safe_dump({"model": hparams}, file)
+            file.flush()
+            self.config = self.parser.parse_args(insert_config(self.words, file.name))
+        for line in differences(before, hparams, self.config[command].model.as_dict()):
             log.info(line)
 
     # Running ------------------------------------------------------------------------------------------------------
@@ -172,7 +186,7 @@ class Cli(LightningCLI):
 
 
 def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
-    """Replace ``--run DIR`` by DIR's config and checkpoint.
+    """Replace ``--run DIR`` by DIR's config and checkpoint; runs/<system>/<name> stands for its newest version.
 
     ``fit`` goes on from last.ckpt in a new run folder; the other commands take best.ckpt and write into DIR.
 
@@ -186,7 +200,7 @@ def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
     for i, word in enumerate(args):
         if word == "--run" or word.startswith("--run="):
             name = word[6:] if word.startswith("--run=") else (args[i + 1] if i + 1 < len(args) else "")
-            folder = Path(name)
+            folder = newest_version(Path(name))
             words = [*args[:i], *args[i + (1 if "=" in word else 2) :]]
             break
     if folder is None:
@@ -227,9 +241,10 @@ def import_tasks(args: Sequence[str]) -> None:
 
 def quiet() -> None:
     """Drop the advertising tips and the one deprecation warning that Lightning itself causes; show our own lines."""
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(isinstance(known, ours.TipFilter) for known in tips.filters):
-        tips.addFilter(ours.TipFilter())
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logger = logging.getLogger(f"lightning.pytorch.{name}")
+        if not any(isinstance(known, ours.TipFilter) for known in logger.filters):
+            logger.addFilter(ours.TipFilter())
     os.environ.setdefault(
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # Lightning 2.6 calls what jsonargparse 5 will drop

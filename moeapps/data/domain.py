@@ -31,6 +31,21 @@ RESERVED = frozenset({*ROLES, "gap", "aux"})
 log = logging.getLogger("moeapps")
 
 
+class ResumableLoader(DataLoader[Any]):
+    """A loader of which Lightning knows that it can go on in the middle of an epoch.
+
+    Lightning asks the loader; the state itself is kept by the data module, which also knows how many of the
+    batches given out were trained on.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: see ``DomainDataModule.state_dict``."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing: the sampler was set by the data module."""
+
+
 class DomainDataModule(L.LightningDataModule):
     """Base class of all data modules: three roles of domains, one loader per domain for evaluation.
 
@@ -185,6 +200,7 @@ class DomainDataModule(L.LightningDataModule):
             seed=self.seed,
             rank=rank,
             world_size=world_size,
+            repeat=self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0,
         )
         if self._sampler_state is not None:
             self._sampler.load_state_dict(self._sampler_state)
@@ -222,16 +238,14 @@ class DomainDataModule(L.LightningDataModule):
         return loaders
 
     def _loader(self, dataset: Dataset[Any], batches: MixingSampler | ShardedBatches) -> DataLoader[Any]:
+        train = isinstance(batches, MixingSampler)
         # An own generator: creating an iterator would otherwise draw from the global random state.
-        return DataLoader(
+        return (ResumableLoader if train else DataLoader)(
             dataset,
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=self.num_workers,
-            generator=self._worker_seeds
-            if isinstance(batches, MixingSampler)
-            else torch.Generator().manual_seed(self.seed),
-            persistent_workers=False,
+            generator=self._worker_seeds if train else torch.Generator().manual_seed(self.seed),
         )
 
     def _place(self) -> tuple[int, int]:
@@ -243,12 +257,12 @@ class DomainDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the training order: the next epoch, or this one and the number of its finished steps."""
         epoch, start = 0, 0
-        if self._sampler is not None:
-            epoch, start = self._sampler.epoch, 0
-            if self.trainer is not None:
-                done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-                last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-                epoch, start = (epoch + 1, 0) if last or done >= self.trainer.num_training_batches else (epoch, done)
+        if self._sampler is not None and self.trainer is not None:
+            progress = cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress)
+            # "processed" counts the steps whose gradients are in the weights; "completed" lags while hooks run.
+            done = progress.current.processed
+            over = progress.is_last_batch or done >= self.trainer.num_training_batches
+            epoch, start = (self._sampler.epoch + 1, 0) if over else (self._sampler.epoch, done)
         return {"sampler": {"epoch": epoch, "start": start}, "worker_seeds": self._worker_seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

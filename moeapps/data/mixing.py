@@ -39,6 +39,7 @@ class MixingSampler(Sampler[list[int]]):
         seed: seed of all orders.
         rank: index of this process, in [0, world_size).
         world_size: number of processes.
+        repeat: give the order of epoch 0 in every epoch (for overfitting a few batches on purpose).
 
     Raises:
         ValueError: unknown mode, no domain, an empty domain, batch_size < 1, rank outside [0, world_size), or fewer
@@ -54,6 +55,7 @@ class MixingSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        repeat: bool = False,
     ) -> None:
         if mode not in get_args(Mixing):
             raise ValueError(f"mixing={mode!r} is unknown; use one of {', '.join(get_args(Mixing))}")
@@ -72,6 +74,7 @@ class MixingSampler(Sampler[list[int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.repeat = repeat
         self.epoch = 0
         self.start = 0
 
@@ -110,7 +113,7 @@ class MixingSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's row indices, step by step."""
         epoch, start = self.epoch, self.start
-        generator = torch.Generator().manual_seed(_fold(self.seed, epoch))
+        generator = torch.Generator().manual_seed(_fold(self.seed, 0 if self.repeat else epoch))
         batches = self._one_domain(generator) if self.mode == "one_domain" else self._mixed(generator)
         for step, batch in enumerate(batches):
             if step >= start:

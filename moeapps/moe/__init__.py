@@ -19,6 +19,7 @@ from moeapps.moe.balance import (
     CountAccumulator,
     update_bias,
 )
+from moeapps.moe.chain import Chain
 from moeapps.moe.combine import (
     Combiner,
     Stack,
@@ -63,6 +64,7 @@ from moeapps.moe.routers import (
     ConstantScore,
     CosineScore,
     Dense,
+    DenseToSparse,
     ExpertChoice,
     GatedShared,
     GaussianNoise,
@@ -102,6 +104,7 @@ __all__ = [
     "Backend",
     "BatchEntropyLoss",
     "Capacity",
+    "Chain",
     "Chooser",
     "Combiner",
     "ConditionalSplit",
@@ -110,6 +113,7 @@ __all__ = [
     "CountAccumulator",
     "Dense",
     "DenseRouting",
+    "DenseToSparse",
     "EntropyLoss",
     "ExpertChoice",
     "Experts",

@@ -67,8 +67,8 @@ def with_shared(routing: Routing, work: Work) -> Routing:
         k = routing.top_k + num_shared
         return Routing(
             row_M=torch.arange(num_rows * k, device=device) // k,
-            expert_M=torch.cat([expert_M.view(num_rows, -1), ids_NS], -1).reshape(-1),
-            weight_M=torch.cat([routing.weight_M.view(num_rows, -1), weight_NS], -1).reshape(-1),
+            expert_M=torch.cat([expert_M.view(num_rows, routing.top_k), ids_NS], -1).reshape(-1),
+            weight_M=torch.cat([routing.weight_M.view(num_rows, routing.top_k), weight_NS], -1).reshape(-1),
             num_rows=num_rows,
             num_experts=num_all,
             top_k=k,

@@ -80,6 +80,10 @@ class Experts(nn.Module):
         in_dim: Width of a row that goes in.
         out_dim: Width of a row that comes out.
         supports_grouped: False where an expert must see all rows (batch statistics); such a bank needs a dense router.
+
+    Example:
+        >>> isinstance(MLPExperts(4, dim=8, hidden_dim=16), Experts)
+        True
     """
 
     supports_grouped: ClassVar[bool] = True
@@ -342,6 +346,10 @@ class NormalisedExperts(Experts):
     Source:
         X. Wang et al., "HoME: Hierarchy of Multi-Gate Experts", 2024: normalised experts with Swish. The order linear,
         normalisation, activation is the one of its re-implementations.
+
+    Example:
+        >>> NormalisedExperts(4, dim=8, out_dim=6).every(torch.randn(3, 8)).shape
+        torch.Size([3, 4, 6])
     """
 
     supports_grouped: ClassVar[bool] = False
@@ -461,6 +469,11 @@ class ModuleExperts(Experts):
 
     Raises:
         ValueError: If the list is empty, an expert appears twice, or a width is neither given nor found.
+
+    Example:
+        >>> experts = ModuleExperts([nn.Linear(8, 6), nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 6))])
+        >>> experts.every(torch.zeros(5, 8)).shape
+        torch.Size([5, 2, 6])
     """
 
     def __init__(

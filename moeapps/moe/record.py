@@ -80,7 +80,7 @@ class MoERecorder:
 
     def __enter__(self) -> MoERecorder:
         if self.module is not None:
-            self._names = {id(child): name for name, child in self.module.named_modules()}
+            self._names = {id(child): name or type(child).__name__ for name, child in self.module.named_modules()}
         self._tokens.append((_ACTIVE.set(self), self._grad))
         self._grad = torch.is_grad_enabled()
         return self
@@ -126,6 +126,8 @@ def record_call(
         group: int64 [N] or None.
     """
     recorder = _ACTIVE.get()
-    if recorder is None or torch._C._current_graph_task_id() != -1:
+    if recorder is None:
         return
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return  # a backward pass is under way: this call recomputes one that was recorded
     recorder.add(layer, routing, token_mask, group)

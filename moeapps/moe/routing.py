@@ -72,6 +72,8 @@ class Routing:
             selection bias or mask.
         probs_NE: probabilities (softmax or sigmoid) of the same shape as ``logits_NE``.
         features_ND: what was routed on, not detached.
+        null_M: bool [M], which sentinels are choices of a null expert (and not padding, drops or masked rows); None
+            where there are no null experts.
 
     Raises:
         ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without
@@ -103,6 +105,7 @@ class Routing:
     logits_NE: Tensor | None = None
     probs_NE: Tensor | None = None
     features_ND: Tensor | None = None
+    null_M: Tensor | None = None
 
     def __post_init__(self) -> None:
         num = self.weight_M.shape[0] if self.weight_M.ndim == 1 else -1
@@ -151,6 +154,7 @@ class Routing:
             expert_M=_repeat(self.expert_M, times, width),
             weight_M=_repeat(self.weight_M, times, width),
             num_rows=self.num_rows * times,
+            null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
             **_repeated_extras(self, times),
         )
 

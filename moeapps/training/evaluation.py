@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics import CatMetric, Metric, MetricCollection, SumMetric
 
 Direction = Literal["max", "min"]
 
@@ -95,7 +96,8 @@ class DomainScores(nn.Module):
         self.domains = dict(domains)
         self.index = {name: i for i, name in enumerate(domains)}
         self.metrics = nn.ModuleList([configure_metrics(name) for name in domains])
-        self.losses = nn.ModuleList([MeanMetric(nan_strategy="disable") for _ in domains])
+        # Sums and counts, not MeanMetric: with nan_strategy="disable" that one forgets the weights (torchmetrics 1.9).
+        self.losses = nn.ModuleList([SumMetric(nan_strategy="disable") for _ in domains])
         self.counts = nn.ModuleList([SumMetric() for _ in domains])
         self.units: dict[str, dict[str, CatMetric]] = {name: {} for name in domains}
         for name, metrics in zip(domains, self.metrics, strict=True):
@@ -115,7 +117,7 @@ class DomainScores(nn.Module):
         i = self.index[domain]
         if metric_args:
             cast(MetricCollection, self.metrics[i]).update(*metric_args)
-        cast(MeanMetric, self.losses[i]).update(loss.detach(), batch_size)
+        cast(SumMetric, self.losses[i]).update(loss.detach() * batch_size)
         cast(SumMetric, self.counts[i]).update(batch_size)
         for name, values in units.items():
             metric = self.units[domain].setdefault(name, CatMetric(nan_strategy="disable").to(loss.device))
@@ -123,12 +125,19 @@ class DomainScores(nn.Module):
 
     def compute(self, domains: list[str]) -> ScoreTable:
         """Return the scores of the given domains over all processes; a collective, to be called by each of them."""
+        with warnings.catch_warnings():
+            # A process that only had padding batches of a domain has updated nothing; the sum over processes is right.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            return self._compute(domains)
+
+    def _compute(self, domains: list[str]) -> ScoreTable:
         scores: list[Score] = []
         units: dict[str, dict[str, list[float]]] = {}
         for domain in domains:
             i, role = self.index[domain], self.domains[domain]
             n = int(cast(SumMetric, self.counts[i]).compute())
-            scores.append(Score(domain, role, "loss", float(cast(MeanMetric, self.losses[i]).compute()), n, "min"))
+            loss = float(cast(SumMetric, self.losses[i]).compute()) / n if n else math.nan
+            scores.append(Score(domain, role, "loss", loss, n, "min"))
             collection = cast(MetricCollection, self.metrics[i])
             values = collection.compute() if len(collection) else {}
             for name, value in values.items():

@@ -24,35 +24,32 @@ def checkpoint_hparams(path: str | Path | None) -> dict[str, Any]:
     return {"class_path": stored["_class_path"], "init_args": options}
 
 
-def explicit_flags(words: Sequence[str], key: str) -> list[str]:
-    """Return the words that set ``key`` or something below it, as ``--key.a 1``, ``--key.a=1`` or ``--key Class``.
+def insert_config(words: Sequence[str], path: str) -> list[str]:
+    """Return the words with one more config file, ordered so that it beats the other files and loses to every flag.
 
-    A file given as the whole value (``--model model.yaml``) counts as YAML, not as a flag.
+    The parser lets the last word win; so the files come first, then this one, then the flags.
     """
+    files: list[str] = []
     flags: list[str] = []
-    i = 0
-    while i < len(words):
-        name, equals, value = words[i].partition("=")
-        takes = 1 if equals else 2
-        if name == f"--{key}" or name.startswith(f"--{key}."):
-            value = value if equals else (words[i + 1] if i + 1 < len(words) else "")
-            if not value.endswith((".yaml", ".yml", ".json")):
-                flags += words[i : i + takes]
-            i += takes
-        else:
-            i += 1
-    return flags
+    rest = iter(words[1:])
+    for word in rest:
+        name = word.partition("=")[0]
+        target = files if name in ("-c", "--config") else flags
+        target.append(word)
+        if word in ("-c", "--config"):
+            target.append(next(rest, ""))
+    return [words[0], *files, "--config", path, *flags]
 
 
 def differences(yaml: dict[str, Any], stored: dict[str, Any], final: dict[str, Any]) -> list[str]:
     """Return one line per option where the checkpoint won over YAML, or a flag over the checkpoint."""
     a, b, c = (flatten(value) for value in (yaml, stored, final))
     lines = []
-    for key in sorted(a | b | c):
-        if c.get(key) != b.get(key):
-            lines.append(f"model.{key}: flag {c.get(key)!r} wins over checkpoint {b.get(key)!r}")
-        elif b.get(key) != a.get(key):
-            lines.append(f"model.{key}: checkpoint {b.get(key)!r} wins over config {a.get(key)!r}")
+    for key in sorted(b):
+        if c.get(key) != b[key]:
+            lines.append(f"model.{key}: flag {c.get(key)!r} wins over checkpoint {b[key]!r}")
+        elif b[key] != a.get(key):
+            lines.append(f"model.{key}: checkpoint {b[key]!r} wins over config {a.get(key)!r}")
     return lines
 
 
@@ -63,5 +60,5 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(item, dict) and item:
             flat.update(flatten(item, f"{prefix}{key}."))
         else:
-            flat[prefix + str(key)] = item
+            flat[prefix + str(key)] = list(item) if isinstance(item, tuple) else item
     return flat

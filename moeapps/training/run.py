@@ -11,9 +11,11 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-import lightning as L
+if TYPE_CHECKING:
+    import lightning as L
 
 PACKAGES = (
     "moeapps",
@@ -39,6 +41,8 @@ _SILENT_TRAINER_KEYS = (
 )
 _COUNTED_KEYS = ("seed_everything", "system", "model", "data")
 
+_FOLDERS: WeakKeyDictionary[L.Trainer, Path | None] = WeakKeyDictionary()
+
 
 def runs_root() -> Path:
     """Return the folder of all runs: $MOEAPPS_RUNS, or ``runs`` in the working directory."""
@@ -51,15 +55,24 @@ def next_version(folder: Path) -> int:
     return max(taken, default=-1) + 1
 
 
+def newest_version(folder: Path) -> Path:
+    """Return the newest ``version_k`` in runs/<system>/<name>; a folder without versions is returned as it is."""
+    versions = [path for path in folder.glob("version_*") if path.name[8:].isdigit()]
+    return max(versions, key=lambda path: int(path.name[8:]), default=folder)
+
+
 def run_dir(trainer: L.Trainer) -> Path | None:
     """Return the folder of this run, or None where nothing is to be written (fast_dev_run, barebones).
 
-    Must be called on all processes.
+    The first call for a trainer agrees on the folder and must be made by all processes (``BaseTask.setup`` does); later
+    calls are local.
     """
     if getattr(trainer, "fast_dev_run", False) or trainer.barebones:
         return None
-    folder = trainer.log_dir
-    return None if folder is None else Path(folder)
+    if trainer not in _FOLDERS:
+        folder = trainer.log_dir
+        _FOLDERS[trainer] = None if folder is None else Path(folder)
+    return _FOLDERS[trainer]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,6 +121,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores this process may use, and threads of torch: what times depend on."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        named = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = named[0] if named else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor, "cores": cores, "threads": torch.get_num_threads()}
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -132,6 +132,8 @@ class BaseTask(L.LightningModule):
 
     def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
         """Log one training scalar of this step as ``train/<name>``."""
+        if self.trainer.barebones:
+            return
         self.log(
             f"train/{name}", value.detach(), batch_size=batch_size, prog_bar=prog_bar, on_step=True, on_epoch=False
         )
@@ -161,7 +163,8 @@ class BaseTask(L.LightningModule):
         return cast(DomainDataModule, cast(Any, self.trainer).datamodule)
 
     def setup(self, stage: str) -> None:
-        """Build the metrics of every configured domain, once."""
+        """Build the metrics of every configured domain, once, and agree with the other processes on the run folder."""
+        run_dir(self.trainer)
         roles = cast(dict[str, list[str]], self.facts["domains"])
         for name, wanted in STAGE_ROLES.items():
             if name not in self.scores:
@@ -189,7 +192,7 @@ class BaseTask(L.LightningModule):
     def _finish(self, stage: Literal["val", "test"], *, write: bool) -> None:
         table = self.scores[stage].compute(self.data.eval_domains(stage))
         bar = {f"{stage}/{role}/{self.main_metric}" for role in ("seen", "validation")}
-        for key, value in table.keys(stage).items():
+        for key, value in ({} if self.trainer.barebones else table.keys(stage)).items():
             self.log(key, value, prog_bar=key in bar, batch_size=1, sync_dist=True)
         self.results = table
         folder = run_dir(self.trainer)
@@ -198,7 +201,8 @@ class BaseTask(L.LightningModule):
 
     def header(self) -> dict[str, Any]:
         """Return what a results file says about its run: the parts that callbacks and the command line know."""
-        parts: dict[str, Any] = {"task": f"{type(self).__module__}.{type(self).__qualname__}"}
+        kind = type(self)
+        parts: dict[str, Any] = {"task": f"{kind.__module__}.{kind.__qualname__}", "main_metric": self.main_metric}
         for callback in cast(Any, self.trainer).callbacks:
             describe: Callable[[], dict[str, Any]] | None = getattr(callback, "describe_run", None)
             if describe is not None:

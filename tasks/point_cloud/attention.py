@@ -6,16 +6,13 @@ Shape legend: N voxels, P runs, K voxels in a run, D width, H heads, A = D / H h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeapps.moe import LayerFactory, MoELayer
 from tasks.point_cloud.geometry import Level
 from tasks.point_cloud.serialization import Order
 from tasks.point_cloud.sparse_conv import SubmanifoldConv3d
-
-LayerFactory = Callable[[int], nn.Module]
 
 
 class PositionalConv(nn.Module):
@@ -83,6 +80,9 @@ class PatchAttention(nn.Module):
 
 
 def apply_layer(layer: nn.Module, x_ND: Tensor, level: Level) -> Tensor:
-    """Call a layer made by a `LayerFactory`."""
-    y_ND: Tensor = layer(x_ND)
+    """Call a layer made by a `LayerFactory`, telling a mixture the domain of each row.
+
+    Only table routers (the domain-id control) and metrics look at it; a plain layer takes the features alone.
+    """
+    y_ND: Tensor = layer(x_ND, group=level.group_N) if isinstance(layer, MoELayer) else layer(x_ND)
     return y_ND

@@ -99,7 +99,8 @@ class PointCloudData(DomainDataModule):
             eval_batch_size=eval_batch_size,
         )
         self.counts: dict[Split, int] = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
-        for name, value in (*self.counts.items(), ("crops_per_scene", crops_per_scene), ("max_voxels", max_voxels)):
+        sizes = {f"{split}_scenes": count for split, count in self.counts.items()}
+        for name, value in {**sizes, "crops_per_scene": crops_per_scene, "max_voxels": max_voxels}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed; use 1 or more")
         self.own = dict(own or {})
@@ -184,21 +185,24 @@ class PointCloudData(DomainDataModule):
 
     def dataset(self, domain: str, split: Split) -> ScanDataset:
         """Return the crops (train) or tiles (val, test) of one domain."""
-        about = self.own.get(domain) or DOMAINS[domain]
-        return ScanDataset(
-            self.scans(domain, split),
-            domain=domain,
-            label_set=self.facts["label_sets"][domain],
-            domain_index=self.domain_names.index(domain),
-            voxel=about.voxel,
-            max_voxels=self.max_voxels,
-            train=split == "train",
-            crops=self.crops_per_scene,
-            augmentation=self.augment,
-            features=self.features,
-            indoor=about.indoor,
-            seed=self.seed,
-        )
+        source = self.own.get(domain)
+        about = source or DOMAINS[domain]
+        view: dict[str, Any] = {
+            "domain": domain,
+            "label_set": self.facts["label_sets"][domain],
+            "domain_index": self.domain_names.index(domain),
+            "voxel": about.voxel,
+            "max_voxels": self.max_voxels,
+            "train": split == "train",
+            "crops": self.crops_per_scene,
+            "augmentation": self.augment,
+            "features": self.features,
+            "indoor": about.indoor,
+            "seed": self.seed,
+        }
+        if source is not None:
+            return source.dataset(split, self.cache_dir, **view)
+        return ScanDataset(self.scans(domain, split), **view)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the mixed training loader; the epoch of its sampler decides which crops are cut."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeapps.training.run import run_dir
-from tasks.point_cloud.losses import IGNORE
+from tasks.point_cloud.labels import IGNORE
 from tasks.point_cloud.text import normalise_name, taxonomy
 
 Floats = npt.NDArray[np.float64]
@@ -122,7 +122,7 @@ def render(pos_R3: Floats, colour_R3: Floats, width: int = 640, height: int = 48
     wide, high = 2 * width, 2 * height
     column, row, near = project(pos_R3, wide, high)
     far_first = np.argsort(near)
-    reach = int(np.clip(np.sqrt(0.4 * wide * high / len(pos_R3)), 2, 14))
+    reach = int(np.clip(np.sqrt(0.3 * wide * high / len(pos_R3)), 2, 14))
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disc = dy**2 + dx**2 <= reach**2
     rows, columns = row[far_first, None] + dy[disc], column[far_first, None] + dx[disc]

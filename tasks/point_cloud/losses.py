@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -1
-"""Label of points that neither train nor count."""
+from tasks.point_cloud.labels import IGNORE
 
 
 def lovasz_softmax(probs_NC: Tensor, target_N: Tensor) -> Tensor:

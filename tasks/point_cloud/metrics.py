@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from tasks.point_cloud.losses import IGNORE
+from tasks.point_cloud.labels import IGNORE
 
 SCORES = ("miou", "miou_all", "macc", "allacc")
 
@@ -106,15 +106,17 @@ class SegmentationScore(Metric):
 
 
 def segmentation_metrics(num_classes: int) -> MetricCollection:
-    """All scores of one domain: plain names at the raw points, ``voxel_...`` at the voxels; two counts are kept.
+    """All scores of one domain: plain names at the raw points, ``voxel_miou`` at the voxels; two counts are kept.
 
     Args:
         num_classes: C, classes of the domain's label set.
     """
     points = {name: SegmentationScore(num_classes, name) for name in SCORES}
-    voxels = {f"voxel_{name}": SegmentationScore(num_classes, name, "voxels") for name in ("miou", "allacc")}
-    metrics: dict[str, Metric | MetricCollection] = {**points, **voxels}
-    return MetricCollection(metrics, compute_groups=[list(points), list(voxels)])
+    metrics: dict[str, Metric | MetricCollection] = {
+        **points,
+        "voxel_miou": SegmentationScore(num_classes, at="voxels"),
+    }
+    return MetricCollection(metrics, compute_groups=[list(points), ["voxel_miou"]])
 
 
 def per_class_iou(counts_CC: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from tasks.point_cloud.attention import LayerFactory, PatchAttention, PositionalConv, apply_layer
+from moeapps.moe import LayerFactory
+from tasks.point_cloud.attention import PatchAttention, PositionalConv, apply_layer
 from tasks.point_cloud.geometry import Level, finest_level
 from tasks.point_cloud.serialization import ORDERS, Order
 from tasks.point_cloud.sparse_conv import SubmanifoldConv3d

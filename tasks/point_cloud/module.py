@@ -120,12 +120,13 @@ class PointCloudTask(BaseTask):
         Returns:
             Per scan a dictionary on the CPU: ``name``, ``domain``, ``names`` (class names), ``label`` int64 [R] index
             into ``names``, ``expert`` int64 [R] (expert with the largest weight in the last mixture, -1 for none; None
-            without mixtures), ``inverse`` int64 [R] (voxel of each point), ``pos`` [N, 3] metres and ``truth`` int64
-            [N] of the voxels.
+            where there is nothing to choose), ``inverse`` int64 [R] (voxel of each point), ``pos`` [N, 3] metres
+            and ``truth`` int64 [N] of the voxels.
         """
         with MoERecorder(self.net) as recorder:
             pred = most_likely(self(batch), batch.y)
-        expert = voxel_experts(recorder.records[-1], self.net.rows(batch)) if recorder.records else None
+            choices = [record for record in recorder.records if record.routing.num_experts > 1]
+        expert = voxel_experts(choices[-1], self.net.rows(batch)) if choices else None
         answers = []
         for i in range(batch.num_graphs):
             start, stop = int(batch.ptr[i]), int(batch.ptr[i + 1])

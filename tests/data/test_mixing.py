@@ -89,6 +89,14 @@ def test_resumed_epoch_gives_the_remaining_batches_and_the_next_epoch_all(mode: 
     assert list(resumed) == list(whole)
 
 
+def test_repeating_gives_the_same_batches_in_every_epoch() -> None:
+    sampler = MixingSampler(SIZES, 2, repeat=True)
+    first = list(sampler)
+    sampler.set_epoch(1)
+
+    assert list(sampler) == first
+
+
 def test_state_survives_a_round_trip() -> None:
     sampler = MixingSampler(SIZES, 2)
     sampler.load_state_dict({"epoch": 5, "start": 2})

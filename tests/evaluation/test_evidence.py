@@ -316,6 +316,8 @@ def test_unfair_or_unusable_comparisons_are_not_tested() -> None:
     assert claim_verdict(WIN, mixed) == "not tested (the cells of moe were made with different configs)"
     domains = {c: replace(r, domains=["street"]) if c == Cell("dense", 2, 2) else r for c, r in cells.items()}
     assert claim_verdict(WIN, domains) == "not tested (the cells were tested on different domains)"
+    partial = {c: replace(r, metrics={**r.metrics, "street/miou": 0.5}) if c.seed == 1 else r for c, r in cells.items()}
+    assert claim_verdict(WIN, partial) == "not tested (miou is not a number for some domains of some cells)"
     assert "has no finite 'unseen/f1'; it has seen/miou, unseen/miou" in claim_verdict(
         replace(WIN, metric="unseen/f1"), cells
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,39 +13,41 @@ from torch import Tensor, nn
 
 from moeapps.moe import losses
 from moeapps.moe.record import Record
+from moeapps.moe.routers import Capacity, GatedShared, TopK, TopP
+from moeapps.moe.routers.chooser import Chooser
 from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
 
 E, K, N = 4, 2, 48
 
 
+class Holder(nn.Module):
+    """What a loss needs of a layer: a router with a chooser."""
+
+    def __init__(self, choose: nn.Module) -> None:
+        super().__init__()
+        self.router = nn.Module()
+        self.router.choose = choose
+
+
+def record_of(choose: Chooser, logits_NX: Tensor, *, mask: Tensor | None = None, group: Tensor | None = None) -> Record:
+    """The record of a chooser applied to logits."""
+    choose.bind(logits_NX.shape[1])
+    return Record("moe", choose(logits_NX, token_mask=mask), Holder(choose), mask, group)
+
+
 def topk_record(
-    logits_NE: Tensor,
-    k: int,
-    *,
-    nulls: int = 0,
-    mask: Tensor | None = None,
-    group: Tensor | None = None,
-    name: str = "moe",
-):
-    """The record of a softmax top-k router written out here, so that these tests need no router."""
+    logits_NE: Tensor, k: int, *, mask: Tensor | None = None, group: Tensor | None = None, name: str = "moe"
+) -> Record:
+    """The record of a softmax top-k router written out here, so that most of these tests need no router."""
+    rows, experts = logits_NE.shape
     probs_NE = logits_NE.softmax(-1)
     weight_NK, expert_NK = probs_NE.topk(k, -1)
-    experts = logits_NE.shape[1] - nulls
-    expert_NK = expert_NK.clamp_max(experts)
     if mask is not None:
         expert_NK = torch.where(mask[:, None], expert_NK, experts)
         weight_NK = weight_NK * mask[:, None]
-    row_M = torch.arange(len(logits_NE)).repeat_interleave(k)
-    routing = Routing(
-        row_M,
-        expert_NK.flatten(),
-        weight_NK.flatten(),
-        len(logits_NE),
-        experts,
-        top_k=k,
-        logits_NE=logits_NE,
-        probs_NE=probs_NE,
-    )
+    row_M = torch.arange(rows).repeat_interleave(k)
+    ids_M, weight_M = expert_NK.flatten(), weight_NK.flatten()
+    routing = Routing(row_M, ids_M, weight_M, rows, experts, top_k=k, logits_NE=logits_NE, probs_NE=probs_NE)
     return Record(name, routing, nn.Identity(), mask, group)
 
 
@@ -177,7 +180,7 @@ def test_drops_shrink_the_load_of_the_full_expert_but_the_shares_still_sum_to_on
 
 def test_null_columns_share_their_mean_load() -> None:
     s = logits(e=6)
-    record = topk_record(s, 3, nulls=2)
+    record = record_of(TopK(3, num_null=2), s)
     raw = torch.bincount(s.softmax(-1).topk(3, -1).indices.flatten(), minlength=6).double()
     expected = raw.clone()
     expected[4:] = raw[4:].mean()
@@ -187,26 +190,28 @@ def test_null_columns_share_their_mean_load() -> None:
     )
 
 
-def test_null_choices_of_masked_rows_are_not_counted() -> None:
-    s, mask = logits(e=6), torch.arange(N) < 20
-    torch.testing.assert_close(
-        losses.column_counts(topk_record(s, 3, nulls=2, mask=mask)),
-        losses.column_counts(topk_record(s[mask], 3, nulls=2)),
-    )
+def test_padding_of_top_p_is_no_null_choice() -> None:
+    p = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.7, 0.1]], dtype=torch.float64)
+    # Row 0 takes expert 0 and the null expert, row 1 takes expert 1 and expert 0.
+    record = record_of(TopP(0.8, num_null=1), p.log())
+    assert losses.column_counts(record).tolist() == [2.0, 1.0, 1.0]
 
 
-def test_padding_without_weight_is_no_null_choice() -> None:
-    probs = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.7, 0.1]], dtype=torch.float64)
-    # Row 0 takes expert 0 and the null, row 1 takes expert 1 and pads.
-    routing = Routing(
-        torch.tensor([0, 0, 1, 1]),
-        torch.tensor([0, 2, 1, 2]),
-        torch.tensor([0.6, 0.3, 0.7, 0.0]).double(),
-        2,
-        2,
-        probs_NE=probs,
-    )
-    assert losses.column_counts(Record("moe", routing, nn.Identity())).tolist() == [1.0, 1.0, 1.0]
+@pytest.mark.parametrize("choose", [TopK(3, num_null=2), TopP(0.6, num_null=2), GatedShared(TopK(2, num_null=2), 1)])
+def test_null_choices_survive_capacity_and_leave_masked_rows_out(choose: Chooser) -> None:
+    s, mask = logits(e=6 + choose.num_shared), torch.arange(N) % 4 != 0
+    masked, alone = record_of(choose, s, mask=mask), record_of(choose, s[mask])
+    torch.testing.assert_close(losses.column_counts(masked), losses.column_counts(alone))
+    torch.testing.assert_close(losses.switch_balance(masked), losses.switch_balance(alone))
+    dropped = Record("moe", Capacity(0.2, minimum=1)(alone.routing), alone.layer)
+    torch.testing.assert_close(losses.column_counts(dropped)[4:], losses.column_counts(alone)[4:])
+
+
+def test_per_group_with_null_experts_equals_groups_routed_alone() -> None:
+    s, group, mask = logits(e=6), torch.arange(N) // 16, torch.arange(N) % 5 != 0
+    together = losses.switch_balance(record_of(TopK(3, num_null=2), s, group=group, mask=mask), per_group=True)
+    parts = [record_of(TopK(3, num_null=2), s[mask & (group == g)]) for g in range(3)]
+    torch.testing.assert_close(together, torch.stack([losses.switch_balance(part) for part in parts]).mean())
 
 
 def test_sigmoid_scores_are_normalised_per_row() -> None:
@@ -434,6 +439,11 @@ def bare_record() -> Record:
     )
 
 
+def unmarked_nulls() -> Record:
+    record = record_of(TopK(2, num_null=1), logits())
+    return replace(record, routing=replace(record.routing, null_M=None))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -447,12 +457,8 @@ def bare_record() -> Record:
             lambda: losses.switch_balance(topk_record(logits(), K), per_group=True, counts_E=torch.ones(E)),
             "leave counts_E out",
         ),
-        (
-            lambda: losses.switch_balance(
-                topk_record(logits(), K, nulls=1, group=torch.zeros(N).long()), per_group=True
-            ),
-            "not defined with null experts",
-        ),
+        (lambda: losses.switch_balance(unmarked_nulls()), "set it in your router"),
+        (lambda: losses.load_cv2(record_of(TopP(0.5), logits())), "no fixed k"),
         (lambda: losses.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
         (lambda: losses.SwitchBalance(weight=math.nan), "finite number"),
     ],

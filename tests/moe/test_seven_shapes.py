@@ -92,7 +92,7 @@ def glu(bank: GLUExperts, e: int, x: Tensor, activation: Callable[[Tensor], Tens
     return (activation(gate) * up) @ bank.w_out[e]
 
 
-# --- 1. Point-MoE: top-2 softmax, renormalised, over ReLU-gated experts ---------------------------------------------
+# --- 1. Point-MoE: top-2 softmax, renormalised, over ReLU-gated experts -------------------------------------------
 
 
 @system
@@ -117,7 +117,7 @@ def test_point_moe() -> None:
     assert_same(lambda: layer(x), lambda: naive_point_moe(layer, x, 2), [x, *layer.parameters()])
 
 
-# --- 2. UniMoE-Audio: top-p over routed and null experts, shared experts weighed by the same softmax ------------------
+# --- 2. UniMoE-Audio: top-p over routed and null experts, shared experts weighed by the same softmax ----------------
 
 
 @system
@@ -159,7 +159,7 @@ def test_unimoe_audio() -> None:
     assert_same(lambda: layer(x), lambda: naive_unimoe_audio(layer, x, 5, 2, 0.7), [x, *layer.parameters()])
 
 
-# --- 3. ProMoE: unconditional rows to their own expert, cosine prototypes for the rest, one shared expert -------------
+# --- 3. ProMoE: unconditional rows to their own expert, cosine prototypes for the rest, one shared expert -----------
 
 
 @system
@@ -209,7 +209,7 @@ def test_promoe_with_all_rows_unconditional_leaves_prototypes_untouched() -> Non
     assert w_in[4:].any()
 
 
-# --- 4. HoME: masked multi-gates over normalised experts, with self-gates; every expert reads the view of its group ---
+# --- 4. HoME: masked multi-gates over normalised experts, with self-gates; every expert reads the view of its group -
 
 
 @system
@@ -284,7 +284,7 @@ def test_home() -> None:
     assert_same(lambda: home(v, meta, task, category, expert_of), naive, leaves)
 
 
-# --- 5. AW-MoE: the gate is an attention-weighted sum of gate vectors, one per past behaviour; all experts run --------
+# --- 5. AW-MoE: the gate is an attention-weighted sum of gate vectors, one per past behaviour; all experts run ------
 
 
 @system
@@ -318,7 +318,7 @@ def test_aw_moe() -> None:
     )
 
 
-# --- 6. MixER: one vector field per environment, chosen from its context; the choice serves a whole ODE solve ---------
+# --- 6. MixER: one vector field per environment, chosen from its context; the choice serves a whole ODE solve -------
 
 
 class Field(nn.Module):
@@ -378,7 +378,7 @@ def test_mixer() -> None:
     )
 
 
-# --- 7. Meta-DMoE: frozen domain experts, the sample's own one left out, joined by a transformer ----------------------
+# --- 7. Meta-DMoE: frozen domain experts, the sample's own one left out, joined by a transformer --------------------
 
 
 class Aggregator(nn.Module):

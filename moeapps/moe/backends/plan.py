@@ -31,6 +31,12 @@ class Plan:
         num_targets: Rows of the output.
         inverse_NK: int64 (N, K) or None. Where row n's j-th assignment went in the sorted order; only when every row
             has exactly K real assignments that return to it.
+
+    Example:
+        >>> from moeapps.moe import LinearScore, Router, TopK
+        >>> routing = Router(LinearScore(8, 4), TopK(2))(torch.randn(5, 8))
+        >>> sort_assignments(routing).num_assignments
+        10
     """
 
     row_M: Tensor

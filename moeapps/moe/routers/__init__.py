@@ -6,21 +6,13 @@ from __future__ import annotations
 from moeapps.moe.routers.capacity import Capacity
 from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK, TopP
 from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
-from moeapps.moe.routers.choose_dense import Dense, Slots
+from moeapps.moe.routers.choose_dense import Dense, DenseToSparse, Slots
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
 from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
 from moeapps.moe.routers.router import Router, RouterBase
-from moeapps.moe.routers.score import (
-    ConstantScore,
-    CosineScore,
-    LinearScore,
-    MLPScore,
-    PrototypeScore,
-    RandomScore,
-    Score,
-    TableScore,
-)
+from moeapps.moe.routers.score import CosineScore, LinearScore, MLPScore, PrototypeScore, Score
+from moeapps.moe.routers.score_fixed import ConstantScore, RandomScore, TableScore
 from moeapps.moe.routers.score_sequence import AttentionScore, RecurrentScore
 
 __all__ = [
@@ -31,6 +23,7 @@ __all__ = [
     "ConstantScore",
     "CosineScore",
     "Dense",
+    "DenseToSparse",
     "ExpertChoice",
     "GatedShared",
     "GaussianNoise",

@@ -101,17 +101,10 @@ class TopK(RowChooser):
             source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
             weight_NK = source.gather(-1, index_NK)
         if self.weighing == "topk_softmax":
-            weight_NK = self._softmax_of(weight_NK, self._counted(index_NK, None))
+            weight_NK = _softmax_of(weight_NK, self._counted(index_NK, None))
         if self.renormalise:
             weight_NK = normalised(weight_NK, self._counted(index_NK, None))
         return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, None, probs_NX)
-
-    @staticmethod
-    def _softmax_of(chosen_NK: Tensor, counted_NK: Tensor | None) -> Tensor:
-        if counted_NK is not None:  # a row of nulls alone keeps finite logits: its weights are sentinels' and count 0
-            kept_NK = counted_NK | ~counted_NK.any(-1, keepdim=True)
-            chosen_NK = chosen_NK.where(kept_NK, float("-inf"))
-        return chosen_NK.softmax(-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the bias in float32 when the model is cast: its steps are smaller than half precision resolves."""
@@ -124,6 +117,14 @@ class TopK(RowChooser):
     def extra_repr(self) -> str:
         """The settings, for the printed module."""
         return f"k={self.k}, weighing={self.weighing!r}, renormalise={self.renormalise}, num_null={self.num_null}"
+
+
+def _softmax_of(chosen_NK: Tensor, counted_NK: Tensor | None) -> Tensor:
+    """Softmax over the counted logits of a row; a row without any stays finite (its weights are not used)."""
+    if counted_NK is not None:
+        kept_NK = counted_NK | ~counted_NK.any(-1, keepdim=True)
+        chosen_NK = chosen_NK.where(kept_NK, float("-inf"))
+    return chosen_NK.softmax(-1)
 
 
 def _check_weighing(k: int, weighing: str, renormalise: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moeapps.moe.routers.chooser import Chooser
+from moeapps.moe.routers.chooser import Chooser, pairs_to_routing
 from moeapps.moe.routing import Routing
 
 BatchWeighing = Literal["softmax", "sigmoid", "identity"]
@@ -27,22 +27,6 @@ def _check(capacity_factor: float, weighing: str) -> None:
             "experts per "
             "row) and softmax, sigmoid or identity."
         )
-
-
-def _pairs_to_routing(taken_NE: Tensor, weight_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
-    """One assignment per (row, expert) pair, sentinels where not taken: M = N E is known beforehand, row-major."""
-    num_rows, num_experts = taken_NE.shape
-    columns_NE = torch.arange(num_experts, device=taken_NE.device).expand(num_rows, -1)
-    return Routing(
-        row_M=torch.arange(num_rows * num_experts, device=taken_NE.device) // num_experts,
-        expert_M=columns_NE.where(taken_NE, num_experts).reshape(-1),
-        weight_M=weight_NE.where(taken_NE, 0).reshape(-1),
-        num_rows=num_rows,
-        num_experts=num_experts,
-        top_k=num_experts,
-        logits_NE=logits_NE,
-        probs_NE=probs_NE,
-    )
 
 
 def _rank_in_group(score_NE: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +97,7 @@ class ExpertChoice(Chooser):
             rank_NE, size_N = _rank_in_group(score_NE, group)
             capacity_N = (size_N * self.capacity_factor / self.num_experts).long().clamp(min=1)
             taken_NE = (rank_NE < capacity_N.unsqueeze(-1)) & score_NE.isfinite()
-            return _pairs_to_routing(taken_NE, weight_NE, logits_NX, probs_NE)
+            return pairs_to_routing(taken_NE, weight_NE, logits_NX, probs_NE)
         return self._batch(weight_NE, score_NE, logits_NX, probs_NE)
 
     def _batch(self, weight_NE: Tensor, score_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
@@ -196,7 +180,7 @@ class Threshold(Chooser):
         if token_mask is not None:
             score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
         taken_NE = self._best(score_NE) if self.training else score_NE >= self.threshold.to(score_NE.dtype)
-        return _pairs_to_routing(taken_NE & score_NE.isfinite(), weight_NE, logits_NX, probs_NE)
+        return pairs_to_routing(taken_NE & score_NE.isfinite(), weight_NE, logits_NX, probs_NE)
 
     def _best(self, score_NE: Tensor) -> Tensor:
         """The best pairs of the batch; moves the thresholds, once per forward (not when it is recomputed)."""

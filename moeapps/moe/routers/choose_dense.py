@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers that leave nobody out: dense mixtures over all (allowed) experts, and soft slots."""
+"""Choosers that leave nobody out: dense mixtures over all (allowed) experts, their sparse limit, and soft slots."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moeapps.moe.routers.chooser import Chooser
-from moeapps.moe.routing import DenseRouting, SlotRouting
+from moeapps.moe.routers.chooser import Chooser, pairs_to_routing
+from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
 
 DenseWeighing = Literal["softmax", "sigmoid", "identity", "ones"]
 
@@ -112,6 +112,44 @@ class Dense(Chooser):
         return DenseRouting(weight_NE, self.num_experts, allowed=allowed, logits_NE=logits_NX, probs_NE=probs_NE)
 
 
+class DenseToSparse(Chooser):
+    r"""Each row takes every expert whose gate exceeds a threshold: all at first, fewer as the temperature falls.
+
+    With gates :math:`g` = softmax of the logits: a pair is taken iff :math:`g_{ne} > \theta`, or it is the row's best;
+    its weight is :math:`g_{ne}`, not renormalised. Give the router ``GumbelNoise(tau)`` and let a schedule lower tau.
+
+    Args:
+        threshold: theta, in [0, 1).
+
+    Raises:
+        ValueError: if the threshold is outside [0, 1).
+
+    Source: EvoMoE (moe-core card 2.19): threshold 0.001, tau about 2.0 to 0.3 (as generally known).
+
+    Example:
+        >>> choose = DenseToSparse(0.1)
+        >>> _ = choose.bind(3)
+        >>> choose(torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0]])).counts().tolist()
+        [2, 1, 1]
+    """
+
+    def __init__(self, threshold: float = 0.001) -> None:
+        super().__init__()
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold={threshold}, but it must be in [0, 1).")
+        self.threshold = threshold
+
+    def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
+        """The pairs above the threshold."""
+        probs_NE = logits_NX.softmax(-1)
+        taken_NE = probs_NE > self.threshold
+        if logits_NX.shape[0]:
+            taken_NE = taken_NE.scatter(-1, logits_NX.argmax(-1, keepdim=True), True)
+        if token_mask is not None:
+            taken_NE = taken_NE & token_mask.unsqueeze(-1)
+        return pairs_to_routing(taken_NE, probs_NE, logits_NX, probs_NE)
+
+
 class Slots(Chooser):
     r"""Soft MoE: each expert works on S mixtures of rows, and each row reads a mixture of all slots.
 
@@ -152,7 +190,7 @@ class Slots(Chooser):
     ) -> SlotRouting:
         """Dispatch and combine [N, E, G S]; masked rows give nothing and read nothing."""
         num_rows = logits_NX.shape[0]
-        logits_NES = logits_NX.view(num_rows, -1, self.slots)
+        logits_NES = logits_NX.unflatten(-1, (self.num_experts, self.slots))
         if self.num_groups > 1 and group is None:
             raise ValueError(f"Slots(num_groups={self.num_groups}) needs group=ids; pass them to the layer.")
         present_NG = logits_NX.new_ones(num_rows, 1, dtype=torch.bool)

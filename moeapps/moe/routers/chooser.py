@@ -28,6 +28,12 @@ class Chooser(nn.Module):
         num_null: columns after the routed experts whose output is 0.
         num_shared: last columns, which weigh the shared experts.
         num_experts: E, known after ``bind``.
+
+    Example:
+        >>> from moeapps.moe import TopK
+        >>> choose = TopK(2, num_null=1)
+        >>> choose.bind(5), choose.num_experts
+        (4, 4)
     """
 
     sparse: ClassVar[bool] = True
@@ -124,10 +130,13 @@ def rows_to_routing(
     """Row-major assignments of what rows picked; null columns, padding and masked rows become sentinels of weight 0."""
     num_rows, k = picked.index_NK.shape
     expert_NK, weight_NK = picked.index_NK, picked.weight_NK
+    null_M: Tensor | None = None
     if not all_real or picked.taken_NK is not None or token_mask is not None:
-        real = expert_NK < num_experts
-        real = real if picked.taken_NK is None else real & picked.taken_NK
-        real = real if token_mask is None else real & token_mask.unsqueeze(-1)
+        is_null = expert_NK >= num_experts
+        counts = torch.ones_like(is_null) if picked.taken_NK is None else picked.taken_NK
+        counts = counts if token_mask is None else counts & token_mask.unsqueeze(-1)
+        null_M = None if all_real else (counts & is_null).reshape(-1)
+        real = counts & ~is_null
         expert_NK, weight_NK = expert_NK.where(real, num_experts), weight_NK.where(real, 0)
     return Routing(
         row_M=torch.arange(num_rows * k, device=expert_NK.device) // k,
@@ -138,11 +147,34 @@ def rows_to_routing(
         top_k=k,
         logits_NE=logits_NX,
         probs_NE=picked.probs_NX,
+        null_M=null_M,
+    )
+
+
+def pairs_to_routing(taken_NE: Tensor, weight_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
+    """One assignment per (row, expert) pair, sentinels where not taken: M = N E is known beforehand, row-major."""
+    num_rows, num_experts = taken_NE.shape
+    columns_NE = torch.arange(num_experts, device=taken_NE.device).expand(num_rows, -1)
+    return Routing(
+        row_M=torch.arange(num_rows * num_experts, device=taken_NE.device) // num_experts,
+        expert_M=columns_NE.where(taken_NE, num_experts).reshape(-1),
+        weight_M=weight_NE.where(taken_NE, 0).reshape(-1),
+        num_rows=num_rows,
+        num_experts=num_experts,
+        top_k=num_experts,
+        logits_NE=logits_NE,
+        probs_NE=probs_NE,
     )
 
 
 class RowChooser(Chooser):
-    """Base of choosers by row; a subclass says in ``pick`` what each row takes."""
+    """Base of choosers by row; a subclass says in ``pick`` what each row takes.
+
+    Example:
+        >>> from moeapps.moe import TopP
+        >>> isinstance(TopP(0.5), RowChooser)
+        True
+    """
 
     by_row: ClassVar[bool] = True
     null_mass: NullMass = "lost"

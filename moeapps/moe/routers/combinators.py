@@ -262,12 +262,14 @@ class SumRouters(RouterBase):
                 "SumRouters adds dense routings, or sparse ones with k experts per row; these are neither."
             )
         num_rows, k = sparse[0].num_rows, sum(part.top_k or 0 for part in sparse)
+        nulls = [part.null_M.view(num_rows, part.top_k or 1) for part in sparse if part.null_M is not None]
         return replace(
             sparse[0],
             row_M=torch.arange(num_rows * k, device=sparse[0].row_M.device) // k,
-            expert_M=torch.cat([part.expert_M.view(-1, part.top_k or 1) for part in sparse], -1).reshape(-1),
-            weight_M=torch.cat([part.weight_M.view(-1, part.top_k or 1) for part in sparse], -1).reshape(-1),
+            expert_M=torch.cat([part.expert_M.view(num_rows, part.top_k or 1) for part in sparse], -1).reshape(-1),
+            weight_M=torch.cat([part.weight_M.view(num_rows, part.top_k or 1) for part in sparse], -1).reshape(-1),
             top_k=k,
+            null_M=torch.cat(nulls, -1).reshape(-1) if len(nulls) == len(sparse) else None,
         )
 
     @staticmethod

@@ -27,6 +27,11 @@ class RouterBase(nn.Module):
         sparse: whether rows go to some experts only.
         takes_gates: whether features may come one per gate, [G, N, d] or a tuple; they are then never reshaped.
         adjust: hook ``(logits, features) -> logits`` for test-time rerouting; None does nothing.
+
+    Example:
+        >>> from moeapps.moe import LinearScore, TopK
+        >>> isinstance(Router(LinearScore(8, 4), TopK(2)), RouterBase)
+        True
     """
 
     num_experts: int

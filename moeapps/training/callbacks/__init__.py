@@ -3,7 +3,25 @@
 
 from __future__ import annotations
 
+from moeapps.training.callbacks.balance import BiasBalancing
+from moeapps.training.callbacks.predictions import PredictionWriter
+from moeapps.training.callbacks.progress import ProgressLines, progress_bar
+from moeapps.training.callbacks.routing import RoutingMonitor
 from moeapps.training.callbacks.state import BestCheckpoint, InterruptCheckpoint, RandomState, SaveRun, TipFilter
+from moeapps.training.callbacks.summary import MoESummary
 from moeapps.training.callbacks.table import EndTable
 
-__all__ = ["BestCheckpoint", "EndTable", "InterruptCheckpoint", "RandomState", "SaveRun", "TipFilter"]
+__all__ = [
+    "BestCheckpoint",
+    "BiasBalancing",
+    "EndTable",
+    "InterruptCheckpoint",
+    "MoESummary",
+    "PredictionWriter",
+    "ProgressLines",
+    "RandomState",
+    "RoutingMonitor",
+    "SaveRun",
+    "TipFilter",
+    "progress_bar",
+]

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +20,25 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from moeapps.training.run import config_hash, git_commit, run_dir, versions, write_json
+from moeapps.training.run import config_hash, git_commit, machine, run_dir, versions, write_json
 
 log = logging.getLogger("moeapps")
 
 
 class TipFilter(logging.Filter):
-    """Drop the two advertising tips that Lightning prints at every run."""
+    """Drop the two advertising tips that Lightning prints at every run, and lines that only say what is not there."""
+
+    unwanted = (
+        "Tip: For seamless",
+        "TPU available",
+        "Loading `train_dataloader` to estimate",
+        "`weights_only` was not",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is shown."""
-        return "Tip: For seamless" not in record.getMessage()
+        message = record.getMessage()
+        return not any(text in message for text in self.unwanted)
 
 
 class RandomState(L.Callback):
@@ -83,9 +93,10 @@ class InterruptCheckpoint(L.Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep best.ckpt by the task's monitor, and last.ckpt, at the end of every epoch.
+    """Keep best.ckpt by the task's monitor, and last.ckpt at the end of every epoch.
 
-    A resumed run gets a folder of its own; it takes the best checkpoint so far, and its score, along.
+    Lightning's own ``save_last`` writes only when the best improves, which is of no use for going on. A resumed run
+    gets a folder of its own; it takes the best checkpoint so far, and its score, along.
 
     Args:
         monitor: key of the metric that decides.
@@ -93,9 +104,14 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
-        super().__init__(
-            filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1, enable_version_counter=False
-        )
+        super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save best.ckpt if the monitor improved, then last.ckpt."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.dirpath is not None and not getattr(trainer, "fast_dev_run", False):
+            self.last_model_path = str(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(self.last_model_path)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
@@ -113,16 +129,19 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class SaveRun(SaveConfigCallback):
-    """Save config.yaml and run.json (commit, versions, config hash, seed) in the run folder.
+    """Save config.yaml and run.json (commit, versions, config hash, seed, machine, time) in the run folder.
 
     A command that works in the folder of an earlier run writes config_<command>.yaml and leaves config.yaml alone.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the file name, then save as Lightning does."""
-        folder = trainer.log_dir
-        if not self.already_saved and stage != "fit" and folder is not None and (Path(folder) / "run.json").is_file():
-            self.config_filename = f"config_{stage}.yaml"
+        folder = run_dir(trainer)
+        # A test of an earlier run's checkpoint reports the time of that run's training.
+        known = json.loads((folder / "run.json").read_text()) if folder is not None and _has_run(folder) else {}
+        self.times = {key: known[key] for key in ("fit_seconds", "fit_cpu_seconds") if key in known}
+        if not self.already_saved and stage != "fit" and folder is not None and _has_run(folder):
+            self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -131,8 +150,20 @@ class SaveRun(SaveConfigCallback):
         if folder is not None and self.config_filename == "config.yaml":
             write_json(folder / "run.json", self.describe_run())
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks."""
+        self._started = time.perf_counter(), time.process_time()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note how long training and its validations took."""
+        wall, cpu = self._started
+        self.times = {"fit_seconds": time.perf_counter() - wall, "fit_cpu_seconds": time.process_time() - cpu}
+        folder = run_dir(trainer)
+        if folder is not None and trainer.is_global_zero:
+            write_json(folder / "run.json", self.describe_run())
+
     def describe_run(self) -> dict[str, Any]:
-        """Return system, name, seed, config hash, commit and versions."""
+        """Return system, name, seed, config hash, commit, versions, machine and, after training, its time."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),
@@ -141,7 +172,13 @@ class SaveRun(SaveConfigCallback):
             "config_hash": config_hash(config),
             "commit": git_commit(),
             "versions": versions(),
+            "machine": machine(),
+            **self.times,
         }
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
 
 
 def _random_state() -> dict[str, Any]:

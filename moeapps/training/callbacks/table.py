@@ -23,7 +23,13 @@ class EndTable(L.Callback):
                 console = Console()
                 console.print(score_table(table))
                 if folder is not None:
-                    console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
+                    for label, path in (
+                        ("run folder", folder),
+                        ("figures", folder / "figures"),
+                        ("numbers", folder / "metrics"),
+                    ):
+                        if path.is_dir():
+                            console.print(f"{label + ':':<12}{path}", soft_wrap=True, highlight=False)
 
 
 def score_table(table: ScoreTable) -> Table:

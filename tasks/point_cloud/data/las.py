@@ -10,68 +10,20 @@ Source: ASPRS, LAS Specification 1.4 - R15, tables 3 (header), 7 - 17 (point for
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_OLD = [("xyz", "<i4", (3,)), ("intensity", "<u2"), ("returns", "u1"), ("class", "u1"), ("angle", "i1"), ("user", "u1")]
-_NEW = [("xyz", "<i4", (3,)), ("intensity", "<u2"), ("returns", "u1"), ("flags", "u1"), ("class", "u1"), ("user", "u1")]
-_SOURCE, _TIME, _RGB, _NIR = ("source", "<u2"), ("time", "<f8"), ("rgb", "<u2", (3,)), ("nir", "<u2")
-_WAVE = ("wave", "V29")
-_OLD_BASE = [*_OLD, _SOURCE]
-_NEW_BASE = [*_NEW, ("angle", "<i2"), _SOURCE, _TIME]
-_FORMATS: list[list[Any]] = [
-    _OLD_BASE,
-    [*_OLD_BASE, _TIME],
-    [*_OLD_BASE, _RGB],
-    [*_OLD_BASE, _TIME, _RGB],
-    [*_OLD_BASE, _TIME, _WAVE],
-    [*_OLD_BASE, _TIME, _RGB, _WAVE],
-    _NEW_BASE,
-    [*_NEW_BASE, _RGB],
-    [*_NEW_BASE, _RGB, _NIR],
-    [*_NEW_BASE, _WAVE],
-    [*_NEW_BASE, _RGB, _NIR, _WAVE],
-]
+from tasks.point_cloud.data.las_format import EXTRA_TYPES, FORMATS, RESERVED, LasCloud, LasError
+from tasks.point_cloud.data.las_write import write_las
+
+__all__ = ["LasCloud", "LasError", "read_las", "write_las"]
+
 _Field = tuple[str, str, tuple[int, ...]]
-_EXTRA_TYPES = ["u1", "i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f4", "<f8"]
 _HEADER_SIZE = {(1, 0): 227, (1, 1): 227, (1, 2): 227, (1, 3): 235, (1, 4): 375}
-
-
-class LasError(ValueError):
-    """A file is not LAS, is damaged, or needs something this reader lacks."""
-
-
-@dataclass(frozen=True)
-class LasCloud:
-    """Points of one LAS file.
-
-    Attributes:
-        pos: [N, 3] float64 coordinates in the unit of the file.
-        intensity: [N] uint16.
-        classification: [N] uint8 ASPRS class.
-        return_number: [N] uint8, first is 1.
-        num_returns: [N] uint8 echoes of the pulse.
-        rgb: [N, 3] uint16, or None.
-        extra: further per-point attributes by name.
-        scale: coordinate resolution of the file (x, y, z).
-    """
-
-    pos: npt.NDArray[np.float64]
-    intensity: npt.NDArray[np.uint16]
-    classification: npt.NDArray[np.uint8]
-    return_number: npt.NDArray[np.uint8]
-    num_returns: npt.NDArray[np.uint8]
-    rgb: npt.NDArray[np.uint16] | None = None
-    extra: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    scale: tuple[float, float, float] = (0.001, 0.001, 0.001)
-
-    def __len__(self) -> int:
-        return len(self.pos)
 
 
 @dataclass(frozen=True)
@@ -110,7 +62,12 @@ def read_las(path: Path | str) -> LasCloud:
             f"{path.name} is cut short: {header.count} points of {header.record_length} bytes end at byte {end}, "
             f"the file has {len(data)}; fetch it again"
         )
-    fields = list(_FORMATS[header.point_format])
+    if end < len(data) and not _may_hold_more(data, header):
+        raise LasError(
+            f"{path.name} is damaged: {header.count} points of {header.record_length} bytes end at byte {end}, but "
+            f"{len(data) - end} bytes follow that no header field announces; fetch it again"
+        )
+    fields = list(FORMATS[header.point_format])
     extras = _extra_fields(data, header)
     known = np.dtype(fields).itemsize
     if np.dtype([*fields, *extras]).itemsize > header.record_length:
@@ -118,7 +75,35 @@ def read_las(path: Path | str) -> LasCloud:
     used = np.dtype([*fields, *extras]).itemsize if extras else known
     padding = [("pad", f"V{header.record_length - used}")] if header.record_length > used else []
     records = np.frombuffer(data, np.dtype([*fields, *extras, *padding]), header.count, header.point_offset)
-    return _cloud(records, header, [item[0] for item in extras])
+    cloud = _cloud(records, header, [item[0] for item in extras])
+    _check_bounds(cloud, header, data, path.name)
+    return cloud
+
+
+def _may_hold_more(data: bytes, header: _Header) -> bool:
+    """Whether something may follow the points: waveforms (formats 4, 5, 9, 10) or, since 1.4, further records."""
+    wave = header.point_format in (4, 5, 9, 10)
+    return wave or (data[25] == 4 and struct.unpack_from("<I", data, 243)[0] > 0)
+
+
+def _check_bounds(cloud: LasCloud, header: _Header, data: bytes, name: str) -> None:
+    """Refuse points far outside the box that the header gives: then scale or offset is damaged.
+
+    Boxes larger than the points (clipped files), boxes without volume and boxes in stored integers (lazy writers) are
+    met and harmless.
+    """
+    box = np.frombuffer(data, "<f8", 6, 179).reshape(3, 2)
+    high, low = box[:, 0], box[:, 1]
+    if not len(cloud) or not np.isfinite(box).all() or (high <= low).any():
+        return
+    slack = 0.05 * (high - low) + 1
+    for pos in (cloud.pos, (cloud.pos - header.offset) / header.scale):
+        if (pos.min(0) >= low - slack).all() and (pos.max(0) <= high + slack).all():
+            return
+    raise LasError(
+        f"{name} is damaged: points from {cloud.pos.min(0).round(2).tolist()} to {cloud.pos.max(0).round(2).tolist()}, "
+        f"but its header says {low.round(2).tolist()} to {high.round(2).tolist()}; fetch it again"
+    )
 
 
 def _parse_header(data: bytes, name: str) -> _Header:
@@ -128,16 +113,25 @@ def _parse_header(data: bytes, name: str) -> _Header:
     scale, offset = np.frombuffer(data, "<f8", 6, 131).reshape(2, 3)
     if version not in _HEADER_SIZE:
         raise LasError(f"{name} says it is LAS {version[0]}.{version[1]}; versions 1.0 to 1.4 can be read")
-    if point_format >= len(_FORMATS):
+    if point_format >= len(FORMATS):
         raise LasError(f"{name} has point format {point_format}; formats 0 to 10 can be read")
-    least = np.dtype(_FORMATS[point_format]).itemsize
+    least = np.dtype(FORMATS[point_format]).itemsize
     if record_length < least:
         raise LasError(f"{name} is damaged: records of {record_length} bytes, format {point_format} needs {least}")
     if header_size < _HEADER_SIZE[version] or point_offset < header_size:
         raise LasError(f"{name} is damaged: header of {header_size} bytes, points at byte {point_offset}")
+    if point_format >= 6 and version != (1, 4):
+        raise LasError(
+            f"{name} is damaged: point format {point_format} in LAS {version[0]}.{version[1]}, it came with 1.4"
+        )
     if version == (1, 4) and len(data) >= 255:
-        # The old 32-bit count may be zero in 1.4; the 64-bit one rules, but some writers fill the old one only.
-        count = struct.unpack_from("<Q", data, 247)[0] or count
+        # The 64-bit count rules, but some writers fill the old one only, which must be zero from format 6 on.
+        large = struct.unpack_from("<Q", data, 247)[0]
+        if point_format < 6 and count != large and 0 < large < 2**32:
+            raise LasError(
+                f"{name} is damaged: its header gives both {count} and {large} points in format {point_format}"
+            )
+        count = large or count
     finite = np.isfinite(scale).all() and np.isfinite(offset).all() and (np.abs(scale) > 1e-12).all()
     if not finite or np.abs(scale).max() > 1e6 or np.abs(offset).max() > 1e15:
         raise LasError(f"{name} is damaged: scale {scale.tolist()}, offset {offset.tolist()}")
@@ -163,31 +157,14 @@ def _describe_extras(body: bytes) -> list[_Field]:
     for start in range(0, len(body) - 191, 192):
         kind, options = body[start + 2], body[start + 3]
         name = body[start + 4 : start + 36].split(b"\0")[0].decode("ascii", "replace")
-        if kind > 30 or not name or name in _RESERVED or any(name == other[0] for other in fields):
+        if kind > 30 or not name or name in RESERVED or any(name == other[0] for other in fields):
             return []
         # Kinds 11 - 30, pairs and triples of kinds 1 - 10, are withdrawn but still met.
         times, base = divmod(kind - 1, 10)
         fields.append(
-            (name, f"V{options}", ()) if kind == 0 else (name, _EXTRA_TYPES[base], (times + 1,) if times else ())
+            (name, f"V{options}", ()) if kind == 0 else (name, EXTRA_TYPES[base], (times + 1,) if times else ())
         )
     return fields
-
-
-_RESERVED = {
-    "xyz",
-    "intensity",
-    "returns",
-    "class",
-    "flags",
-    "angle",
-    "user",
-    "source",
-    "time",
-    "rgb",
-    "nir",
-    "wave",
-    "pad",
-}
 
 
 def _cloud(records: npt.NDArray[Any], header: _Header, extras: list[str]) -> LasCloud:
@@ -196,7 +173,7 @@ def _cloud(records: npt.NDArray[Any], header: _Header, extras: list[str]) -> Las
     return LasCloud(
         pos=records["xyz"] * header.scale + header.offset,
         intensity=records["intensity"].copy(),
-        classification=(records["class"] & (255 if new else 31)).astype(np.uint8),
+        classification=(records["classification"] & (255 if new else 31)).astype(np.uint8),
         return_number=(returns & (15 if new else 7)).astype(np.uint8),
         num_returns=((returns >> 4) if new else (returns >> 3) & 7).astype(np.uint8),
         rgb=records["rgb"].copy() if "rgb" in names else None,
@@ -228,113 +205,3 @@ def _read_laz(path: Path) -> LasCloud:
         extra={name: np.asarray(cloud[name]) for name in cloud.point_format.extra_dimension_names},
         scale=tuple(float(s) for s in cloud.header.scales),  # type: ignore[arg-type]
     )
-
-
-def write_las(
-    path: Path | str,
-    pos: npt.ArrayLike,
-    *,
-    classification: npt.ArrayLike = 0,
-    intensity: npt.ArrayLike = 0,
-    return_number: npt.ArrayLike = 1,
-    num_returns: npt.ArrayLike = 1,
-    rgb: npt.ArrayLike | None = None,
-    extra: Mapping[str, npt.NDArray[Any]] | None = None,
-    point_format: int = 6,
-    scale: float = 0.001,
-) -> None:
-    """Write an uncompressed LAS file: version 1.2 for formats 0 - 3, 1.4 for formats 6 - 8.
-
-    Args:
-        path: file to write.
-        pos: [N, 3] coordinates.
-        classification: [N] or one ASPRS class (formats 0 - 3: at most 31).
-        intensity: [N] or one, 0 - 65535.
-        return_number: [N] or one; first is 1.
-        num_returns: [N] or one; echoes of the pulse.
-        rgb: [N, 3], 0 - 65535; only with formats 2, 3, 7 and 8.
-        extra: further attributes by name ([N] integers or floats), e.g. the expert of every point.
-        point_format: 0 - 3 or 6 - 8.
-        scale: resolution of the stored coordinates.
-
-    Raises:
-        ValueError: a format without this field, coordinates that are not finite or too far apart for the resolution,
-            an attribute of another length or type.
-    """
-    pos = np.asarray(pos, np.float64).reshape(-1, 3)
-    extra = dict(extra or {})
-    dtype = _record_dtype(point_format, rgb is not None, extra, len(pos))
-    if not np.isfinite(pos).all():
-        raise ValueError("coordinates hold NaN or infinity; drop those points before writing")
-    offset = np.floor(pos.min(0)) if len(pos) else np.zeros(3)
-    steps = np.round((pos - offset) / scale)
-    if len(steps) and steps.max() > 2**31 - 1:
-        raise ValueError(
-            f"the cloud spans {np.ptp(pos, 0).max():.0f}, too far for steps of {scale}; use a larger scale"
-        )
-    records = np.zeros(len(pos), dtype)
-    new = point_format >= 6
-    records["xyz"] = steps
-    records["intensity"] = intensity
-    records["class"] = np.asarray(classification) if new else np.asarray(classification) & 31
-    records["returns"] = np.asarray(return_number) | (np.asarray(num_returns) << (4 if new else 3))
-    if rgb is not None:
-        records["rgb"] = rgb
-    for name, values in extra.items():
-        records[name] = values
-    vlr = _extra_vlr(extra)
-    header = _header(point_format, dtype.itemsize, pos, offset, scale, len(vlr))
-    echoes = np.bincount(np.broadcast_to(np.asarray(return_number, np.int64), len(pos)), minlength=16)[1:16]
-    struct.pack_into("<15Q" if new else "<5I", header, 255 if new else 111, *echoes[: 15 if new else 5].tolist())
-    Path(path).write_bytes(bytes(header) + vlr + records.tobytes())
-
-
-def _record_dtype(point_format: int, with_rgb: bool, extra: dict[str, npt.NDArray[Any]], count: int) -> np.dtype[Any]:
-    if point_format not in (0, 1, 2, 3, 6, 7, 8):
-        raise ValueError(f"point_format={point_format} cannot be written; use 0 - 3 or 6 - 8")
-    if with_rgb and point_format not in (2, 3, 7, 8):
-        raise ValueError(f"point_format={point_format} has no colour; use 2, 3, 7 or 8")
-    fields = list(_FORMATS[point_format])
-    for name, values in extra.items():
-        kind = np.dtype(values.dtype).newbyteorder("<")
-        if kind not in [np.dtype(t) for t in _EXTRA_TYPES] or values.shape != (count,):
-            raise ValueError(f"extra {name!r} has dtype {values.dtype}, shape {values.shape}; use [{count}] numbers")
-        if name in _RESERVED or not name.isascii() or not 0 < len(name) < 32:
-            raise ValueError(f"extra name {name!r} is taken or is not 1 - 31 ASCII letters")
-        fields.append((name, kind.str))
-    return np.dtype(fields)
-
-
-def _extra_vlr(extra: dict[str, npt.NDArray[Any]]) -> bytes:
-    if not extra:
-        return b""
-    known = [np.dtype(t) for t in _EXTRA_TYPES]
-    body = b"".join(
-        struct.pack("<2xBB32s156x", known.index(np.dtype(v.dtype).newbyteorder("<")) + 1, 0, name.encode())
-        for name, v in extra.items()
-    )
-    return struct.pack("<2x16sHH32s", b"LASF_Spec", 4, len(body), b"extra bytes") + body
-
-
-def _header(
-    point_format: int,
-    length: int,
-    pos: npt.NDArray[np.float64],
-    offset: npt.NDArray[np.float64],
-    scale: float,
-    vlr: int,
-) -> bytearray:
-    new = point_format >= 6
-    size, count = (375 if new else 227), len(pos)
-    low, high = (pos.min(0), pos.max(0)) if count else (np.zeros(3), np.zeros(3))
-    data = bytearray(size)
-    struct.pack_into("<4s", data, 0, b"LASF")
-    struct.pack_into("<BB32s32sHH", data, 24, 1, 4 if new else 2, b"OTHER", b"moeapps", 1, 2026)
-    struct.pack_into("<HII", data, 94, size, size + vlr, 1 if vlr else 0)
-    struct.pack_into("<BHI", data, 104, point_format, length, 0 if new else count)
-    struct.pack_into("<6d", data, 131, scale, scale, scale, *offset)
-    struct.pack_into("<6d", data, 179, high[0], low[0], high[1], low[1], high[2], low[2])
-    if new:
-        struct.pack_into("<H", data, 6, 16)  # the specification asks formats 6 - 10 for WKT, if any reference system
-        struct.pack_into("<Q", data, 247, count)
-    return data

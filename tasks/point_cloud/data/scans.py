@@ -85,7 +85,7 @@ def load_scans(path: Path) -> list[ScanArrays]:
         ValueError: the file is missing, cut short or not ours.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
             arrays = {key: data[key] for key in ("pos", "light", "up", "label", "size", "name", "words")}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(

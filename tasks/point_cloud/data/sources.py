@@ -6,10 +6,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moeapps.data.archives import ArchiveError, fetch_package
+from tasks.point_cloud.data.dataset import ScanDataset
 from tasks.point_cloud.data.domains import Split
 from tasks.point_cloud.data.features import normal_z
 from tasks.point_cloud.data.las import LasCloud, LasError, read_las
@@ -40,6 +42,10 @@ class PointSource(ABC):
     @abstractmethod
     def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
         """Read the scans of one split."""
+
+    def dataset(self, split: Split, cache: Path | None, **view: Any) -> ScanDataset:
+        """Return the items of one split; ``view`` as for `ScanDataset`. A source too large for memory overrides it."""
+        return ScanDataset(self.scans(split, cache), **view)
 
     @abstractmethod
     def describe(self) -> str:

@@ -90,10 +90,11 @@ def pole(frame: Frame, rng: np.random.Generator) -> None:
 
 def sign(frame: Frame, rng: np.random.Generator) -> None:
     """A plate on a thin post."""
-    low = float(rng.uniform(1.8, 2.4))
+    low = float(rng.uniform(0.9, 1.9))  # most beams of a roof sensor stay below two metres
     frame.cylinder("pole", (0, 0, 0), 0.05, low + 0.6, albedo=0.5)
-    size = float(rng.uniform(0.7, 1.1))
-    frame.box("traffic sign", (0.08, 0, low), (0.05, size, size), albedo=0.95, yaw=float(rng.uniform(-0.3, 0.3)))
+    size = float(rng.uniform(0.8, 1.2))
+    # A retroreflector saturates the receiver at almost every angle.
+    frame.box("traffic sign", (0.08, 0, low), (0.05, size, size), albedo=3.0, yaw=float(rng.uniform(-0.3, 0.3)))
 
 
 def person(frame: Frame, rng: np.random.Generator) -> None:
@@ -198,7 +199,7 @@ def _traffic(street: _Street) -> None:
     """Cars and trucks on the lanes, people who cross, and road works; the sensor's own place stays free."""
     rng, lane = street.rng, street.lane
     for side in (-1, 1):
-        spots = [x for x in street.slots(6, -1.5, 1.5) if abs(x) > 7]
+        spots = [x for x in street.slots(10, -1.8, 1.8) if abs(x) > 10]
         for index, x in enumerate(spots):
             frame = street.builder.at(x, side * lane / 2, 0.0 if side < 0 else np.pi)
             (truck if index % 3 == 1 else car)(frame, rng)

@@ -54,7 +54,8 @@ def test_fields_are_read_from_the_bytes_the_specification_names(tmp_path: Path, 
     header = bytearray(375)
     header[:4], header[24], header[25] = b"LASF", 1, 4
     struct.pack_into("<HII", header, 94, 375, 375, 0)
-    struct.pack_into("<BHI", header, 104, point_format, length + 2, 0)  # two bytes of a vendor's own
+    # Two bytes of a vendor's own per record; the 32-bit count is for formats before 6 only.
+    struct.pack_into("<BHI", header, 104, point_format, length + 2, 1 if point_format < 6 else 0)
     struct.pack_into("<6d", header, 131, 0.5, 0.25, 1.0, 10.0, 20.0, -30.0)
     struct.pack_into("<Q", header, 247, 1)
     record = bytearray(length + 2)
@@ -125,7 +126,7 @@ def test_compressed_file_names_the_extra_to_install(tmp_path: Path, monkeypatch:
         ({"rgb": np.zeros((3, 3)), "point_format": 6}, "has no colour"),
         ({"extra": {"expert": np.zeros(2, np.uint8)}}, "use \\[3\\] numbers"),
         ({"extra": {"expert": np.zeros(3, complex)}}, "complex"),
-        ({"extra": {"class": np.zeros(3, np.uint8)}}, "is taken"),
+        ({"extra": {"classification": np.zeros(3, np.uint8)}}, "is taken"),
         ({"pos": np.array([[np.nan, 0, 0]])}, "NaN"),
         ({"pos": np.array([[0, 0, 0], [0, 0, 1e9]])}, "larger scale"),
     ],

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tasks.point_cloud.head import LanguageHead
-from tasks.point_cloud.text import ClipFileText, RandomText, TaxonomyText, TextVectors, taxonomy, write_text_file
+from tasks.point_cloud.labels import LABEL_SETS
+from tasks.point_cloud.text import (
+    ClipFileText,
+    RandomText,
+    TaxonomyText,
+    TextVectors,
+    normalise_name,
+    taxonomy,
+    write_text_file,
+)
 
 S3DIS = [
     "ceiling",
@@ -96,6 +105,19 @@ def test_providers_give_unit_rows_that_depend_on_the_name_alone(text) -> None:
     torch.testing.assert_close(together.norm(dim=1), torch.ones(len(names)))
     torch.testing.assert_close(text.encode(["Shower-Curtain"]), text.encode(["shower curtain"]), rtol=0, atol=0)
     torch.testing.assert_close(text.encode(names[::-1]), together.flip(0), rtol=0, atol=0)
+
+
+def test_taxonomy_covers_every_label_set() -> None:
+    missing = {name for names in LABEL_SETS.values() for name in names if normalise_name(name) not in taxonomy()}
+
+    assert not missing
+
+
+def test_names_of_one_label_set_can_be_told_apart() -> None:
+    for domain, names in LABEL_SETS.items():
+        vectors = TaxonomyText().encode(names)
+        gram = vectors @ vectors.T - torch.eye(len(names))
+        assert gram.max() < 0.9, domain
 
 
 def test_taxonomy_cosine_is_the_normalised_depth_of_the_shared_category() -> None:

@@ -105,7 +105,7 @@ def test_metrics_agree_with_scikit_learn() -> None:
     result = metrics.compute()
     assert result["miou"].item() == pytest.approx(sklearn.jaccard_score(raw_target, raw_pred, average="macro"))
     assert result["macc"].item() == pytest.approx(sklearn.balanced_accuracy_score(raw_target, raw_pred))
-    assert result["voxel_allacc"].item() == pytest.approx(sklearn.accuracy_score(target, pred))
+    assert result["allacc"].item() == pytest.approx(sklearn.accuracy_score(raw_target, raw_pred))
     assert result["voxel_miou"].item() == pytest.approx(sklearn.jaccard_score(target, pred, average="macro"))
 
 

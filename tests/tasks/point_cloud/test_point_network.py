@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch
 
+from moeapps.moe import MoERecorder, presets
 from tasks.point_cloud.attention import PatchAttention
 from tasks.point_cloud.geometry import finest_level
 from tasks.point_cloud.head import LanguageHead
@@ -36,16 +37,72 @@ def linear(dim: int) -> nn.Module:
     [("linear", 46_166_272), ("small", 58_726_464), ("large", 99_809_088)],
 )
 def test_paper_sizes_have_the_published_parameter_counts(moe, parameters, naive_moe) -> None:
-    factory = {
-        "linear": linear,
-        "small": partial(naive_moe, num_experts=4, expansion=1.0),
-        "large": partial(naive_moe, num_experts=8, expansion=2.0),
-    }[moe]
+    factories = {
+        "linear": presets.linear(),
+        "small": presets.point_moe(num_experts=4, top_k=2, expansion=1.0),
+        "large": presets.point_moe(num_experts=8, top_k=2, expansion=2.0),
+    }
 
     with torch.device("meta"):
-        net = point_moe_paper(factory)
+        net = point_moe_paper(factories[moe])
 
     assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_preset_equals_the_equation_of_the_card_inside_the_network(make_batch, naive_moe) -> None:
+    batch = double(make_batch([40, 25]))
+    by_card, by_core = tiny(naive_moe).eval(), tiny(presets.point_moe()).eval()
+    state = by_card.state_dict()
+    for name in [name for name in state if name.endswith("proj.gate")]:
+        stem = name.removesuffix("gate")
+        state[stem + "experts.w_in"] = torch.cat([state.pop(name), state.pop(stem + "up")], dim=2)
+        state[stem + "experts.w_out"] = state.pop(stem + "down")
+        state[stem + "router.score.weight"] = state.pop(stem + "router.weight")
+    by_core.load_state_dict(state)
+
+    torch.testing.assert_close(by_core(batch), by_card(batch))
+
+
+@pytest.mark.parametrize("placement", ["projection", "mlp"])
+def test_mixtures_learn_where_they_are_placed_and_know_their_domain(placement, make_scan) -> None:
+    batch = double(Batch.from_data_list([make_scan(30, seed=i, domain=3 - i) for i in range(3)]))
+    net = tiny(presets.point_moe(), placement=placement, drop_path=0.0)
+
+    with MoERecorder(net) as recorder:
+        net(batch).square().sum().backward()
+
+    place = {"projection": "attn.proj", "mlp": "mlp"}[placement]
+    assert [record.name for record in recorder.records] == [
+        f"{stage}.blocks.0.{place}" for stage in ("encoder.0", "encoder.1", "decoder.0")
+    ]
+    for record in recorder.records:
+        assert record.group is not None
+        assert record.group.unique().tolist() == [1, 2, 3]
+        assert len(record.group) == record.routing.num_rows
+        assert record.layer.router.score.weight.grad.abs().sum() > 0
+
+
+def test_table_router_sends_each_domain_to_its_experts(make_scan) -> None:
+    batch = double(Batch.from_data_list([make_scan(30, seed=i, domain=i) for i in range(3)]))
+    net = tiny(presets.point_moe(router=presets.table_router(num_experts=4))).eval()
+
+    with MoERecorder(net) as recorder:
+        net(batch)
+
+    for record in recorder.records:
+        assert torch.equal(record.routing.expert_M, record.group)
+
+
+def test_bf16_autocast_stays_close_and_reaches_every_parameter(make_batch) -> None:
+    batch, net = make_batch([60, 30]), tiny(presets.linear(), drop_path=0.0).float()
+    exact = net.eval()(batch)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(batch)
+    y.float().square().sum().backward()
+
+    torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.15)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
 
 
 def test_attention_in_one_run_equals_softmax_attention_over_the_scan(make_batch) -> None:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moeapps data list | prepare NAME``: data out of published packages, with licence, size and source.
+
+Each task lists its packages in ``tasks/<task>/packages.py`` as a tuple ``PACKAGES``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeapps.data.archives import Package
+
+
+def package_modules() -> list[str]:
+    """Return the dotted names of all ``tasks.<task>.packages``, found without importing the tasks' heavy parts."""
+    try:
+        tasks = import_module("tasks")
+    except ModuleNotFoundError:
+        return []
+    names = [f"tasks.{module.name}.packages" for module in iter_modules(tasks.__path__) if module.ispkg]
+    return [name for name in names if find_spec(name) is not None]
+
+
+def main(args: list[str]) -> int:
+    """List or prepare packages."""
+    parser = argparse.ArgumentParser(prog="moeapps data", description="Data out of published packages.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="show licence, size, source and whether it is in the cache")
+    prepare = commands.add_parser("prepare", help="fetch a package into the cache, checked by its sha256")
+    prepare.add_argument("name", help="name as shown by `moeapps data list`")
+    prepare.add_argument("--archive", type=Path, help="a copy of the archive on this machine, in place of the download")
+    try:
+        options = parser.parse_args(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+
+    from moeapps.data.archives import collect_packages
+
+    packages = collect_packages(package_modules())
+    if options.command == "list":
+        return _list(packages)
+    return _prepare(packages, options.name, options.archive)
+
+
+def _list(packages: list[Package]) -> int:
+    from moeapps.data.archives import is_fetched
+
+    if not packages:
+        print("no task lists a package here; base configs generate their data")
+    for package in packages:
+        state = "in the cache" if is_fetched(package) else "not fetched"
+        print(f"{package.name} {package.version}  ({package.kind}, {package.size / 1e6:.1f} MB, {state})")
+        for label, text in (
+            ("what", package.description),
+            ("licence", package.licence),
+            ("source", package.source),
+            ("used by", ", ".join(package.used_by)),
+        ):
+            if text:
+                print(f"    {label + ':':<9}{text}")
+    return 0
+
+
+def _prepare(packages: list[Package], name: str, archive: Path | None) -> int:
+    from moeapps.data.archives import ArchiveError, fetch_package
+
+    chosen = [package for package in packages if package.name == name]
+    if not chosen:
+        known = [package.name for package in packages]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        print(f"error: unknown package {name!r}; {hint}known: {', '.join(known) or 'none'}", file=sys.stderr)
+        return 2
+    for package in chosen:
+        print(f"{package.name} {package.version}: {package.licence}")
+        try:
+            folder = fetch_package(package, archive=archive)
+        except ArchiveError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(f"ready: {folder}")
+    return 0

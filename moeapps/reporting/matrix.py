@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seen/unseen matrix as rich tables and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from moeapps.evaluation.statistics import Interval
+from moeapps.evaluation.xeval import Matrix
+
+Cells = tuple[list[str], list[list[str]]]
+
+
+def matrix_cells(matrix: Matrix) -> Cells:
+    """Return head and rows of the matrix as text: one row per run."""
+    head = ["run", "seed", *(f"{c} ({matrix.roles[c]})" if c in matrix.roles else c for c in matrix.columns)]
+    rows = [
+        [f"{row.variant} {row.run.name}", "" if row.seed is None else str(row.seed)]
+        + [_number(row.cells.get(column)) for column in matrix.columns]
+        for row in matrix.rows
+    ]
+    return head, rows
+
+
+def variant_cells(matrix: Matrix) -> Cells:
+    """Return the means over the runs of a variant with their 95 percent t intervals; variants of two or more runs."""
+    rows = [
+        [variant, *(_interval(cells.get(column)) for column in matrix.columns)]
+        for variant, cells in matrix.variants.items()
+    ]
+    return ["variant", *matrix.columns], rows
+
+
+def unit_cells(matrix: Matrix) -> Cells:
+    """Return the means over test units with their 95 percent intervals; no rows where no run stores units."""
+    domains = [name for name in matrix.roles if any(name in row.intervals for row in matrix.rows)]
+    rows = [
+        [f"{row.variant} {row.run.name}", *(_interval(row.intervals.get(name)) for name in domains)]
+        for row in matrix.rows
+        if row.intervals
+    ]
+    return ["run", *domains], rows
+
+
+def difference_cells(matrix: Matrix) -> Cells:
+    """Return the paired differences to the baseline."""
+    words = {True: "better", False: "worse", None: "open"}
+    rows = [
+        [d.variant, d.column, _interval(d.interval, signed=True), f"{d.interval.n} {d.over}", words[d.better]]
+        for d in matrix.differences
+    ]
+    return ["variant", "column", "difference [95 %]", "pairs", "verdict"], rows
+
+
+def rich_tables(matrix: Matrix, width: int = 80) -> list[Table]:
+    """Return the tables to print; a table wider than ``width`` characters is turned on its side.
+
+    Args:
+        matrix: what to show.
+        width: characters of a line.
+    """
+    tables = []
+    for title, (head, rows) in zip(_titles(matrix), _all_cells(matrix), strict=True):
+        if rows:
+            lines = [head, *rows]
+            if _width(lines) > width and len(rows) < len(head):
+                lines = [list(line) for line in zip(*lines, strict=True)]
+            table = Table(title=title)
+            for i, name in enumerate(lines[0]):
+                table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+            for row in lines[1:]:
+                table.add_row(*row)
+            tables.append(table)
+    return tables
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    return 1 + sum(3 + max(len(cell) for cell in column) for column in zip(*lines, strict=True))
+
+
+def markdown(matrix: Matrix) -> str:
+    """Return the whole comparison as Markdown."""
+    parts: list[str] = []
+    for title, (head, rows) in zip(_titles(matrix), _all_cells(matrix), strict=True):
+        if rows:
+            parts.append(f"{'##' if parts else '#'} {title}\n\n{_markdown_table(head, rows)}")
+    notes = "`gap`: how much worse unseen domains are than seen ones. `worst unseen`: the worst unseen domain."
+    return "\n\n".join([*parts, notes]) + "\n"
+
+
+def _all_cells(matrix: Matrix) -> list[Cells]:
+    return [matrix_cells(matrix), variant_cells(matrix), unit_cells(matrix), difference_cells(matrix)]
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _titles(matrix: Matrix) -> list[str]:
+    better = "larger is better" if matrix.direction == "max" else "smaller is better"
+    return [
+        f"{matrix.metric} ({better})",
+        "means over seeds [95 %]",
+        "means over test units [95 %]",
+        f"difference to {_baseline(matrix)}",
+    ]
+
+
+def _baseline(matrix: Matrix) -> str:
+    return matrix.differences[0].baseline if matrix.differences else "the baseline"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _interval(interval: Interval | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.mean:{'+' if signed else ''}.4f} [{interval.low:.4f}, {interval.high:.4f}]"

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who goes where: load, entropy and specialisation of every MoE layer, from counts alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information, token_entropy
+from moeapps.moe.record import Record
+from moeapps.moe.routing import Routing
+from moeapps.training.run import run_dir, write_json
+from moeapps.training.task import BaseTask
+
+log = logging.getLogger("moeapps")
+
+
+@dataclass
+class _Layer:
+    """Sums of one layer in float64: work per domain and expert [S, E], entropy times rows, rows."""
+
+    table_SE: Tensor
+    entropy: Tensor
+    rows: Tensor
+
+
+def expert_work(record: Record) -> Tensor:
+    """Return what each expert got in one call, float64 [E]: assignments, or summed weights where every expert runs."""
+    if isinstance(record.routing, Routing):
+        return record.routing.counts().double()
+    weight_NE = record.routing.assignment().detach().double()
+    return (weight_NE if record.token_mask is None else weight_NE[record.token_mask]).sum(0)
+
+
+def routing_entropy(record: Record) -> tuple[float | Tensor, int]:
+    """Return the mean entropy of the router's probabilities in nats and the number of rows; (0, 0) without any."""
+    probs = record.routing.probs_NE
+    if probs is None:
+        return 0.0, 0
+    probs_NE = probs.detach()
+    if record.token_mask is not None:
+        probs_NE = probs_NE[..., record.token_mask, :]
+    probs_NE = probs_NE.flatten(0, -2)
+    return token_entropy(probs_NE), len(probs_NE)
+
+
+class RoutingMonitor(L.Callback):
+    """Watch the routing of every MoE layer.
+
+    At every evaluation it logs ``moe/<layer>/load_cv``, ``/entropy`` (nats), ``/dead`` (fraction of experts below
+    1 percent of the mean load) and ``/mi_domain`` (mutual information of expert and domain over the entropy of the
+    domains), writes metrics/routing_<stage>.json and figures/routing_<stage>.png (expert by domain), and warns once
+    when an expert collapses. While training it logs ``moe/<layer>/train_load_cv`` of the steps since the last log.
+
+    Args:
+        figures: write the heat maps, and show them in TensorBoard where that is on.
+        min_mean_load: work per expert and evaluation below which nothing is said about collapse.
+    """
+
+    def __init__(self, figures: bool = True, min_mean_load: float = 20.0) -> None:
+        self.figures = figures
+        self.min_mean_load = min_mean_load
+        self._layers: dict[str, _Layer] = {}
+        self._train: dict[str, Tensor] = {}
+        self._domains: list[str] = []
+        self._warned = False
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the counts of the step; log at the trainer's logging steps."""
+        for record in cast(BaseTask, pl_module).last_records:
+            work_E = expert_work(record)
+            earlier_E = self._train.get(record.name)
+            self._train[record.name] = work_E if earlier_E is None else earlier_E + work_E
+        if self._train and (trainer.fit_loop.epoch_loop.batch_idx + 1) % cast(Any, trainer).log_every_n_steps == 0:
+            for name, work_E in self._train.items():
+                pl_module.log(f"moe/{name}/train_load_cv", load_cv(work_E).float(), batch_size=1, sync_dist=True)
+            self._train = {}
+
+    # Evaluation ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start counting anew."""
+        self._start(cast(BaseTask, pl_module), "val")
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start counting anew."""
+        self._start(cast(BaseTask, pl_module), "test")
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add the counts of the batch to its domain."""
+        self._add(cast(BaseTask, pl_module))
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Add the counts of the batch to its domain."""
+        self._add(cast(BaseTask, pl_module))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log, write and warn (not after the sanity check)."""
+        if not trainer.sanity_checking:
+            self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log, write and warn."""
+        self._finish(trainer, pl_module, "test")
+
+    def _start(self, task: BaseTask, stage: str) -> None:
+        self._domains = task.data.eval_domains(stage)
+        self._layers = {}
+
+    def _add(self, task: BaseTask) -> None:
+        for record in task.last_records:
+            work_E = expert_work(record)
+            if record.name not in self._layers:
+                table_SE = work_E.new_zeros(len(self._domains), len(work_E))
+                self._layers[record.name] = _Layer(table_SE, work_E.new_zeros(()), work_E.new_zeros(()))
+            layer = self._layers[record.name]
+            layer.table_SE[self._domains.index(str(task.last_domain))] += work_E
+            entropy, rows = routing_entropy(record)
+            layer.entropy += entropy * rows
+            layer.rows += rows
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = run_dir(trainer)
+        if not self._layers:
+            return
+        result: dict[str, dict[str, Any]] = {}
+        for name, layer in self._layers.items():
+            if trainer.world_size > 1:
+                for value in (layer.table_SE, layer.entropy, layer.rows):
+                    torch.distributed.all_reduce(value)
+            result[name] = layer_report(layer.table_SE, layer.entropy / layer.rows.clamp_min(1.0))
+            for key in ("load_cv", "entropy", "dead", "mi_domain"):
+                prefix = "moe" if stage == "val" else "moe_test"
+                pl_module.log(f"{prefix}/{name}/{key}", result[name][key], batch_size=1, sync_dist=True)
+        if trainer.is_global_zero:
+            self._warn(result)
+            if folder is not None:
+                write_json(folder / "metrics" / f"routing_{stage}.json", {"domains": self._domains, "layers": result})
+                last = stage == "test" or trainer.state.fn != "fit" or trainer.current_epoch + 1 == trainer.max_epochs
+                if self.figures and last:
+                    self._draw(trainer, result, stage)
+
+    def _warn(self, result: dict[str, dict[str, Any]]) -> None:
+        """Say once that experts have collapsed: below 1 percent of the mean load."""
+        found = []
+        for name, report in result.items():
+            work_E = torch.tensor(report["work"], dtype=torch.float64).sum(0)
+            if float(work_E.mean()) >= self.min_mean_load:
+                found += [(name, e, float(x)) for e, x in enumerate(load(work_E)) if float(x) < 0.01]
+        if found and not self._warned:
+            name, expert, share = found[0]
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            log.warning(
+                "expert %d of %s%s got %.2g of the mean load in an evaluation: it has collapsed; balance the router "
+                "(aux_losses, BiasBalancing) or use fewer experts", expert, name, more, share,
+            )  # fmt: skip
+            self._warned = True
+
+    def _draw(self, trainer: L.Trainer, result: dict[str, dict[str, Any]], stage: str) -> None:
+        from moeapps.reporting.routing import routing_figure
+
+        folder = run_dir(trainer)
+        if folder is None:
+            return
+        figure = routing_figure({name: report["work"] for name, report in result.items()}, self._domains)
+        path = folder / "figures" / f"routing_{stage}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
+                logger.experiment.add_figure(f"routing/{stage}", figure, trainer.global_step, close=False)
+
+
+def layer_report(table_SE: Tensor, entropy: Tensor) -> dict[str, Any]:
+    """Return the numbers of one layer as plain values.
+
+    Args:
+        table_SE: float64 [S, E], work of each expert for each domain.
+        entropy: mean entropy of the router's probabilities in nats.
+    """
+    work_E = table_SE.sum(0)
+    return {
+        "num_experts": len(work_E),
+        "load_cv": float(load_cv(work_E)),
+        "entropy": float(entropy),
+        "dead": float(dead_fraction(work_E)),
+        "mi_domain": float(mutual_information(table_SE, torch.arange(len(table_SE), device=table_SE.device))),
+        "work": table_SE.tolist(),
+    }

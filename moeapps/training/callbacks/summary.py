@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model summary that knows experts: total and ACTIVE parameters, FLOPs per token."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from moeapps.training.cost import Cost, measure_cost
+from moeapps.training.task import BaseTask
+
+
+class MoESummary(L.Callback):
+    """Print parts, MoE layers, total and active parameters and FLOPs per token before training or testing.
+
+    Args:
+        depth: levels of sub-modules in the table, >= 1.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        if depth < 1:
+            raise ValueError(f"depth={depth} shows nothing; use 1 or more, or trainer.enable_model_summary false")
+        self.depth = depth
+        self.cost: Cost | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure and print."""
+        self._measure(trainer, cast(BaseTask, pl_module), show=True)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure for the results file, if that has not happened."""
+        self._measure(trainer, cast(BaseTask, pl_module), show=False)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure for the results file, if that has not happened."""
+        self._measure(trainer, cast(BaseTask, pl_module), show=False)
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return parameters, active parameters and FLOPs per token for the results file."""
+        if self.cost is None:
+            return {}
+        return {
+            "params_total": self.cost.total,
+            "params_active": self.cost.active,
+            "flops_per_token": self.cost.flops_per_token,
+        }
+
+    def _measure(self, trainer: L.Trainer, task: BaseTask, *, show: bool) -> None:
+        if self.cost is None and trainer.is_global_zero:
+            self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
+            if show:
+                Console().print(summary_table(task, self.cost, self.depth))
+
+
+def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
+    """Return a rich table of the sub-modules with parameters, and the totals below."""
+    table = Table(title="model")
+    table.add_column("part")
+    table.add_column("type")
+    table.add_column("parameters", justify="right")
+    for name, module in task.named_modules():
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if name and name.count(".") < depth and size:
+            table.add_row("  " * name.count(".") + name, type(module).__name__, f"{size:,}")
+    table.add_section()
+    for text, value in (("total", cost.total), ("trainable", cost.trainable), ("active per token", cost.active)):
+        table.add_row(text, "", f"{value:,}")
+    table.add_row("FLOPs per token (forward)", "", f"{cost.flops_per_token:,.0f}")
+    if cost.layers:
+        first = cost.layers[0]
+        same = all(
+            (layer.num_experts, round(layer.mean_k, 2)) == (first.num_experts, round(first.mean_k, 2))
+            for layer in cost.layers
+        )
+        kind = f"{first.mean_k:.3g} of {first.num_experts} experts" if same else "several kinds"
+        table.add_row("MoE layers", kind, str(len(cost.layers)))
+    return table

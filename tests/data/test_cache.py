@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moeapps.data.cache import build_once, cache_dir, config_hash, file_lock
+
+
+def test_folder_comes_from_argument_then_environment_then_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEAPPS_CACHE", str(tmp_path / "env"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    assert cache_dir("a", "b", root=tmp_path / "given") == tmp_path / "given" / "a" / "b"
+    assert cache_dir("a") == tmp_path / "env" / "a"
+    monkeypatch.delenv("MOEAPPS_CACHE")
+    assert cache_dir() == tmp_path / "home" / ".cache" / "moeapps"
+    assert cache_dir().is_dir()
+
+
+def test_folder_that_cannot_be_made_names_the_variable_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="MOEAPPS_CACHE"):
+        cache_dir("x", root=tmp_path / "file")
+
+
+@dataclass(frozen=True)
+class _Config:
+    size: int
+    name: str = "a"
+
+
+def test_hash_depends_on_content_only() -> None:
+    assert config_hash({"a": 1, "b": [2.5, None]}) == config_hash({"b": [2.5, None], "a": 1})
+    assert config_hash(_Config(3)) == config_hash({"name": "a", "size": 3})
+    assert config_hash(_Config(3)) != config_hash(_Config(4))
+    assert config_hash({"a": 1, "b": 2}) == "43258cff783f"  # the same on every machine
+    assert config_hash(Path("x")) == config_hash("x")
+
+
+def test_what_json_cannot_say_is_refused() -> None:
+    with pytest.raises(TypeError, match="object in a configuration"):
+        config_hash({"a": object()})
+
+
+def test_file_is_built_once(tmp_path: Path) -> None:
+    calls = []
+
+    def write(path: Path) -> None:
+        calls.append(path)
+        path.write_text("data")
+
+    for _ in range(3):
+        assert build_once(tmp_path / "sub" / "x.npz", write).read_text() == "data"
+    assert len(calls) == 1
+    assert calls[0] != tmp_path / "sub" / "x.npz"
+    assert calls[0].suffix == ".npz"
+
+
+@pytest.mark.parametrize("crash", [RuntimeError, KeyboardInterrupt])
+def test_crash_leaves_no_partial_file_and_the_next_try_succeeds(tmp_path: Path, crash: type[BaseException]) -> None:
+    def half(path: Path) -> None:
+        path.write_text("ha")
+        raise crash
+
+    with pytest.raises(crash):
+        build_once(tmp_path / "x", half)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+    assert build_once(tmp_path / "x", lambda path: path.write_text("whole") and None).read_text() == "whole"
+
+
+def test_writer_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="without writing"):
+        build_once(tmp_path / "x", lambda path: None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_others_wait_and_find_the_file(tmp_path: Path) -> None:
+    calls, read = [], []
+
+    def slow(path: Path) -> None:
+        calls.append(1)
+        path.write_text("ha")
+        time.sleep(0.05)
+        path.write_text("whole")
+
+    threads = [
+        threading.Thread(target=lambda: read.append(build_once(tmp_path / "x", slow).read_text())) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert (len(calls), read) == (1, ["whole"] * 4)
+
+
+def test_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), file_lock(tmp_path / "l"):
+        raise KeyError
+    with file_lock(tmp_path / "l"):
+        pass

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seen/unseen matrix against arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeapps.cli import main
+from moeapps.evaluation.results import read_results
+from moeapps.evaluation.statistics import paired_t_interval
+from moeapps.evaluation.xeval import build_matrix, cells
+from moeapps.reporting.matrix import markdown, rich_tables
+
+ROLES = {"a": "seen", "b": "seen", "v": "validation", "u": "unseen", "w": "unseen"}
+
+
+def write_run(
+    folder: Path,
+    values: list[float | None],
+    *,
+    variant: str = "moe",
+    seed: int = 0,
+    units: dict[str, Any] | None = None,
+    direction: str = "max",
+) -> Path:
+    rows = [
+        {"domain": d, "role": r, "metric": m, "value": x if m == "acc" else 1.0, "n": 4, "direction": direction}
+        for (d, r), x in zip(ROLES.items(), values, strict=True)
+        for m in ("loss", "acc")
+    ]
+    header = {"system": "toy", "name": variant, "seed": seed, "main_metric": "acc"}
+    (folder / "metrics").mkdir(parents=True)
+    text = json.dumps({"header": header, "rows": rows, "units": units or {}})
+    (folder / "metrics" / "test.json").write_text(text)
+    return folder
+
+
+def test_columns_are_domains_means_worst_and_gap(tmp_path: Path) -> None:
+    run = read_results(write_run(tmp_path / "r", [0.9, 0.7, 0.6, 0.5, 0.3]))
+
+    found = cells(run, "acc")
+    assert found["mean seen"] == pytest.approx(0.8)
+    assert found["mean unseen"] == pytest.approx(0.4)
+    assert found["worst unseen"] == 0.3
+    assert found["gap"] == pytest.approx(0.4)
+
+
+def test_where_smaller_is_better_worst_and_gap_turn_round(tmp_path: Path) -> None:
+    run = read_results(write_run(tmp_path / "r", [0.1, 0.3, 0.4, 0.5, 0.7], direction="min"))
+
+    found = cells(run, "acc")
+    assert found["worst unseen"] == 0.7
+    assert found["gap"] == pytest.approx(0.4)
+
+
+def test_a_missing_number_is_left_out(tmp_path: Path) -> None:
+    run = read_results(write_run(tmp_path / "r", [0.9, None, 0.6, 0.5, 0.3]))
+
+    assert cells(run, "acc")["mean seen"] == 0.9
+
+
+def test_differences_over_seeds_are_paired_t(tmp_path: Path) -> None:
+    ours = [write_run(tmp_path / f"m{s}", [0.9 + s / 100, 0.8, 0.6, 0.5, 0.4], seed=s) for s in range(3)]
+    base = [write_run(tmp_path / f"d{s}", [0.8, 0.8, 0.6, 0.5, 0.4], variant="dense", seed=s) for s in (2, 1, 0)]
+
+    matrix = build_matrix([read_results(p) for p in ours], [read_results(p) for p in base])
+
+    found = {d.column: d for d in matrix.differences}
+    expected = paired_t_interval([0.9, 0.91, 0.92], [0.8, 0.8, 0.8])
+    assert found["a"].interval.mean == pytest.approx(expected.mean)
+    assert found["a"].interval.low == pytest.approx(expected.low)
+    assert (found["a"].over, found["a"].better) == ("seeds", True)
+    assert found["gap"].better is False  # seen got better, unseen did not
+    assert found["u"].better is None
+    assert matrix.variants["toy/moe"]["a"].mean == pytest.approx(0.91)
+
+
+def test_differences_of_one_pair_of_runs_are_over_test_units(tmp_path: Path) -> None:
+    left = {"u": {"acc": [1.0, 1.0, 1.0, 0.0]}, "a": {"acc": [1.0, 0.0]}}
+    right = {"u": {"acc": [0.0, 0.0, 0.0, 0.0]}, "a": {"acc": [1.0, 0.0, 1.0]}}
+    one = read_results(write_run(tmp_path / "m", [0.9, 0.8, 0.6, 0.5, 0.4], units=left))
+    other = read_results(write_run(tmp_path / "d", [0.9, 0.8, 0.6, 0.5, 0.4], variant="dense", units=right))
+
+    matrix = build_matrix([one], [other])
+
+    assert [d.column for d in matrix.differences] == ["u"]  # "a" has other units, so nothing can be paired
+    difference = matrix.differences[0]
+    assert difference.interval.mean == 0.75
+    assert difference.over == "units"
+    assert matrix.rows[0].intervals["u"].mean == 0.75
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_tables_fit_and_markdown_says_the_same(tmp_path: Path, width: int) -> None:
+    run = read_results(write_run(tmp_path / "r", [0.9, 0.7, 0.6, 0.5, 0.3]))
+    matrix = build_matrix([run])
+
+    assert rich_tables(matrix, width)[0].row_count == (1 if width == 200 else 11)
+    text = markdown(matrix)
+    assert all(part in text for part in ("u (unseen)", "worst unseen", "0.4000", "larger is better"))
+
+
+def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "m", [0.9, 0.7, 0.6, 0.5, 0.3])
+    other = write_run(tmp_path / "d", [0.8, 0.7, 0.6, 0.5, None], variant="dense")
+
+    assert main(["xeval", str(one), "--baseline", str(other), "--out", str(tmp_path / "out")]) == 0
+
+    assert "toy/moe" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "xeval.json").read_text())
+    assert written["metric"] == "acc"
+    assert [row["variant"] for row in written["rows"]] == ["toy/moe", "toy/dense"]
+    assert written["rows"][1]["cells"]["w"] is None
+    assert (tmp_path / "out" / "xeval.md").read_text().startswith("# acc")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda p: ["xeval", str(p / "nothing")], "moeapps test --run"),
+        (lambda p: ["xeval", str(write_run(p / "r", [1, 1, 1, 1, 1])), "--metric", "f1"], "has no metric 'f1'"),
+        (lambda p: ["xeval", str(write_run(p / "r", [1, 1, 1, 1, 1])), "--baseline",
+                    str(write_run(p / "x", [1, 1, 1, 1, 1], variant="x")),
+                    str(write_run(p / "y", [1, 1, 1, 1, 1], variant="y"))], "mixes the variants"),
+    ],
+)  # fmt: skip
+def test_wrong_runs_are_told(make: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(make(tmp_path)) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_damaged_results_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "test.json").write_text('{"rows": [{}]}')
+
+    with pytest.raises(ValueError, match="run the test again"):
+        read_results(tmp_path)

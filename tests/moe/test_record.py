@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the recorder: references only, once per call, nothing when off, the same under checkpointing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moeapps.moe import (
+    Jitter,
+    LinearScore,
+    MLPExperts,
+    MoELayer,
+    MoERecorder,
+    Router,
+    Routing,
+    SwitchBalance,
+    TopK,
+)
+
+D, E = 6, 4
+
+
+def moe() -> MoELayer:
+    return MoELayer(Router(LinearScore(D, E), TopK(2), noise=Jitter(0.05)), MLPExperts(E, D, 8))
+
+
+class Net(nn.Module):
+    """Two blocks, each optionally run under activation checkpointing."""
+
+    def __init__(self, mode: str = "plain") -> None:
+        super().__init__()
+        self.first, self.second = moe(), moe()
+        self.drop = nn.Dropout(0.2)
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            if self.mode == "plain":
+                x = x + self.drop(layer(x))
+            else:
+                block = lambda x, layer=layer: x + self.drop(layer(x))  # noqa: E731
+                x = checkpoint(block, x, use_reentrant=self.mode == "reentrant")
+        return x
+
+
+def twin(mode: str) -> Net:
+    torch.manual_seed(0)
+    return Net(mode)
+
+
+@contextlib.contextmanager
+def counting_saved() -> Iterator[list[int]]:
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
+
+
+def test_one_record_per_call_in_order_with_names() -> None:
+    net, x = Net(), torch.randn(5, D)
+    with MoERecorder(net) as recorder:
+        net(x)
+        net(x)
+    assert [r.name for r in recorder.records] == ["first", "second"] * 2
+    assert recorder.records[1].layer is net.second
+    recorder.clear()
+    assert recorder.records == []
+
+
+def test_names_without_a_module_and_for_strangers() -> None:
+    a, b, x = moe(), moe(), torch.randn(5, D)
+    with MoERecorder() as recorder:
+        a(x), b(x), a(x)
+    assert [r.name for r in recorder.records] == ["MoELayer", "MoELayer_1", "MoELayer"]
+    with MoERecorder(nn.ModuleDict({"mine": a})) as recorder:
+        a(x), b(x)
+    assert [r.name for r in recorder.records] == ["mine", "MoELayer"]
+
+
+def test_a_record_refers_to_what_the_layer_had() -> None:
+    layer, x = moe(), torch.randn(3, D, requires_grad=True)
+    mask, group = torch.tensor([True, False, True]), torch.tensor([0, 1, 1])
+    with MoERecorder(layer) as recorder:
+        routing = layer.route(x, token_mask=mask, group=group)
+    record = recorder.records[0]
+    assert record.routing is routing
+    assert isinstance(record.routing, Routing)
+    assert record.routing.features_ND.data_ptr() == x.data_ptr()
+    assert record.routing.features_ND.requires_grad
+    assert torch.equal(record.token_mask, mask)
+    assert torch.equal(record.group, group)
+
+
+def test_applying_a_routing_again_is_not_routing_again() -> None:
+    layer, x = moe(), torch.randn(3, D)
+    with MoERecorder() as recorder:
+        routing = layer.route(x)
+        for _ in range(4):
+            x = layer(x, routing=routing)
+    assert len(recorder.records) == 1
+
+
+def test_recording_saves_no_tensor_and_changes_no_number() -> None:
+    net, x = Net().eval(), torch.randn(5, D)
+    with counting_saved() as off:
+        y = net(x)
+    with counting_saved() as on, MoERecorder(net) as recorder:
+        z = net(x)
+    assert torch.equal(y, z)
+    assert off == on
+    assert len(recorder.records) == 2
+
+
+def test_nothing_is_recorded_when_off_even_after_an_error() -> None:
+    net, x = Net(), torch.randn(5, D)
+    with contextlib.suppress(KeyError), MoERecorder(net) as recorder:
+        raise KeyError
+    net(x)
+    assert recorder.records == []
+
+
+def test_the_innermost_recorder_receives_and_one_may_be_opened_twice() -> None:
+    layer, x = moe(), torch.randn(5, D)
+    with MoERecorder() as outer:
+        layer(x)
+        with MoERecorder() as inner:
+            layer(x)
+        with outer:
+            layer(x)
+        layer(x)
+    assert (len(outer.records), len(inner.records)) == (3, 1)
+
+
+def test_a_recorder_belongs_to_its_thread() -> None:
+    layer, x = moe(), torch.randn(5, D)
+    with MoERecorder() as recorder:
+        thread = threading.Thread(target=lambda: layer(x))
+        thread.start()
+        thread.join()
+    assert recorder.records == []
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward_inside", "backward_after"])
+def test_checkpointing_changes_neither_counts_nor_gradients(inside: bool) -> None:
+    results = []
+    for mode in ("plain", "checkpointed"):
+        net = twin(mode)
+        torch.manual_seed(1)
+        x = torch.randn(40, D, requires_grad=True)
+        with MoERecorder(net) as recorder:
+            y = net(x)
+            loss = y.square().mean() + 0.1 * SwitchBalance(weight=1.0)(recorder.records)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        assert [r.name for r in recorder.records] == ["first", "second"]
+        counts = [r.routing.counts() for r in recorder.records]
+        results.append([*counts, loss.detach(), x.grad, *(p.grad for p in net.parameters())])
+    assert any(g.any() for g in results[0][-2:])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+def test_a_balance_loss_on_records_reaches_the_router_under_checkpointing() -> None:
+    net = twin("checkpointed")
+    with MoERecorder(net) as recorder:
+        net(torch.randn(40, D))
+    SwitchBalance(weight=1.0)(recorder.records).backward()
+    assert net.second.router.score.weight.grad.any()
+
+
+def test_reentrant_checkpointing_is_refused_with_the_way_out() -> None:
+    net, x = Net("reentrant"), torch.randn(5, D, requires_grad=True)
+    with MoERecorder(net), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        net(x)
+    net(x).sum().backward()  # nobody records: nothing to refuse
+
+
+def test_a_pass_without_gradients_is_recorded_by_a_recorder_of_its_own() -> None:
+    net, x = Net(), torch.randn(5, D)
+    with torch.no_grad(), MoERecorder(net) as recorder:
+        net(x)
+    assert len(recorder.records) == 2
+    with MoERecorder(net) as outer:
+        net(x)
+        with torch.no_grad(), MoERecorder() as teacher:
+            net(x)
+    assert (len(outer.records), len(teacher.records)) == (2, 2)
+    with torch.inference_mode(), MoERecorder(net) as recorder:
+        net(x)
+    assert len(recorder.records) == 2

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file under configs/ parses; every base config and baseline runs; paper sizes have the published counts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from moeapps.cli import main
+from moeapps.commands.run import Cli, import_tasks, quiet
+from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name, tiny
+from tests.update_golden import GOLDEN, first_losses
+
+# The figures of a system cost more than its two steps; once per base config is enough.
+QUICK = ["--trainer.callbacks", "null"]
+
+
+def parsed(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["fit", *words, "--print_config"]) == 0, capsys.readouterr().err
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", [*BASES, *BASELINES, *PAPERS, *OTHERS], ids=name)
+def test_file_begins_with_a_line_that_says_what_it_is(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+
+    assert first.startswith("# ")
+    assert 30 <= len(first) <= 132
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_base_config_parses_and_names_its_system(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(flags(path), capsys)
+
+    assert config["system"] == path.stem
+    assert config["seed_everything"] == 0
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_base_config_has_all_three_roles(path: Path) -> None:
+    quiet()
+    import_tasks(flags(path))
+    built = Cli(flags(path), run=False)
+
+    assert all(built.datamodule.roles[role] for role in ("seen", "validation", "unseen"))
+    assert built.model.monitor.startswith("val/validation/")
+
+
+@pytest.mark.parametrize("path", [*BASELINES, *PAPERS], ids=name)
+def test_overlay_of_a_system_parses_and_has_a_name_of_its_own(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(flags(base_of(path), path), capsys)
+
+    assert config["name"] != "base"
+    assert config["system"] == base_of(path).stem
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=name)
+def test_overlay_parses_with_a_base(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bases = BASES or [Path("tests/toy.yaml")]
+    owned = [base for base in bases if path.stem == base.stem]
+    outcomes = [main(["fit", *flags(base, path), "--print_config"]) for base in owned or bases]
+
+    assert 0 in outcomes, capsys.readouterr().err
+    if path.parent.name in ("trainer", "logger", "debug"):
+        assert set(outcomes) == {0}, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_base_config_fits_tests_and_predicts(path: Path, tmp_path: Path) -> None:
+    assert main(["fit", *tiny(path)]) == 0
+
+    folder = tmp_path / "runs" / path.stem / "base" / "version_0"
+    results = json.loads((folder / "metrics" / "test.json").read_text())
+    assert {row["role"] for row in results["rows"]} == {"seen", "validation", "unseen"}
+    assert 0 < results["header"]["params_active"] <= results["header"]["params_total"]
+    assert results["header"]["flops_per_token"] > 0
+    assert main(["test", "--run", str(folder), *QUICK]) == 0
+    assert json.loads((folder / "metrics" / "test.json").read_text())["rows"] == results["rows"]
+    assert main(["predict", "--run", str(folder), *QUICK]) == 0
+    assert any((folder / "predictions").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=name)
+def test_baseline_fits_and_tests(path: Path) -> None:
+    assert main(["fit", *tiny(base_of(path), path), *QUICK]) == 0
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_first_losses_are_the_recorded_ones(path: Path) -> None:
+    recorded = json.loads((GOLDEN / f"{path.stem}.json").read_text())
+
+    torch.testing.assert_close(first_losses(path), recorded["losses"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=name)
+def test_paper_size_has_the_parameter_count_its_first_lines_state(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stated = re.search(r"([\d,]{4,}) parameters", path.read_text(encoding="utf-8"))
+    assert stated, f"{path}: write '<count> parameters' into the first comment"
+    config = parsed(flags(base_of(path), path), capsys)
+
+    assert count_parameters(config["model"]["init_args"]["net"]) == int(stated[1].replace(",", ""))
+
+
+def count_parameters(net: dict[str, object]) -> int:
+    """Build a network on the meta device, where tensors have shapes and no numbers, and count its parameters."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "net")
+    with torch.device("meta"):
+        built = parser.instantiate(parser.parse_object({"net": net})).net
+    return sum(parameter.numel() for parameter in built.parameters())

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two gloo processes: the same numbers as one process with the same global batch (slow: starts processes)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.systems import BASES, name, tiny
+
+pytestmark = pytest.mark.slow
+
+TOY = ["fit", "--config", "tests/toy.yaml", "--trainer.precision", "64-true", "--trainer.max_epochs", "2",
+       "--model.net.dropout", "0", "--model.net.norm", "false", "--trainer.log_every_n_steps", "1"]  # fmt: skip
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def moeapps(*words: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moeapps", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def results(folder: Path, file: str = "test.json") -> Any:
+    return json.loads((folder / "metrics" / file).read_text())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--data.mixing", "one_domain"], ["--data.num_items", "22", "--data.eval_batch_size", "5"]],
+    ids=["concat", "one domain", "ragged evaluation"],
+)
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path, flags: list[str]) -> None:
+    moeapps(*TOY, *flags, "--name", "one", "--data.batch_size", "8")
+    moeapps(*TOY, *flags, "--name", "two", "--data.batch_size", "4", *TWO)
+
+    one, two = (tmp_path / "runs" / "toy" / variant / "version_0" for variant in ("one", "two"))
+    assert sorted(p.name for p in (tmp_path / "runs" / "toy").glob("*/version_*")) == ["version_0", "version_0"]
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[key], value, atol=1e-9, rtol=1e-9, msg=key)
+    for left, right in zip(results(one)["rows"], results(two)["rows"], strict=True):
+        assert (left["domain"], left["metric"], left["n"]) == (right["domain"], right["metric"], right["n"])
+        assert left["value"] == pytest.approx(right["value"], abs=1e-6)
+    for domain, units in results(one)["units"].items():
+        assert sorted(units["accuracy"]) == sorted(results(two)["units"][domain]["accuracy"])
+    assert (
+        results(one, "routing_test.json")["layers"]["net.moe"]["work"]
+        == (results(two, "routing_test.json")["layers"]["net.moe"]["work"])
+    )
+    with (two / "metrics.csv").open() as lines:
+        steps = [row["step"] for row in csv.DictReader(lines) if row.get("train/loss")]
+    assert len(steps) == len(set(steps))
+
+
+def test_an_expert_without_rows_and_bias_balancing_work_on_two_processes(tmp_path: Path) -> None:
+    flags = [
+        "--model.net.moe",
+        '{"class_path": "tests.toy.biased_moe"}',
+        "--trainer.callbacks",
+        "tests.toy.FastBalancing",
+    ]
+    moeapps(*TOY, *flags, "--name", "one", "--data.batch_size", "8")
+    moeapps(*TOY, *flags, "--name", "two", "--data.batch_size", "4", *TWO)
+
+    one, two = (weights(tmp_path / "runs" / "toy" / variant / "version_0") for variant in ("one", "two"))
+    torch.testing.assert_close(two["net.moe.router.choose.bias"], one["net.moe.router.choose.bias"])
+    torch.testing.assert_close(two["net.first.weight"], one["net.first.weight"], atol=1e-9, rtol=1e-9)
+
+
+def test_checkpoint_of_two_processes_resumes_on_two_and_loads_in_one(tmp_path: Path) -> None:
+    stochastic = [*TOY, "--model.net.dropout", "0.2", "--data.batch_size", "4", "--test_after_fit", "false", *TWO]
+    moeapps(*stochastic, "--name", "whole", "--trainer.callbacks+=tests.toy.KeepEpochs")
+    whole = tmp_path / "runs" / "toy" / "whole" / "version_0"
+    moeapps(*stochastic, "--name", "resumed", "--ckpt_path", str(whole / "checkpoints" / "epoch=0.ckpt"))
+    resumed = tmp_path / "runs" / "toy" / "resumed" / "version_0"
+
+    assert all(torch.equal(value, weights(resumed)[key]) for key, value in weights(whole).items())
+    moeapps("test", "--run", str(whole), "--trainer.devices", "1", "--trainer.strategy", "auto")
+    assert (whole / "metrics" / "test.json").is_file()
+
+
+def test_torchrun_starts_it_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "moeapps"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = [*TOY, *TWO, "--trainer.max_epochs", "1"]
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=400)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [p.name for p in (tmp_path / "runs" / "toy" / "base").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("base", BASES, ids=name)
+def test_a_system_trains_and_tests_on_two_processes(tmp_path: Path, base: Path) -> None:
+    moeapps("fit", *tiny(base), *TWO, "--trainer.callbacks", "null")
+
+    rows = results(tmp_path / "runs" / base.stem / "base" / "version_0")["rows"]
+    assert {row["role"] for row in rows} == {"seen", "validation", "unseen"}

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Monitor, balancing, progress, tables and the EMA overlay, on toy runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from moeapps.commands.run import run
+from moeapps.moe import LinearScore, Router, TopK
+from moeapps.moe.experts import GLUExperts
+from moeapps.moe.presets import compose, point_moe, top_k_router
+from moeapps.training.callbacks import BiasBalancing, ProgressLines, progress_bar
+from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
+from moeapps.training.callbacks.summary import MoESummary, summary_table
+from moeapps.training.callbacks.table import score_table
+from moeapps.training.cost import measure_cost
+from moeapps.training.evaluation import Score, ScoreTable
+from tests.toy import ToyData, ToyNet, ToyTask
+
+TOY = ["fit", "--config", "tests/toy.yaml", "--trainer.max_epochs", "1", "--trainer.num_sanity_val_steps", "1"]
+BIASED = ["--model.net.moe", '{"class_path": "tests.toy.biased_moe"}']
+QUIET = ["--trainer.enable_model_summary", "false"]
+
+
+def folder(tmp_path: Path, version: int = 0) -> Path:
+    return tmp_path / "runs" / "toy" / "base" / f"version_{version}"
+
+
+def test_monitor_counts_every_assignment_once_per_domain(tmp_path: Path) -> None:
+    done = run([*TOY, *QUIET])
+
+    report = json.loads((folder(tmp_path) / "metrics" / "routing_test.json").read_text())
+    assert report["domains"] == ["a", "b", "c", "v", "u"]
+    work = torch.tensor(report["layers"]["net.moe"]["work"])
+    assert work.shape == (5, 4)
+    assert work.sum(1).tolist() == [24 * 2] * 5  # 24 rows per domain, top 2
+    assert (folder(tmp_path) / "figures" / "routing_test.png").stat().st_size > 1000
+    assert {f"moe_test/net.moe/{key}" for key in ("load_cv", "entropy", "dead", "mi_domain")} <= set(
+        done.trainer.callback_metrics
+    )
+
+
+def test_validation_logs_the_documented_routing_keys() -> None:
+    done = run([*TOY, *QUIET, "--test_after_fit", "false"])
+
+    keys = set(done.trainer.callback_metrics)
+    assert {f"moe/net.moe/{key}" for key in ("load_cv", "entropy", "dead", "mi_domain")} <= keys
+
+
+def test_report_of_a_table_with_known_answers() -> None:
+    apart = layer_report(torch.tensor([[4.0, 0.0], [0.0, 4.0]], dtype=torch.float64), torch.tensor(0.5))
+    mixed = layer_report(torch.tensor([[4.0, 0.0], [4.0, 0.0]], dtype=torch.float64), torch.tensor(0.0))
+
+    assert apart["mi_domain"] == pytest.approx(1.0)
+    assert (apart["load_cv"], apart["dead"], apart["entropy"]) == (0.0, 0.0, 0.5)
+    assert mixed["mi_domain"] == pytest.approx(0.0)
+    assert (mixed["load_cv"], mixed["dead"]) == (1.0, 0.5)
+
+
+def test_collapse_is_told_once_and_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = RoutingMonitor()
+    report = {"net.moe": {"work": [[50.0, 0.0], [50.0, 0.0]]}, "net.b": {"work": [[1.0, 0.0]]}}
+    with caplog.at_level(logging.WARNING, logger="moeapps"):
+        monitor._warn(report)
+        monitor._warn(report)
+
+    assert len(caplog.records) == 1
+    assert "expert 1 of net.moe got 0 of the mean load" in caplog.text
+    assert "balance the router" in caplog.text
+
+
+def test_bias_balancing_evens_out_a_lopsided_router() -> None:
+    torch.manual_seed(0)
+    flags = ["--trainer.callbacks", "tests.toy.FastBalancing", "--trainer.max_epochs", "4", "--test_after_fit", "false"]
+    done = run([*TOY, *QUIET, *flags, *BIASED, "--trainer.accumulate_grad_batches", "2"])
+
+    chooser = done.model.net.moe.router.choose
+    assert chooser.bias.abs().sum() > 0
+    assert float(chooser.bias.sum()) == pytest.approx(0.0, abs=1e-5)
+    with_bias = done.trainer.callback_metrics["moe/net.moe/load_cv"]
+    without = run([*TOY, *QUIET, *flags[2:], *BIASED])
+    assert with_bias < without.trainer.callback_metrics["moe/net.moe/load_cv"]
+
+
+def test_bias_balancing_without_a_bias_is_an_error() -> None:
+    with pytest.raises(ValueError, match="balance_bias: true"):
+        run([*TOY, *QUIET, "--trainer.callbacks", "BiasBalancing", "--trainer.num_sanity_val_steps", "0"])
+    with pytest.raises(ValueError, match="rate=0"):
+        BiasBalancing(rate=0.0)
+
+
+def test_auxiliary_losses_are_added_and_logged() -> None:
+    losses = '[{"class_path": "SwitchBalance", "init_args": {"weight": 0.5}}, {"class_path": "ZLoss"}]'
+    done = run([*TOY, *QUIET, "--model.aux_losses", losses, "--test_after_fit", "false"])
+
+    assert done.trainer.callback_metrics["train/aux/switch_balance"] >= 0.9
+    assert "train/aux/z" in done.trainer.callback_metrics
+
+
+def test_two_auxiliary_losses_of_one_name_are_refused() -> None:
+    from moeapps.moe.losses import SwitchBalance
+
+    with pytest.raises(ValueError, match="share a name"):
+        ToyTask(net=ToyNet(), facts=ToyData().facts, aux_losses=[SwitchBalance(), SwitchBalance()])
+
+
+def test_ema_overlay_keeps_the_average_and_the_live_weights(tmp_path: Path) -> None:
+    run([*TOY, *QUIET, "--config", "configs/trainer/ema.yaml"])
+
+    stored = torch.load(folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(stored["state_dict"]) == set(stored["current_model_state"])
+    assert any(not torch.equal(stored["state_dict"][k], stored["current_model_state"][k]) for k in stored["state_dict"])
+
+
+def test_progress_is_lines_where_there_is_no_terminal() -> None:
+    assert isinstance(progress_bar(), ProgressLines)
+
+
+def test_progress_lines_do_not_flood(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="moeapps"):
+        run(
+            [
+                *TOY,
+                *QUIET,
+                "--trainer.enable_progress_bar",
+                "true",
+                "--trainer.max_epochs",
+                "2",
+                "--test_after_fit",
+                "false",
+            ]
+        )
+
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch")]
+    assert len(lines) == 2
+    assert all(key in lines[0] for key in ("train/loss", "val/seen/accuracy", "val/validation/accuracy", "9/9"))
+
+
+def rendered(renderable: object) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_summary_shows_total_and_active_parameters_and_flops() -> None:
+    task = ToyTask(net=ToyNet(point_moe(num_experts=4, top_k=2)), facts=ToyData().facts)
+    cost = measure_cost(task, ToyData().example_batch())
+
+    text = rendered(summary_table(task, cost, 2))
+    for part in (f"{cost.total:,}", f"{cost.active:,}", f"{cost.flops_per_token:,.0f}", "2 of 4 experts", "net.first"):
+        assert part in text
+    with pytest.raises(ValueError, match="depth=0"):
+        MoESummary(depth=0)
+
+
+def test_end_table_shows_domains_roles_means_and_gap() -> None:
+    scores = [Score("a", "seen", "acc", 0.9, 7, "max"), Score("u", "unseen", "acc", 0.6, 5, "max")]
+
+    text = rendered(score_table(ScoreTable(scores, {})))
+    for part in ("a", "seen", "0.9000", "mean unseen", "gap", "0.3000", "7"):
+        assert part in text
+
+
+def test_biased_preset_has_a_bias() -> None:
+    layer = compose(
+        router=top_k_router(num_experts=3, top_k=1, balance_bias=True), experts=lambda d: GLUExperts(3, d, 4)
+    )(4)
+
+    assert layer.router.choose.bias.shape == (3,)
+    assert Router(LinearScore(4, 3), TopK(2)).choose.bias is None

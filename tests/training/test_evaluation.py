@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores per domain and the means made of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torchmetrics import MeanMetric, MetricCollection
+
+from moeapps.training.evaluation import DomainScores, Score, ScoreTable
+
+
+class Error(MeanMetric):
+    higher_is_better = False
+
+
+def metrics(domain: str) -> MetricCollection:
+    return MetricCollection({"error": Error()})
+
+
+def table() -> ScoreTable:
+    scores = DomainScores({"a": "seen", "b": "seen", "v": "validation", "u": "unseen"}, metrics)
+    for domain, values in (("a", [1.0, 3.0]), ("b", [4.0]), ("v", [5.0]), ("u", [8.0])):
+        for value in values:
+            x = torch.tensor(value)
+            scores.update(domain, x, 2, (x,), {"error": torch.tensor([value, value + 1])})
+    return scores.compute(["a", "b", "v", "u"])
+
+
+def test_means_are_over_domains_not_over_items() -> None:
+    summary = table().summary()
+
+    assert summary["seen"]["error"] == pytest.approx((2.0 + 4.0) / 2)
+    assert summary["unseen"]["error"] == 8.0
+
+
+def test_gap_is_positive_where_unseen_domains_are_worse() -> None:
+    assert table().summary()["gap"] == {"loss": pytest.approx(5.0), "error": pytest.approx(5.0)}
+    up = [Score("a", "seen", "acc", 0.9, 1, "max"), Score("u", "unseen", "acc", 0.6, 1, "max")]
+    assert ScoreTable(up, {}).summary()["gap"]["acc"] == pytest.approx(0.3)
+
+
+def test_items_are_counted_and_units_kept() -> None:
+    found = table()
+
+    assert {score.domain: score.n for score in found.scores} == {"a": 4, "b": 2, "v": 2, "u": 2}
+    assert found.units["a"]["error"] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_keys_are_stage_domain_metric() -> None:
+    keys = table().keys("test")
+
+    assert {"test/a/error", "test/u/loss", "test/seen/error", "test/validation/error", "test/gap/error"} <= set(keys)
+
+
+def test_a_metric_that_is_not_a_number_is_left_out_of_the_mean() -> None:
+    scores = [Score("a", "seen", "acc", math.nan, 1, "max"), Score("b", "seen", "acc", 0.5, 1, "max")]
+
+    assert ScoreTable(scores, {}).summary()["seen"]["acc"] == 0.5
+
+
+def test_loss_is_weighed_by_batch_size() -> None:
+    scores = DomainScores({"a": "seen"}, lambda domain: MetricCollection({}))
+    scores.update("a", torch.tensor(1.0), 3, (), {})
+    scores.update("a", torch.tensor(5.0), 1, (), {})
+
+    assert scores.compute(["a"]).scores[0].value == pytest.approx(2.0)
+    scores.reset()
+    scores.update("a", torch.tensor(7.0), 1, (), {})
+    assert scores.compute(["a"]).scores[0].value == 7.0
+
+
+def test_a_metric_called_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="another name"):
+        DomainScores({"a": "seen"}, lambda domain: MetricCollection({"loss": MeanMetric()}))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, build_adamw
+
+
+def net() -> nn.ModuleDict:
+    return nn.ModuleDict({"block": nn.Linear(2, 2), "router": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+
+
+def test_first_matching_pattern_wins_and_the_rest_is_the_default() -> None:
+    groups = [ParamGroup("*.bias", weight_decay=0.0), ParamGroup("router.*", lr=0.5, lr_mult=0.1)]
+    optimizer = build_adamw(net(), OptimizerConfig(lr=0.1, weight_decay=0.2, groups=groups))
+
+    found = {g["name"]: (len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
+    assert found == {"default": (2, 0.1, 0.2), "*.bias": (3, 0.1, 0.0), "router.*": (1, pytest.approx(0.05), 0.2)}
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
+    module = net()
+    module["head"].requires_grad_(False)
+    optimizer = build_adamw(module, OptimizerConfig(groups=[ParamGroup("block.*"), ParamGroup("*.weight")]))
+
+    held = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: build_adamw(net(), OptimizerConfig(groups=[ParamGroup("blok.*")])), "'blok.*' matches no parameter"),
+        (lambda: build_adamw(net().requires_grad_(False), OptimizerConfig()), "no parameter is trainable"),
+        (lambda: OptimizerConfig(lr=0.0), "must be positive"),
+        (lambda: Cosine(warmup=1.0), "warmup=1.0"),
+        (lambda: OneCycle(anneal="sine"), "anneal='sine'"),
+    ],
+)
+def test_wrong_numbers_are_told(build: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text.replace("*", r"\*")):
+        build()
+
+
+def rates(schedule: object, steps: int) -> list[float]:
+    optimizer = build_adamw(net(), OptimizerConfig(lr=0.1))
+    scheduler = schedule(optimizer, steps)
+    out = []
+    for _ in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+def test_constant_stays() -> None:
+    assert rates(Constant(), 5) == [0.1] * 5
+
+
+def test_cosine_follows_its_formula() -> None:
+    found = rates(Cosine(warmup=0.2, final=0.1), 10)
+
+    assert found[:3] == pytest.approx([0.05, 0.1, 0.1])
+    expected = [0.1 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 8))) for k in range(8)]
+    assert found[2:] == pytest.approx(expected)
+
+
+def test_one_cycle_starts_low_peaks_at_the_rate_of_each_group_and_ends_far_below() -> None:
+    found = rates(OneCycle(pct_start=0.3, div_factor=10.0, final_div_factor=100.0), 20)
+
+    assert found[0] == pytest.approx(0.01)
+    assert max(found) == pytest.approx(0.1, rel=1e-2)
+    assert found[-1] < 0.005
+
+
+def test_one_cycle_allows_the_step_that_lightning_takes_after_the_last_one() -> None:
+    optimizer = build_adamw(net(), OptimizerConfig(lr=0.1))
+    scheduler = OneCycle()(optimizer, 3)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+
+    assert torch.isfinite(torch.tensor(optimizer.param_groups[0]["lr"]))
