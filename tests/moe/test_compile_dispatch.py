@@ -13,6 +13,7 @@ from moeapps.moe import LinearScore, MLPExperts, MoELayer, Router, TopK
 
 
 # The compiler itself looks at .grad of the tensors that cross a graph break.
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 @pytest.mark.parametrize(
     "num_rows",
