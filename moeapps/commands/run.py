@@ -249,6 +249,9 @@ def quiet() -> None:
         "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
     )  # Lightning 2.6 calls what jsonargparse 5 will drop
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec")
+    warnings.filterwarnings(
+        "ignore", message=r".*torch\.jit\.script.* is deprecated"
+    )  # timm and torch-geometric, at import
     warnings.filterwarnings("ignore", message="You are using a custom batch sampler `ShardedBatches` for prediction")
     if not log.handlers:
         handler = logging.StreamHandler()

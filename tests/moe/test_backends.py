@@ -293,7 +293,8 @@ def test_every_activation_has_the_right_derivative(bank: type[Any], activation: 
 
 
 def test_segments_in_many_chunks_equals_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ROWS", 4)
+    monkeypatch.setattr("moeapps.moe.backends.chunks.MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ELEMENTS", 4)
     for bank in BANKS:
         experts, x_ND, routing = case(bank, "sentinels", torch.float64)
         fast = value_and_gradients(by_backend("segments", "output"), experts, x_ND, routing)
@@ -362,12 +363,16 @@ def choice(experts: Experts, num_rows: int, top_k: int, dtype: torch.dtype = tor
 
 
 def test_auto_follows_its_table() -> None:
-    assert choice(MLPExperts(4, 64, 256), 2048, 2) == "segments"
-    assert choice(MLPExperts(4, 64, 256), 64, 2) == "grouped_mm"
+    assert choice(MLPExperts(4, 64, 256), 4096, 2) == "segments"
+    assert choice(MLPExperts(4, 64, 256), 1024, 2) == "grouped_mm"
+    assert choice(MLPExperts(64, 128, 1024), 64, 2) == "segments"  # 32 MiB of gradient in fresh pages
     assert choice(MLPExperts(4, 33, 65), 64, 2) == "segments"  # strides that are no multiple of 16 bytes
     assert choice(MLPExperts(1, 64, 256), 2048, 1) == "dense"
     assert choice(MLPExperts(4, 64, 256), 64, 4) == "dense"
     assert choice(MLPExperts(4, 64, 256), 2048, 4) == "segments"
+    torch.set_num_threads(2)
+    assert choice(MLPExperts(4, 64, 256), 1024, 2) == "segments"
+    torch.set_num_threads(1)
     assert choice(MLPExperts(4, 64, 256), 2048, 2, torch.float64) == "loop"
     assert choice(MLPExperts(4, 64, 256, activation=nn.PReLU()), 64, 2) == "grouped_mm"
     assert choice(MLPExperts(4, 33, 65, activation=nn.Dropout(0.5)), 64, 2) == "loop"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeapps.moe.backends import Backend, run, sort_assignments
 from moeapps.moe.backends import memory as memory_module
-from moeapps.moe.backends.memory import empty
+from moeapps.moe.backends.memory import empty, scratch
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
 from moeapps.moe.routing import Routing
 
@@ -153,3 +154,60 @@ def test_rows_of_idle_experts_in_a_fresh_gradient_are_zero_whatever_the_memory_h
     for parameter in experts.parameters():
         assert parameter.grad is not None
         assert not parameter.grad[[0, 1, 2, 3, 5]].any()
+
+
+def test_scratch_is_used_again_per_thread_use_and_dtype_and_grows() -> None:
+    like = torch.zeros(1)
+    first, second = scratch("test", like, [(3, 5), (2, 7)])
+    first.fill_(1)
+    second.fill_(2)
+
+    assert first.eq(1).all()  # the two do not overlap
+    assert scratch("test", like, [(3, 5)])[0].data_ptr() == first.data_ptr()
+    assert scratch("other", like, [(3, 5)])[0].data_ptr() != first.data_ptr()
+    assert scratch("test", like.double(), [(3, 5)])[0].dtype == torch.float64
+    (larger,) = scratch("test", like, [(300, 500)])
+    assert larger.shape == (300, 500)
+    elsewhere: list[int] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(scratch("test", like, [(3, 5)])[0].data_ptr()))
+    thread.start()
+    thread.join()
+    assert elsewhere[0] != larger.data_ptr()
+
+
+def test_scratch_larger_than_its_bound_is_not_kept() -> None:
+    like = torch.zeros(1)
+    shape = (9 << 10, 1 << 10)
+
+    kept, fresh = scratch("bound", like, [(4, 4)])[0], scratch("bound", like, [shape])[0]
+
+    assert fresh.shape == shape
+    assert scratch("bound", like, [(4, 4)])[0].data_ptr() == kept.data_ptr()
+
+
+def test_scratch_of_inference_serves_training_later() -> None:
+    experts = MLPExperts(4, 8, 16)
+    x_ND, routing = torch.randn(6, 8), top_k_routing(6, 4, 2)
+
+    with torch.inference_mode():
+        first = run(experts, x_ND, sort_assignments(routing), backend="segments")
+    trained = run(experts, x_ND, sort_assignments(routing), backend="segments")
+    trained.sum().backward()
+    with torch.inference_mode():
+        again = run(experts, x_ND, sort_assignments(routing), backend="segments")
+
+    torch.testing.assert_close(trained.detach(), first.clone())
+    assert torch.equal(first, again)
+
+
+def test_outputs_and_stored_tensors_do_not_live_in_scratch() -> None:
+    """Two forward passes before two backward passes: nothing of the first may be overwritten by the second."""
+    experts = GLUExperts(4, 8, 16, bias=True)
+    routing = top_k_routing(6, 4, 2)
+    inputs = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+
+    def gradients(backend: Backend) -> list[Tensor]:
+        ys = [run(experts, x, sort_assignments(routing), backend=backend) for x in inputs]
+        return [*ys, *torch.autograd.grad(ys[0].square().sum() + ys[1].square().sum(), [*inputs, experts.w_in])]
+
+    torch.testing.assert_close(gradients("segments"), gradients("loop"), rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.backends.dense import dense, is_dense
+from moeapps.moe.backends.eager import runs_eagerly
 from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
@@ -28,22 +29,25 @@ class Thresholds:
     """From where on ``segments`` is at least as fast as ``grouped_mm``; either condition is enough.
 
     Attributes:
-        work: Multiply-adds of the first layer per busy expert. Below it the calls of Python cost more than the
-            matrix products.
+        work: Multiply-adds of the first layer per busy expert. Below it the calls of Python cost more than they save.
+        shared_work: The same where torch has several threads. ``segments`` gives whole experts to each; ``grouped_mm``
+            lets all threads meet in every product, which on a busy machine takes many times longer.
         stack_bytes: Size of the first layer of the whole bank, from which fresh gradients cost more in page faults than
             in arithmetic; ``segments`` asks for huge pages.
     """
 
     work: float
+    shared_work: float
     stack_bytes: float
 
 
 # Measured on the CPU by `python -m benchmarks.core` (rows of both backends side by side). Elsewhere grouped_mm has no
 # loop over experts on the host, and is preferred wherever it can run.
-THRESHOLDS: dict[str, Thresholds] = {"cpu": Thresholds(work=8e6, stack_bytes=32 << 20)}
-_ELSEWHERE = Thresholds(work=float("inf"), stack_bytes=float("inf"))
+THRESHOLDS: dict[str, Thresholds] = {"cpu": Thresholds(work=2e7, shared_work=4e6, stack_bytes=32 << 20)}
+_ELSEWHERE = Thresholds(work=float("inf"), shared_work=float("inf"), stack_bytes=float("inf"))
 
 
+@runs_eagerly
 def run(
     experts: Experts,
     x_ND: Tensor,
@@ -55,7 +59,9 @@ def run(
 ) -> Tensor:
     """Apply a bank to the assignments of a plan: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
 
-    Under autocast a stacked bank computes in the autocast dtype, like ``nn.Linear``; float64 stays float64.
+    Under autocast a stacked bank computes in the autocast dtype, like ``nn.Linear``; float64 stays float64. Under
+    ``torch.compile`` the graph breaks here (``fullgraph=True`` is not possible) and nothing is compiled again when the
+    routing changes.
 
     Args:
         experts: The bank.
@@ -106,9 +112,9 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
         return "loop"
     thresholds = THRESHOLDS.get(x_ND.device.type, _ELSEWHERE)
     busy = sum(count > 0 for count in plan.counts)
-    matrix = ffn.w_in[0].numel()
+    work = thresholds.work if torch.get_num_threads() == 1 else thresholds.shared_work
     heavy = (
-        plan.num_assignments * matrix >= thresholds.work * max(busy, 1)
+        plan.num_assignments * ffn.w_in[0].numel() >= work * max(busy, 1)
         or ffn.w_in.numel() * ffn.w_in.element_size() >= thresholds.stack_bytes
     )
     if (plan.num_experts == 1 or not heavy) and is_dense(plan):

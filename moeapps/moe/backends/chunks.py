@@ -13,7 +13,10 @@ from torch import Tensor
 
 from moeapps.moe.backends.memory import empty
 
-CHUNK_ROWS = 512  # enough for a matrix product at full speed, few enough for the scratch to stay in the cache
+# Enough rows for a matrix product at full speed, and scratch that stays in the cache; narrow layers take more rows, so
+# that the calls of Python stay few.
+MIN_CHUNK_ROWS = 512
+CHUNK_ELEMENTS = 512 << 10
 
 
 class Chunk:
@@ -45,19 +48,25 @@ class Chunk:
         return (rows_C,) if len(self.sizes) == 1 else rows_C.split(self.sizes)
 
 
-def make_chunks(counts: list[int], share: range) -> list[Chunk]:
-    """Cut the sorted assignments of the experts in ``share`` into chunks of at most ``CHUNK_ROWS`` rows.
+def make_chunks(counts: list[int], share: range, width: int) -> list[Chunk]:
+    """Cut the sorted assignments of the experts in ``share`` into chunks of few rows.
 
     An expert with more rows is cut into equal parts; neighbours with few rows share a chunk.
+
+    Args:
+        counts: Rows of each expert.
+        share: The experts to cut up.
+        width: Widest row of the scratch; it sets how many rows a chunk may have.
     """
+    most = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // width)
     chunks: list[Chunk] = []
     start = sum(counts[: share.start])
     for expert in share:
         count = counts[expert]
-        num_parts = -(-count // CHUNK_ROWS)
+        num_parts = -(-count // most)
         for part in range(num_parts):
             size = count * (part + 1) // num_parts - count * part // num_parts
-            if not chunks or chunks[-1].size + size > CHUNK_ROWS:
+            if not chunks or chunks[-1].size + size > most:
                 chunks.append(Chunk(chunks[-1].rows.stop if chunks else start))
             chunks[-1].append(expert, size, part == 0)
     return chunks

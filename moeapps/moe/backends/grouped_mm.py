@@ -32,6 +32,8 @@ def grouped_mm_refusal(ffn: FeedForward, x_ND: Tensor) -> str | None:
     """
     if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm takes float32, bfloat16 or float16, not {x_ND.dtype}"
+    if x_ND.is_cuda and x_ND.dtype != torch.bfloat16:
+        return f"grouped_mm takes bfloat16 on CUDA, not {x_ND.dtype}"
     widths = (*ffn.w_in.shape[1:], *ffn.w_out.shape[1:])
     multiple = _ALIGNMENT // x_ND.element_size()
     if any(width % multiple for width in widths):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large buffers without the page faults: on Linux, ask the kernel for huge pages before the first write."""
+"""Buffers without the page faults: small ones are kept from call to call, large ones are put on huge pages.
+
+A first write to fresh memory costs a fault per 4 KiB, often as much as the arithmetic of the layer that writes there.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +20,43 @@ _MADV_HUGEPAGE = 14  # linux/mman.h
 # Above this size the C allocator maps fresh pages at every allocation and unmaps them at every release, so that a
 # gradient of the whole bank pays one fault per 4 KiB in each step. Smaller blocks come back warm from the heap.
 _MIN_BYTES = 32 << 20
+
+
+_MAX_SCRATCH_BYTES = 32 << 20  # per thread and use; what is larger is allocated anew
+
+
+class _Scratch(threading.local):
+    """Memory of one thread by use and dtype; it holds nothing that outlives a call."""
+
+    def __init__(self) -> None:
+        self.flat: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(use: str, like: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Uninitialised matrices for use until the next call with the same ``use`` on this thread.
+
+    They must not be returned or saved for backward, and no other work of the same use may begin meanwhile.
+
+    Args:
+        use: Which memory to take.
+        like: Gives dtype and device.
+        shapes: Rows and columns of each matrix.
+    """
+    line = 64 // like.element_size()  # matrices start at cache lines
+    sizes = [-(-rows * columns // line) * line for rows, columns in shapes]
+    total = sum(sizes)
+    if like.device.type != "cpu" or total * like.element_size() > _MAX_SCRATCH_BYTES:
+        return [empty(like, shape) for shape in shapes]
+    flat = _scratch.flat.get((use, like.dtype))
+    if flat is None or flat.numel() < total:
+        with torch.inference_mode(False):  # an inference tensor could not be written to in training later
+            flat = torch.empty(total, dtype=like.dtype)
+        _scratch.flat[use, like.dtype] = flat
+    pieces = flat[:total].split(sizes)
+    return [p[: rows * columns].view(rows, columns) for p, (rows, columns) in zip(pieces, shapes, strict=True)]
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moeapps.moe.backends.eager import runs_eagerly
+
 if TYPE_CHECKING:
     from moeapps.moe.routing import Routing
 
@@ -65,6 +67,7 @@ class Plan:
         return torch.tensor(self.counts, device=self.row_M.device)
 
 
+@runs_eagerly
 def sort_assignments(routing: Routing) -> Plan:
     """Sort a sparse routing by expert and drop its sentinels before anything is gathered.
 

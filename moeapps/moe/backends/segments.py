@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moeapps.moe.backends.chunks import Chunk, accumulate, accumulate_bias, gradient_buffer, linear_out, make_chunks
 from moeapps.moe.backends.loop import combine, weigh
-from moeapps.moe.backends.memory import empty
+from moeapps.moe.backends.memory import empty, scratch
 from moeapps.moe.backends.threads import expert_shares, is_observed, run_shares
 from moeapps.moe.experts import FeedForward
 
@@ -111,6 +111,13 @@ class _Segments(torch.autograd.Function):
         return *_Backward(x_ND, weight_M, ffn, static, needs).run(grad_TO, h_MH), None
 
 
+def _scratch(static: _Static, use: str, like: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Memory kept from call to call; fresh memory where a module of the user's runs in between."""
+    if static.activation.tabulated:
+        return scratch(use, like, shapes)
+    return [like.new_empty(shape) for shape in shapes]
+
+
 def _shares(static: _Static, like: Tensor) -> list[range]:
     """Experts of each thread; all on one where the work cannot be handed to others."""
     alone = like.device.type != "cpu" or not static.activation.tabulated or is_observed()
@@ -120,18 +127,17 @@ def _shares(static: _Static, like: Tensor) -> list[range]:
 def _forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, keep: bool) -> tuple[Tensor, Tensor]:
     """Output (targets, O) and the pre-activations (M, H); none of those unless ``keep``."""
     plan = static.plan
-    y_MO = empty(x_ND, (plan.num_assignments, ffn.w_out.shape[2]))
+    (y_MO,) = _scratch(static, "rows", x_ND, [(plan.num_assignments, ffn.w_out.shape[2])])
     h_MH = empty(x_ND, (plan.num_assignments if keep else 0, ffn.w_in.shape[2]))
     w_in, w_out = ffn.w_in.unbind(0), ffn.w_out.unbind(0)
     b_in = None if ffn.b_in is None else ffn.b_in.unbind(0)
     b_out = None if ffn.b_out is None else ffn.b_out.unbind(0)
 
     def work(share: range) -> None:
-        chunks = make_chunks(plan.counts, share)
+        chunks = make_chunks(plan.counts, share, ffn.w_in.shape[2])
         size = max((chunk.size for chunk in chunks), default=0)
-        x_buffer = x_ND.new_empty(size, ffn.w_in.shape[1])
-        a_buffer = x_ND.new_empty(size, ffn.w_out.shape[1])
-        h_buffer = x_ND.new_empty(0 if keep else size, ffn.w_in.shape[2])
+        widths = (ffn.w_in.shape[1], ffn.w_out.shape[1], 0 if keep else ffn.w_in.shape[2])
+        x_buffer, a_buffer, h_buffer = _scratch(static, "chunk", x_ND, [(size, width) for width in widths])
         for chunk in chunks:
             x_CD = torch.index_select(x_ND, 0, plan.row_M[chunk.rows], out=x_buffer[: chunk.size])
             if static.at_input:
@@ -168,22 +174,30 @@ def _scatter(
     return values_MO.new_zeros(num_rows, values_MO.shape[1]).index_add_(0, index_M, values_MO)
 
 
-class _Scratch:
+class _Buffers(NamedTuple):
     """Memory of one chunk, used again by the next; ``s`` and ``dh`` are ``a`` and ``da`` unless the bank is gated."""
 
-    def __init__(self, ffn: FeedForward, like: Tensor, size: int) -> None:
-        (d, h), (f, o) = ffn.w_in.shape[1:], ffn.w_out.shape[1:]
-        self.x_CD, self.g_CO = like.new_empty(size, d), like.new_empty(size, o)
-        self.a_CF, self.da_CF = like.new_empty(size, f), like.new_empty(size, f)
-        self.s_CF = like.new_empty(size, f) if ffn.gated else self.a_CF
-        self.dh_CH = like.new_empty(size, h) if ffn.gated else self.da_CF
+    x_CD: Tensor
+    g_CO: Tensor
+    a_CF: Tensor
+    da_CF: Tensor
+    product_CF: Tensor
+    s_CF: Tensor
+    dh_CH: Tensor
 
-    def first(self, size: int) -> _Scratch:
+    @classmethod
+    def of(cls, ffn: FeedForward, static: _Static, like: Tensor, size: int) -> _Buffers:
+        """Take the memory for chunks of up to ``size`` rows."""
+        (d, h), (f, o) = ffn.w_in.shape[1:], ffn.w_out.shape[1:]
+        widths = [d, o, f, f, f, f, h] if ffn.gated else [d, o, f, f, f]
+        taken = _scratch(static, "chunk", like, [(size, width) for width in widths])
+        if not ffn.gated:
+            taken += [taken[2], taken[3]]
+        return cls(*taken)
+
+    def first(self, size: int) -> _Buffers:
         """Views of the first ``size`` rows."""
-        view = object.__new__(_Scratch)
-        for name, buffer in vars(self).items():
-            setattr(view, name, buffer[:size])
-        return view
+        return _Buffers(*(buffer[:size] for buffer in self))
 
 
 class _Backward:
@@ -204,7 +218,8 @@ class _Backward:
         need_dx = self.need_x or (need_weight and static.at_input)
         self.need_dh = need_dx or need_w_in or need_b_in
         self.need_dot = need_weight and not static.at_input
-        self.dx_MD = empty(x_ND, (plan.num_assignments, x_ND.shape[1])) if need_dx else None
+        rows = [(plan.num_assignments, x_ND.shape[1])] if need_dx else []
+        self.dx_MD = next(iter(_scratch(static, "rows", x_ND, rows)), None)
         self.w_in_T, self.w_out_T = ffn.w_in.mT.unbind(0), ffn.w_out.mT.unbind(0)
 
     def run(self, grad_TO: Tensor, h_MH: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,10 +227,11 @@ class _Backward:
         plan = self.plan
 
         def work(share: range) -> None:
-            chunks = make_chunks(plan.counts, share)
-            scratch = _Scratch(self.ffn, self.x_ND, max((chunk.size for chunk in chunks), default=0))
+            chunks = make_chunks(plan.counts, share, self.ffn.w_in.shape[2])
+            size = max((chunk.size for chunk in chunks), default=0)
+            buffers = _Buffers.of(self.ffn, self.static, self.x_ND, size)
             for chunk in chunks:
-                own = scratch.first(chunk.size)
+                own = buffers.first(chunk.size)
                 torch.index_select(grad_TO, 0, plan.target_M[chunk.rows], out=own.g_CO)
                 self._second_layer(chunk, own, h_MH[chunk.rows])
                 if self.need_dh:
@@ -227,7 +243,7 @@ class _Backward:
             dx_ND = _scatter(self.dx_MD, self.weight_M, plan.row_M, plan.num_rows, plan.inverse_NK)
         return dx_ND, self.dweight_M, self.dw_in, self.db_in, self.dw_out, self.db_out
 
-    def _second_layer(self, chunk: Chunk, own: _Scratch, h_CH: Tensor) -> None:
+    def _second_layer(self, chunk: Chunk, own: _Buffers, h_CH: Tensor) -> None:
         """Gradients of the second layer and of the weight; leaves that of the pre-activations, without the weight."""
         if self.static.gated:
             gate_CF, up_CF = h_CH.chunk(2, dim=1)
@@ -246,16 +262,17 @@ class _Backward:
         if self.need_dh:
             self._activation_backward(h_CH, own)
 
-    def _weight_gradient(self, chunk: Chunk, own: _Scratch) -> None:
+    def _weight_gradient(self, chunk: Chunk, own: _Buffers) -> None:
         """``<da, a> + <g, b_out>``, which is ``<g, y>`` without y."""
         if self.dweight_M is None:
             return
-        dot_C = torch.sum(own.a_CF * own.da_CF, dim=1, out=self.dweight_M[chunk.rows])
+        torch.mul(own.a_CF, own.da_CF, out=own.product_CF)
+        dot_C = torch.sum(own.product_CF, dim=1, out=self.dweight_M[chunk.rows])
         if self.ffn.b_out is not None:
             for e, dot_R, g_RO in zip(chunk.experts, chunk.split(dot_C), chunk.split(own.g_CO), strict=True):
                 dot_R.add_(torch.mv(g_RO, self.ffn.b_out[e]))
 
-    def _activation_backward(self, h_CH: Tensor, own: _Scratch) -> None:
+    def _activation_backward(self, h_CH: Tensor, own: _Buffers) -> None:
         backward_out = self.static.activation.backward_out
         if not self.static.gated:
             backward_out(own.da_CF, h_CH, own.s_CF, own.dh_CH)
@@ -266,7 +283,7 @@ class _Backward:
         own.da_CF.mul_(up_CF)
         backward_out(own.da_CF, gate_CF, own.s_CF, dgate_CF)
 
-    def _first_layer(self, chunk: Chunk, own: _Scratch) -> None:
+    def _first_layer(self, chunk: Chunk, own: _Buffers) -> None:
         """Gradients of the first layer and of the gathered rows; for a weight at the input, of that weight too."""
         weight_C = self.weight_M[chunk.rows]
         x_CD = torch.index_select(self.x_ND, 0, self.plan.row_M[chunk.rows], out=own.x_CD)
