@@ -70,8 +70,6 @@ def main(args: Sequence[str] | None = None) -> int:
     if first not in COMMANDS:
         return _unknown(first, words, program)
     _extend_path()
-    # Waiting threads sleep instead of spin: beside other work, spinning makes a step many times as slow.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
     return command(words if first in RUN_COMMANDS else words[1:])
 
