@@ -170,7 +170,9 @@ def test_a_cell_that_hangs_is_stopped(repository: Path) -> None:
 def test_interruption_stops_the_cells_and_keeps_what_is_finished(repository: Path) -> None:
     """Ctrl-C in the middle of a grid, sent to a real process, and the grid taken up again."""
     script = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); root = pathlib.Path.cwd()\n"
+        "import signal, sys, pathlib; sys.path.insert(0, sys.argv[1]); root = pathlib.Path.cwd()\n"
+        # A process started in the background may inherit an ignored SIGINT; a person at a terminal does not.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from benchmarks.evidence.__main__ import Evidence; from benchmarks.evidence.grid import Grid, Variant\n"
         "variants = {'dense': Variant(pairs=2), 'late': Variant(flags=('--hang',), pairs=1)}\n"
         "Evidence(Grid('toy', 'base.yaml', variants, ()), root, command=(sys.executable, 'fake.py')).run(jobs=3)\n"
