@@ -50,7 +50,7 @@ def table(report: dict[str, Any]) -> str:
     note = (
         f"Mean IoU over the classes present, at the raw points; `{report['command']}`, one seed ({header['seed']}), "
         f"torch {header['versions']['torch']}, 2 cores; training took {minutes[0]:.1f} and {minutes[1]:.1f} minutes. "
-        "One seed decides nothing: differences between seeds are as large as those between the columns. "
+        "One seed decides nothing: `make evidence SYSTEM=point_moe` runs eight. "
         "From [benchmarks/results/point_moe_demo.json](benchmarks/results/point_moe_demo.json)."
     )
     return "\n".join(["", *rows, "", note, "", ""])
