@@ -46,6 +46,7 @@ class ToyData(DomainDataModule):
         seed: int = 0,
         mixing: Literal["concat", "balanced", "one_domain"] = "concat",
         eval_batch_size: int | None = None,
+        predict: list[str] | None = None,
     ) -> None:
         super().__init__(
             seen=["a", "b", "c"] if seen is None else seen,
@@ -56,6 +57,7 @@ class ToyData(DomainDataModule):
             seed=seed,
             mixing=mixing,
             eval_batch_size=eval_batch_size,
+            predict=predict,
         )
         self.num_items = num_items
         self.optional = optional or []

@@ -148,7 +148,11 @@ class Cli(LightningCLI):
             (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
             (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
             (ours.EndTable, ours.EndTable, True),
-            (ours.PredictionWriter, ours.PredictionWriter, self.subcommand == "predict"),
+            (
+                ours.PredictionWriter,
+                lambda: task.prediction_writer() or ours.PredictionWriter(),
+                self.subcommand == "predict",
+            ),
             (
                 Checkpoint,
                 lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode),
@@ -156,6 +160,13 @@ class Cli(LightningCLI):
             ),
         ]
         return [make() for kind, make, on in wanted if on and not any(isinstance(callback, kind) for callback in given)]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let ``predict`` drop each answer once it is written: nobody reads the list, and it may be large."""
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict" and kwargs.get("return_predictions") is None:
+            kwargs["return_predictions"] = False
+        return kwargs
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 

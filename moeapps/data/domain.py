@@ -63,9 +63,11 @@ class DomainDataModule(L.LightningDataModule):
         mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
             or one_domain (each batch from one domain).
         eval_batch_size: items per evaluation batch and process; None means batch_size.
+        predict: names of the domains that ``predict`` answers, of any role; None means all.
 
     Raises:
-        ValueError: a domain in two roles or twice in one, a reserved or malformed name, no seen domain, a size below 1.
+        ValueError: a domain in two roles or twice in one, a reserved or malformed name, no seen domain, a size below 1,
+            a domain to predict that has no role or is given twice.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DomainDataModule(L.LightningDataModule):
         cache_dir: Path | None = None,
         mixing: Mixing = "concat",
         eval_batch_size: int | None = None,
+        predict: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.roles: dict[Role, list[str]] = {"seen": list(seen), "validation": list(validation), "unseen": list(unseen)}
@@ -92,6 +95,8 @@ class DomainDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.mixing: Mixing = mixing
+        self.predicted = None if predict is None else list(predict)
+        _check_predicted(self.predicted, self.domain_names)
         self.sources: dict[str, str] = {}
         self._missing: dict[str, str] | None = None
         self._datasets: dict[tuple[str, Split], Dataset[Any]] = {}
@@ -148,8 +153,18 @@ class DomainDataModule(L.LightningDataModule):
         """Return the domains of the loaders of a stage, in order.
 
         Args:
-            stage: ``val`` (seen, validation) or ``test`` (seen, validation, unseen); ``predict`` is as ``test``.
+            stage: ``val`` (seen, validation) or ``test`` (seen, validation, unseen); ``predict``: those named for it,
+                else as ``test``.
+
+        Raises:
+            ValueError: none of the domains to predict is on this machine.
         """
+        if stage == "predict" and self.predicted is not None:
+            missing = self.missing
+            names = [name for name in self.predicted if name not in missing]
+            if not names:
+                raise ValueError(f"predict={self.predicted} leaves nothing to predict: {missing}; name others")
+            return names
         return [name for role in STAGE_ROLES["val" if stage == "val" else "test"] for name in self.present(role)]
 
     def role_of(self, domain: str) -> Role:
@@ -215,8 +230,8 @@ class DomainDataModule(L.LightningDataModule):
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the loaders of ``test``."""
-        return self._eval_loaders("test")
+        """Return one loader per domain that is predicted, over its test split."""
+        return self._eval_loaders("predict")
 
     def is_padding(self, stage: str, loader_idx: int, batch_idx: int) -> bool:
         """Return whether an evaluation batch only keeps this process in step with others (never with one process)."""
@@ -228,10 +243,11 @@ class DomainDataModule(L.LightningDataModule):
         shard = ShardedBatches(len(cast(Sized, dataset)), self.eval_batch_size, rank=rank, world_size=world_size)
         return shard.is_padding(batch_idx)
 
-    def _eval_loaders(self, split: Literal["val", "test"]) -> list[DataLoader[Any]]:
+    def _eval_loaders(self, stage: Literal["val", "test", "predict"]) -> list[DataLoader[Any]]:
         rank, world_size = self._place()
         loaders = []
-        for name in self.eval_domains(split):
+        split: Split = "val" if stage == "val" else "test"
+        for name in self.eval_domains(stage):
             dataset = self.get_dataset(name, split)
             batches = ShardedBatches(len(cast(Sized, dataset)), self.eval_batch_size, rank=rank, world_size=world_size)
             loaders.append(self._loader(dataset, batches))
@@ -287,3 +303,13 @@ def _check_roles(roles: dict[Role, Sequence[str]] | dict[Role, list[str]]) -> No
             where[name] = role
     if not roles["seen"]:
         raise ValueError("seen=[] leaves nothing to train on; name at least one domain")
+
+
+def _check_predicted(predicted: Sequence[str] | None, configured: Sequence[str]) -> None:
+    """Raise ValueError unless the domains to predict are some of the configured ones, each once."""
+    if predicted is None:
+        return
+    wrong = [name for name in predicted if name not in configured or list(predicted).count(name) > 1]
+    if wrong or not predicted:
+        allowed = ", ".join(configured)
+        raise ValueError(f"predict={list(predicted)}; allowed is null or a list of different domains of: {allowed}")

@@ -100,6 +100,10 @@ class BaseTask(L.LightningModule):
         """Return fresh metrics for one domain; their names are the ``<metric>`` of the keys."""
         return MetricCollection({})
 
+    def prediction_writer(self) -> L.Callback | None:
+        """Return what writes the answers of ``predict``; None keeps them as they are, one ``.pt`` file per batch."""
+        return None
+
     def num_tokens(self, batch: Any) -> int:
         """Return how many tokens (points, frames, pixels, rows) a batch holds: the unit of FLOPs per token."""
         raise TypeError(f"{type(self).__name__} must define num_tokens(batch)")

@@ -15,7 +15,7 @@ from torch_geometric.data import Batch
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import DomainDataModule
 from moeapps.data.mixing import Mixing
-from tasks.point_cloud.data.dataset import Features, Scan, ScanDataset, collate_scans
+from tasks.point_cloud.data.dataset import Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
     GENERATOR_VERSION,
@@ -26,9 +26,10 @@ from tasks.point_cloud.data.domains import (
     Split,
     generate_split,
 )
-from tasks.point_cloud.data.features import IN_DIM
+from tasks.point_cloud.data.features import IN_DIM, Features
 from tasks.point_cloud.data.scans import ScanArrays, load_scans, save_scans
 from tasks.point_cloud.data.sources import PointSource
+from tasks.point_cloud.data.voting import Voting
 from tasks.point_cloud.labels import label_set
 from tasks.point_cloud.transforms import Augmentation
 
@@ -60,6 +61,8 @@ class PointCloudData(DomainDataModule):
         max_voxels: most voxels in a training crop or test tile.
         augment: random changes of training crops; None for none.
         features: ``common`` gives all domains one layout, ``paper`` the paper's two.
+        predict: domains that ``predict`` answers, of any role; None means all. Only their scans are needed then.
+        voting: how often ``test`` and ``predict`` look at each tile; None for once (validation always looks once).
 
     Raises:
         ValueError: an unknown domain, or a count below 1.
@@ -86,6 +89,8 @@ class PointCloudData(DomainDataModule):
         max_voxels: int = 3000,
         augment: Augmentation | None = _DEFAULT_AUGMENTATION,
         features: Features = "common",
+        predict: list[str] | None = None,
+        voting: Voting | None = None,
     ) -> None:
         super().__init__(
             seen=list(SEEN) if seen is None else seen,
@@ -97,6 +102,7 @@ class PointCloudData(DomainDataModule):
             cache_dir=cache_dir,
             mixing=mixing,
             eval_batch_size=eval_batch_size,
+            predict=predict,
         )
         self.counts: dict[Split, int] = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
         sizes = {f"{split}_scenes": count for split, count in self.counts.items()}
@@ -105,7 +111,7 @@ class PointCloudData(DomainDataModule):
                 raise ValueError(f"{name}={value} is not allowed; use 1 or more")
         self.own = dict(own or {})
         self.data_seed, self.crops_per_scene, self.max_voxels = data_seed, crops_per_scene, max_voxels
-        self.augment, self.features = augment, features
+        self.augment, self.features, self.voting = augment, features, voting
         for domain in self.domain_names:
             if domain not in DOMAINS and domain not in self.own:
                 raise ValueError(
@@ -113,6 +119,7 @@ class PointCloudData(DomainDataModule):
                 )
             source = self.own.get(domain)
             self.sources[domain] = source.describe() if source else f"simulated, data_seed {data_seed}"
+            self.sources[domain] += f"; answered in {voting}" if voting else ""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -139,12 +146,16 @@ class PointCloudData(DomainDataModule):
         return reason
 
     def prepare_data(self) -> None:
-        """Generate the simulated scans that are not in the cache yet, with a progress bar."""
-        wanted = [
+        """Generate the simulated scans that are not in the cache yet, with a progress bar.
+
+        ``predict`` needs the test scans of its domains alone.
+        """
+        predicting = self.trainer is not None and self.trainer.state.fn == "predict"
+        wanted: list[tuple[str, Split]] = [
             (domain, split)
-            for domain in self.eval_domains("test")
+            for domain in self.eval_domains("predict" if predicting else "test")
             if domain not in self.own
-            for split in self._splits(domain)
+            for split in (SPLITS[2:] if predicting else self._splits(domain))
             if not self._path(domain, split).exists()
         ]
         if not wanted:
@@ -199,6 +210,7 @@ class PointCloudData(DomainDataModule):
             "features": self.features,
             "indoor": about.indoor,
             "seed": self.seed,
+            "voting": self.voting if split == "test" else None,
         }
         if source is not None:
             return source.dataset(split, self.cache_dir, **view)

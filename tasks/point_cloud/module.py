@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar, Literal
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch
@@ -19,7 +20,10 @@ from tasks.point_cloud.head import LanguageHead
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
 from tasks.point_cloud.metrics import scan_iou, segmentation_metrics
 from tasks.point_cloud.model import PointMoE
+from tasks.point_cloud.scan_writer import ScanWriter
+from tasks.point_cloud.tables import write_class_tables
 from tasks.point_cloud.text import TaxonomyText, TextVectors
+from tasks.point_cloud.voting import tally
 
 
 class PointCloudTask(BaseTask):
@@ -78,6 +82,15 @@ class PointCloudTask(BaseTask):
         """Scores over the label set of a domain."""
         return segmentation_metrics(len(self.label_sets[domain]))
 
+    def prediction_writer(self) -> L.Callback:
+        """Scans as coloured PLY and LAS."""
+        return ScanWriter()
+
+    def on_test_epoch_end(self) -> None:
+        """Write the tables per class beside the results."""
+        super().on_test_epoch_end()
+        write_class_tables(self)
+
     def num_tokens(self, batch: Batch) -> int:
         """Voxels of a batch."""
         return int(batch.num_nodes)
@@ -109,10 +122,18 @@ class PointCloudTask(BaseTask):
         if stage == "train":
             return StepOutput(loss, batch.num_graphs, logs=logs)
         pred = most_likely(answers, batch.y)
-        raw_pred, raw_scan = pred[batch.inverse], batch.batch[batch.inverse]
+        raw_pred, raw_scan = self.raw_labels(batch, pred), batch.batch[batch.inverse]
         classes = max(len(self.label_sets[name]) for name in answers)
         units = {"miou": scan_iou(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes)}
         return StepOutput(loss, batch.num_graphs, (pred, batch.y, raw_pred, batch.raw_y), logs, units)
+
+    def raw_labels(self, batch: Batch, pred_N: Tensor) -> Tensor:
+        """Class of every raw point: int64 [R], that of its voxel, or what its votes say where the batch brings any."""
+        if "votes" not in batch:
+            return pred_N[batch.inverse]
+        most = max(len(self.label_sets[self.domain_names[index]]) for index in batch.domain.tolist())
+        sums_RC, _ = tally(self, batch.votes, most, pred_N.device)
+        return sums_RC.argmax(dim=1).to(pred_N.device)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Label every raw point of every scan.
@@ -121,29 +142,39 @@ class PointCloudTask(BaseTask):
             Per scan a dictionary on the CPU: ``name``, ``domain``, ``names`` (class names), ``label`` int64 [R] index
             into ``names``, ``expert`` int64 [R] (expert with the largest weight in the last mixture, -1 for none; None
             where there is nothing to choose), ``inverse`` int64 [R] (voxel of each point), ``pos`` [N, 3] metres
-            and ``truth`` int64 [N] of the voxels.
+            and ``truth`` int64 [N] of the voxels. For tiles of a data set also ``xyz`` float64 [R, 3] metres in the
+            frame of the scan's file, ``raw_row`` int64 [R] (row in the scan) and ``scan_points`` (rows it has).
         """
         with MoERecorder(self.net) as recorder:
             pred = most_likely(self(batch), batch.y)
             choices = [record for record in recorder.records if record.routing.num_experts > 1]
         expert = voxel_experts(choices[-1], self.net.rows(batch)) if choices else None
-        answers = []
+        label = self.raw_labels(batch, pred)
+        answers: list[dict[str, Any]] = []
         for i in range(batch.num_graphs):
             start, stop = int(batch.ptr[i]), int(batch.ptr[i + 1])
-            inverse = batch.inverse[(batch.inverse >= start) & (batch.inverse < stop)]
+            own = (batch.inverse >= start) & (batch.inverse < stop)
+            inverse = batch.inverse[own]
             domain = self.domain_names[int(batch.domain[i])]
             answers.append(
                 {
                     "name": batch.name[i],
                     "domain": domain,
                     "names": list(self.label_sets[domain]),
-                    "label": pred[inverse].cpu(),
+                    "label": label[own].cpu(),
                     "expert": None if expert is None else expert[inverse].cpu(),
                     "inverse": (inverse - start).cpu(),
                     "pos": batch.pos[start:stop].cpu(),
                     "truth": batch.y[start:stop].cpu(),
                 }
             )
+            if "raw_pos" in batch:
+                origin = torch.tensor(batch.origin[i], dtype=torch.float64)
+                answers[-1] |= {
+                    "xyz": batch.raw_pos[own].cpu().double() + origin,
+                    "raw_row": batch.raw_row[own].cpu(),
+                    "scan_points": int(batch.scan_points[i]),
+                }
         return answers
 
 

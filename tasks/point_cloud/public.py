@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from tasks.point_cloud.data.dataset import Scan, ScanDataset
@@ -111,17 +112,19 @@ def to_arrays(raw: RawScan, name: str, voxel: float) -> ScanArrays:
         light = (raw.color @ np.array(_LUMINANCE) / 255).astype(np.float32)
     else:
         light = np.zeros(len(raw), np.float32)
-    pos = _centred(raw)
+    pos, middle = _centred(raw), _middle(raw)
+    x, y, z = (float(value) for value in np.asarray(raw.origin) + middle)
     up = normal_z(pos, voxel) if len(pos) else np.zeros(0, np.float32)
     label = np.where(raw.label < 0, UNLABELLED, raw.label).astype(np.uint8)
-    return ScanArrays(name=name, pos=pos, light=light, up=up, label=label, words=raw.names)
+    return ScanArrays(name=name, pos=pos, light=light, up=up, label=label, words=raw.names, origin=(x, y, z))
+
+
+def _middle(raw: RawScan) -> NDArray[np.float64]:
+    return (raw.xyz.min(0).astype(np.float64) + raw.xyz.max(0)) / 2 if len(raw) else np.zeros(3)
 
 
 def _centred(raw: RawScan) -> Floats:
-    if not len(raw):
-        return raw.xyz
-    middle = (raw.xyz.min(0).astype(np.float64) + raw.xyz.max(0)) / 2
-    return np.asarray(raw.xyz - middle, np.float32)
+    return np.asarray(raw.xyz - _middle(raw), np.float32)
 
 
 def num_tiles(num_voxels: int, max_voxels: int) -> int:

@@ -46,6 +46,26 @@ def test_stages_touch_their_roles_only() -> None:
     assert len(data.test_dataloader()) == len(data.predict_dataloader()) == 5
 
 
+def test_predict_answers_the_domains_it_names_and_test_all() -> None:
+    data = ToyData(predict=["u", "a"])
+
+    assert data.eval_domains("predict") == ["u", "a"]
+    assert data.eval_domains("test") == ["a", "b", "c", "v", "u"]
+    loaders = data.predict_dataloader()
+    assert [loader.dataset for loader in loaders] == [data.get_dataset(name, "test") for name in ("u", "a")]
+
+
+@pytest.mark.parametrize("predict", [[], ["z"], ["a", "a"]])
+def test_domains_to_predict_are_configured_ones_each_once(predict: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"predict=.*a, b, c, v, u"):
+        ToyData(predict=predict)
+
+
+def test_nothing_to_predict_is_told() -> None:
+    with pytest.raises(ValueError, match="nothing to predict"):
+        ToyData(predict=["u"], optional=["u"]).predict_dataloader()
+
+
 def test_training_rows_come_from_seen_domains_only() -> None:
     domains = torch.cat([batch[2] for batch in ToyData().train_dataloader()])
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torch_geometric.data import Batch, Data
 
-from tasks.point_cloud.data.features import common_features, normalise_light, paper_features, voxelise
+from tasks.point_cloud.data.features import Features, network_input, normalise_light, voxelise
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Floats, Ints
+from tasks.point_cloud.data.voting import TileVotes, Voting
 from tasks.point_cloud.transforms import Augmentation, crop_columns, tile_columns
-
-Features = Literal["common", "paper"]
 
 
 class Scan(Data):  # type: ignore[misc]
@@ -33,6 +32,14 @@ class Scan(Data):  # type: ignore[misc]
         inverse: [R] int64 voxel of every raw point; in a batch it counts through all voxels.
         raw_row: [R] int64 row of every raw point in its whole scan.
         name: name of the scan.
+
+    A test tile also has what predictions are written with:
+
+    Attributes:
+        raw_pos: [R, 3] float32 metres.
+        origin: where zero lies in the frame of the scan's file, metres.
+        scan_points: [1] int64 raw points of the whole scan.
+        votes: how the tile is seen when votes are cast; only with ``voting``.
     """
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +74,7 @@ class ScanDataset(Dataset[Scan]):
         features: ``common`` or ``paper``.
         indoor: which of the paper's two layouts applies.
         seed: seed of all draws.
+        voting: how often each test tile is answered; None for once.
 
     Raises:
         ValueError: a scan is empty, has coordinates that are not finite, or labels outside the domain's set.
@@ -87,10 +95,12 @@ class ScanDataset(Dataset[Scan]):
         features: Features = "common",
         indoor: bool = False,
         seed: int = 0,
+        voting: Voting | None = None,
     ) -> None:
         self.domain, self.domain_index, self.voxel, self.max_voxels = domain, domain_index, voxel, max_voxels
         self.train, self.crops, self.augmentation = train, crops, augmentation
         self.features, self.indoor, self.seed = features, indoor, seed
+        self.voting = None if train else voting
         self.clock: _Epoch = _FirstEpoch()
         self.scans = scans
         self.targets = [_check(scan, domain, label_set) for scan in scans]
@@ -118,10 +128,19 @@ class ScanDataset(Dataset[Scan]):
         if self.train:
             return self._crop(index)
         scan, points = self.tiles[index]
-        voxels = voxelise(self.scans[scan].pos[points], self.voxel, self._fixed(scan))
-        return self._item(
-            scan, points, self.scans[scan].pos[points], self.lights[scan][points], voxels.pick, voxels.inverse
-        )
+        arrays, pos, light = self.scans[scan], self.scans[scan].pos[points], self.lights[scan][points]
+        voxels = voxelise(pos, self.voxel, self._fixed(scan))
+        item = self._item(scan, points, pos, light, voxels.pick, voxels.inverse)
+        item.raw_pos = torch.from_numpy(np.ascontiguousarray(pos))
+        item.origin, item.scan_points = arrays.origin, torch.tensor([len(arrays)])
+        if self.voting is not None:
+            item.votes = TileVotes(
+                *(pos, light, arrays.up[points], self.voxel, self.domain_index, zlib.crc32(arrays.name.encode())),
+                voting=self.voting,
+                features=self.features,
+                indoor=self.indoor,
+            )
+        return item
 
     def _fixed(self, scan: int) -> np.random.Generator:
         return np.random.default_rng(zlib.crc32(self.scans[scan].name.encode()))
@@ -148,15 +167,13 @@ class ScanDataset(Dataset[Scan]):
     def _item(self, scan: int, points: Ints, pos: Floats, light: Floats, pick: Ints, inverse: Ints) -> Scan:
         """Make an item of raw ``points`` at ``pos``; ``pick`` and ``inverse`` index into them."""
         arrays, target = self.scans[scan], self.targets[scan][points]
-        cell_pos, cell_light, cell_up = pos[pick], light[pick], arrays.up[points[pick]]
-        if self.features == "paper":
-            x = paper_features(cell_pos, self.voxel, cell_light, cell_up, indoor=self.indoor)
-        else:
-            x = common_features(cell_pos, self.voxel, cell_light, cell_up)
-        grid = np.floor(cell_pos.astype(np.float64) / self.voxel).astype(np.int64)
+        cell_pos = pos[pick]
+        grid, x = network_input(
+            *(cell_pos, self.voxel, light[pick], arrays.up[points[pick]]), features=self.features, indoor=self.indoor
+        )
         return Scan(
             pos=torch.from_numpy(np.ascontiguousarray(cell_pos)),
-            grid=torch.from_numpy(grid - grid.min(0)),
+            grid=torch.from_numpy(grid),
             x=torch.from_numpy(x),
             y=torch.from_numpy(target[pick]),
             domain=torch.tensor([self.domain_index]),

@@ -10,11 +10,14 @@ which sensor was used: same layout, same range, no unit of the sensor's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tasks.point_cloud.data.scene import Floats, Ints
+
+Features = Literal["common", "paper"]
 
 IN_DIM = 6
 _HEIGHT_SCALE = 3.0
@@ -154,3 +157,30 @@ def paper_features(
     first = grey if indoor else pos - pos.mean(0)
     second = np.stack([zero, zero, up], axis=1) if indoor else grey
     return np.concatenate([first, second], axis=1).astype(np.float32)
+
+
+def network_input(
+    pos: npt.NDArray[np.floating],
+    size: float,
+    light: npt.NDArray[np.floating],
+    up: npt.NDArray[np.floating],
+    *,
+    features: Features,
+    indoor: bool,
+) -> tuple[Ints, Floats]:
+    """Return voxel coordinates [N, 3], minimum 0, and features [N, 6] of N points, one per voxel.
+
+    Args:
+        pos: [N, 3] metres.
+        size: voxel edge, metres.
+        light: [N] from :func:`normalise_light`.
+        up: [N] from :func:`normal_z`.
+        features: ``common`` or ``paper``.
+        indoor: which of the paper's two layouts applies.
+    """
+    if features == "paper":
+        x = paper_features(pos, size, light, up, indoor=indoor)
+    else:
+        x = common_features(pos, size, light, up)
+    grid = np.floor(pos.astype(np.float64) / size).astype(np.int64)
+    return grid - grid.min(0), x

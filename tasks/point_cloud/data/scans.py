@@ -28,6 +28,7 @@ class ScanArrays:
         up: [R] float32 |z| of the normal.
         label: [R] uint8 index into ``words``; 255: unlabelled.
         words: label names.
+        origin: where ``pos`` zero lies in the frame of the scan's file, metres; `save_scans` does not keep it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ScanArrays:
     up: Floats
     label: npt.NDArray[np.uint8]
     words: tuple[str, ...]
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def __len__(self) -> int:
         return len(self.pos)

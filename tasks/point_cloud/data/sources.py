@@ -133,7 +133,9 @@ class LasFiles(PointSource):
         cloud = read_las(path)
         if len(cloud) == 0:
             raise LasError(f"{path.name} holds no point; take it out of the list")
-        pos = (cloud.pos - (cloud.pos.min(0) + cloud.pos.max(0)) / 2) * self.unit
+        middle = (cloud.pos.min(0) + cloud.pos.max(0)) / 2
+        pos = (cloud.pos - middle) * self.unit
+        x, y, z = (float(value) * self.unit for value in middle)
         up, label = normal_z(pos, self.voxel), self._labels(cloud)
         return [
             ScanArrays(
@@ -143,6 +145,7 @@ class LasFiles(PointSource):
                 up=up[part],
                 label=label[part],
                 words=self.label_set,
+                origin=(x, y, z),
             )
             for number, part in enumerate(tile_columns(pos, self.max_points))
         ]
