@@ -11,16 +11,19 @@ import numpy as np
 
 from tasks.point_cloud.labels import label_set
 from tasks.point_cloud.readers import (
+    Matterport3DFolders,
     NuScenes,
     NuScenesIndex,
     OwnLabels,
     OwnScans,
+    PointceptFolders,
     RawScan,
     S3DISFolders,
     ScanNetFolders,
     ScanNetMeshes,
     ScanReader,
     SemanticKITTI,
+    Structured3DFolders,
     WaymoFolders,
     write_kitti_frame,
     write_nuscenes,
@@ -103,6 +106,27 @@ LAYOUTS: dict[str, Layout] = {
         label_set("s3dis"),
         True,
         ("color", "normal"),
+    ),
+    "structured3d": Layout(
+        lambda root, scan: write_pointcept_scan(root / "train" / "scene_00000" / "room_1", scan),
+        Structured3DFolders,
+        label_set("structured3d"),
+        True,
+        ("color", "normal"),
+    ),
+    "matterport3d": Layout(
+        lambda root, scan: write_pointcept_scan(root / "train" / "house" / "region0", scan),
+        Matterport3DFolders,
+        label_set("matterport3d"),
+        True,
+        ("color", "normal"),
+    ),
+    "pointcept": Layout(
+        lambda root, scan: write_pointcept_scan(root / "all" / "one", scan),
+        lambda root: PointceptFolders(root, list(OWN_NAMES), {"train": ["all"]}),
+        OWN_NAMES,
+        False,
+        ("intensity",),
     ),
     "waymo": Layout(
         lambda root, scan: write_pointcept_scan(root / "training" / "sequence" / "frame", scan),

@@ -14,18 +14,21 @@ import numpy as np
 import pytest
 from readers_common import LAYOUTS, OWN_NAMES, Layout, assert_valid, files_of, random_scan
 
+from tasks.point_cloud import readers
 from tasks.point_cloud.readers import (
     OwnLabels,
     OwnScans,
     PointceptFolders,
     PointCloudFileError,
     RawScan,
+    ScanReader,
     read_own_scan,
     write_own_labels,
     write_own_scan,
     write_pointcept_scan,
 )
 from tasks.point_cloud.readers.arrays import parse_npy
+from tasks.point_cloud.readers.own import FORMATS
 from tasks.point_cloud.readers.ply import parse_ply
 
 EACH = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -46,6 +49,14 @@ def _outcome(layout: Layout, root: Path) -> RawScan | None:
     assert "expected" in message
     assert str(root) in message
     return None
+
+
+def test_every_reader_and_every_own_format_is_among_the_layouts(tmp_path: Path) -> None:
+    public = {kind for kind in vars(readers).values() if isinstance(kind, type) and issubclass(kind, ScanReader)}
+
+    assert {type(layout.reader(tmp_path)) for layout in LAYOUTS.values()} == public - {ScanReader}
+    # Compressed files are read by laspy, which is an extra: tests/tasks/point_cloud/test_data_las.py.
+    assert {f"own_{suffix[1:]}" for suffix in FORMATS if suffix != ".laz"} <= LAYOUTS.keys()
 
 
 @EACH
