@@ -221,7 +221,7 @@ GRID = Grid(
     data_seed_flags=("--data.init_args.seed", "--data.init_args.data_seed"),
     settings_tried=2,
     choice="Networks and rates are those of configs/point_moe.yaml, and widths of rivals follow from equal active "
-    "FLOPs; nothing of them was tuned. A cell is 192 steps of 6 crops of 1,000 voxels: chosen by cost, after one look "
+    "FLOPs; nothing of them was tuned. A cell is 144 steps of 6 crops of 700 voxels: chosen by cost, after one look "
     "with seed 0 at 192 steps of 1,500 voxels and at 288 of 1,000 (Point-MoE and dense twin in both).",
     show=(SEEN, "validation/miou", UNSEEN, "real_als/miou", *(f"{part}/mi_domain" for part in ("encoder", "decoder"))),
 )
