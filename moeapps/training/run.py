@@ -100,6 +100,8 @@ def finite(value: Any) -> Any:
 def git_commit(folder: Path | None = None) -> str | None:
     """Return the commit of the checkout that holds this package (``-dirty`` appended if it has changes), or None."""
     folder = folder or Path(__file__).resolve().parent
+    # A grid rewrites its results and their page after every variant; they are no part of what makes a run.
+    counted = ("--", ":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs/evidence.md")
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]
@@ -107,7 +109,7 @@ def git_commit(folder: Path | None = None) -> str | None:
 
     try:
         commit = git("rev-parse", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", *counted) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
