@@ -54,6 +54,8 @@ def read_las(path: Path | str) -> LasCloud:
     if len(data) < 227:
         raise LasError(f"{path.name} is cut short: {len(data)} bytes, a LAS header has at least 227; fetch it again")
     if data[104] & 0xC0:  # bit 7; old writers set bit 6 too
+        if len(data) < (size := int.from_bytes(data[94:96], "little")):
+            raise LasError(f"{path.name} is cut short: {len(data)} bytes, its header alone has {size}; fetch it again")
         return _read_laz(path)
     header = _parse_header(data, path.name)
     end = header.point_offset + header.count * header.record_length
@@ -188,11 +190,21 @@ def _read_laz(path: Path) -> LasCloud:
     except ImportError as error:
         raise LasError(f"{path.name} is compressed (LAZ); install the reader: pip install 'moeapps[points]'") from error
     try:
-        cloud = laspy.read(path)
-    except (laspy.errors.LaspyException, RuntimeError, ValueError, OSError) as error:
-        raise LasError(
-            f"laspy cannot read {path.name} ({error}); is a LAZ backend installed, is the file whole?"
-        ) from error
+        with laspy.open(path) as file:
+            count = file.header.point_count
+            _check_laz_count(count, path)
+            cloud = file.read()
+    except LasError:
+        raise
+    except (laspy.errors.LaspyException, RuntimeError, ValueError, OSError, MemoryError) as error:
+        raise _unreadable_laz(path, error) from error
+    except BaseException as error:
+        # The decompressor is Rust: a damaged chunk can end in its panic, which does not derive from Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _unreadable_laz(path, error) from error
+    if len(cloud.points) != count:
+        raise LasError(f"{path.name} is damaged: {len(cloud.points)} of {count} points can be read; fetch it again")
     names = set(cloud.point_format.dimension_names)
     rgb = np.stack([np.asarray(cloud[c]) for c in ("red", "green", "blue")], 1) if "red" in names else None
     return LasCloud(
@@ -205,3 +217,17 @@ def _read_laz(path: Path) -> LasCloud:
         extra={name: np.asarray(cloud[name]) for name in cloud.point_format.extra_dimension_names},
         scale=tuple(float(s) for s in cloud.header.scales),  # type: ignore[arg-type]
     )
+
+
+_LAZ_POINTS_PER_BYTE = 100
+"""More than any compressor reaches on points that differ: a larger count in a header is damage."""
+
+
+def _check_laz_count(count: int, path: Path) -> None:
+    size = path.stat().st_size
+    if count > _LAZ_POINTS_PER_BYTE * size:
+        raise LasError(f"{path.name} is damaged: its header tells of {count} points in {size} bytes; fetch it again")
+
+
+def _unreadable_laz(path: Path, error: BaseException) -> LasError:
+    return LasError(f"laspy cannot read {path.name} ({error}); is a LAZ backend installed, is the file whole?")

@@ -5,6 +5,7 @@ import struct
 import sys
 from pathlib import Path
 
+import laspy
 import numpy as np
 import pytest
 
@@ -105,6 +106,51 @@ def test_flipped_bits_give_points_or_one_clear_error(tmp_path: Path) -> None:
 def test_missing_file_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(LasError, match=r"cannot read .*give the path"):
         read_las(tmp_path / "none.las")
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Path:
+    """A LAZ file of 120 points, made by laspy from a LAS file of ours."""
+    rng = np.random.default_rng(0)
+    write_las(
+        tmp_path / "a.las",
+        rng.uniform(-50, 50, (120, 3)),
+        intensity=rng.integers(0, 65536, 120).astype(np.uint16),
+        classification=rng.integers(0, 20, 120).astype(np.uint8),
+    )
+    laspy.read(tmp_path / "a.las").write(tmp_path / "a.laz")
+    return tmp_path / "a.laz"
+
+
+def test_compressed_file_holds_what_the_plain_one_holds(compressed: Path) -> None:
+    plain, packed = read_las(compressed.with_suffix(".las")), read_las(compressed)
+
+    np.testing.assert_allclose(packed.pos, plain.pos, atol=1e-9)
+    np.testing.assert_array_equal(packed.intensity, plain.intensity)
+    np.testing.assert_array_equal(packed.classification, plain.classification)
+
+
+def test_damaged_compressed_files_end_in_one_clear_error_or_in_all_points(compressed: Path) -> None:
+    whole, errors = compressed.read_bytes(), 0
+    cut = [whole[:size] for size in (0, 1, 100, 227, *range(300, len(whole), 97))]
+    flipped = []
+    for bit in range(0, 8 * len(whole), 61):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << (bit % 8)
+        flipped.append(bytes(data))
+    count = bytearray(whole)
+    at, size = (247, 8) if whole[25] >= 4 else (107, 4)
+    count[at + size - 1] ^= 0x40  # the highest byte of the number of points
+    for number, data in enumerate((*cut, *flipped, bytes(count))):
+        compressed.write_bytes(data)
+        try:
+            cloud = read_las(compressed)
+        except LasError:
+            errors += 1
+        else:
+            assert np.isfinite(cloud.pos).all()
+            assert len(cloud.pos) == 120, number
+    assert errors > len(cut)
 
 
 def test_compressed_file_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
