@@ -79,7 +79,9 @@ class Interactions:
                 )
         plain = ("dense", "ids", "label", "mask", "user", "row") + (() if first.oracle is None else ("oracle",))
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in plain}
-        return Interactions(bags={name: _cat_bags([part.bags[name] for part in parts]) for name in first.bags}, **joined)
+        return Interactions(
+            bags={name: _cat_bags([part.bags[name] for part in parts]) for name in first.bags}, **joined
+        )
 
 
 def _cat_bags(bags: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
