@@ -6,7 +6,7 @@ B rows (impressions: one user was shown one item once), F dense features, J sing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -52,12 +52,11 @@ class Interactions:
         """Return a copy in page-locked memory (what a loader with ``pin_memory`` asks for)."""
         return self._map(lambda part: part.pin_memory())
 
-    def _map(self, change: Any) -> Interactions:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Interactions:
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         bags = {name: (change(ids), change(weight)) for name, (ids, weight) in columns.pop("bags").items()}
-        return Interactions(
-            bags=bags, **{name: None if column is None else change(column) for name, column in columns.items()}
-        )
+        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in columns.items()}
+        return Interactions(bags=bags, **changed)
 
     @staticmethod
     def cat(parts: Sequence[Interactions]) -> Interactions:

@@ -120,12 +120,12 @@ class ParquetBlocks(BlockFile):
             raise TableError(f"{path} is no readable Parquet file ({error})") from error
 
     @cached_property
-    def columns(self) -> list[str]:  # type: ignore[override]
+    def columns(self) -> list[str]:
         """Names of the columns."""
         return list(self._meta.schema.to_arrow_schema().names)
 
     @cached_property
-    def sizes(self) -> list[int]:  # type: ignore[override]
+    def sizes(self) -> list[int]:
         """Rows of each row group."""
         return [self._meta.row_group(group).num_rows for group in range(self._meta.num_row_groups)]
 
@@ -178,7 +178,7 @@ class CsvBlocks(BlockFile):
         self._index: tuple[list[int], list[int]] | None = None
 
     @cached_property
-    def columns(self) -> list[str]:  # type: ignore[override]
+    def columns(self) -> list[str]:
         """Names in the header."""
         with open(self.path, encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(file, delimiter=self.delimiter), None)

@@ -215,8 +215,8 @@ class TableColumns:
         wrong = (ids < 0) | (ids >= spec.cardinality) | (~column.null & (value != np.round(value)))
         if wrong.any():
             raise TableError(
-                f"{where}: value {value[wrong][0]:g} gives no id in 0 .. {spec.cardinality - 1}; raise its cardinality, "
-                "mend its offset, or set hashed: true"
+                f"{where}: value {value[wrong][0]:g} gives no id in 0 .. {spec.cardinality - 1}; raise its "
+                "cardinality, mend its offset, or set hashed: true"
             )
         return ids
 

@@ -16,8 +16,6 @@ where their tastes lie and by their rates. The true probabilities come with ever
 
 from __future__ import annotations
 
-import math
-import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,16 +28,20 @@ from numpy.typing import NDArray
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.batch import Interactions, Schema
+from tasks.recommendation.data.factors import (
+    REFERENCE,
+    TASTE,
+    WIDTH,
+    FactorModel,
+    Floats,
+    features,
+    intercepts,
+    sigmoid,
+    stream,
+)
 from tasks.recommendation.data.source import LogSource, TableDataset
 
-Floats = NDArray[np.float64]
-
 GENERATOR_VERSION = 1
-TASTE = 16
-WIDTH = 3 * TASTE
-UNITS = 6  # hidden units of a random function
-LOGIT_STD = 1.6
-REFERENCE = 20_000  # rows that fix the functions' variances, and the intercepts of a domain
 CONTEXT_NOISE = 0.1  # standard deviation of the noise on the two context numbers
 
 
@@ -135,15 +137,10 @@ class MultitaskLog(LogSource):
         self.scale_spread, self.heavy_tails, self.segments = scale_spread, heavy_tails, segments
         self.populations = default_populations() if populations is None else populations
         self._known_intercepts: dict[str, Floats] = {}
+        self.truth = FactorModel(self.schema.categories, self.weights, rho, data_seed)
         self._check()
 
     def _check(self) -> None:
-        categories, schema = len(self.rates), self.schema
-        low = -1.0 if categories < 3 else -1.0 / (categories - 1)
-        if not low <= self.rho <= 1:
-            raise ValueError(f"rho={self.rho} is impossible for {categories} categories; allowed is [{low:.3g}, 1]")
-        if min(self.weights) < 0 or max(self.weights) == 0:
-            raise ValueError(f"weights={self.weights}: give three numbers that are not negative, one of them above 0")
         for name, share in (("label_noise", self.label_noise), ("missing_labels", self.missing_labels)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name}={share} must lie in [0, 1)")
@@ -154,20 +151,23 @@ class MultitaskLog(LogSource):
         if self.zipf < 0 or self.heavy_tails < 0:
             raise ValueError(f"zipf={self.zipf}, heavy_tails={self.heavy_tails}: neither may be negative")
         for domain, population in self.populations.items():
-            unknown = set(population.rate_factors) - set(self.rates)
-            if unknown:
-                raise ValueError(
-                    f"domain {domain!r} scales the rates of unknown category {sorted(unknown)[0]!r}; "
-                    f"categories: {', '.join(self.rates)}"
-                )
-            for task, rate in zip(schema.tasks, self._domain_rates(population), strict=True):
-                if not 0 < rate < 1:
-                    raise ValueError(f"task {task!r} has rate {rate:.3g} in domain {domain!r}; rates lie in (0, 1)")
+            self._check_population(domain, population)
+
+    def _check_population(self, domain: str, population: Population) -> None:
+        unknown = set(population.rate_factors) - set(self.rates)
+        if unknown:
+            raise ValueError(
+                f"domain {domain!r} scales the rates of unknown category {sorted(unknown)[0]!r}; "
+                f"categories: {', '.join(self.rates)}"
+            )
+        for task, rate in zip(self.schema.tasks, self._domain_rates(population), strict=True):
+            if not 0 < rate < 1:
+                raise ValueError(f"task {task!r} has rate {rate:.3g} in domain {domain!r}; rates lie in (0, 1)")
 
     # What a source provides ---------------------------------------------------------------------------------------
 
     @cached_property
-    def schema(self) -> Schema:  # type: ignore[override]
+    def schema(self) -> Schema:
         """Columns: 48 + 2 dense features, two segments, the tasks in the order of ``rates``."""
         return Schema(
             tasks=tuple(task for tasks in self.rates.values() for task in tasks),
@@ -216,19 +216,12 @@ class MultitaskLog(LogSource):
 
         def write(target: Path) -> None:
             with open(target, "wb") as file:
-                np.savez(file, **self._draw(domain, split))
+                np.savez(file, allow_pickle=False, **self._draw(domain, split))
 
         return build_once(path, write)
 
     def _rng(self, *names: str) -> np.random.Generator:
-        return np.random.default_rng([self.data_seed, *(zlib.crc32(name.encode()) for name in names)])
-
-    @cached_property
-    def _functions(self) -> tuple[Floats, Floats, Floats]:
-        """W [48, K * 6], W' [48, K * 6] and a [K, 6] of the K = 1 + categories + tasks raw functions."""
-        rng, count = self._rng("functions"), 1 + len(self.rates) + len(self.schema.tasks)
-        first, second = rng.standard_normal((2, WIDTH, count * UNITS))
-        return first, second, rng.standard_normal((count, UNITS))
+        return stream(self.data_seed, *names)
 
     @cached_property
     def _items(self) -> Floats:
@@ -244,57 +237,10 @@ class MultitaskLog(LogSource):
         shown = np.stack([np.cos(angle), np.sin(angle)], 1) + CONTEXT_NOISE * rng.standard_normal((self.num_users, 2))
         return taste, angle, shown
 
-    def _raw(self, x: Floats, angle: Floats) -> Floats:
-        """The random functions before they are made uncorrelated: [n, K]."""
-        first, second, outer = self._functions
-        turned = np.cos(angle)[:, None] * (x @ first) + np.sin(angle)[:, None] * (x @ second)
-        hidden = np.tanh(2 * turned / math.sqrt(WIDTH)).reshape(len(x), -1, UNITS)
-        return np.asarray(np.einsum("nku,ku->nk", hidden, outer))
-
-    @cached_property
-    def _whitening(self) -> tuple[Floats, Floats]:
-        """Mean [K] and symmetric whitening matrix [K, K] over angles from 0 to 45 degrees.
-
-        The symmetric root changes the functions least, so S, C and f keep their identity.
-        """
-        rng = self._rng("reference")
-        z_u, z_i = rng.standard_normal((2, REFERENCE, TASTE))
-        raw = self._raw(np.concatenate([z_u, z_i, z_u * z_i], 1), rng.uniform(0, math.pi / 4, REFERENCE))
-        values, vectors = np.linalg.eigh(np.cov(raw, rowvar=False))
-        return raw.mean(0), vectors / np.sqrt(values) @ vectors.T
-
-    @cached_property
-    def _mixing(self) -> Floats:
-        """Weights of the K unit factors in each task's logit: [K, T]."""
-        categories, tasks = list(self.rates), self.schema.tasks
-        count = len(categories)
-        values, vectors = np.linalg.eigh((1 - self.rho) * np.eye(count) + self.rho * np.ones((count, count)))
-        root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-        shared, in_category, alone = self.weights
-        mix = np.zeros((1 + count + len(tasks), len(tasks)))
-        for t, category in enumerate(self.schema.categories):
-            mix[0, t] = shared
-            mix[1 : 1 + count, t] = in_category * root[categories.index(category)]
-            mix[1 + count + t, t] = alone
-        return LOGIT_STD * mix / math.sqrt(sum(weight**2 for weight in self.weights))
-
-    def logits(self, x: Floats, angle: Floats) -> Floats:
-        """True logits without intercepts.
-
-        Args:
-            x: float64 [n, 48], unscaled.
-            angle: float64 [n], radians.
-
-        Returns:
-            float64 [n, T]; over the reference population each column has standard deviation 1.6.
-        """
-        mean, white = self._whitening
-        return np.asarray((self._raw(x, angle) - mean) @ white @ self._mixing)
-
     def _domain_rates(self, population: Population) -> Floats:
         factors = [population.rate_factors.get(category, 1.0) for category in self.schema.categories]
         rates = [rate for tasks in self.rates.values() for rate in tasks.values()]
-        return np.array(rates) * np.array(factors)
+        return np.asarray(np.array(rates) * np.array(factors), np.float64)
 
     def _impressions(self, domain: str, rng: np.random.Generator, rows: int) -> tuple[Any, Any, Floats]:
         """Draw who was shown what: users [n], items [n] and the true logits without intercepts [n, T]."""
@@ -302,7 +248,7 @@ class MultitaskLog(LogSource):
         activity = np.arange(1, self.num_users + 1) ** -self.zipf
         user = rng.choice(self.num_users, rows, p=activity / activity.sum())
         item = rng.integers(self.num_items, size=rows)
-        return user, item, self.logits(_features(taste[user], self._items[item]), angle[user])
+        return user, item, self.truth.logits(features(taste[user], self._items[item]), angle[user])
 
     def _intercepts(self, domain: str) -> Floats:
         """Intercepts [T] of a domain, the same in all its splits."""
@@ -315,7 +261,7 @@ class MultitaskLog(LogSource):
         rates = self._domain_rates(self.populations[domain])
         rng = self._rng("rows", domain, split)
         user, item, logits = self._impressions(domain, rng, self.rows[split])
-        clean = _sigmoid(logits + self._intercepts(domain))
+        clean = sigmoid(logits + self._intercepts(domain))
         oracle = (1 - self.label_noise) * clean + self.label_noise * rates
         label = rng.random(oracle.shape) < oracle
         mask = rng.random(oracle.shape) >= self.missing_labels
@@ -330,7 +276,7 @@ class MultitaskLog(LogSource):
     def _table(self, domain: str, drawn: dict[str, NDArray[Any]]) -> Interactions:
         taste, _, shown = self._users(domain)
         user, item = drawn["user"], drawn["item"]
-        x = np.concatenate([_features(taste[user], self._items[item]), shown[user]], 1)
+        x = np.concatenate([features(taste[user], self._items[item]), shown[user]], 1)
         if self.heavy_tails > 0:
             x = np.expm1(self.heavy_tails * x) / self.heavy_tails
         x *= np.exp(self.scale_spread * self._rng("scales").standard_normal(WIDTH + 2))
@@ -347,34 +293,6 @@ class MultitaskLog(LogSource):
         )
 
 
-def _features(z_u: Floats, z_i: Floats) -> Floats:
-    return np.concatenate([z_u, z_i, z_u * z_i], 1)
-
-
 def _segment(taste: Floats) -> NDArray[np.int64]:
     """1 to 16: the signs of the first four tastes."""
     return np.asarray(1 + (taste[:, :4] > 0) @ np.array([1, 2, 4, 8]), np.int64)
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
-
-
-def intercepts(logits: Floats, rates: Floats, steps: int = 45) -> Floats:
-    """Intercepts b with mean(sigmoid(logits + b)) = rates, by bisection.
-
-    Args:
-        logits: float64 [n, T].
-        rates: float64 [T] in (0, 1).
-        steps: halvings of an interval that holds the answer.
-
-    Returns:
-        float64 [T].
-    """
-    low = np.log(rates / (1 - rates)) - np.abs(logits).max()
-    high = np.log(rates / (1 - rates)) + np.abs(logits).max()
-    for _ in range(steps):
-        middle = (low + high) / 2
-        above = _sigmoid(logits + middle).mean(0) > rates
-        low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return np.asarray((low + high) / 2)

@@ -11,21 +11,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
-from moeapps.data.gather import BatchDataset, gather
 from tasks.recommendation.data.batch import Interactions, Schema
+from tasks.recommendation.data.block_rows import Block, BlockCache, BlockDataset
 from tasks.recommendation.data.blocks import BlockFile, Column, TableError, open_blocks
 from tasks.recommendation.data.columns import TableColumns
 from tasks.recommendation.data.source import LogSource
@@ -63,29 +59,6 @@ class TableDomain:
     val: TableSplit | None = None
     test: TableSplit | None = None
     where: dict[str, list[int | str]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Where some rows lie, and what one pass over them found.
-
-    Attributes:
-        file: the file.
-        number: its block.
-        first: row number of the block's first row in the split's files.
-        rows: rows of the domain in it.
-        times: smallest and largest time of those rows; None without a time column.
-        known: labels per task.
-        positive: positive labels per task.
-    """
-
-    file: str
-    number: int
-    first: int
-    rows: int
-    times: tuple[float, float] | None
-    known: list[int]
-    positive: list[int]
 
 
 class TableFiles(LogSource):
@@ -176,7 +149,7 @@ class TableFiles(LogSource):
         if split == "train":
             self._check_training(cache)
         held = self._held.setdefault(split, BlockCache(self.window))
-        return BlockDataset(self, (domain, split), blocks, held)
+        return BlockDataset(blocks, partial(self.read, domain, split), held, (domain, split))
 
     # The pass that counts and checks ------------------------------------------------------------------------------
 
@@ -320,63 +293,3 @@ class TableFiles(LogSource):
 
 def _pick(column: Column, rows: NDArray[np.int64]) -> Column:
     return Column(column.values[rows], column.null[rows])
-
-
-class BlockCache:
-    """The blocks read last, at most ``capacity`` of them.
-
-    Attributes:
-        peak_rows: most rows ever held.
-        reads: blocks read so far.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.held: OrderedDict[tuple[Any, int], Interactions] = OrderedDict()
-        self.peak_rows = 0
-        self.reads = 0
-
-    def get(self, key: tuple[Any, int], read: Any) -> Interactions:
-        """Return a held block, or read it and let go of the one used longest ago."""
-        if key in self.held:
-            self.held.move_to_end(key)
-            return self.held[key]
-        while len(self.held) >= self.capacity:
-            self.held.popitem(last=False)
-        self.held[key] = read()
-        self.reads += 1
-        self.peak_rows = max(self.peak_rows, sum(len(table) for table in self.held.values()))
-        return self.held[key]
-
-
-class BlockDataset(BatchDataset):
-    """Rows of one domain and split, read block by block.
-
-    Args:
-        source: reads blocks.
-        place: (domain, split).
-        blocks: where the rows lie.
-        held: blocks in memory, shared by the domains of a split.
-    """
-
-    def __init__(self, source: TableFiles, place: tuple[str, Split], blocks: Sequence[Block], held: BlockCache) -> None:
-        self.source, self.place, self.blocks, self.held = source, place, list(blocks), held
-        self.window = source.window
-        self.sizes = [block.rows for block in self.blocks]
-        self._ends = np.cumsum(self.sizes).tolist()
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return int(self._ends[-1]) if self._ends else 0
-
-    def batch(self, rows: Tensor) -> Interactions:
-        """Return the rows at int64 positions [n]."""
-        return gather(rows, self._ends, self._part, self.join)  # type: ignore[no-any-return]
-
-    def join(self, parts: list[Any], order: Tensor) -> Interactions:
-        """Return one batch of several."""
-        return Interactions.cat(parts).take(order)
-
-    def _part(self, number: int, rows: Tensor) -> Interactions:
-        table = self.held.get((self.place, number), lambda: self.source.read(*self.place, self.blocks[number]))
-        return table.take(rows)
