@@ -66,6 +66,11 @@ class _ViewLinear(torch.autograd.Function):
         ctx.save_for_backward(x_VND, weight_BDO)
         ctx.reads = reads
         y_NBO = x_VND.new_empty(x_VND.shape[1], len(reads), weight_BDO.shape[2])
+        even = _even(reads)
+        if even is not None:
+            views, size = even
+            torch.bmm(x_VND[views], _stacked(weight_BDO, size), out=_by_run(y_NBO, size))
+            return y_NBO
         for v, start, stop in _runs(reads):
             torch.mm(x_VND[v], _joined(weight_BDO, start, stop), out=y_NBO[:, start:stop].flatten(1))
         return y_NBO
@@ -73,32 +78,72 @@ class _ViewLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_VND, weight_BDO = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: go through operations that can be differentiated again
-            with torch.enable_grad():
-                y_NBO = _plain(x_VND, weight_BDO, ctx.reads)
-                wanted = [t for t, need in zip((x_VND, weight_BDO), ctx.needs_input_grad, strict=False) if need]
-                found = iter(torch.autograd.grad(y_NBO, wanted, grads[0], create_graph=True))
-            dx, dw = (next(found) if need else None for need in ctx.needs_input_grad[:2])
-            return dx, dw, None
-        grad_NK = grads[0].contiguous().flatten(1)
-        width = weight_BDO.shape[2]
         need_x, need_w = ctx.needs_input_grad[:2]
-        dx_VND = _like_rows(x_VND) if need_x else None
-        dw_BDO = torch.empty_like(weight_BDO) if need_w else None
-        written: set[int] = set()
-        for v, start, stop in _runs(ctx.reads):
-            grad = grad_NK[:, start * width : stop * width]
-            if dx_VND is not None:
-                torch.addmm(
-                    dx_VND[v], grad, _joined(weight_BDO, start, stop).T, beta=int(v in written), out=dx_VND[v]
-                )
-                written.add(v)
-            if dw_BDO is not None:
-                dw_BDO[start:stop] = (x_VND[v].T @ grad).unflatten(1, (stop - start, width)).transpose(0, 1)
+        if torch.is_grad_enabled():  # create_graph: go through operations that can be differentiated again
+            y_NBO = _plain(x_VND, weight_BDO, ctx.reads)
+            wanted = [t for t, need in ((x_VND, need_x), (weight_BDO, need_w)) if need]
+            found = iter(torch.autograd.grad(y_NBO, wanted, grads[0], create_graph=True))
+            return next(found) if need_x else None, next(found) if need_w else None, None
+        grad_NBO = grads[0].contiguous()
+        even = _even(ctx.reads)
+        if even is not None:
+            return *_even_gradients(x_VND, weight_BDO, grad_NBO, even, need_x, need_w), None
+        return *_gradients(x_VND, weight_BDO, grad_NBO, ctx.reads, need_x, need_w), None
+
+
+def _even(reads: Sequence[int]) -> tuple[slice, int] | None:
+    """The views read and blocks per view where runs are equally long and views follow one another: one batched product."""
+    runs = list(_runs(reads))
+    first, size = runs[0][0], runs[0][2]
+    in_order = all(v == first + i and stop - start == size for i, (v, start, stop) in enumerate(runs))
+    return (slice(first, first + len(runs)), size) if in_order and len(runs) > 1 else None
+
+
+def _stacked(weight_BDO: Tensor, size: int) -> Tensor:
+    """Matrices of ``size`` blocks side by side, for every run: (R, D, size O)."""
+    return weight_BDO if size == 1 else weight_BDO.unflatten(0, (-1, size)).transpose(1, 2).flatten(2)
+
+
+def _by_run(y_NBO: Tensor, size: int) -> Tensor:
+    """(N, B, O) seen as (R, N, size O)."""
+    return y_NBO.unflatten(1, (-1, size)).flatten(2).transpose(0, 1)
+
+
+def _even_gradients(
+    x_VND: Tensor, weight_BDO: Tensor, grad_NBO: Tensor, even: tuple[slice, int], need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    views, size = even
+    grad_RNK = _by_run(grad_NBO, size)
+    dx_VND = dw_BDO = None
+    if need_x:
+        dx_VND = _like_rows(x_VND)
+        dx_VND[: views.start].zero_()
+        dx_VND[views.stop :].zero_()
+        torch.bmm(grad_RNK, _stacked(weight_BDO, size).transpose(1, 2), out=dx_VND[views])
+    if need_w:
+        dw_RDK = torch.bmm(x_VND[views].transpose(1, 2), grad_RNK)
+        dw_BDO = dw_RDK if size == 1 else dw_RDK.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)
+    return dx_VND, dw_BDO
+
+
+def _gradients(
+    x_VND: Tensor, weight_BDO: Tensor, grad_NBO: Tensor, reads: Sequence[int], need_x: bool, need_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dx_VND = _like_rows(x_VND) if need_x else None
+    dw_BDO = torch.empty_like(weight_BDO) if need_w else None
+    written: set[int] = set()
+    for v, start, stop in _runs(reads):
+        grad_NK = grad_NBO[:, start:stop].flatten(1)
         if dx_VND is not None:
-            for v in set(range(len(x_VND))) - written:
-                dx_VND[v].zero_()
-        return dx_VND, dw_BDO, None
+            back = _joined(weight_BDO, start, stop).T
+            torch.addmm(dx_VND[v], grad_NK, back, beta=int(v in written), out=dx_VND[v])
+            written.add(v)
+        if dw_BDO is not None:
+            dw_BDO[start:stop] = (x_VND[v].T @ grad_NK).unflatten(1, (stop - start, -1)).transpose(0, 1)
+    if dx_VND is not None:
+        for v in set(range(len(x_VND))) - written:
+            dx_VND[v].zero_()
+    return dx_VND, dw_BDO
 
 
 def _like_rows(x_VND: Tensor) -> Tensor:
