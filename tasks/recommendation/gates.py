@@ -329,6 +329,8 @@ class _Gated(torch.autograd.Function):
         s_NVLd = torch.sigmoid(u_NVLd)
         twice_NVL1 = 2 * share_NVL.unsqueeze(-1)
         gate_NVd = _sum_low(s_NVLd * twice_NVL1)
+        # Shares sum to 1 but for rounding; without that rounding a fresh gate is exactly 1. (No gradient: it is zero.)
+        gate_NVd -= _sum_low(twice_NVL1 / 2) - 1
         ctx.save_for_backward(x_NVd, s_NVLd, twice_NVL1, gate_NVd)
         return x_NVd * gate_NVd
 
@@ -346,7 +348,9 @@ class _Gated(torch.autograd.Function):
 
 def _sum_low(part_NVLd: Tensor) -> Tensor:
     """Sum over the few low-rank gates, by additions: a reduction over so short a dimension is slow."""
-    total = part_NVLd[:, :, 0]
-    for low in range(1, part_NVLd.shape[2]):
-        total = total + part_NVLd[:, :, low]
-    return total
+    if part_NVLd.shape[2] == 1:
+        return part_NVLd[:, :, 0].clone()
+    total_NVd = part_NVLd[:, :, 0] + part_NVLd[:, :, 1]
+    for low in range(2, part_NVLd.shape[2]):
+        total_NVd += part_NVLd[:, :, low]
+    return total_NVd
