@@ -232,9 +232,13 @@ class TaskScore(Metric):
             raise ValueError(f"kind={kind!r}: choose from {', '.join(KINDS)}")
         self.kind: Kind = kind
         self.task = task
-        self.higher_is_better = kind in ("gauc", "gauc_expected", "auc")
         for name in ("logit", "label", "mask", "user", "oracle"):
             self.add_state(name, [], dist_reduce_fx="cat")
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Whether a larger score is better."""
+        return self.kind in ("gauc", "gauc_expected", "auc")
 
     def update(self, logits: Tensor, label: Tensor, mask: Tensor, user: Tensor, oracle: Tensor | None = None) -> None:
         """Keep one batch of the domain."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import numpy as np
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
@@ -185,7 +186,7 @@ class UserIntervals(L.Callback):
         task, stage = cast(BaseTask, trainer.lightning_module), "test" if trainer.testing else "val"
         low, high = {}, {}
         for domain, metrics in zip(task.scores[stage].domains, task.scores[stage].metrics, strict=True):
-            score = cast(Any, metrics)["gauc"] if "gauc" in cast(Any, metrics) else None
+            score = dict(cast(MetricCollection, metrics).items()).get("gauc")
             rows = score.rows() if isinstance(score, TaskScore) else {}
             if len(rows.get("user", ())) and len(rows["user"].unique()) > 1:
                 interval = gauc_interval(

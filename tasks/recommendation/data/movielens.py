@@ -314,13 +314,14 @@ class MovieLens100K(LogSource):
         genre = np.sort(np.where(ratings.genres, -(1 + np.arange(len(GENRES))), 0), axis=1)[:, :most]
         genre_ids = torch.from_numpy(-genre[ratings.item])
         seen = history >= 0
-        items = np.where(seen, ratings.item[history], 0)
-        items = torch.from_numpy(np.where(self.known_items[items], items, 0))
+        shown = np.where(seen, ratings.item[history], 0)
+        items = torch.from_numpy(np.where(self.known_items[shown], shown, 0))
         liking = torch.from_numpy(np.where(seen, (ratings.rating[history] - 3) / 2, 0).astype(np.float32))
+        filled = (items > 0).float()
         return {
             "genres": (genre_ids, (genre_ids > 0).float()),
-            "history": (items, (items > 0).float()),
-            "history_rated": (items, liking * (items > 0)),
+            "history": (items, filled),
+            "history_rated": (items, liking * filled),
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -27,8 +27,8 @@ GENRES = (
 )  # fmt: skip
 OCCUPATIONS = (
     "administrator", "artist", "doctor", "educator", "engineer", "entertainment", "executive", "healthcare",
-    "homemaker", "lawyer", "librarian", "marketing", "none", "other", "programmer", "retired", "salesman", "scientist", "student",
-    "technician", "writer",
+    "homemaker", "lawyer", "librarian", "marketing", "none", "other", "programmer", "retired", "salesman", "scientist",
+    "student", "technician", "writer",
 )  # fmt: skip
 NUM_ITEMS = 1682
 
