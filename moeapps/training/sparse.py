@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for part in module.modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse and part.weight.requires_grad:
-            found[id(part.weight)] = part.weight
+            found[id(part.weight)] = cast(nn.Parameter, part.weight)
     return list(found.values())
 
 
@@ -84,7 +84,7 @@ class JoinedOptimizer(Optimizer):
             part.state = self.state
             start += count
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of every part.
 
         Args:
@@ -106,7 +106,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: 
     Args:
         parameters: those with a gradient count.
         limit: largest total norm, or largest absolute value; > 0.
-        algorithm: ``norm`` scales all by min(1, limit / (total norm + 1e-6)), as torch does; ``value`` cuts each number.
+        algorithm: ``norm`` scales all by min(1, limit / (total norm + 1e-6)), as torch does; ``value`` cuts numbers.
 
     Raises:
         ValueError: unknown algorithm.

@@ -21,7 +21,7 @@ from moeapps.moe.record import MoERecorder, Record
 from moeapps.training.evaluation import DomainScores
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir, write_json
-from moeapps.training.sparse import build_optimizer, clip_gradients, sparse_parameters
+from moeapps.training.sparse import build_optimizer, clip_gradients
 
 Stage = Literal["train", "val", "test"]
 
@@ -263,8 +263,8 @@ class BaseTask(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says; with sparse gradients by our own function, since torch's knows dense ones only."""
-        if gradient_clip_val is None or not sparse_parameters(self):
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradient_clip_val is None or not any(p.grad is not None and p.grad.is_sparse for p in held):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        clip_gradients(parameters, float(gradient_clip_val), gradient_clip_algorithm or "norm")
+        else:
+            clip_gradients(held, float(gradient_clip_val), gradient_clip_algorithm or "norm")

@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.metrics import TaskScore, gauc_interval
+from tasks.recommendation.metrics import RankingScores, gauc_interval
 
 log = logging.getLogger("moeapps")
 
@@ -186,8 +186,8 @@ class UserIntervals(L.Callback):
         task, stage = cast(BaseTask, trainer.lightning_module), "test" if trainer.testing else "val"
         low, high = {}, {}
         for domain, metrics in zip(task.scores[stage].domains, task.scores[stage].metrics, strict=True):
-            score = dict(cast(MetricCollection, metrics).items()).get("gauc")
-            rows = score.rows() if isinstance(score, TaskScore) else {}
+            kept = [metric for metric in cast(MetricCollection, metrics).values() if isinstance(metric, RankingScores)]
+            rows = kept[0].rows() if kept else {}
             if len(rows.get("user", ())) and len(rows["user"].unique()) > 1:
                 interval = gauc_interval(
                     rows["logit"],

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeapps.evaluation.statistics import bootstrap_interval
+from moeapps.training.evaluation import DomainScores
 from tasks.recommendation.metrics import (
     KINDS,
-    TaskScore,
+    RankingScores,
     auc,
     calibration,
     expected_calibration_error,
@@ -117,7 +118,9 @@ def test_masked_rows_and_users_with_one_class_do_not_count() -> None:
 
     wanted = naive_gauc(score[mask], label[mask], group[mask])
     assert float(gauc(score, label, group, mask)) == pytest.approx(wanted, abs=1e-12)
-    found = group_auc(torch.cat([score, torch.rand(5)]), torch.cat([label, torch.ones(5)]), torch.cat([group, one_class]))
+    found = group_auc(
+        torch.cat([score, torch.rand(5)]), torch.cat([label, torch.ones(5)]), torch.cat([group, one_class])
+    )
     assert 99 not in found.group
     torch.testing.assert_close(found.auc, group_auc(score, label, group).auc)
 
@@ -139,7 +142,9 @@ def test_wrong_input_is_told() -> None:
     with pytest.raises(ValueError, match="all are"):
         gauc(torch.rand(3), torch.ones(2), group)
     with pytest.raises(ValueError, match="kind='mrr'"):
-        TaskScore("mrr")  # type: ignore[arg-type]
+        RankingScores(["a"], ["mrr"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"tasks=\[\]"):
+        RankingScores([])
 
 
 def test_log_loss_and_calibration_from_their_formulas() -> None:
@@ -171,7 +176,9 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         label = torch.bernoulli(oracle, generator=g)
         label[:, 2] = 0  # a task without positives
         mask = torch.rand(n, 3, generator=g) < 0.8
-        made.append((torch.randn(n, 3, generator=g), label * mask, mask, torch.randint(0, 4, (n,), generator=g), oracle))
+        made.append(
+            (torch.randn(n, 3, generator=g), label * mask, mask, torch.randint(0, 4, (n,), generator=g), oracle)
+        )
     return made
 
 
@@ -184,14 +191,28 @@ def test_collection_scores_the_whole_epoch_per_task_and_as_the_mean_over_defined
     logit, label, mask, user, oracle = (torch.cat(column) for column in zip(*batches(), strict=True))
     for t, name in enumerate(["a", "b"]):
         assert values[f"gauc_{name}"] == pytest.approx(float(gauc(logit[:, t], label[:, t], user, mask[:, t])))
-        assert values[f"gauc_expected_{name}"] == pytest.approx(float(gauc(logit[:, t], oracle[:, t], user, mask[:, t])))
+        assert values[f"gauc_expected_{name}"] == pytest.approx(
+            float(gauc(logit[:, t], oracle[:, t], user, mask[:, t]))
+        )
         assert values[f"calibration_{name}"] == pytest.approx(
             abs(float(calibration(logit[:, t], label[:, t], mask[:, t])) - 1)
         )
     assert math.isnan(values["gauc_never"])
     assert values["gauc"] == pytest.approx((values["gauc_a"] + values["gauc_b"]) / 2)
     assert values["logloss"] == pytest.approx(sum(values[f"logloss_{name}"] for name in ("a", "b", "never")) / 3)
-    assert {name: metric.higher_is_better for name, metric in metrics.items()}["calibration"] is False
+    better = next(iter(metrics.values())).larger_is_better
+    assert set(better) == set(values)
+    assert {name for name, larger in better.items() if larger} == {n for n in values if n[:2] == "ga" or n[:3] == "auc"}
+
+
+def test_table_of_a_run_knows_which_way_each_score_is_better() -> None:
+    scores = DomainScores({"d": "seen"}, lambda domain: ranking_metrics(["a", "b", "never"]))
+    for batch in batches():
+        scores.update("d", torch.tensor(1.0), len(batch[0]), batch, {})
+
+    directions = {score.metric: score.direction for score in scores.compute(["d"]).scores}
+    assert directions["gauc"] == directions["auc_a"] == "max"
+    assert directions["logloss"] == directions["calibration_b"] == "min"
 
 
 def test_reset_forgets_and_nothing_seen_is_not_a_number() -> None:
