@@ -68,6 +68,8 @@ class Claim:
         minus: Two variants (of system, of baseline) whose metric is subtracted first, for claims about a difference of
             differences.
         untested: Reason why the claim is not tested at all; everything else may then be left at its default.
+        clustered: Pairs of one data seed are averaged before the interval. False where the data seed draws nothing
+            (real data), so that pairs differ by the model alone.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Claim:
     baseline_value: float | None = None
     minus: tuple[str, str] | None = None
     untested: str = ""
+    clustered: bool = True
 
     def __post_init__(self) -> None:
         if self.untested:
@@ -229,8 +232,10 @@ class Grid:
             return
         for name in claim.variants:
             self._require(name, f"claim {claim.id}")
-        if claim.kind == "statistical" and len(self.pairs(*claim.variants)) < 2:
-            raise GridError(f"claim {claim.id} has one pair of seeds; an interval needs at least two")
+        pairs = self.pairs(*claim.variants)
+        independent = len({data_seed for _, data_seed in pairs}) if claim.clustered else len(pairs)
+        if claim.kind == "statistical" and independent < 2:
+            raise GridError(f"claim {claim.id} has one pair of seeds or one data seed; an interval needs at least two")
 
     def _require(self, name: str, who: str) -> None:
         if name not in self.variants:
