@@ -285,6 +285,10 @@ class TableFiles(LogSource):
         picked = {name: _pick(column, keep) for name, column in found.items()}
         return self.columns.convert(picked, block.first + keep, what)
 
+    def forget(self) -> None:
+        """Let go of all held rows."""
+        self._held.clear()
+
     def _open(self, path: str) -> BlockFile:
         if path not in self._files:
             self._files[path] = open_blocks(Path(path), self.csv_rows)

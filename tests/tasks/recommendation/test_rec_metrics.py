@@ -215,6 +215,13 @@ def test_table_of_a_run_knows_which_way_each_score_is_better() -> None:
     assert directions["logloss"] == directions["calibration_b"] == "min"
 
 
+def test_scores_against_true_probabilities_are_left_out_where_nobody_knows_them() -> None:
+    metrics = ranking_metrics(["a", "b", "c"])
+    metrics.update(*batches()[0][:4])
+
+    assert not [name for name in metrics.compute() if name.startswith("gauc_expected")]
+
+
 def test_reset_forgets_and_nothing_seen_is_not_a_number() -> None:
     metrics = ranking_metrics(["a", "b", "c"])
     metrics.update(*batches()[0])

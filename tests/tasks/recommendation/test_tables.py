@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 
 from tasks.recommendation.data.blocks import CsvBlocks, TableError, open_blocks, write_table
 from tasks.recommendation.data.columns import BagColumn, DenseColumn, IdColumn, TableColumns, TaskColumn
@@ -289,3 +291,44 @@ def test_hashes_are_the_published_function_spread_evenly_and_agree_between_text_
     counts = np.bincount(ids, minlength=11)
     assert counts[0] == 0
     assert abs(counts[1:] - 10_000).max() < 500
+
+
+def test_kuairands_layout_is_read_as_its_overlay_says(tmp_path: Path) -> None:
+    """Files of the published header, in three days of April and May 2022, read by configs/data/kuairand.yaml."""
+    rng, rows, day = np.random.default_rng(0), 600, 86_400_000
+    flags = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
+
+    def file(name: str, first: int, days: int) -> None:
+        columns: dict[str, Any] = {
+            "user_id": rng.integers(0, 50, rows),
+            "video_id": rng.integers(0, 900, rows),
+            "date": [20220421] * rows,
+            "hourmin": [1300] * rows,
+            "time_ms": rng.integers(first, first + days * day, rows),
+            **{flag: rng.integers(0, 2, rows) for flag in flags},
+            "play_time_ms": rng.integers(0, 99_999, rows),
+            "duration_ms": rng.integers(0, 99_999, rows),
+            "profile_stay_time": [0] * rows,
+            "comment_stay_time": [0] * rows,
+            "is_profile_enter": [0] * rows,
+            "is_rand": [0] * rows,
+            "tab": rng.integers(0, 15, rows),
+        }
+        write_table(tmp_path / f"{name}_pure.csv", columns)
+
+    file("log_standard_4_08_to_4_21", 1_649_376_000_000, 14)
+    file("log_standard_4_22_to_5_08", 1_650_585_600_000, 17)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(RecommendationData, "data")
+    config = yaml.safe_load(Path("configs/data/kuairand.yaml").read_text())["data"]
+    config["init_args"]["source"]["init_args"]["root"] = str(tmp_path)
+    config["init_args"] |= {"cache_dir": str(tmp_path / "cache"), "batch_size": 16}
+    data = parser.instantiate(parser.parse_object({"data": config})).data
+
+    data.prepare_data()
+    batch = next(iter(data.train_dataloader()))
+    data.source.schema.check(batch, "kuairand")
+    assert data.facts["categories"] == ["watch"] * 2 + ["interaction"] * 4
+    assert set(batch.ids[:, 2].tolist()) == {1, 2}
+    assert {int(b.ids[0, 2]) for b in data.test_dataloader()[-1]} == {5}
+    assert 0.2 < float(batch.label.mean()) < 0.8
