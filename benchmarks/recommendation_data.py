@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def gauc_rows(runs: int, rows: int = 1_000_000, users: int = 20_000) -> list[Row
     return [
         Row(
             f"GAUC, {rows:,} rows, {users:,} users, {name}",
-            cpu_seconds(lambda s=s: gauc(s, label, user), runs),
+            cpu_seconds(partial(gauc, s, label, user), runs),
             "s",
             3.0,
         )
@@ -96,7 +97,7 @@ def sparse_rows(runs: int, table_rows: int = 2_000_000, dim: int = 16, batch: in
     steps = []
     for sparse in (True, False):
         facts = {"dense_dim": 0, "fields": {}, "bags": {"history": table_rows}}
-        encoder = FeatureEncoder(facts, dim=dim, table=lambda sizes, d, s=sparse: PlainTable(sizes, d, sparse=s))
+        encoder = FeatureEncoder(facts, dim=dim, table=partial(PlainTable, sparse=sparse))
         steps.append(_step(torch.nn.Sequential(encoder, torch.nn.Linear(dim, 1)), rows))
     pairs = [(cpu_seconds(steps[0], 1), cpu_seconds(steps[1], 1)) for _ in range(runs + 1)][1:]  # the first allocates
     sparse_s, dense_s = (statistics.median(side) for side in zip(*pairs, strict=True))
