@@ -82,7 +82,7 @@ def gauc_rows(runs: int, rows: int = 1_000_000, users: int = 20_000) -> list[Row
             "s",
             3.0,
         )
-        for name, s in (("no ties", score), ("100 score levels", score.mul(15).round()))
+        for name, s in (("no ties", score), ("many ties", score.mul(15).round()))
     ]
 
 
