@@ -90,9 +90,7 @@ def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> 
             entry[key] = _ratio(results, claim.system, claim.baseline, name, pairs)
     entry |= {"seeds": [list(pair) for pair in pairs], "system": system, "baseline": baseline}
     clusters = _clusters(pairs) if claim.clustered else None
-    result = judge(
-        system, baseline, rule=claim.rule, direction=claim.direction, margin=claim.margin, clusters=clusters
-    )
+    result = judge(system, baseline, rule=claim.rule, direction=claim.direction, margin=claim.margin, clusters=clusters)
     if clusters is not None and claim.kind == "statistical":
         entry["clusters"] = len(set(clusters))
     entry["diff_mean"] = _rounded(result.diff_mean)

@@ -57,7 +57,8 @@ def _joined(weight_BDO: Tensor, start: int, stop: int) -> Tensor:
 
 def _plain(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tensor:
     parts = [x_VND[v] @ _joined(weight_BDO, start, stop) for v, start, stop in _runs(reads)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).unflatten(1, (len(reads), -1))
+    y_NBO: Tensor = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).unflatten(1, (len(reads), -1))
+    return y_NBO
 
 
 class _ViewLinear(torch.autograd.Function):
@@ -92,7 +93,7 @@ class _ViewLinear(torch.autograd.Function):
 
 
 def _even(reads: Sequence[int]) -> tuple[slice, int] | None:
-    """The views read and blocks per view where runs are equally long and views follow one another: one batched product."""
+    """The views read and blocks per view, where runs are equally long and in order: one batched product."""
     runs = list(_runs(reads))
     first, size = runs[0][0], runs[0][2]
     in_order = all(v == first + i and stop - start == size for i, (v, start, stop) in enumerate(runs))
@@ -106,7 +107,8 @@ def _stacked(weight_BDO: Tensor, size: int) -> Tensor:
 
 def _by_run(y_NBO: Tensor, size: int) -> Tensor:
     """(N, B, O) seen as (R, N, size O)."""
-    return y_NBO.unflatten(1, (-1, size)).flatten(2).transpose(0, 1)
+    y_NRK: Tensor = y_NBO.unflatten(1, (-1, size)).flatten(2)
+    return y_NRK.transpose(0, 1)
 
 
 def _even_gradients(

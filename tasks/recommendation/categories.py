@@ -21,11 +21,11 @@ Groups = dict[str, dict[str, float]]
 class CategoryScores(L.Callback):
     """Add means over tasks to the summary of metrics/test.json.
 
-    * ``<role>.<category>``: every kind of score, mean over the role's domains and the category's tasks; only for logs of
-      several categories.
-    * ``oracle.<role>``: ``gauc`` and ``gauc_expected`` of the true probabilities, where the log knows them; no model can
-      be better in expectation. ``oracle/margin``: the least, over domains and tasks, of what the truth's expected GAUC
-      is above the model's; below 0 something leaks.
+    * ``<role>.<category>``: every kind of score, mean over the role's domains and the category's tasks; only for logs
+      of several categories.
+    * ``oracle.<role>``: ``gauc`` and ``gauc_expected`` of the true probabilities, where the log knows them; no model
+      can be better in expectation. ``oracle/margin``: the least, over domains and tasks, of what the truth's expected
+      GAUC is above the model's; below 0 something leaks.
 
     A score that is not defined (a task without positives in a domain) is left out of the means.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three illnesses of multi-gate experts as numbers with thresholds: collapse, degradation, underfitting.
 
-Pure functions of what a level computed on some rows. Names and thresholds follow home card 4.1; the threshold of collapse
-(0.9) is the paper's, the others are ours.
+Pure functions of what a level computed on some rows. Names and thresholds follow home card 4.1; the threshold of
+collapse (0.9) is the paper's, the others are ours.
 
 Shape legend: N rows, E experts, o units of an expert, G gates.
 """
@@ -88,8 +88,8 @@ def diagnose(
 
     Returns:
         Per expert ``zero_frac``, ``quiet_frac``, ``dead_units``, ``std``, ``mean_abs`` and, where several gates see it,
-        ``occupancy`` and ``effective_users``. Per gate ``entropy`` (over its maximum), ``max_weight`` (mean over rows of
-        the largest), and with own experts ``own_mass``, ``fair``. Over all the extremes, ``dist_ratio``,
+        ``occupancy`` and ``effective_users``. Per gate ``entropy`` (over its maximum), ``max_weight`` (mean over rows
+        of the largest), and with own experts ``own_mass``, ``fair``. Over all the extremes, ``dist_ratio``,
         ``mean_ratio``, divergences between gates and ``foreign_mass``.
     """
     limits = thresholds or Thresholds()

@@ -34,10 +34,11 @@ PUSH = 30.0
 class ExpertDiagnostics(L.Callback):
     """Measure expert collapse, degradation and underfitting on test rows of the seen domains.
 
-    Writes metrics/experts.json (every number of every level, expert and gate), metrics/experts.md (the same to read) and
-    figures/gates.png (mean weights of every gate); adds groups ``experts`` (worst over levels) and ``experts.level_<k>``
-    to the summary of metrics/test.json. ``own_gradient_kept`` there: the gradient that reaches a task's own experts when
-    its gate ignores them (their logits lowered by 30), over the gradient before, least over tasks.
+    Writes metrics/experts.json (every number of every level, expert and gate), metrics/experts.md (the same to read)
+    and figures/gates.png (mean weights of every gate); adds groups ``experts`` (worst over levels) and
+    ``experts.level_<k>`` to the summary of metrics/test.json. ``own_gradient_kept`` there: the gradient that reaches a
+    task's own experts when its gate ignores them (their logits lowered by 30), over the gradient before, least over
+    tasks.
 
     Under several processes the rows are those of the first.
 
@@ -128,6 +129,7 @@ class ExpertDiagnostics(L.Callback):
         content = {"thresholds": vars(self.thresholds), "rates": rates, "gradients": gradients, "levels": levels}
         write_json(folder / "metrics" / "experts.json", content | self.result)
         path = folder / "metrics" / "experts.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(markdown(self.levels, rates, gradients), encoding="utf-8")
         temporary.replace(path)

@@ -55,6 +55,9 @@ class StackedGates(RouterBase):
 
     sparse = False
     takes_gates = True
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    constant: nn.Parameter | None
     mask: Tensor
     index: Tensor
     bias_index: Tensor
@@ -93,6 +96,7 @@ class StackedGates(RouterBase):
             )
         self.width, self.mixing, self.residual = width, mixing, residual
         self.reads = tuple(tuple(r) for r in reads)
+        self.see_all = bool(allowed.all())
         self.register_buffer("mask", allowed.unsqueeze(1), persistent=False)
         self._lay_out(allowed, owned if residual == "self_gate" else torch.zeros_like(owned))
         self._constants(allowed, owned)
@@ -189,25 +193,34 @@ class StackedGates(RouterBase):
             raise ValueError("StackedGates read one tensor of states [S, N, d], without token_mask or adjust hook.")
         with torch.autocast(features.device.type, enabled=False):
             z_SNd = features if features.dtype == torch.float64 else features.float()
-            share_NX = self._shares(z_SNd)
-            weight_NX, probs_NX = share_NX @ self.place, share_NX.detach() @ self.place_mixing
+            weight_NGE, probs_NGE = self._weights(self._shares(z_SNd))
             if self.mixing == "shuffled":  # batches of training are in random order: any turn will do
-                weight_NX, probs_NX = (w.roll(max(1, len(w) // 2), 0) for w in (weight_NX, probs_NX))
+                weight_NGE, probs_NGE = (w.roll(max(1, len(w) // 2), 0) for w in (weight_NGE, probs_NGE))
             if self.mixing == "constant":
-                weight_NX = torch.zeros_like(weight_NX)
+                weight_NGE = torch.zeros_like(weight_NGE)
             if self.has_constants:
-                weight_NX = weight_NX + self._constant()
-        shape = (self.num_gates, self.num_experts)
+                weight_NGE = weight_NGE + self._constant().view(self.num_gates, self.num_experts)
         return DenseRouting(
-            weight_NX.unflatten(1, shape).transpose(0, 1),
+            weight_NGE.transpose(0, 1),
             self.num_experts,
             allowed=self.mask,
-            probs_NE=probs_NX.unflatten(1, shape).transpose(0, 1),
+            probs_NE=probs_NGE.transpose(0, 1),
             features_ND=features,
         )
 
+    def _weights(self, share_NKQ: Tensor) -> tuple[Tensor, Tensor]:
+        """What is applied and what the mixing gates alone give, [N, G, E] each."""
+        if self.see_all and self.num_columns == self.num_gates:  # slots are experts, columns are gates
+            weight_NGE = share_NKQ.transpose(1, 2)
+            return weight_NGE, weight_NGE.detach()
+        shape = (self.num_gates, self.num_experts)
+        weight_NGE = (share_NKQ.flatten(1) @ self.place).unflatten(1, shape)
+        if self.num_columns == self.num_gates:
+            return weight_NGE, weight_NGE.detach()
+        return weight_NGE, (share_NKQ.detach().flatten(1) @ self.place_mixing).unflatten(1, shape)
+
     def _shares(self, z_SNd: Tensor) -> Tensor:
-        """The softmax of every column over its slots, [N, K Q]."""
+        """The softmax of every column over its slots, [N, K, Q]."""
         num_rows = z_SNd.shape[1]
         if self.weight is None or self.bias is None:
             logits_NX = _padded(z_SNd.new_zeros(len(self._bounds)), self.bias_index).expand(num_rows, -1)
@@ -217,7 +230,8 @@ class StackedGates(RouterBase):
             matrix_SXd = rows.index_select(0, self.index.flatten()).view(*self.index.shape, self.width)
             matrix = matrix_SXd.transpose(1, 2).flatten(0, 1)
             logits_NX = torch.addmm(_padded(self.bias.to(z_SNd.dtype), self.bias_index), rows_NX, matrix)
-        return logits_NX.unflatten(1, (self.num_slots, self.num_columns)).softmax(1).flatten(1)
+        share_NKQ: Tensor = logits_NX.unflatten(1, (self.num_slots, self.num_columns)).softmax(1)
+        return share_NKQ
 
     def _constant(self) -> Tensor:
         if self.constant is None:
@@ -300,12 +314,11 @@ class FeatureGates(nn.Module):
         num_low = self.num_gates
         both_NVk = view_linear(x_SNd, torch.cat([self.down, self.mix], 2), self.views)
         low_NVk, mix_NVL = both_NVk.split([num_low * self.rank, num_low], dim=2)
-        # The L second matrices of a view as one block-diagonal matrix: twice the products, yet faster than L narrow ones.
+        # The L second matrices of a view as one block-diagonal matrix: more products, yet faster than L narrow ones.
         up_Vkd = (self.up.unsqueeze(3) * self.own).flatten(1, 2).flatten(2)
         up_NVLd = view_linear(low_NVk.transpose(0, 1), up_Vkd, range(len(self.views))).unflatten(2, (num_low, -1))
-        share_NVL = (mix_NVL + self.mix_bias).transpose(1, 2).softmax(1).transpose(1, 2)  # over the last is far slower
         x_NVd = _of_views(x_SNd, self.views).transpose(0, 1)
-        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, share_NVL)
+        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL + self.mix_bias)
         return view_NVd.transpose(0, 1)
 
     def extra_repr(self) -> str:
@@ -322,28 +335,36 @@ def _of_views(x_SNd: Tensor, views: tuple[int, ...]) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    r"""``x * sum_l share_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], share [N, V, L]."""
+    r"""``x * sum_l softmax(m)_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], m [N, V, L]."""
 
     @staticmethod
-    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, share_NVL: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, mix_NVL: Tensor) -> Tensor:
+        share_NVL = _shares(mix_NVL)
         s_NVLd = torch.sigmoid(u_NVLd)
-        twice_NVL1 = 2 * share_NVL.unsqueeze(-1)
-        gate_NVd = _sum_low(s_NVLd * twice_NVL1)
-        # Shares sum to 1 but for rounding; without that rounding a fresh gate is exactly 1. (No gradient: it is zero.)
-        gate_NVd -= _sum_low(twice_NVL1 / 2) - 1
-        ctx.save_for_backward(x_NVd, s_NVLd, twice_NVL1, gate_NVd)
+        part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
+        gate_NVd = _sum_low(part_NVLd)
+        ctx.save_for_backward(x_NVd, s_NVLd, part_NVLd, share_NVL, gate_NVd)
         return x_NVd * gate_NVd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_NVd, s_NVLd, twice_NVL1, gate_NVd = ctx.saved_tensors
+        x_NVd, s_NVLd, part_NVLd, share_NVL, gate_NVd = ctx.saved_tensors
         (grad_NVd,) = grads
-        part_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * s_NVLd
-        dshare_NVL = part_NVLd.sum(-1).mul_(2)
-        part_NVLd *= twice_NVL1
-        part_NVLd.addcmul_(part_NVLd, s_NVLd, value=-1)  # p s - p s^2
-        return grad_NVd * gate_NVd, part_NVLd, dshare_NVL
+        du_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * part_NVLd
+        # What a softmax passes back needs p dp alone, and that is the sum of what was just computed.
+        pdp_NVL = du_NVLd.sum(-1)
+        dmix_NVL = pdp_NVL - share_NVL * pdp_NVL.sum(2, keepdim=True)
+        du_NVLd.addcmul_(du_NVLd, s_NVLd, value=-1)  # s' = s - s^2
+        return grad_NVd * gate_NVd, du_NVLd, dmix_NVL
+
+
+def _shares(mix_NVL: Tensor) -> Tensor:
+    """Softmax over the last dimension, summing to exactly 1, so that a fresh gate is exactly the identity."""
+    share_NVL = mix_NVL.transpose(1, 2).softmax(1).transpose(1, 2)  # over the last dimension itself is far slower
+    if share_NVL.shape[2] > 1:
+        share_NVL[:, :, -1] = 1 - _sum_low(share_NVL[:, :, :-1, None]).squeeze(-1)
+    return share_NVL
 
 
 def _sum_low(part_NVLd: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ def stem(
     stop_gradient: bool = True,
     tower_dim: int = 16,
 ) -> NetFactory:
-    """STEM: a table of embeddings per task and a shared one; a task sees all experts but trains its own and shared ones.
+    """STEM: embeddings per task and shared ones; a task sees all experts but trains its own and shared ones.
 
     Args:
         shared_experts: experts on the shared embeddings.
@@ -368,12 +368,12 @@ def _unit_level(
 def home(
     *,
     levels: int = 2,
-    meta_shared: int = 2,
-    meta_category: int = 2,
+    meta_shared: int = 3,
+    meta_category: int = 3,
     task_shared: int = 1,
     task_category: int = 1,
     task_own: int = 1,
-    width: int = 32,
+    width: int = 64,
     hidden: int | None = None,
     norm: Norm = "batch",
     activation: ActivationName = "silu",

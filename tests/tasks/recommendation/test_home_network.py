@@ -22,7 +22,8 @@ DIM, WIDTH = 6, 4
 
 def network(facts: dict[str, Any] = FACTS, **options: Any) -> RankingNet:
     """HoME in float64 with parameters far from their start."""
-    net = home(width=WIDTH, tower_dim=3, feature_rank=3, **options)(DIM, facts).double()
+    sizes = {"meta_shared": 2, "meta_category": 2, "width": WIDTH, "tower_dim": 3, "feature_rank": 3}
+    net = home(**{**sizes, **options})(DIM, facts).double()
     assert isinstance(net, RankingNet)
     with torch.no_grad():
         for parameter in net.parameters():
