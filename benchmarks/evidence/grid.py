@@ -37,11 +37,13 @@ class Variant:
         overlays: Config files, in order, relative to the repository.
         flags: Further words for the command line, for instance ``("--model.net.depth", "2")``.
         pairs: How many of the grid's (seed, data seed) pairs to run; 8 for the two headline pairs of a system, else 3.
+        data_seed_flags: Options that receive the data seed where they are not the grid's (another source of data).
     """
 
     overlays: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     pairs: int = 3
+    data_seed_flags: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Claim:
         minus: Two variants (of system, of baseline) whose metric is subtracted first, for claims about a difference of
             differences.
         untested: Reason why the claim is not tested at all; everything else may then be left at its default.
+        clustered: Pairs of one data seed are averaged before the interval. False where the data seed draws nothing
+            (real data), so that pairs differ by the model alone.
     """
 
     id: str
@@ -83,6 +87,7 @@ class Claim:
     baseline_value: float | None = None
     minus: tuple[str, str] | None = None
     untested: str = ""
+    clustered: bool = True
 
     def __post_init__(self) -> None:
         if self.untested:
@@ -219,7 +224,10 @@ class Grid:
                 base, own = self.variants[name], self.ladder.variant_name(level, name)
                 if own != name:
                     self._all[own] = Variant(
-                        base.overlays + extra.overlays, base.flags + extra.flags, self.ladder.pairs
+                        base.overlays + extra.overlays,
+                        base.flags + extra.flags,
+                        self.ladder.pairs,
+                        base.data_seed_flags,
                     )
                 elif base.pairs < self.ladder.pairs:
                     raise GridError(f"ladder level {level!r} needs {self.ladder.pairs} pairs of {name!r}")
@@ -229,8 +237,10 @@ class Grid:
             return
         for name in claim.variants:
             self._require(name, f"claim {claim.id}")
-        if claim.kind == "statistical" and len(self.pairs(*claim.variants)) < 2:
-            raise GridError(f"claim {claim.id} has one pair of seeds; an interval needs at least two")
+        pairs = self.pairs(*claim.variants)
+        independent = len({data_seed for _, data_seed in pairs}) if claim.clustered else len(pairs)
+        if claim.kind == "statistical" and independent < 2:
+            raise GridError(f"claim {claim.id} has one pair of seeds or one data seed; an interval needs at least two")
 
     def _require(self, name: str, who: str) -> None:
         if name not in self.variants:
@@ -260,8 +270,11 @@ class Grid:
         variant = self._all[cell.variant]
         configs = [word for name in (self.config, *variant.overlays) for word in ("--config", name)]
         seeds = ["--seed_everything", str(cell.seed)]
-        seeds += [word for flag in self.data_seed_flags for word in (flag, str(cell.data_seed))]
+        seeds += [word for flag in self._data_seed_flags(variant) for word in (flag, str(cell.data_seed))]
         return ["fit", *configs, *self.flags, *variant.flags, *seeds, "--system", self.system, "--name", cell.stem]
+
+    def _data_seed_flags(self, variant: Variant) -> tuple[str, ...]:
+        return self.data_seed_flags if variant.data_seed_flags is None else variant.data_seed_flags
 
     def definition(self, variant: str, root: Path) -> str:
         """Give 12 hexadecimal digits that change when what a variant's configs and flags say changes.
@@ -278,7 +291,8 @@ class Grid:
                 parts.append(yaml.safe_load((root / name).read_text(encoding="utf-8")))
             except (OSError, yaml.YAMLError) as error:
                 raise GridError(f"variant {variant!r}: cannot read {name}: {error}") from error
-        text = json.dumps([parts, self.flags, chosen.flags, self.data_seed_flags], sort_keys=True, default=str)
+        flags = [self.flags, chosen.flags, self._data_seed_flags(chosen)]
+        text = json.dumps([parts, *flags], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -52,6 +52,8 @@ def _system(results: Mapping[str, Any]) -> str:
     ]
     if results["choice"] or results["settings_tried"]:
         lines += [f"Settings tried while choosing: {results['settings_tried']}. {results['choice']}".rstrip(), ""]
+    if any("clusters" in claim for claim in results["claims"]):
+        lines += ["Runs that share a data seed are averaged first: the interval is over data seeds.", ""]
     lines += [f"Domain {name} is missing: {why}." for name, why in results["missing_domains"].items()]
     if results["ladder"]:
         lines += _ladder(results["ladder"])

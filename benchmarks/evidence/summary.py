@@ -89,12 +89,21 @@ def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> 
         for key, name in (("flops_ratio", "flops_per_token"), ("params_ratio", "params_total")):
             entry[key] = _ratio(results, claim.system, claim.baseline, name, pairs)
     entry |= {"seeds": [list(pair) for pair in pairs], "system": system, "baseline": baseline}
-    result = judge(system, baseline, rule=claim.rule, direction=claim.direction, margin=claim.margin)
+    clusters = _clusters(pairs) if claim.clustered else None
+    result = judge(system, baseline, rule=claim.rule, direction=claim.direction, margin=claim.margin, clusters=clusters)
+    if clusters is not None and claim.kind == "statistical":
+        entry["clusters"] = len(set(clusters))
     entry["diff_mean"] = _rounded(result.diff_mean)
     if result.interval is not None:
         entry["ci95"] = [_rounded(result.interval.low), _rounded(result.interval.high)]
     entry["verdict"] = result.verdict
     return _unmatched(claim, entry)
+
+
+def _clusters(pairs: Sequence[Pair]) -> list[int] | None:
+    """The data seed of every pair, where one has several model seeds; None where all differ."""
+    found = [data_seed for _, data_seed in pairs]
+    return found if len(set(found)) < len(found) else None
 
 
 def _unmatched(claim: Claim, entry: Mapping[str, Any]) -> str:
@@ -161,7 +170,7 @@ def _ladder(grid: Grid, results: Results) -> dict[str, Any] | None:
             system, baseline = (_values(results, name, ladder.metric, pairs, None) for name in names)
             entry |= {"system": system, "baseline": baseline}
             if len(pairs) > 1:
-                interval = paired_t_interval(system, baseline)
+                interval = paired_t_interval(system, baseline, clusters=_clusters(pairs))
                 entry |= {
                     "diff_mean": _rounded(interval.mean),
                     "ci95": [_rounded(interval.low), _rounded(interval.high)],

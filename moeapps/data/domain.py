@@ -17,8 +17,9 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from moeapps.data.gather import GatherConcat
 from moeapps.data.mixing import Mixing, MixingSampler, ShardedBatches
 
 Role = Literal["seen", "validation", "unseen"]
@@ -207,19 +208,32 @@ class DomainDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader over all seen domains, mixed as ``mixing`` says."""
         parts = [self.get_dataset(name, "train") for name in self.present("seen")]
-        rank, world_size = self._place()
-        self._sampler = MixingSampler(
+        repeat = self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0
+        self._sampler = self.train_sampler(parts, *self._place(), repeat=repeat)
+        if self._sampler_state is not None:
+            self._sampler.load_state_dict(self._sampler_state)
+        return self._loader(GatherConcat(parts), self._sampler)
+
+    def train_sampler(
+        self, parts: list[Dataset[Any]], rank: int, world_size: int, *, repeat: bool = False
+    ) -> MixingSampler:
+        """Return what decides the rows of each training batch; a subclass may read files in another order.
+
+        Args:
+            parts: training data sets of the seen domains, laid end to end.
+            rank: index of this process.
+            world_size: number of processes.
+            repeat: give the same order in every epoch.
+        """
+        return MixingSampler(
             [len(cast(Sized, part)) for part in parts],
             self.batch_size,
             mode=self.mixing,
             seed=self.seed,
             rank=rank,
             world_size=world_size,
-            repeat=self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0,
+            repeat=repeat,
         )
-        if self._sampler_state is not None:
-            self._sampler.load_state_dict(self._sampler_state)
-        return self._loader(ConcatDataset(parts), self._sampler)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return one loader per seen and validation domain."""

@@ -113,7 +113,7 @@ class MixingSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's row indices, step by step."""
         epoch, start = self.epoch, self.start
-        generator = torch.Generator().manual_seed(_fold(self.seed, 0 if self.repeat else epoch))
+        generator = torch.Generator().manual_seed(fold(self.seed, 0 if self.repeat else epoch))
         batches = self._one_domain(generator) if self.mode == "one_domain" else self._mixed(generator)
         for step, batch in enumerate(batches):
             if step >= start:
@@ -187,6 +187,6 @@ def _stream(size: int, length: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(size, generator=generator) for _ in range(math.ceil(length / size))])[:length]
 
 
-def _fold(seed: int, epoch: int) -> int:
+def fold(seed: int, epoch: int) -> int:
     """One 63-bit seed out of two numbers (an odd multiplier spreads neighbouring epochs)."""
     return (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % (1 << 63)

@@ -9,7 +9,7 @@ over test units. Everything here is plain Python and numpy, so a verdict can be 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,18 +139,47 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_t_interval(system: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Interval:
+def cluster_means(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float]:
+    """Give the mean of each cluster, in the order in which clusters first appear.
+
+    Runs that share their data are not independent. Averaged within a cluster, the means are (each cluster drawn anew),
+    and a t interval over them holds whatever the correlation inside.
+
+    Args:
+        values: One number per run.
+        clusters: For each run the cluster it belongs to, say the seed of its data.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
+    if len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values for {len(clusters)} clusters: give each value its cluster")
+    members: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        members.setdefault(cluster, []).append(value)
+    return [math.fsum(found) / len(found) for found in members.values()]
+
+
+def paired_t_interval(
+    system: Sequence[float],
+    baseline: Sequence[float],
+    confidence: float = 0.95,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+) -> Interval:
     """Give the mean of ``system - baseline`` with its t interval over pairs (same seed, same data).
 
     Args:
         system: One number per seed.
         baseline: One number per seed, in the same order.
         confidence: Two-sided coverage in (0, 1).
+        clusters: Cluster of each pair; differences are averaged within clusters first. None: every pair is its own.
 
     Raises:
-        ValueError: If the lengths differ, there are fewer than two pairs, or a value is not finite.
+        ValueError: If the lengths differ, there are fewer than two pairs or clusters, or a value is not finite.
     """
-    return t_interval(_differences(system, baseline), confidence)
+    differences = _differences(system, baseline)
+    return t_interval(differences if clusters is None else cluster_means(differences, clusters), confidence)
 
 
 def bootstrap_interval(
@@ -199,6 +228,7 @@ def judge(
     direction: Direction,
     margin: float = 0.0,
     confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Judgement:
     """Apply a rule, fixed before the runs, to paired results.
 
@@ -216,6 +246,7 @@ def judge(
         direction: Which way is better; ``equal`` is for the rule ``exact`` alone.
         margin: Not negative, in the units of the metric; non-inferiority needs one above zero.
         confidence: Two-sided coverage of the interval.
+        clusters: Cluster of each pair, see `paired_t_interval`; the rule ``exact`` looks at every pair all the same.
 
     Raises:
         ValueError: For an unknown rule or direction, a margin that the rule does not allow, or unusable numbers.
@@ -226,7 +257,7 @@ def judge(
         sign = -1.0 if direction == "lower" else 1.0
         holds = all(abs(d) <= margin if direction == "equal" else sign * d > margin for d in differences)
         return Judgement(math.fsum(differences) / len(differences), None, "supported" if holds else "not supported")
-    interval = t_interval(differences, confidence)
+    interval = t_interval(differences if clusters is None else cluster_means(differences, clusters), confidence)
     low, high = (-interval.high, -interval.low) if direction == "lower" else (interval.low, interval.high)
     bar = margin if rule == "superiority" else -margin
     verdict: Verdict = "supported" if low > bar else "not supported" if high <= bar else "inconclusive"

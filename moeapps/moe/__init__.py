@@ -30,7 +30,6 @@ from moeapps.moe.experts import (
     GLUExperts,
     MLPExperts,
     ModuleExperts,
-    NormalisedExperts,
 )
 from moeapps.moe.joined import (
     JoinedExperts,
@@ -50,6 +49,9 @@ from moeapps.moe.losses import (
     MutualInformationLoss,
     SwitchBalance,
     ZLoss,
+)
+from moeapps.moe.normalised import (
+    NormalisedExperts,
 )
 from moeapps.moe.record import (
     MoERecorder,

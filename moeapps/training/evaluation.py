@@ -141,7 +141,7 @@ class DomainScores(nn.Module):
             collection = cast(MetricCollection, self.metrics[i])
             values = collection.compute() if len(collection) else {}
             for name, value in values.items():
-                direction: Direction = "min" if collection[name].higher_is_better is False else "max"
+                direction: Direction = "min" if _larger_is_better(collection, name) is False else "max"
                 scores.append(Score(domain, role, name, float(torch.as_tensor(value)), n, direction))
             if self.units[domain]:
                 units[domain] = {
@@ -149,6 +149,14 @@ class DomainScores(nn.Module):
                     for name, metric in sorted(self.units[domain].items())
                 }
         return ScoreTable(scores, units)
+
+
+def _larger_is_better(collection: MetricCollection, name: str) -> bool | None:
+    """Ask the metric; one that gives several numbers says it for each in an attribute ``larger_is_better``."""
+    if name in collection:
+        return collection[name].higher_is_better
+    known = [getattr(metric, "larger_is_better", {}) for metric in collection.values()]
+    return next((table[name] for table in known if name in table), None)
 
 
 def _mean(values: list[float]) -> float:

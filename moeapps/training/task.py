@@ -12,14 +12,16 @@ import torch
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.record import MoERecorder, Record
 from moeapps.training.evaluation import DomainScores
-from moeapps.training.optim import Constant, OptimizerConfig, Schedule, build_adamw
+from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir, write_json
+from moeapps.training.sparse import build_optimizer, clip_gradients
 
 Stage = Literal["train", "val", "test"]
 
@@ -250,7 +252,23 @@ class BaseTask(L.LightningModule):
     # Optimisation -------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with the configured groups and the schedule over the trainer's total number of steps."""
-        optimizer = build_adamw(self, self.optimizer_config)
+        """Return AdamW with the configured groups and the schedule over the trainer's total number of steps.
+
+        Embeddings with sparse gradients are stepped by SparseAdam, joined with it.
+        """
+        optimizer = build_optimizer(self, self.optimizer_config)
         scheduler = self.schedule(optimizer, max(1, int(self.trainer.estimated_stepping_batches)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says; with sparse gradients by our own function, since torch's knows dense ones only."""
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradient_clip_val is None or not any(p.grad is not None and p.grad.is_sparse for p in held):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_gradients(held, float(gradient_clip_val), gradient_clip_algorithm or "norm")

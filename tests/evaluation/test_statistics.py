@@ -10,6 +10,7 @@ from scipy import stats  # scipy comes with scikit-learn, a development dependen
 
 from moeapps.evaluation.statistics import (
     bootstrap_interval,
+    cluster_means,
     judge,
     paired_t_interval,
     student_t_cdf,
@@ -145,3 +146,35 @@ def test_verdict_does_not_depend_on_the_sign_convention_of_the_metric() -> None:
 def test_errors_say_what_to_do(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_clusters_are_averaged_before_the_interval() -> None:
+    system, clusters = [3.0, 1.0, 5.0, 2.0, 4.0, 6.0], ["a", "b", "a", "c", "b", "a"]
+
+    assert cluster_means(system, clusters) == [14 / 3, 2.5, 2.0]
+    clustered = paired_t_interval(system, [0.0] * 6, clusters=clusters)
+    plain = t_interval([14 / 3, 2.5, 2.0])
+    assert (clustered.low, clustered.mean, clustered.high, clustered.n) == (plain.low, plain.mean, plain.high, 3)
+    assert paired_t_interval(system, [0.0] * 6, clusters=range(6)) == paired_t_interval(system, [0.0] * 6)
+    with pytest.raises(ValueError, match="6 values for 2 clusters"):
+        paired_t_interval(system, [0.0] * 6, clusters=["a", "b"])
+
+
+def test_judging_clusters_is_honest_about_runs_that_share_their_data() -> None:
+    """Under no true gain, runs that agree within a data seed would be called a win far too often one by one."""
+    generator = np.random.default_rng(2)
+    wins = {"clustered": 0, "one by one": 0}
+    for _ in range(400):
+        shared = np.repeat(generator.normal(size=5), 3)
+        gain = (shared + 0.1 * generator.normal(size=15)).tolist()
+        for name, clusters in (("clustered", np.repeat(np.arange(5), 3).tolist()), ("one by one", None)):
+            verdict = judge(gain, [0.0] * 15, rule="superiority", direction="higher", clusters=clusters).verdict
+            wins[name] += verdict == "supported"
+
+    assert wins["clustered"] / 400 < 0.05
+    assert wins["one by one"] / 400 > 0.1
+
+
+def test_the_exact_rule_looks_at_every_pair_of_a_cluster() -> None:
+    judged = judge([1.0, -1.0, 3.0], [0.0] * 3, rule="exact", direction="higher", clusters=["a", "a", "b"])
+    assert judged.verdict == "not supported"

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from moeapps.moe.activation import ActivationName
-from moeapps.moe.experts import Experts, MLPExperts, NormalisedExperts
+from moeapps.moe.experts import Experts, MLPExperts
 from moeapps.moe.layer import LayerFactory, MoELayer
+from moeapps.moe.normalised import NormalisedExperts
 from moeapps.moe.routers import AttentionScore, Dense, LinearScore, MultiGate, Router, RouterBase, SumRouters
 
 

@@ -10,6 +10,8 @@ from rich.table import Table
 from moeapps.training.evaluation import ScoreTable
 from moeapps.training.run import run_dir
 
+MOST_COLUMNS = 12
+
 
 class EndTable(L.Callback):
     """Print the scores of every domain with its role, the means over roles, the gap, and the run folder."""
@@ -33,8 +35,14 @@ class EndTable(L.Callback):
 
 
 def score_table(table: ScoreTable) -> Table:
-    """Return a rich table: one row per domain, then one per role mean and the gap."""
+    """Return a rich table: one row per domain, then one per role mean and the gap.
+
+    With more than `MOST_COLUMNS` metrics those that split another one up (``gauc_like`` beside ``gauc``) are left to
+    metrics/test.json.
+    """
     metrics = list(dict.fromkeys(score.metric for score in table.scores))
+    if len(metrics) > MOST_COLUMNS:
+        metrics = [name for name in metrics if not any(name.startswith(f"{other}_") for other in metrics)]
     rich = Table(title="test")
     for name in ("domain", "role", "n"):
         rich.add_column(name, justify="right" if name == "n" else "left")

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of multi-task ranking: ``python -m benchmarks.recommendation_speed [--quick] [--rows PATTERN]``.
+
+Ratios of CPU time in one process on one thread: pairs in alternating order, median of nine (``--quick``: five). A step
+is forward, loss, backward and AdamW, of the network of configs/home.yaml (features included) on batches of its size.
+Writes benchmarks/results/recommendation_speed.json; fails when a gate is missed. About three minutes on an idle core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from benchmarks.evidence.__main__ import to_json, write_text
+from benchmarks.evidence.cells import describe_machine
+from moeapps.training.optim import OptimizerConfig
+from moeapps.training.sparse import build_optimizer
+from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.data.multitask_log import MultitaskLog
+from tasks.recommendation.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
+from tasks.recommendation.metrics import gauc
+from tasks.recommendation.module import Ranker, RankingTask, masked_losses
+from tasks.recommendation.presets import home, mmoe
+
+RESULTS = Path(__file__).parent / "results" / "recommendation_speed.json"
+PAIRS, QUICK_PAIRS, STEPS = 9, 5, 12
+BATCH = 512
+HOME, MMOE = home(width=64), mmoe(num_experts=23, width=64)
+"""The banks of configs/home.yaml and configs/baselines/home_mmoe.yaml, of equal parameters."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: what is measured, and its gate.
+
+    Args:
+        name: what ``--rows`` is matched with.
+        text: what is compared.
+        gate: the bound.
+        at_least: whether the value must be at least the gate, else at most.
+        measure: number of pairs -> values; their median counts.
+    """
+
+    name: str
+    text: str
+    gate: float
+    at_least: bool
+    measure: Callable[[int], list[float]]
+
+
+def facts() -> dict[str, Any]:
+    """Facts of the generated log."""
+    return {**MultitaskLog().schema.facts(), "domains": {"seen": ["s"], "validation": [], "unseen": []}}
+
+
+def make_batch(rows: int = BATCH, *, bag: int = 0, size: int = 0) -> Interactions:
+    """Random rows with the columns of the generated log, or with a bag of ``bag`` ids out of ``size``."""
+    known, g = facts(), torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, n, (rows,), generator=g) for n in known["fields"].values()]
+    bags = {"items": (torch.randint(1, size, (rows, bag), generator=g), torch.ones(rows, bag))} if bag else {}
+    return Interactions(
+        dense=torch.randn(rows, known["dense_dim"], generator=g),
+        ids=torch.stack(ids, 1),
+        bags=bags,
+        label=(torch.rand(rows, 6, generator=g) < 0.1).float(),
+        mask=torch.ones(rows, 6, dtype=torch.bool),
+        user=torch.randint(0, 600, (rows,), generator=g),
+        row=torch.arange(rows),
+    )
+
+
+def stepper(module: nn.Module, answer: Callable[[], Tensor], batch: Interactions) -> Callable[[], None]:
+    """A training step."""
+    optimizer: Optimizer = build_optimizer(module, OptimizerConfig())
+    ones = torch.ones(batch.label.shape[1])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        masked_losses(answer(), batch.label, batch.mask, ones).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def ranking_step(bank: Any, batch: Interactions) -> Callable[[], None]:
+    """A training step of a ranking network."""
+    task = RankingTask(net=Ranker(bank=bank), facts=facts()).train()
+    return stepper(task, lambda: task(batch), batch)
+
+
+class Dense(nn.Module):
+    """The dense network of equal FLOPs: one hidden layer for all tasks, on the same features."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.encoder = FeatureEncoder(facts())
+        self.net = nn.Sequential(nn.Linear(self.encoder.out_dim, hidden), nn.ReLU(), nn.Linear(hidden, 6))
+
+    def forward(self, batch: Interactions) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.net(self.encoder(batch))
+        return logits
+
+
+def flops(answer: Callable[[], Tensor]) -> int:
+    """Forward operations of the products of one batch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        answer()
+    return int(counter.get_total_flops())
+
+
+def dense_twin(batch: Interactions) -> Dense:
+    """The dense network whose FLOPs are those of MMoE."""
+    task = RankingTask(net=Ranker(bank=MMOE), facts=facts()).eval()
+    wanted = flops(lambda: task(batch)) / len(batch)
+    width = FeatureEncoder(facts()).out_dim
+    return Dense(round(wanted / 2 / (width + 6)))
+
+
+def cpu_s(function: Callable[[], object], times: int) -> float:
+    """CPU seconds of some calls."""
+    start = time.process_time()
+    for _ in range(times):
+        function()
+    return time.process_time() - start
+
+
+def paired(first: Callable[[], None], second: Callable[[], None], pairs: int, steps: int = STEPS) -> list[float]:
+    """Ratios of CPU time, first over second, in alternating order."""
+    for warm in (first, second):
+        cpu_s(warm, 3)
+    ratios = []
+    for i in range(pairs):
+        order = (first, second) if i % 2 == 0 else (second, first)
+        spent = {id(function): cpu_s(function, steps) for function in order}
+        ratios.append(spent[id(first)] / spent[id(second)])
+    return ratios
+
+
+def home_over_mmoe(pairs: int) -> list[float]:
+    """HoME's step over that of MMoE of equal parameters."""
+    batch = make_batch()
+    return paired(ranking_step(HOME, batch), ranking_step(MMOE, batch), pairs)
+
+
+def mmoe_throughput(pairs: int) -> list[float]:
+    """Throughput of MMoE over that of the dense network of equal FLOPs: the dense step over MMoE's."""
+    batch = make_batch()
+    dense = dense_twin(batch).train()
+    return paired(stepper(dense, lambda: dense(batch), batch), ranking_step(MMOE, batch), pairs)
+
+
+def gauc_seconds(pairs: int) -> list[float]:
+    """CPU seconds of GAUC over a million rows of 20,000 users."""
+    g = torch.Generator().manual_seed(0)
+    score, label = torch.randn(1_000_000, generator=g), (torch.rand(1_000_000, generator=g) < 0.1).float()
+    user = torch.randint(0, 20_000, (1_000_000,), generator=g)
+    return [cpu_s(lambda: gauc(score, label, user), 1) for _ in range(pairs)]
+
+
+def sparse_over_dense(pairs: int) -> list[float]:
+    """A step with sparse gradients over one with dense gradients: a table of 500,000 ids, 20 of them a row."""
+    size, rows = 500_000, 2048
+    batch = make_batch(rows, bag=20, size=size)
+    known = {**facts(), "bags": {"items": size}}
+
+    def tower(*, sparse: bool) -> Callable[[], None]:
+        def table(sizes: list[int], dim: int) -> EmbeddingBackend:
+            return PlainTable(sizes, dim, sparse=sparse)
+
+        encoder = FeatureEncoder(known, dim=16, table=table)
+        module = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(encoder.out_dim, 6)})
+        return stepper(module, lambda: module["head"](module["encoder"](batch)), batch)
+
+    return paired(tower(sparse=True), tower(sparse=False), pairs, steps=1)
+
+
+ROWS = (
+    Row("home", "HoME's step / MMoE's of equal parameters", 2.0, False, home_over_mmoe),
+    Row("mmoe", "MMoE's throughput / that of a dense network of equal FLOPs", 0.5, True, mmoe_throughput),
+    Row("gauc", "CPU seconds of GAUC, 1,000,000 rows of 20,000 users", 3.0, False, gauc_seconds),
+    Row("sparse", "step with sparse / with dense gradients, 500,000 x 16 embeddings", 0.5, False, sparse_over_dense),
+)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure, print, write; give the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recommendation_speed", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="five pairs instead of nine; writes nothing")
+    parser.add_argument("--rows", default="*", metavar="PATTERN", help="measure only these rows; writes nothing")
+    options = parser.parse_args(words)
+    torch.set_num_threads(1)
+    console, found = Console(highlight=False), []
+    chosen = [row for row in ROWS if fnmatch.fnmatch(row.name, options.rows)]
+    for row in track(chosen, description="measuring", console=console, transient=True):
+        values = row.measure(QUICK_PAIRS if options.quick else PAIRS)
+        value = statistics.median(values)
+        ok = value >= row.gate if row.at_least else value <= row.gate
+        found.append(
+            {
+                **{"name": row.name, "text": row.text, "value": round(value, 4), "gate": row.gate},
+                **{"at_least": row.at_least, "ok": ok, "spread": [round(min(values), 4), round(max(values), 4)]},
+                "pairs": len(values),
+            }
+        )
+        bound = "at least" if row.at_least else "at most"
+        console.print(f"{row.name}: {value:.3g} ({bound} {row.gate:g}) {'ok' if ok else 'MISSED'}  {row.text}")
+    if not options.quick and len(chosen) == len(ROWS):
+        about = {"machine": describe_machine(), "torch": torch.__version__, "threads": 1, "batch": BATCH}
+        write_text(RESULTS, to_json({**about, "rows": found}))
+    else:
+        console.print(json.dumps(found))
+    return 0 if all(row["ok"] for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logs of impressions as domains: populations, regions, pages of an app, spans of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch.utils.data import Dataset
+
+from moeapps.data.domain import DomainDataModule, Role, Split
+from moeapps.data.gather import BatchDataset
+from moeapps.data.mixing import Mixing, MixingSampler
+from moeapps.data.windows import WindowSampler
+from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.data.block_rows import BlockDataset
+from tasks.recommendation.data.multitask_log import MultitaskLog
+from tasks.recommendation.data.source import LogSource
+
+
+class RecommendationData(DomainDataModule):
+    """Impressions with several labels each, out of a generated, packaged or own log.
+
+    Args:
+        source: the log; None means `MultitaskLog`, which is generated.
+        seen: domains that are trained on; None means the source's.
+        validation: domains never trained on where every choice is made; None means the source's.
+        unseen: domains that only ``test`` touches; None means the source's.
+        batch_size: rows per training step.
+        num_workers: loader processes; 0 loads in the training process.
+        seed: seed of the order of the training rows.
+        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
+        mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
+            or one_domain (each batch from one domain). A source read block by block knows concat alone.
+        eval_batch_size: rows per evaluation batch; None means 4 * batch_size.
+
+    Raises:
+        ValueError: a domain the source does not have, or roles that overlap.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: LogSource | None = None,
+        seen: list[str] | None = None,
+        validation: list[str] | None = None,
+        unseen: list[str] | None = None,
+        batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+        mixing: Mixing = "concat",
+        eval_batch_size: int | None = None,
+    ) -> None:
+        self.source = source or MultitaskLog()
+        given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
+        roles = {
+            role: self.source.default_roles.get(role, []) if names is None else names for role, names in given.items()
+        }
+        super().__init__(
+            **cast(dict[str, Any], roles),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            cache_dir=cache_dir,
+            mixing=mixing,
+            eval_batch_size=eval_batch_size or 4 * batch_size,
+        )
+        if self.source.streaming and mixing != "concat":
+            raise ValueError(
+                f"mixing={mixing!r} needs all rows at hand; a source read block by block allows concat only"
+            )
+        self.source.bind(self.roles)
+        self.sources = {name: self.source.describe(name) for name in self.domain_names}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Domain names per role, and the sizes of the columns: dense_dim, fields, bags, tasks, categories."""
+        return {**super().facts, **self.source.schema.facts()}
+
+    def available(self, domain: str) -> str | None:
+        """Return why an optional domain is missing."""
+        return self.source.missing(domain, self.cache_dir)
+
+    def prepare_data(self) -> None:
+        """Fetch or generate what is not in the cache yet."""
+        self.source.prepare(self.cache_dir)
+
+    def dataset(self, domain: str, split: Split) -> BatchDataset:
+        """Return the rows of one domain."""
+        return self.source.dataset(domain, split, self.cache_dir)
+
+    def collate(self, items: Interactions | list[Interactions]) -> Interactions:
+        """Return the batch: rows come whole, except for single rows asked for one by one."""
+        return items if isinstance(items, Interactions) else Interactions.cat(items)
+
+    def train_sampler(
+        self, parts: list[Dataset[Any]], rank: int, world_size: int, *, repeat: bool = False
+    ) -> MixingSampler:
+        """Return the order of training rows; a log read block by block is shuffled in windows of blocks."""
+        if not self.source.streaming:
+            return super().train_sampler(parts, rank, world_size, repeat=repeat)
+        tables = cast(list[BlockDataset], parts)
+        return WindowSampler(
+            [size for table in tables for size in table.sizes],
+            self.batch_size,
+            window=tables[0].window,
+            num_workers=self.num_workers,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            repeat=repeat,
+        )

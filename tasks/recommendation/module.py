@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lightning side of multi-task ranking: one masked loss, scores within users, probabilities.
+
+Shape legend: B rows, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from moeapps.moe.losses import AuxLoss
+from moeapps.training.optim import OptimizerConfig, Schedule
+from moeapps.training.task import BaseTask, Stage, StepOutput
+from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.embeddings import FeatureEncoder
+from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
+from tasks.recommendation.model import NetFactory, RankingNet
+from tasks.recommendation.presets import home
+
+EncoderFactory = Callable[[dict[str, Any]], FeatureEncoder]
+
+
+class Ranker:
+    """What a network is made of, before the sizes of the data are known: an encoder of features and a bank of experts.
+
+    Args:
+        bank: the experts, as a factory from width and facts; one of `tasks.recommendation.presets`. None means HoME.
+        encoder: features to one vector, as a factory from facts; None means `FeatureEncoder`.
+    """
+
+    def __init__(self, *, bank: NetFactory | None = None, encoder: EncoderFactory | None = None) -> None:
+        self.bank = bank or home()
+        self.encoder = encoder or FeatureEncoder
+
+    def build(self, facts: dict[str, Any]) -> tuple[list[FeatureEncoder], RankingNet]:
+        """Return the encoders (several for banks with a table per task: STEM) and the bank."""
+        first = self.encoder(facts)
+        net = cast(RankingNet, self.bank(first.out_dim, facts))
+        return [first, *(self.encoder(facts) for _ in range(net.num_inputs - 1))], net
+
+
+class RankingTask(BaseTask):
+    r"""Probabilities of several behaviours for each impression, from one network.
+
+    Loss: :math:`\sum_t \frac{1}{|M_t|} \sum_{n \in M_t} BCE(logit_{nt}, y_{nt})` over the rows :math:`M_t` whose label
+    t is known; a task without one adds 0. The equal weights are recalled (home card 3). With ``uncertainty`` it is
+    :math:`\sum_t e^{-s_t} L_t + s_t` with learned :math:`s_t`.
+
+    Args:
+        facts: from the data module: domains, tasks, categories and the sizes of the features.
+        net: the network; None means HoME on `FeatureEncoder`.
+        uncertainty: learn the weights of the tasks (Kendall et al.; what one re-implementation of HoME does).
+        positive_weight: task -> weight of its positives in the loss; a weight other than 1 spoils calibration.
+        scores: kinds of scores, per task and as mean over tasks.
+        aux_losses: losses on the routing (paper: none).
+        optimizer: AdamW's numbers.
+        schedule: learning-rate schedule.
+
+    Raises:
+        ValueError: ``facts`` lacks an entry, a weight names no task, or is not above 0.
+    """
+
+    monitor: ClassVar[str] = "val/validation/gauc"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    main_metric: ClassVar[str] = "gauc"
+
+    def __init__(
+        self,
+        *,
+        facts: dict[str, Any],
+        net: Ranker | None = None,
+        uncertainty: bool = False,
+        positive_weight: dict[str, float] | None = None,
+        scores: list[Kind] | None = None,
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        missing = {"tasks", "categories"} - set(facts)
+        if missing:
+            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of RecommendationData")
+        self.tasks: list[str] = list(facts["tasks"])
+        self.kinds = list(DEFAULT_KINDS if scores is None else scores)
+        encoders, self.net = (net or Ranker()).build(facts)
+        self.encoders = nn.ModuleList(encoders)
+        weights = positive_weight or {}
+        if set(weights) - set(self.tasks) or any(value <= 0 for value in weights.values()):
+            raise ValueError(f"positive_weight={weights}: give weights above 0 for some of the tasks {self.tasks}")
+        self.register_buffer("positive_weight", torch.tensor([weights.get(name, 1.0) for name in self.tasks]))
+        self.log_variance = nn.Parameter(torch.zeros(len(self.tasks))) if uncertainty else None
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        """GAUC, AUC, log-loss and calibration, per task and as means over tasks."""
+        return ranking_metrics(self.tasks, self.kinds)
+
+    def num_tokens(self, batch: Interactions) -> int:
+        """Rows of a batch."""
+        return len(batch)
+
+    def forward(self, batch: Interactions) -> Tensor:
+        """Logits [B, T]."""
+        states = [encoder(batch) for encoder in self.encoders]
+        z_SBd = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+        logits: Tensor = self.net(z_SBd)
+        return logits
+
+    def shared_step(self, batch: Interactions, stage: Stage) -> StepOutput:
+        """Loss of one batch, and what the scores need."""
+        logits = self(batch)
+        losses_T = masked_losses(logits, batch.label, batch.mask, self.get_buffer("positive_weight"))
+        s_T = self.log_variance
+        loss = losses_T.sum() if s_T is None else (losses_T * torch.exp(-s_T) + s_T).sum()
+        logs = {f"loss_{name}": losses_T[t] for t, name in enumerate(self.tasks)} if stage == "train" else {}
+        return StepOutput(loss, len(batch), (logits, batch.label, batch.mask, batch.user, batch.oracle), logs)
+
+    def predict_step(self, batch: Interactions, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Answer a batch.
+
+        Returns:
+            On the CPU: ``probability`` float32 [B, T] in the order of the tasks, ``row`` and ``user`` int64 [B].
+        """
+        probability = self(batch).sigmoid()
+        return {"probability": probability.float().cpu(), "row": batch.row.cpu(), "user": batch.user.cpu()}
+
+
+def masked_losses(logits_BT: Tensor, label_BT: Tensor, mask_BT: Tensor, positive_weight_T: Tensor) -> Tensor:
+    """Mean binary cross-entropy of each task over its known labels, [T]; 0 (with gradient 0) for a task without any."""
+    each_BT = F.binary_cross_entropy_with_logits(logits_BT, label_BT, reduction="none", pos_weight=positive_weight_T)
+    return each_BT.where(mask_BT, 0).sum(0) / mask_BT.sum(0).clamp(min=1)
