@@ -21,7 +21,7 @@ class Trajectories:
         x: states, float32 [E, N, T, D]; 0 where ``mask`` is False.
         dt: seconds between samples, float32 [E]; T is the same for all environments, so horizons differ by dt.
         env: number among the TRAINED environments, int64 [E]; -1 for an environment to adapt to.
-        family: hidden label for metrics only, int64 [E]; -1 where it is unknown or was never trained on.
+        family: hidden label for metrics only, index into the facts' ``families``, int64 [E]; -1 where it is unknown.
         mask: bool [E, N, T], False where a sample is missing; None where nothing is.
         scale: root mean squared increment of the observed (training or support) trajectories, float32 [E].
         num_support: the first ``num_support`` trajectories are for fitting a new environment's context, the others are
