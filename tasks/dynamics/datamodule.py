@@ -68,6 +68,7 @@ class DynamicsData(DomainDataModule):
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch={steps_per_epoch} is not allowed; use 1 or more")
         self.source = source
+        source.cache = cache_dir
         self.steps_per_epoch = steps_per_epoch
         self._tensors: dict[tuple[str, Split], Trajectories] = {}
         for domain in self.domain_names:
@@ -108,20 +109,9 @@ class DynamicsData(DomainDataModule):
         count = len(self.source.environments(domain, seen))
         return [number for number, _ in self._numbers()[start : start + count]]
 
-    def available(self, domain: str) -> str | None:
-        """Return why an optional source is missing.
-
-        Raises:
-            ValueError: a required source is missing.
-        """
-        reason = self.source.missing(domain, self.cache_dir)
-        if reason is not None and not self.source.optional:
-            raise ValueError(f"domain {domain!r} cannot be had: {reason}")
-        return reason
-
     def prepare_data(self) -> None:
         """Generate or fetch what is not in the cache yet."""
-        self.source.prepare(self.eval_domains("test"), self.roles["seen"], self.cache_dir)
+        self.source.prepare(self.eval_domains("test"), self.roles["seen"])
 
     def trajectories(self, domain: str, split: Split) -> Trajectories:
         """Return all environments of one domain and split as one batch.
@@ -132,7 +122,7 @@ class DynamicsData(DomainDataModule):
         self.role_of(domain)
         if (domain, split) not in self._tensors:
             seen = self.roles["seen"]
-            data = self.source.load(domain, split, seen, self.cache_dir)
+            data = self.source.load(domain, split, seen)
             if self.source.kind == "field":
                 data = data.require_initial_conditions()
             self._tensors[domain, split] = data.trajectories(self._numbers_of(domain), self.source.families(seen))

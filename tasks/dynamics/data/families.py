@@ -143,10 +143,10 @@ class OdeFamilies(DynamicsSource):
             )
         return found
 
-    def load(self, domain: str, split: Split, seen: Sequence[str], cache: Path | None) -> EnvironmentSet:
+    def load(self, domain: str, split: Split, seen: Sequence[str]) -> EnvironmentSet:
         """Return the trajectories of one domain and split; generated on first use."""
         members = self._members(domain, seen)
-        whole = np.stack([self._family(family, cache)[place] for family, place, _ in members])  # [E, N, T, D]
+        whole = np.stack([self._family(family)[place] for family, place, _ in members])  # [E, N, T, D]
         start = sum(self.counts[earlier] for earlier in _SPLITS[: _SPLITS.index(split)])
         own, training = whole[:, start : start + self.counts[split]], whole[:, : self.counts["train"]]
         names, families = self.environments(domain, seen), [family.name for family, _, _ in members]
@@ -171,33 +171,33 @@ class OdeFamilies(DynamicsSource):
             f"generated in double precision, data_seed {self.data_seed}, noise {self.noise}, likeness {self.likeness}"
         )
 
-    def prepare(self, domains: Sequence[str], seen: Sequence[str], cache: Path | None) -> None:
+    def prepare(self, domains: Sequence[str], seen: Sequence[str]) -> None:
         """Generate the families that are not in the cache yet, with a progress bar."""
         names = dict.fromkeys(f.name for domain in domains for f, _, _ in self._members(domain, seen))
-        wanted = [self.catalogue[name] for name in names if not self._path(self.catalogue[name], cache).exists()]
+        wanted = [self.catalogue[name] for name in names if not self._path(self.catalogue[name]).exists()]
         if not wanted:
             return
         from rich.progress import track
 
         for family in track(wanted, description="integrating families", transient=True):
-            self._family(family, cache)
+            self._family(family)
 
     # Generation ---------------------------------------------------------------------------------------------------
 
-    def _path(self, family: Family, cache: Path | None) -> Path:
+    def _path(self, family: Family) -> Path:
         about: dict[str, Any] = {**asdict(family), "settings": {g: list(s) for g, s in family.settings.items()}}
         key = config_hash(
             [GENERATOR_VERSION, about, self.num_samples, list(self.counts.items()), self.likeness, self.data_seed]
         )
-        return cache_dir("dynamics", root=cache) / f"{family.name}-{key}.npz"
+        return cache_dir("dynamics", root=self.cache) / f"{family.name}-{key}.npz"
 
-    def _family(self, family: Family, cache: Path | None) -> Floats:
+    def _family(self, family: Family) -> Floats:
         """All environments of a family, every group, train then val then test: float64 [E, N, T, D]."""
 
         def write(path: Path) -> None:
             np.savez(path, x=self.generate(family).astype(np.float32))
 
-        with np.load(build_once(self._path(family, cache), write)) as arrays:
+        with np.load(build_once(self._path(family), write)) as arrays:
             x: Floats = arrays["x"].astype(np.float64)
         return x
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,7 @@ class EnvironmentSet:
             env: number of each environment among the trained ones, or -1.
             families: all family names, in the order of their labels.
         """
-        present = ~np.isnan(self.x).any(-1)  # [E, N, T]
+        present: npt.NDArray[np.bool_] = np.asarray(np.isfinite(self.x).all(axis=3))  # [E, N, T]
         labels = [-1 if name is None else list(families).index(name) for name in self.families]
         return Trajectories(
             x=torch.from_numpy(np.where(present[..., None], self.x, 0.0).astype(np.float32)),
@@ -92,7 +92,7 @@ class EnvironmentSet:
         Raises:
             ValueError: a first sample is missing.
         """
-        bad = np.argwhere(np.isnan(self.x[:, :, 0]).any(-1))
+        bad = np.argwhere(np.isnan(self.x[:, :, 0].sum(axis=2)))
         if len(bad):
             e, n = bad[0]
             raise ValueError(
@@ -106,7 +106,8 @@ def increment_scale(x: Floats) -> Floats:
     """Root mean squared increment of each environment, at least `MIN_SCALE`: [E] from [E, N, T, D]; nan is left out."""
     squares = np.diff(x, axis=2).reshape(len(x), -1) ** 2
     counts = np.maximum((~np.isnan(squares)).sum(1), 1)
-    return np.maximum(np.sqrt(np.nansum(squares, axis=1) / counts), MIN_SCALE)
+    scale: Floats = np.maximum(np.sqrt(np.nansum(squares, axis=1) / counts), MIN_SCALE)
+    return scale
 
 
 class DynamicsSource(ABC):
@@ -120,14 +121,14 @@ class DynamicsSource(ABC):
         default_seen: domains trained on if none are named.
         default_validation: domains where choices are made if none are named.
         default_unseen: domains that only ``test`` touches if none are named.
-        optional: a missing source drops its domains with one line (True), or is an error (False).
+        cache: root of the cache, set by the data module; None means the default.
     """
 
     kind: Kind
     default_seen: Sequence[str]
     default_validation: Sequence[str]
     default_unseen: Sequence[str]
-    optional: ClassVar[bool] = False
+    cache: Path | None = None
 
     @property
     @abstractmethod
@@ -152,7 +153,7 @@ class DynamicsSource(ABC):
         """
 
     @abstractmethod
-    def load(self, domain: str, split: Split, seen: Sequence[str], cache: Path | None) -> EnvironmentSet:
+    def load(self, domain: str, split: Split, seen: Sequence[str]) -> EnvironmentSet:
         """Return the environments of one domain with the trajectories of one split.
 
         The splits of a domain share no trajectory. A domain that is not seen has no ``train`` split; its ``val`` and
@@ -163,14 +164,10 @@ class DynamicsSource(ABC):
     def describe(self, domain: str) -> str:
         """Say in a few words where the data comes from, for the results file."""
 
-    def missing(self, domain: str, cache: Path | None) -> str | None:
-        """Return why the data cannot be had, or None."""
-        return None
-
-    def prepare(self, domains: Sequence[str], seen: Sequence[str], cache: Path | None) -> None:
+    def prepare(self, domains: Sequence[str], seen: Sequence[str]) -> None:
         """Generate or fetch what is not in the cache yet."""
         for domain in domains:
-            self.load(domain, "test", seen, cache)
+            self.load(domain, "test", seen)
 
 
 def with_noise(data: EnvironmentSet, noise: float, seed: Sequence[int]) -> EnvironmentSet:
