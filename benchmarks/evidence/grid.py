@@ -20,6 +20,7 @@ from moeapps.evaluation.statistics import Direction, Rule, check_rule
 
 Kind = Literal["statistical", "exact"]
 Match = Literal["flops", "params", "none"]
+Scale = Literal["linear", "log10"]
 Pair = tuple[int, int]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -68,6 +69,8 @@ class Claim:
         minus: Two variants (of system, of baseline) whose metric is subtracted first, for claims about a difference of
             differences.
         untested: Reason why the claim is not tested at all; everything else may then be left at its default.
+        scale: ``log10`` takes the logarithm of all values first, so that differences are ratios and ``margin`` is the
+            logarithm of one; for errors that spread over powers of ten.
     """
 
     id: str
@@ -83,10 +86,14 @@ class Claim:
     baseline_value: float | None = None
     minus: tuple[str, str] | None = None
     untested: str = ""
+    scale: Scale = "linear"
 
     def __post_init__(self) -> None:
         if self.untested:
             return
+        positive = self.baseline_value is None or self.baseline_value > 0
+        if self.scale == "log10" and (self.minus is not None or not positive):
+            raise GridError(f"claim {self.id}: scale='log10' takes positive values and goes with no 'minus'")
         try:
             check_rule(self.rule, self.direction, self.margin)
         except ValueError as error:
@@ -100,8 +107,8 @@ class Claim:
 
     @property
     def kind(self) -> Kind:
-        """``exact`` for the rule of that name, else ``statistical``."""
-        return "exact" if self.rule == "exact" else "statistical"
+        """``exact`` for the rules that make no statement about other runs (exact, median), else ``statistical``."""
+        return "exact" if self.rule in ("exact", "median") else "statistical"
 
     @property
     def variants(self) -> tuple[str, ...]:

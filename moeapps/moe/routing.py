@@ -17,10 +17,14 @@ memory. They hold references only: building one computes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moeapps.moe.backends.plan import Plan
 
 
 def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
@@ -157,6 +161,13 @@ class Routing:
             null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
             **_repeated_extras(self, times),
         )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve)."""
+        from moeapps.moe.backends.plan import sort_assignments
+
+        return sort_assignments(self)
 
     def counts(self) -> Tensor:
         """Assignments per expert, int64 [E]; the sentinel is not counted. No host synchronisation."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partitions and the fitted router: known clusters are found, the gate is the closed form, oddities are as published."""
+"""Partitions and the fitted router: known clusters are found, the gate is the closed form, quirks are as published."""
 
 from __future__ import annotations
 

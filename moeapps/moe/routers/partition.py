@@ -159,38 +159,37 @@ def optimal_assignment(costs: Tensor) -> Tensor:
     Source: the method of Kuhn and Munkres with potentials, as generally known; a test compares it with all
     permutations.
     """
-    cost = costs.double().tolist()
+    cost = costs.double().cpu()
     n = len(cost)
-    row_potential, column_potential = [0.0] * (n + 1), [0.0] * (n + 1)
-    row_of = [n] * (n + 1)  # row matched to each column; column n is where a new row starts from
+    row_potential, column_potential = cost.new_zeros(n), cost.new_zeros(n)
+    column_of = [-1] * n  # column matched to each row
+    row_of = [-1] * n
     for row in range(n):
-        row_of[n], column = row, n
-        slack, previous, done = [float("inf")] * n, [n] * n, [False] * (n + 1)
-        while row_of[column] != n:
-            done[column] = True
-            i = row_of[column]
-            for j in range(n):
-                if not done[j]:
-                    reduced = cost[i][j] - row_potential[i] - column_potential[j]
-                    if reduced < slack[j]:
-                        slack[j], previous[j] = reduced, column
-            nearest = min((j for j in range(n) if not done[j]), key=lambda j: slack[j])
-            step = slack[nearest]
-            for j in range(n + 1):
-                if done[j]:
-                    row_potential[row_of[j]] += step
-                    column_potential[j] -= step
-                elif j < n:
-                    slack[j] -= step
-            column = nearest
-        while column != n:  # flip the augmenting path
-            row_of[column] = row_of[previous[column]]
-            column = previous[column]
-        row_of[n] = n
-    expert_of = [0] * n
-    for column in range(n):
-        expert_of[row_of[column]] = column
-    return torch.tensor(expert_of, device=costs.device)
+        slack, previous = torch.full_like(row_potential, torch.inf), [-1] * n
+        outside = torch.ones(n, dtype=torch.bool)  # columns not yet in the tree that grows from the new row
+        current, distance = row, 0.0
+        while True:  # Dijkstra over reduced costs until a free column is reached
+            reduced = distance + cost[current] - row_potential[current] - column_potential
+            shorter = (outside & (reduced < slack)).nonzero().flatten().tolist()
+            for column in shorter:
+                slack[column], previous[column] = reduced[column], current
+            nearest = int(slack.where(outside, torch.inf).argmin())
+            distance, outside[nearest] = float(slack[nearest]), False
+            if row_of[nearest] < 0:
+                break
+            current = row_of[nearest]
+        for column in (~outside).nonzero().flatten().tolist():
+            column_potential[column] -= distance - slack[column]
+            if row_of[column] >= 0:
+                row_potential[row_of[column]] += distance - slack[column]
+        row_potential[row] += distance
+        column = nearest
+        while True:  # flip the matching along the shortest path
+            current = previous[column]
+            row_of[column], column_of[current], column = current, column, column_of[current]
+            if current == row:
+                break
+    return torch.tensor(column_of, device=costs.device)
 
 
 # --- Partitions -------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class GivesRoutingLosses(Protocol):
 class RouterFit(L.Callback):
     """Fit every ``FittedRouter`` after every few training steps: on process 0, which hands the gate to the others.
 
-    The task must have ``routing_losses``, see :class:`GivesRoutingLosses`; it is called on every process, so it may
-    be collective.
+    The task must have ``routing_losses``, see :class:`GivesRoutingLosses`; it is called on process 0 alone, so it must
+    not wait for others.
 
     Args:
         every: training steps between two fits, at least 1.
@@ -75,9 +75,9 @@ class RouterFit(L.Callback):
         if self.steps % self.every == 0:
             start = time.perf_counter()
             for name, router in self._routers.items():
-                needed = router.partition.needs_losses
-                features, losses = cast(GivesRoutingLosses, pl_module).routing_losses(name, needed=needed)
                 if trainer.is_global_zero:
+                    needed = router.partition.needs_losses
+                    features, losses = cast(GivesRoutingLosses, pl_module).routing_losses(name, needed=needed)
                     router.fit(features, losses)
                 if trainer.world_size > 1:
                     router.load_state_dict(trainer.strategy.broadcast(router.state_dict()))
