@@ -168,8 +168,8 @@ def equal_lengths(series: Sequence[Floats], names: Sequence[str], unequal: Unequ
         gaps = np.flatnonzero(np.isnan(values).any(axis=1))
         if len(gaps) and missing == "error":
             raise SeriesFormatError(
-                f"{name} misses a value at sample {gaps[0]} ({len(gaps)} samples in all); set missing: mask to leave such "
-                "samples out"
+                f"{name} misses a value at sample {gaps[0]} ({len(gaps)} samples in all); set missing: mask to leave "
+                "such samples out"
             )
     lengths = [len(values) for values in series]
     if len(set(lengths)) > 1 and unequal == "error":
