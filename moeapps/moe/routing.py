@@ -17,7 +17,6 @@ memory. They hold references only: building one computes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,12 +161,21 @@ class Routing:
             **_repeated_extras(self, times),
         )
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
-        """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve)."""
+        """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve).
+
+        Nothing is kept while a function transform is under way, whose tensors must not outlive it.
+        """
+        from moeapps.moe.backends.auto import is_transformed
         from moeapps.moe.backends.plan import sort_assignments
 
-        return sort_assignments(self)
+        kept: Plan | None = self.__dict__.get("_plan")
+        if kept is None:
+            kept = sort_assignments(self)
+            if not is_transformed():
+                self.__dict__["_plan"] = kept
+        return kept
 
     def counts(self) -> Tensor:
         """Assignments per expert, int64 [E]; the sentinel is not counted. No host synchronisation."""
