@@ -94,6 +94,13 @@ class DynamicsData(DomainDataModule):
         """Names of the trained environments in the order of their numbers."""
         return [name for _, name in sorted(self._numbers(), key=lambda pair: pair[0])]
 
+    def names_of(self, env: Tensor, domain: str) -> list[str]:
+        """Return the names of the environments of a batch of a domain; new ones are taken to be all of them."""
+        if domain in self.roles["seen"]:
+            names = self.environment_names
+            return [names[number] for number in env.tolist()]
+        return self.source.environments(domain, self.roles["seen"])
+
     def _numbers(self) -> list[tuple[int, str]]:
         """Number and name of every trained environment, domain by domain."""
         seen = self.roles["seen"]
