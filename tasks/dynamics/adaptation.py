@@ -146,7 +146,7 @@ class TryExperts(Adaptation):
         lr: their step size.
         loss: see :class:`Adaptation`.
         sequential: see :class:`Adaptation`.
-        warmup: steps of every candidate, at most ``steps``.
+        warmup: share of the steps that every candidate takes, in [0, 1].
 
     Raises:
         ValueError: a number outside its range.
@@ -158,12 +158,12 @@ class TryExperts(Adaptation):
         lr: float = 0.02,
         loss: Literal["shooting", "rollout"] = "shooting",
         sequential: bool = False,
-        warmup: int = 50,
+        warmup: float = 0.25,
     ) -> None:
         super().__init__(steps, lr, loss, sequential)
-        if not 0 <= warmup <= steps:
-            raise ValueError(f"warmup={warmup} must lie in 0..steps={steps}")
-        self.warmup = warmup
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup={warmup} is a share of the steps and must lie in [0, 1]")
+        self.warmup = round(warmup * steps)
 
     def adapt(self, net: MixER, support: Trajectories, groups_E: Tensor) -> Adapted:
         """Try, keep, confirm."""

@@ -80,7 +80,7 @@ class CaviaTask(DynamicsTask):
 
     def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
         """Mean error after the inner loop, differentiable through it."""
-        zero_Ed = torch.zeros(len(data.x), self.net.context_dim, device=data.x.device)
+        zero_Ed = data.x.new_zeros(len(data.x), self.net.context_dim)
         context_Ed = zero_Ed.requires_grad_()
         routing = self.net.route(context_Ed, self.net.group(data))
         for _ in range(self.inner_steps):

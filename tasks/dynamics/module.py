@@ -144,11 +144,15 @@ class DynamicsTask(BaseTask):
         self._skipped_in_a_row = 0
         self._round_start: list[Tensor] = []
         self._training: Trajectories | None = None
+        self._own_callbacks: list[L.Callback] = []
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
-        """The partition report and, where there is a gate to fit, its fit."""
-        fit = [RouterFit(self.gate_every)] if fitted_routers(self) else []
-        return [*fit, PartitionReport()]
+        """The partition report and, where there is a gate to fit, its fit; the same ones for training and test."""
+        if not self._own_callbacks:
+            fit = [RouterFit(self.gate_every)] if fitted_routers(self) else []
+            self._own_callbacks = [*fit, PartitionReport()]
+        attached = cast(Any, self.trainer).callbacks
+        return [callback for callback in self._own_callbacks if callback not in attached]
 
     def configure_metrics(self, domain: str) -> MetricCollection:
         """Scores of whole roll-outs."""
