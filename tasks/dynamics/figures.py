@@ -32,7 +32,15 @@ def colour(index: int) -> str:
 
 
 def trajectory_figure(
-    title: str, truth: Floats, pred: Floats, dt: Floats, names: Sequence[str], *, most: int = 6, trajectory: int = 0
+    title: str,
+    truth: Floats,
+    pred: Floats,
+    dt: Floats,
+    names: Sequence[str],
+    *,
+    most: int = 6,
+    trajectory: int = 0,
+    given: int = 1,
 ) -> Any:
     """Draw states over time: truth as dots, prediction as lines, one panel per environment.
 
@@ -44,6 +52,7 @@ def trajectory_figure(
         names: one per environment.
         most: most panels; evenly spaced environments are shown.
         trajectory: which of the N is drawn.
+        given: leading samples that the prediction knew; the lines start at the last of them.
 
     Returns:
         A ``matplotlib.figure.Figure``.
@@ -54,7 +63,7 @@ def trajectory_figure(
         seconds = np.arange(truth.shape[2]) * float(dt[e])
         for d in range(min(truth.shape[3], len(COLOURS))):
             axis.plot(seconds, truth[e, trajectory, :, d], "o", ms=3, color=colour(d), alpha=0.55)
-            axis.plot(seconds, _finite(pred[e, trajectory, :, d]), "-", lw=1.4, color=colour(d))
+            axis.plot(seconds[given - 1 :], _finite(pred[e, trajectory, given - 1 :, d]), "-", lw=1.4, color=colour(d))
         _limits(axis.set_ylim, truth[e, trajectory])
         axis.set_title(names[e], fontsize=9, color=INK, loc="left")
         axis.set_xlabel("seconds", fontsize=8)
@@ -275,7 +284,7 @@ class SystemFigures(L.Callback):
             return
         answers = cast(Any, pl_module).predict_step(batch, batch_idx, dataloader_idx)
         self._contexts.append(answers)
-        self._draw(trainer, answers)
+        self._draw(trainer, answers, batch.num_given)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the contexts of all trained environments."""
@@ -298,16 +307,17 @@ class SystemFigures(L.Callback):
     ) -> None:
         """Draw any domain."""
         if run_dir(trainer) is not None and trainer.is_global_zero and not batch_idx:
-            self._draw(trainer, outputs)
+            self._draw(trainer, outputs, batch.num_given)
 
-    def _draw(self, trainer: L.Trainer, answers: dict[str, Any]) -> None:
+    def _draw(self, trainer: L.Trainer, answers: dict[str, Any], given: int) -> None:
         folder, data, domain = cast(Path, run_dir(trainer)), cast(Any, trainer).datamodule, answers["domain"]
         truth, pred, dt = (answers[key].numpy() for key in ("truth", "x", "dt"))
         names = [
             f"{n}, expert {k}" for n, k in zip(data.names_of(answers["env"], domain), answers["expert"], strict=True)
         ]
         title = f"{domain} ({data.role_of(domain)})"
-        save_figure(trajectory_figure(title, truth, pred, dt, names), folder / "figures" / f"{domain}.png")
+        figure = trajectory_figure(title, truth, pred, dt, names, given=given)
+        save_figure(figure, folder / "figures" / f"{domain}.png")
         if truth.shape[3] > 1:
             save_figure(phase_figure(title, truth, pred, names), folder / "figures" / f"{domain}-phase.png")
 

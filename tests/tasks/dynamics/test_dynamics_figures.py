@@ -35,6 +35,8 @@ def test_trajectories_show_truth_as_dots_and_prediction_as_lines(tmp_path: Path)
     np.testing.assert_array_equal(dots.get_ydata(), TRUTH[4, 0, :, 0])
     np.testing.assert_array_equal(line.get_ydata(), pred[4, 0, :, 0])
     assert dots.get_xdata()[-1] == 4.5
+    continued = trajectory_figure("t", TRUTH, pred, np.full(8, 0.5), NAMES, given=4).axes[0].lines[1]
+    assert continued.get_xdata().tolist() == [1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
     save_figure(figure, tmp_path / "a" / "b.png")
     assert (tmp_path / "a" / "b.png").stat().st_size > 1000
 
