@@ -20,6 +20,7 @@ from moeapps.evaluation.statistics import Direction, Rule, check_rule
 
 Kind = Literal["statistical", "exact"]
 Match = Literal["flops", "params", "none"]
+Scale = Literal["linear", "log10"]
 Pair = tuple[int, int]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -72,6 +73,8 @@ class Claim:
         untested: Reason why the claim is not tested at all; everything else may then be left at its default.
         clustered: Pairs of one data seed are averaged before the interval. False where the data seed draws nothing
             (real data), so that pairs differ by the model alone.
+        scale: ``log10`` takes the logarithm of all values first, so that differences are ratios and ``margin`` is the
+            logarithm of one; for errors that spread over powers of ten.
     """
 
     id: str
@@ -88,10 +91,14 @@ class Claim:
     minus: tuple[str, str] | None = None
     untested: str = ""
     clustered: bool = True
+    scale: Scale = "linear"
 
     def __post_init__(self) -> None:
         if self.untested:
             return
+        positive = self.baseline_value is None or self.baseline_value > 0
+        if self.scale == "log10" and (self.minus is not None or not positive):
+            raise GridError(f"claim {self.id}: scale='log10' takes positive values and goes with no 'minus'")
         try:
             check_rule(self.rule, self.direction, self.margin)
         except ValueError as error:
@@ -105,8 +112,8 @@ class Claim:
 
     @property
     def kind(self) -> Kind:
-        """``exact`` for the rule of that name, else ``statistical``."""
-        return "exact" if self.rule == "exact" else "statistical"
+        """``exact`` for the rules that make no statement about other runs (exact, median), else ``statistical``."""
+        return "exact" if self.rule in ("exact", "median") else "statistical"
 
     @property
     def variants(self) -> tuple[str, ...]:

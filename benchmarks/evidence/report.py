@@ -15,7 +15,8 @@ A claim of a paper is a hypothesis here, tested at a size that trains in minutes
 variants with the same seeds and the same data. The interval is a 95 per cent paired t interval of the difference
 (system − baseline) over runs. Rules and margins were fixed before the runs: *superiority* is supported when the whole
 interval lies on the better side of the margin, *non-inferiority(m)* when it lies above a loss of m, *exact* when it
-holds in every run. What the interval leaves open is *inconclusive*.
+holds in every run, *median* when the median over runs reaches the bar. What the interval leaves open is
+*inconclusive*. For a metric marked log10 the difference is one of logarithms (−0.3 is half the error).
 """
 _NONE = "\nNo system has been measured yet.\n"
 _VERDICTS = ("supported", "not supported", "inconclusive", "not tested")
@@ -67,6 +68,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
     for claim in claims:
         arrow = {"higher": " ↑", "lower": " ↓"}.get(claim["direction"], "")
         metric = claim["metric"] + (arrow if claim["metric"] else "")
+        metric = f"log10 {metric}" if claim["scale"] == "log10" else metric
         rows.append(
             [
                 claim["id"],

@@ -58,6 +58,7 @@ def _claim(grid: Grid, claim: Claim, results: Results) -> dict[str, Any]:
         "baseline_metric": claim.baseline_metric,
         "minus": list(claim.minus) if claim.minus else None,
         "match": claim.match,
+        "scale": claim.scale,
         "seeds": [],
         "system": [],
         "baseline": [],
@@ -89,6 +90,10 @@ def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> 
         for key, name in (("flops_ratio", "flops_per_token"), ("params_ratio", "params_total")):
             entry[key] = _ratio(results, claim.system, claim.baseline, name, pairs)
     entry |= {"seeds": [list(pair) for pair in pairs], "system": system, "baseline": baseline}
+    if claim.scale == "log10":
+        if min(*system, *baseline) <= 0:
+            return f"{claim.metric} is not positive in every cell, so it has no logarithm"
+        system, baseline = ([math.log10(value) for value in side] for side in (system, baseline))
     clusters = _clusters(pairs) if claim.clustered else None
     result = judge(system, baseline, rule=claim.rule, direction=claim.direction, margin=claim.margin, clusters=clusters)
     if clusters is not None and claim.kind == "statistical":

@@ -9,6 +9,7 @@ over test units. Everything here is plain Python and numpy, so a verdict can be 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Rule = Literal["superiority", "non-inferiority", "exact"]
+Rule = Literal["superiority", "non-inferiority", "exact", "median"]
 Direction = Literal["higher", "lower", "equal"]
 Verdict = Literal["supported", "not supported", "inconclusive"]
 
-RULES: tuple[Rule, ...] = ("superiority", "non-inferiority", "exact")
+RULES: tuple[Rule, ...] = ("superiority", "non-inferiority", "exact", "median")
 DIRECTIONS: tuple[Direction, ...] = ("higher", "lower", "equal")
 
 
@@ -46,7 +47,8 @@ class Judgement:
     """What a rule says about paired results: the interval of ``system - baseline`` and the verdict.
 
     The interval is never turned round: with ``direction="lower"`` a better system shows a negative difference. It is
-    None for the rule ``exact``, which makes no statement about runs that were not made.
+    None for the rules ``exact`` and ``median``, which make no statement about runs that were not made; for ``median``
+    ``diff_mean`` is the median of the differences.
     """
 
     diff_mean: float
@@ -238,6 +240,8 @@ def judge(
     * ``non-inferiority``: supported if lo > −margin, not supported if hi ≤ −margin, else inconclusive.
     * ``exact``: no interval. Direction ``equal``: supported if |system − baseline| ≤ margin in every pair. Direction
       ``higher`` or ``lower``: supported if g > margin in every pair. Otherwise not supported.
+    * ``median``: no interval. Supported if the median of g over the pairs is at least the margin, else not supported:
+      a bar for a number whose outliers are known to be large.
 
     Args:
         system: One number per seed.
@@ -257,6 +261,10 @@ def judge(
         sign = -1.0 if direction == "lower" else 1.0
         holds = all(abs(d) <= margin if direction == "equal" else sign * d > margin for d in differences)
         return Judgement(math.fsum(differences) / len(differences), None, "supported" if holds else "not supported")
+    if rule == "median":
+        middle = statistics.median(differences)
+        reached = (-middle if direction == "lower" else middle) >= margin
+        return Judgement(middle, None, "supported" if reached else "not supported")
     interval = t_interval(differences if clusters is None else cluster_means(differences, clusters), confidence)
     low, high = (-interval.high, -interval.low) if direction == "lower" else (interval.low, interval.high)
     bar = margin if rule == "superiority" else -margin

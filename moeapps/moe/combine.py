@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.backends import Backend, run, sort_assignments
+from moeapps.moe.backends import Backend, run
 from moeapps.moe.experts import Experts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
@@ -96,8 +96,7 @@ def _run(work: Work, routing: Routing) -> Tensor:
         raise ValueError(
             "per_expert=True gives each expert its own rows, which a sparse routing cannot use; use Dense."
         )
-    plan = sort_assignments(routing)
-    return run(work.experts, work.x, plan, side=work.side, backend=work.backend, weight_at=work.weight_at)
+    return run(work.experts, work.x, routing.plan, side=work.side, backend=work.backend, weight_at=work.weight_at)
 
 
 def _dense_weight(routing: DenseRouting, work: Work) -> Tensor:

@@ -17,10 +17,13 @@ memory. They hold references only: building one computes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moeapps.moe.backends.plan import Plan
 
 
 def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
@@ -157,6 +160,22 @@ class Routing:
             null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
             **_repeated_extras(self, times),
         )
+
+    @property
+    def plan(self) -> Plan:
+        """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve).
+
+        Nothing is kept while a function transform is under way, whose tensors must not outlive it.
+        """
+        from moeapps.moe.backends.auto import is_transformed
+        from moeapps.moe.backends.plan import sort_assignments
+
+        kept: Plan | None = self.__dict__.get("_plan")
+        if kept is None:
+            kept = sort_assignments(self)
+            if not is_transformed():
+                self.__dict__["_plan"] = kept
+        return kept
 
     def counts(self) -> Tensor:
         """Assignments per expert, int64 [E]; the sentinel is not counted. No host synchronisation."""

@@ -108,6 +108,27 @@ def test_grid_runs_every_cell_and_writes_results_and_page(repository: Path) -> N
     assert "**supported**" in (repository / "docs/evidence.md").read_text()
 
 
+def test_a_log_scale_compares_ratios_and_a_median_bar_needs_half_the_runs() -> None:
+    half = {"scale": "log10", "rule": "median", "margin": 0.301, "match": "none"}
+    claims = (
+        Claim("C1", "Half the error.", "unseen/miou", "lower", "moe", "dense", **half),
+        Claim("C2", "A bar.", "unseen/miou", "lower", "moe", baseline_value=0.01, **half),
+        Claim("C3", "By ratio.", "unseen/miou", "lower", "moe", "dense", scale="log10"),
+    )
+    grid = toy({"moe": Variant(), "dense": Variant()}, claims)
+    found = summarise(grid, results(moe=[0.001, 0.1, 0.9], dense=[0.004, 0.2001, 1.0]))["claims"]
+
+    assert [claim["verdict"] for claim in found] == ["supported", "not supported", "inconclusive"]
+    assert found[0]["diff_mean"] == pytest.approx(-0.30124, abs=1e-5)
+    assert found[0]["ci95"] is None
+    assert found[0]["system"] == [0.001, 0.1, 0.9], "cells are shown as they are"
+    assert "log10 unseen/miou" in render([summarise(grid, {})])
+    zero = summarise(grid, results(moe=[0.0, 0.1, 0.9], dense=[0.004, 0.2, 1.0]))["claims"][0]
+    assert zero["verdict"].startswith("not tested (unseen/miou is not positive")
+    with pytest.raises(GridError, match="positive values"):
+        Claim("C1", "", "a/b", "lower", "moe", baseline_value=0.0, scale="log10")
+
+
 def test_cell_file_tells_what_ran(repository: Path) -> None:
     runs, _ = evidence(repository, toy({"dense": Variant(flags=("--burn", "0.5"), pairs=2)}, ()))
     runs.run()

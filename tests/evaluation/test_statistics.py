@@ -99,6 +99,11 @@ CELLS = [
     ([2.0, 1.5], [1.0, 1.0], "exact", "higher", 0.0, "supported"),
     ([2.0, 1.0], [1.0, 1.0], "exact", "higher", 0.0, "not supported"),
     ([0.5], [1.0], "exact", "lower", 0.0, "supported"),
+    ([0.9, 0.9, 0.1], [0.9] * 3, "median", "higher", 0.0, "supported"),
+    ([0.9, 0.8, 0.1], [0.9] * 3, "median", "higher", 0.0, "not supported"),
+    ([5.0, 9.0, 99.0], [10.0, 10.0, 10.0], "median", "lower", 1.0, "supported"),
+    ([5.0, 9.1, 99.0], [10.0, 10.0, 10.0], "median", "lower", 1.0, "not supported"),
+    ([1.0, 2.0, 3.0, 9.0], [2.5] * 4, "median", "higher", 0.0, "supported"),
 ]
 
 
@@ -106,8 +111,9 @@ CELLS = [
 def test_verdict_of_cells_with_known_intervals(system, baseline, rule, direction, margin, verdict) -> None:
     result = judge(system, baseline, rule=rule, direction=direction, margin=margin)
     assert result.verdict == verdict
-    assert result.diff_mean == pytest.approx(np.mean(system) - np.mean(baseline))
-    assert (result.interval is None) == (rule == "exact")
+    middle = np.median if rule == "median" else np.mean
+    assert result.diff_mean == pytest.approx(middle(np.subtract(system, baseline)))
+    assert (result.interval is None) == (rule in ("exact", "median"))
 
 
 def test_known_interval_of_three_pairs() -> None:

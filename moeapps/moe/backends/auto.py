@@ -108,7 +108,7 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
         x_ND: Rows (N, D).
         plan: Sorted assignments.
     """
-    if ffn is None or x_ND.dtype == torch.float64 or _is_transformed():
+    if ffn is None or x_ND.dtype == torch.float64 or is_transformed():
         return "loop"
     thresholds = THRESHOLDS.get(x_ND.device.type, _ELSEWHERE)
     busy = sum(count > 0 for count in plan.counts)
@@ -166,7 +166,7 @@ def _refusal(backend: Choice, ffn: FeedForward | None, x_ND: Tensor) -> str | No
     return segments_refusal(ffn) if backend == "segments" else None
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a ``torch.func`` transform or a forward-mode level is active."""
     functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return functorch or torch.autograd.forward_ad._current_level >= 0

@@ -9,7 +9,9 @@ from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
 from moeapps.moe.routers.choose_dense import Dense, DenseToSparse, Slots
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
+from moeapps.moe.routers.fitted import FittedRouter
 from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
+from moeapps.moe.routers.partition import LowestLoss, Partition, PublishedKMeans, RobustKMeans
 from moeapps.moe.routers.router import Router, RouterBase
 from moeapps.moe.routers.score import CosineScore, LinearScore, MLPScore, PrototypeScore, Score
 from moeapps.moe.routers.score_fixed import ConstantScore, RandomScore, TableScore
@@ -25,18 +27,23 @@ __all__ = [
     "Dense",
     "DenseToSparse",
     "ExpertChoice",
+    "FittedRouter",
     "GatedShared",
     "GaussianNoise",
     "GroupLimitedTopK",
     "GumbelNoise",
     "Jitter",
     "LinearScore",
+    "LowestLoss",
     "MLPScore",
     "MultiGate",
     "Noise",
+    "Partition",
     "PrototypeScore",
+    "PublishedKMeans",
     "RandomScore",
     "RecurrentScore",
+    "RobustKMeans",
     "Router",
     "RouterBase",
     "RowChooser",

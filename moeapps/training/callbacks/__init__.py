@@ -6,6 +6,7 @@ from __future__ import annotations
 from moeapps.training.callbacks.balance import BiasBalancing
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
+from moeapps.training.callbacks.router_fit import RouterFit
 from moeapps.training.callbacks.routing import RoutingMonitor
 from moeapps.training.callbacks.state import BestCheckpoint, InterruptCheckpoint, RandomState, SaveRun, TipFilter
 from moeapps.training.callbacks.summary import MoESummary
@@ -20,6 +21,7 @@ __all__ = [
     "PredictionWriter",
     "ProgressLines",
     "RandomState",
+    "RouterFit",
     "RoutingMonitor",
     "SaveRun",
     "TipFilter",

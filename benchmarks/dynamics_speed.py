@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cost of solving a mixture of vector fields: ``python -m benchmarks.dynamics_speed --json FILE [--pairs 9]``.
+
+Our batched Runge-Kutta solver is compared with torchdiffeq's ``rk4`` on the same fields, by CPU time on one thread, in
+pairs of alternating order. torchdiffeq takes the 3/8 rule, whose error differs by a constant: the ratio at EQUAL ERROR
+is the ratio at equal steps times (our error / theirs)^(1/4), since a method of order 4 must take that many times as
+many steps. The errors are measured in double precision on the families that the base config trains on.
+
+Fails (exit status 1) when a ratio at equal error exceeds `GATE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchdiffeq
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.core import machine
+from benchmarks.core_cases import Mode, median_ms, paired_ratios, step
+from moeapps.training.run import write_json
+from tasks.dynamics.data.families import OdeFamilies
+from tasks.dynamics.data.fields import field_of
+from tasks.dynamics.experts import GEPSExperts
+from tasks.dynamics.gates import robust
+from tasks.dynamics.model import FieldMixER
+from tasks.dynamics.solvers import Field, solve
+
+GATE = 1.1
+"""Our time over torchdiffeq's at equal error; agreed beforehand."""
+E, N, T, K, WIDTH = 64, 4, 20, 4, 32
+Case = Literal["mixture", "network"]
+
+
+def mixture() -> tuple[Field, list[Tensor], Tensor, Tensor]:
+    """Four GEPS experts, 16 environments each, sorted by expert once: field, inputs of the gradient, x0, dt."""
+    torch.manual_seed(0)
+    experts = partial(GEPSExperts, width=WIDTH)
+    net = FieldMixER(2, E, experts=experts, gate=robust(), num_experts=K, context_dim=4 * K)
+    context_Ed = (0.1 * torch.randn(E, 4 * K)).requires_grad_()
+    routing = net.route_to(torch.arange(E) % K, context_Ed.detach())
+    field = net.field(context_Ed, routing, N)
+    weights = list(net.layer.experts.parameters())
+    return field, [context_Ed, *weights], torch.randn(E, N, 2), torch.linspace(0.2, 0.5, E)
+
+
+def network() -> tuple[Field, list[Tensor], Tensor, Tensor]:
+    """One small network for all environments, where the solver's own work weighs most."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 2))
+    return lambda t, x: net(x), list(net.parameters()), torch.randn(E, N, 2), torch.linspace(0.2, 0.5, E)
+
+
+CASES: dict[Case, Callable[[], tuple[Field, list[Tensor], Tensor, Tensor]]] = {"mixture": mixture, "network": network}
+
+
+def their_rk4(field: Field, x0: Tensor, dt: Tensor, num_steps: int) -> Tensor:
+    """The rk4 of torchdiffeq with one step between two samples, time counted in samples: [E, N, T, D]."""
+    factor = dt[:, None, None]
+    grid = torch.arange(num_steps, dtype=x0.dtype)
+    path: Tensor = torchdiffeq.odeint(lambda s, x: field(s * dt, x) * factor, x0, grid, method="rk4")
+    return path.permute(1, 2, 0, 3)
+
+
+def error_ratio() -> float:
+    """Our error over torchdiffeq's at equal steps: root mean square over the default seen families, in float64."""
+    ours, theirs = [], []
+    source = OdeFamilies()
+    for name in source.default_seen:
+        family = source.catalogue[name]
+        settings = torch.tensor(family.settings["train"], dtype=torch.float64)
+        box = torch.tensor([family.low, family.high], dtype=torch.float64)
+        x0 = box.expand(len(settings), 2, len(family.low)).contiguous()
+        dt = torch.full((len(settings),), family.horizon / (T - 1), dtype=torch.float64)
+        field = field_of(family.field, settings)
+        truth = solve(field, x0, 0.0, dt, T, substeps=100)
+        ours.append((solve(field, x0, 0.0, dt, T) - truth).flatten())
+        theirs.append((their_rk4(field, x0, dt, T) - truth).flatten())
+    return float(torch.cat(ours).norm() / torch.cat(theirs).norm())
+
+
+def measure(*, pairs: int) -> dict[str, Any]:
+    """All comparisons."""
+    more_steps = error_ratio() ** 0.25
+    rows: dict[str, Any] = {}
+    modes: tuple[Mode, ...] = ("forward", "fwd+bwd")
+    for name, build in CASES.items():
+        field, inputs, x0, dt = build()
+        for mode in modes:
+            candidate = step(partial(solve, field, x0, 0.0, dt, T), inputs, mode)
+            reference = step(partial(their_rk4, field, x0, dt, T), inputs, mode)
+            ratios = paired_ratios(candidate, reference, pairs=pairs)
+            ratio = statistics.median(ratios)
+            rows[f"{name}, {mode}"] = {
+                "ms": median_ms(candidate, samples=min(pairs, 5)),
+                "pairs": ratios,
+                "ratio": ratio,
+                "at_equal_error": ratio * more_steps,
+                "gate": GATE,
+                "ok": ratio * more_steps <= GATE,
+            }
+    return {
+        "command": "python -m benchmarks.dynamics_speed --json benchmarks/results/dynamics_speed.json",
+        "machine": machine(),
+        "torchdiffeq": torchdiffeq.__version__,
+        "size": {"environments": E, "trajectories": N, "samples": T, "experts": K, "width": WIDTH},
+        "steps_for_equal_error": more_steps,
+        "over_torchdiffeq_rk4": rows,
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as a table."""
+    table = Table("a solve", "CPU ms", "over torchdiffeq", "at equal error", "gate")
+    for name, row in report["over_torchdiffeq_rk4"].items():
+        cells = [f"{row[key]:.2f}" for key in ("ms", "ratio", "at_equal_error", "gate")]
+        table.add_row(name, *cells, style=None if row["ok"] else "red")
+    Console(highlight=False).print(table)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measure, print, write; 1 when a gate is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dynamics_speed", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
+    options = parser.parse_args(args)
+    report = measure(pairs=options.pairs)
+    show(report)
+    if options.json:
+        write_json(options.json, report)
+    return 0 if all(row["ok"] for row in report["over_torchdiffeq_rk4"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A router without a gradient: a linear gate that is fitted to a partition by least squares."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeapps.moe.routers.choose import TopK
+from moeapps.moe.routers.partition import Partition
+from moeapps.moe.routers.router import Router
+from moeapps.moe.routers.score import LinearScore
+
+
+class FittedRouter(Router):
+    r"""Top-1 of :math:`[x, 1] W` with weight 1, where :math:`W` is the least-squares fit to a partition of the rows.
+
+    Call :meth:`fit` every few steps (the callback ``RouterFit`` does). Without it the router is a frozen random gate.
+
+    Args:
+        dim: width of the features.
+        num_experts: E.
+        partition: says which row belongs to which expert.
+        noise: standard deviation added to the features before the fit.
+
+    Shape:
+        features [N, dim] -> a routing with one expert of weight 1 per row; ties go to the lowest index.
+
+    Raises:
+        ValueError: noise below 0, or losses that do not fit the features and experts (in ``fit``).
+
+    Source: MixER (mixer-dsr card 2.1 and 3.2, G6).
+
+    Example:
+        >>> from moeapps.moe import FittedRouter, LowestLoss
+        >>> router = FittedRouter(2, 2, LowestLoss(), noise=0.0)
+        >>> router.fit(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        True
+        >>> router(torch.eye(2)).expert_M.tolist()
+        [0, 1]
+    """
+
+    score: LinearScore
+
+    def __init__(self, dim: int, num_experts: int, partition: Partition, *, noise: float = 1e-4) -> None:
+        if not noise >= 0:
+            raise ValueError(f"noise={noise}, but it must be 0 or more.")
+        score = LinearScore(dim, num_experts, bias=True).requires_grad_(False)
+        super().__init__(score, TopK(1, weighing="ones"))
+        self.partition = partition
+        self.noise_std = noise
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, losses: Tensor | None = None) -> bool:
+        """Partition the rows and fit the gate to it; tell whether that was done (or abandoned).
+
+        Args:
+            features: [N, dim].
+            losses: [N, E], loss of row n under expert e alone; None where ``partition.needs_losses`` is False.
+        """
+        wanted = (features.shape[0], self.num_experts)
+        if losses is not None and tuple(losses.shape) != wanted:
+            raise ValueError(f"losses are {tuple(losses.shape)}, but they must be {wanted}: rows by experts.")
+        labels_N = self.partition(features.detach(), losses)
+        if labels_N is None:
+            return False
+        targets_NE = F.one_hot(labels_N, self.num_experts)
+        self.score.fit(features.detach(), targets_NE, noise=self.noise_std)
+        return True

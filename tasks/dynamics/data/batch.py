@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model of dynamics gets: the trajectories of several environments with one time grid each.
+
+E environments, N trajectories per environment, T samples, D state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Trajectories:
+    """Trajectories of E environments; rows stand in the order of ``env``.
+
+    Attributes:
+        x: states, float32 [E, N, T, D]; 0 where ``mask`` is False.
+        dt: seconds between samples, float32 [E]; T is the same for all environments, so horizons differ by dt.
+        env: number among the TRAINED environments, int64 [E]; -1 for an environment to adapt to.
+        family: hidden label for metrics only, index into the facts' ``families``, int64 [E]; -1 where it is unknown.
+        mask: bool [E, N, T], False where a sample is missing; None where nothing is.
+        scale: root mean squared increment of the observed (training or support) trajectories, float32 [E].
+        num_support: the first ``num_support`` trajectories are for fitting a new environment's context, the others are
+            scored; 0 for trained environments.
+        num_given: leading samples that a prediction may use; 1, the initial condition, unless a series is continued.
+    """
+
+    x: Tensor
+    dt: Tensor
+    env: Tensor
+    family: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    num_support: int = 0
+    num_given: int = 1
+
+    @property
+    def support(self) -> Trajectories:
+        """The trajectories that a new environment's context is fitted to."""
+        return self._trajectories(slice(0, self.num_support))
+
+    @property
+    def query(self) -> Trajectories:
+        """The trajectories that are scored: all of a trained environment, those after the support of a new one."""
+        return self._trajectories(slice(self.num_support, None))
+
+    def environments(self, rows: Tensor) -> Trajectories:
+        """Keep some environments.
+
+        Args:
+            rows: int64 row numbers or bool [E].
+        """
+        parts = {name: getattr(self, name)[rows] for name in ("x", "dt", "env", "family", "scale")}
+        return replace(self, **parts, mask=None if self.mask is None else self.mask[rows])
+
+    def _trajectories(self, part: slice) -> Trajectories:
+        mask = None if self.mask is None else self.mask[:, part]
+        return replace(self, x=self.x[:, part], mask=mask, num_support=0)
+
+
+def collate_environments(items: Sequence[Trajectories]) -> Trajectories:
+    """Join environments (items of E = 1) into one batch, in the order of ``env`` and else as they come.
+
+    Raises:
+        ValueError: they differ in number of trajectories, samples or state size, or in what of them is given.
+    """
+    kinds = {(tuple(item.x.shape[1:]), item.num_support, item.num_given) for item in items}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"environments of one batch differ in (trajectories, samples, state size), support or given samples: "
+            f"{sorted(kinds)}; give each batch environments of one form"
+        )
+    order = sorted(range(len(items)), key=lambda i: int(items[i].env[0]))
+    items = [items[i] for i in order]
+    mask = None
+    if any(item.mask is not None for item in items):
+        full = torch.ones(items[0].x.shape[:3], dtype=torch.bool)
+        mask = torch.cat([full if item.mask is None else item.mask for item in items])
+    joined = {
+        name: torch.cat([getattr(item, name) for item in items]) for name in ("x", "dt", "env", "family", "scale")
+    }
+    return Trajectories(**joined, mask=mask, num_support=items[0].num_support, num_given=items[0].num_given)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where series come from: .ts files, CSV files of your own, control charts by formula."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moeapps.data.archives import ArchiveError, fetch_package
+from tasks.dynamics.data.csv_format import read_csv
+from tasks.dynamics.data.recordings import Missing, SeriesSet, SeriesSource, Unequal, equal_lengths
+from tasks.dynamics.data.source import Floats, Kind
+from tasks.dynamics.data.ts_format import SeriesFormatError, read_ts
+from tasks.dynamics.packages import package_named
+
+NEW_VALIDATION, NEW = "new_for_choices", "new"
+"""Domains of recordings that are not trained on: for choices, and for the test."""
+
+
+class TsFiles(SeriesSource):
+    """Series with class labels out of a pair of .ts files: a class is a hidden family and a domain.
+
+    Every class of ``train_file`` is a domain (trained on, or an unseen family). The series of ``test_file`` are new
+    recordings: those at even places are the domain ``new_for_choices``, the others ``new``.
+
+    Args:
+        train_file: .ts file of the recordings to train on.
+        test_file: .ts file of new recordings.
+        package: name of a pinned package that holds the files (see ``moeapps data list``); None: ``root``.
+        root: folder of the files, where they are your own.
+        dt: seconds between samples.
+        val_steps: samples for choices.
+        test_steps: samples for the test, at the end.
+        unequal: what to do with series of different lengths: error, cut or mask.
+        missing: what to do with missing values: error or mask.
+        channels: keep every channel (None) or these.
+
+    Raises:
+        ValueError: a count below 1, dt that is not positive, an unknown package, or files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_file: str,
+        test_file: str,
+        package: str | None = None,
+        root: Path | None = None,
+        dt: float = 1.0,
+        val_steps: int = 10,
+        test_steps: int = 30,
+        unequal: Unequal = "error",
+        missing: Missing = "error",
+        channels: list[int] | None = None,
+    ) -> None:
+        super().__init__(val_steps=val_steps, test_steps=test_steps, kind="sequence")
+        if not dt > 0:
+            raise ValueError(f"dt={dt} is not allowed; use positive seconds between samples")
+        self.package = None if package is None else package_named(package)
+        self.train_file, self.test_file, self.root = train_file, test_file, root
+        self.dt, self.unequal, self.missing, self.channels = dt, unequal, missing, channels
+        self._files: dict[str, SeriesSet] = {}
+
+    def _file(self, name: str) -> SeriesSet:
+        """Read one file, all classes together."""
+        if name not in self._files:
+            path = self._folder() / name
+            if not path.is_file():
+                raise ValueError(f"no file {path}; correct root or the file name")
+            found = read_ts(path)
+            labels = [_word(label) for label in found.labels or ["series"] * len(found.series)]
+            series = [s if self.channels is None else s[:, self.channels] for s in found.series]
+            names = [f"{Path(name).stem}-{i}" for i in range(len(series))]
+            x = equal_lengths(series, names, self.unequal, self.missing)
+            self._files[name] = SeriesSet(x[:, None], names, list(labels), self.dt)
+        return self._files[name]
+
+    def _folder(self) -> Path:
+        if self.package is None:
+            return self.root or Path()
+        try:
+            return fetch_package(self.package, root=self.cache)
+        except ArchiveError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def default_seen(self) -> Sequence[str]:  # type: ignore[override]
+        """The classes of the training file."""
+        return list(dict.fromkeys(str(f) for f in self._file(self.train_file).families))
+
+    default_validation = (NEW_VALIDATION,)
+    default_unseen = (NEW,)
+
+    def read(self, domain: str) -> SeriesSet:
+        """Return a class, or half of the new recordings."""
+        new = domain in (NEW_VALIDATION, NEW)
+        data = self._file(self.test_file if new else self.train_file)
+        places = range(len(data.names))
+        chosen = (
+            [i for i in places if i % 2 == (domain == NEW)]
+            if new
+            else [i for i in places if data.families[i] == domain]
+        )
+        if not chosen:
+            classes = ", ".join(self.default_seen)
+            raise ValueError(f"unknown domain {domain!r}; allowed: {classes}, {NEW_VALIDATION}, {NEW}")
+        return SeriesSet(data.x[chosen], [data.names[i] for i in chosen], [data.families[i] for i in chosen], data.dt)
+
+    def describe(self, domain: str) -> str:
+        """Say which file it is."""
+        name = Path(self.test_file if domain in (NEW_VALIDATION, NEW) else self.train_file).name
+        if self.package is None:
+            return f"{name}, a file of the user's own"
+        return f"{name} of {self.package.name} {self.package.version} (sha256 {self.package.sha256[:12]})"
+
+
+class CsvSeries(SeriesSource):
+    """Series of your own: ``<root>/<domain>/<environment>.csv``, one file per environment.
+
+    The first line names the columns. ``time`` (seconds, evenly spaced) and ``trajectory`` (a number or word, for
+    several recordings of one environment) are optional; all others are channels. An empty cell is a missing value. A
+    domain that is seen counts as a family, for metrics only, where there are two or more of them.
+
+    Args:
+        root: folder of the domains.
+        seen: domains that are trained on if the data module names none.
+        validation: domains for choices if the data module names none.
+        unseen: domains for the test if the data module names none.
+        dt: seconds between samples where there is no ``time`` column.
+        val_steps: samples for choices.
+        test_steps: samples for the test, at the end.
+        unequal: what to do with series of different lengths: error, cut or mask.
+        missing: what to do with missing values: error or mask.
+        kind: ``sequence`` for models that are given the past, ``field`` for vector fields.
+
+    Raises:
+        ValueError: no seen domain, a count below 1, or files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: Path,
+        seen: list[str],
+        validation: list[str] | None = None,
+        unseen: list[str] | None = None,
+        dt: float = 1.0,
+        val_steps: int = 10,
+        test_steps: int = 30,
+        unequal: Unequal = "error",
+        missing: Missing = "error",
+        kind: Kind = "sequence",
+    ) -> None:
+        super().__init__(val_steps=val_steps, test_steps=test_steps, kind=kind)
+        if not seen or not dt > 0:
+            raise ValueError(f"seen={seen} must name a domain and dt={dt} must be positive seconds")
+        self.root, self.dt, self.unequal, self.missing = root, dt, unequal, missing
+        self.default_seen, self.default_validation, self.default_unseen = seen, validation or [], unseen or []
+
+    def read(self, domain: str) -> SeriesSet:
+        """Read the files of one domain."""
+        folder = self.root / domain
+        paths = sorted(folder.glob("*.csv"))
+        if not paths:
+            raise ValueError(f"domain {domain!r}: no file {folder}/*.csv; lay one file per environment there")
+        files = [read_csv(path, self.dt) for path in paths]
+        for path, file in zip(paths, files, strict=True):
+            first = files[0]
+            if file.channels != first.channels:
+                raise SeriesFormatError(f"{path} has channels {file.channels}, {paths[0].name} {first.channels}")
+            if len(file.series) != len(first.series):
+                raise SeriesFormatError(
+                    f"{path} has {len(file.series)} trajectories, {paths[0].name} {len(first.series)}; give all as many"
+                )
+        series = [s for file in files for s in file.series]
+        names = [f"{path.name}, trajectory {n}" for path in paths for n in range(len(files[0].series))]
+        whole = equal_lengths(series, names, self.unequal, self.missing)
+        steps = {round(file.dt, 12) for file in files}
+        if len(steps) > 1:
+            raise SeriesFormatError(f"files of {folder} have steps of {sorted(steps)} seconds; a domain needs one")
+        x = whole.reshape(len(files), -1, *whole.shape[1:])
+        family = domain if domain in self.default_seen and len(self.default_seen) > 1 else None
+        return SeriesSet(x, [path.stem for path in paths], [family] * len(files), files[0].dt)
+
+    def describe(self, domain: str) -> str:
+        """Say that they are files."""
+        return f"CSV files of the user's own, {len(self.recordings(domain).names)} environments"
+
+
+class SyntheticControl(SeriesSource):
+    """Six classes of control charts by the formulas of Alcock and Manolopoulos (1999); one series is one environment.
+
+    y_t = 30 + 2 r_t, r ~ U(-3, 3); cyclic: + a sin(2 pi t / P), a and P ~ U(10, 15); increasing and decreasing: +- g t,
+    g ~ U(0.2, 0.5); upward and downward shift: +- s from t3 on, s ~ U(7.5, 20), t3 ~ U(n / 3, 2 n / 3). The public
+    file is in no package and is not read.
+
+    Args:
+        series: series per class to train on.
+        new_series: series per class of each domain of new recordings.
+        num_samples: n, 60 in the public set.
+        val_steps: samples for choices.
+        test_steps: samples for the test, at the end.
+        data_seed: seed of all draws.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    default_seen = ("normal", "cyclic", "increasing", "decreasing", "upward_shift", "downward_shift")
+    default_validation = (NEW_VALIDATION,)
+    default_unseen = (NEW,)
+
+    def __init__(
+        self,
+        *,
+        series: int = 100,
+        new_series: int = 10,
+        num_samples: int = 60,
+        val_steps: int = 5,
+        test_steps: int = 15,
+        data_seed: int = 0,
+    ) -> None:
+        super().__init__(val_steps=val_steps, test_steps=test_steps, kind="sequence")
+        if series < 1 or new_series < 1:
+            raise ValueError(f"series={series} and new_series={new_series} must be 1 or more")
+        self.series, self.new_series, self.num_samples, self.data_seed = series, new_series, num_samples, data_seed
+
+    def read(self, domain: str) -> SeriesSet:
+        """Draw one class, or new series of all classes."""
+        domains = [*self.default_seen, NEW_VALIDATION, NEW]
+        if domain not in domains:
+            raise ValueError(f"unknown domain {domain!r}; allowed: {', '.join(domains)}")
+        rng = np.random.default_rng([self.data_seed, domains.index(domain)])
+        classes = [domain] if domain in self.default_seen else list(self.default_seen)
+        count = self.series if domain in self.default_seen else self.new_series
+        x = np.concatenate([control_charts(name, count, self.num_samples, rng) for name in classes])
+        families: list[str | None] = [name for name in classes for _ in range(count)]
+        return SeriesSet(x[:, None, :, None], [f"{f}-{domain}-{i}" for i, f in enumerate(families)], families, 1.0)
+
+    def describe(self, domain: str) -> str:
+        """Say how the series are made."""
+        return f"control charts by formula, data_seed {self.data_seed}"
+
+
+def control_charts(name: str, count: int, num_samples: int, rng: np.random.Generator) -> Floats:
+    """Draw ``count`` control charts of one class: [count, num_samples].
+
+    Raises:
+        ValueError: unknown class.
+    """
+    if name not in SyntheticControl.default_seen:
+        raise ValueError(f"class {name!r} is unknown; use one of {', '.join(SyntheticControl.default_seen)}")
+    t = np.arange(1, num_samples + 1)
+    y = 30 + 2 * rng.uniform(-3, 3, (count, num_samples))
+    if name == "cyclic":
+        y += rng.uniform(10, 15, (count, 1)) * np.sin(2 * np.pi * t / rng.uniform(10, 15, (count, 1)))
+    sign = -1 if name in ("decreasing", "downward_shift") else 1
+    if name in ("increasing", "decreasing"):
+        y += sign * rng.uniform(0.2, 0.5, (count, 1)) * t
+    if name in ("upward_shift", "downward_shift"):
+        start = rng.uniform(num_samples / 3, 2 * num_samples / 3, (count, 1))
+        y += sign * rng.uniform(7.5, 20, (count, 1)) * (t >= start)
+    return y
+
+
+def _word(label: str) -> str:
+    """A label as a domain name: ``Standing`` -> ``standing``, ``1`` -> ``class_1``."""
+    word = re.sub(r"[^a-z0-9_]+", "_", label.lower()).strip("_")
+    return word if word and word[0].isalpha() else f"class_{word}"

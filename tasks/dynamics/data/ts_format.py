@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The .ts text format of the UCR and UEA archives of time series: a reader and a small writer.
+
+``@key value`` lines, ``@data``, then one series per line: channels divided by ``:``, values by ``,``, the label last.
+``?`` and ``nan`` are missing values; lines that begin with ``#`` or ``%`` are comments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tasks.dynamics.data.source import Floats
+
+
+class SeriesFormatError(ValueError):
+    """A file of series is damaged or of a form that is not read."""
+
+
+@dataclass(frozen=True)
+class LabelledSeries:
+    """Series of one file.
+
+    Attributes:
+        series: one [T, D] array per series, nan where missing; T may differ.
+        labels: class of each series, or None.
+    """
+
+    series: list[Floats]
+    labels: list[str] | None
+
+
+def read_ts(path: Path) -> LabelledSeries:
+    """Read a .ts file.
+
+    Raises:
+        SeriesFormatError: no data, time stamps, a label that was not announced, channels of different lengths or
+            numbers, or something that is no number. The text names the line.
+    """
+    header: dict[str, list[str]] = {}
+    series: list[Floats] = []
+    labels: list[str] = []
+    with open(path, encoding="utf-8", errors="replace") as handle:
+        in_data = False
+        for number, line in enumerate(handle, 1):
+            text = line.strip()
+            if not text or text[0] in "#%":
+                continue
+            if in_data:
+                values, label = _series(text, f"{path.name}, line {number}", _classes(header))
+                series.append(values)
+                labels += [] if label is None else [label]
+            elif text.lower() == "@data":
+                in_data = True
+                if header.get("timestamps", ["false"])[0].lower() == "true":
+                    raise SeriesFormatError(f"{path.name} has time stamps, which are not read; resample it to a grid")
+            else:
+                key, *words = text.split()
+                header[key.lstrip("@").lower()] = words
+    if not series:
+        raise SeriesFormatError(f"{path.name} holds no series; is it a .ts file with an @data line?")
+    widths = {values.shape[1] for values in series}
+    if len(widths) > 1:
+        raise SeriesFormatError(f"{path.name}: series have {sorted(widths)} channels; all must have the same number")
+    return LabelledSeries(series, labels if labels else None)
+
+
+def _classes(header: dict[str, list[str]]) -> list[str] | None:
+    words = header.get("classlabel", ["false"])
+    return words[1:] if words[0].lower() == "true" else None
+
+
+def _series(text: str, where: str, classes: list[str] | None) -> tuple[Floats, str | None]:
+    channels = text.split(":")
+    label = channels.pop().strip() if classes is not None else None
+    if classes is not None and label not in classes:
+        raise SeriesFormatError(f"{where}: label {label!r} is none of {', '.join(classes)}")
+    try:
+        rows = [[float("nan") if v.strip() == "?" else float(v) for v in channel.split(",")] for channel in channels]
+    except ValueError as error:
+        raise SeriesFormatError(f"{where}: {error}") from error
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1:
+        raise SeriesFormatError(f"{where}: channels have {sorted(lengths)} values; all must have the same number")
+    return np.array(rows).T, label
+
+
+def write_ts(path: Path, series: Sequence[Floats], labels: Sequence[str], name: str = "series") -> None:
+    """Write a .ts file that `read_ts` gives back.
+
+    Args:
+        path: file to write.
+        series: one [T, D] array per series.
+        labels: class of each series, words without spaces.
+        name: name of the problem.
+    """
+    classes = " ".join(dict.fromkeys(labels))
+    lengths = {len(values) for values in series}
+    lines = [f"@problemName {name}", "@timeStamps false", f"@dimensions {series[0].shape[1]}"]
+    lines += [f"@equalLength {str(len(lengths) == 1).lower()}", f"@classLabel true {classes}", "@data"]
+    for values, label in zip(series, labels, strict=True):
+        channels = [",".join("?" if np.isnan(v) else repr(float(v)) for v in channel) for channel in values.T]
+        lines.append(":".join([*channels, label]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

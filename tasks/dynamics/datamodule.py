@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environments of dynamical systems as domains: every training batch holds all environments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from moeapps.data.cache import config_hash
+from moeapps.data.domain import DomainDataModule, Split
+from moeapps.data.mixing import MixingSampler
+from tasks.dynamics.data.batch import Trajectories, collate_environments
+from tasks.dynamics.data.families import OdeFamilies
+from tasks.dynamics.data.source import DynamicsSource
+
+
+class DynamicsData(DomainDataModule):
+    """Trajectories of environments; a batch holds all environments at once, or some of them.
+
+    Domains that are seen give ``train``, ``val`` and ``test`` trajectories of the environments that are trained on; all
+    other domains give new environments with support and query trajectories. Environments are numbered in an order
+    drawn from ``seed``, so that neither number nor place tells the family.
+
+    Args:
+        source: where the environments come from; None means the generated families of `OdeFamilies`.
+        seen: domains that are trained on; None means the source's own.
+        validation: domains never trained on where every choice is made; None means the source's own.
+        unseen: domains that only ``test`` touches; None means the source's own.
+        batch_size: environments per training step and process; None means all.
+        steps_per_epoch: training batches of an epoch.
+        num_workers: loader processes; 0 loads in the training process.
+        seed: seed of the numbering and of the choice of environments in smaller batches.
+        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
+
+    Raises:
+        ValueError: an unknown domain, a count below 1, or an environment trained on under two domains.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: DynamicsSource | None = None,
+        seen: list[str] | None = None,
+        validation: list[str] | None = None,
+        unseen: list[str] | None = None,
+        batch_size: int | None = None,
+        steps_per_epoch: int = 10,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+    ) -> None:
+        source = OdeFamilies() if source is None else source
+        super().__init__(
+            seen=list(source.default_seen) if seen is None else seen,
+            validation=list(source.default_validation) if validation is None else validation,
+            unseen=list(source.default_unseen) if unseen is None else unseen,
+            batch_size=_EVERY if batch_size is None else batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            cache_dir=cache_dir,
+            eval_batch_size=_EVERY,
+        )
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch={steps_per_epoch} is not allowed; use 1 or more")
+        self.source = source
+        source.cache = cache_dir
+        self.steps_per_epoch = steps_per_epoch
+        self._tensors: dict[tuple[str, Split], Trajectories] = {}
+        for domain in self.domain_names:
+            source.environments(domain, self.roles["seen"])  # says what is wrong with a name
+            self.sources[domain] = source.describe(domain)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Numbers and names of the environments, families, state size, samples, and the kind of model."""
+        names = self.environment_names
+        return {
+            **super().facts,
+            "num_environments": len(names),
+            "environments": names,
+            "state_dim": self.source.state_dim,
+            "num_steps": self.source.num_steps,
+            "families": self.source.families(self.roles["seen"]),
+            "kind": self.source.kind,
+        }
+
+    @property
+    def environment_names(self) -> list[str]:
+        """Names of the trained environments in the order of their numbers."""
+        return [name for _, name in sorted(self._numbers(), key=lambda pair: pair[0])]
+
+    def names_of(self, env: Tensor, domain: str) -> list[str]:
+        """Return the names of the environments of a batch of a domain; new ones are taken to be all of them."""
+        if domain in self.roles["seen"]:
+            names = self.environment_names
+            return [names[number] for number in env.tolist()]
+        return self.source.environments(domain, self.roles["seen"])
+
+    def _numbers(self) -> list[tuple[int, str]]:
+        """Number and name of every trained environment, domain by domain."""
+        seen = self.roles["seen"]
+        names = [name for domain in seen for name in self.source.environments(domain, seen)]
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return list(zip(order, names, strict=True))
+
+    def _numbers_of(self, domain: str) -> list[int]:
+        seen = self.roles["seen"]
+        if domain not in seen:
+            return [-1] * len(self.source.environments(domain, seen))
+        start = sum(len(self.source.environments(earlier, seen)) for earlier in seen[: seen.index(domain)])
+        count = len(self.source.environments(domain, seen))
+        return [number for number, _ in self._numbers()[start : start + count]]
+
+    def prepare_data(self) -> None:
+        """Generate or fetch what is not in the cache yet."""
+        self.source.prepare(self.eval_domains("test"), self.roles["seen"])
+
+    def trajectories(self, domain: str, split: Split) -> Trajectories:
+        """Return all environments of one domain and split as one batch.
+
+        Raises:
+            ValueError: unknown domain, or a split its role does not have.
+        """
+        self.role_of(domain)
+        if (domain, split) not in self._tensors:
+            seen = self.roles["seen"]
+            data = self.source.load(domain, split, seen)
+            if self.source.kind == "field":
+                data = data.require_initial_conditions()
+            self._tensors[domain, split] = data.trajectories(self._numbers_of(domain), self.source.families(seen))
+        return self._tensors[domain, split]
+
+    def dataset(self, domain: str, split: Split) -> Dataset[Trajectories]:
+        """Return the environments of one domain and split, one per item."""
+        return Environments(self.trajectories(domain, split))
+
+    def collate(self, items: list[Trajectories]) -> Trajectories:
+        """Join environments in the order of their numbers."""
+        return collate_environments(items)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of ``steps_per_epoch`` batches of all environments (or of ``batch_size`` drawn ones)."""
+        parts = [self.get_dataset(name, "train") for name in self.present("seen")]
+        rank, world_size = self._place()
+        sizes = [len(cast(Environments, part)) for part in parts]
+        self._sampler = EnvironmentSampler(
+            sizes, self.batch_size, self.steps_per_epoch, seed=self.seed, rank=rank, world_size=world_size
+        )
+        if self._sampler_state is not None:
+            self._sampler.load_state_dict(self._sampler_state)
+        return self._loader(ConcatDataset(parts), self._sampler)
+
+
+_EVERY = 1 << 20
+"""A batch size that no set of environments reaches."""
+
+
+class Environments(Dataset[Trajectories]):
+    """The environments of a batch, one per item."""
+
+    def __init__(self, whole: Trajectories) -> None:
+        self.whole = whole
+
+    def __len__(self) -> int:
+        """Return E."""
+        return len(self.whole.x)
+
+    def __getitem__(self, index: int) -> Trajectories:
+        """Return one environment as a batch of one."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"environment {index} of {len(self)}")
+        return self.whole.environments(torch.tensor([index]))
+
+
+class EnvironmentSampler(MixingSampler):
+    """Batches that each hold every environment, or ``batch_size`` of them drawn anew for each step.
+
+    The processes of a run share one global batch, as for `MixingSampler`.
+
+    Args:
+        sizes: environments per domain.
+        batch_size: environments per process and step; more than there are means all.
+        num_batches: steps of an epoch.
+        seed: seed of the draws.
+        rank: index of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: as `MixingSampler`.
+    """
+
+    def __init__(
+        self, sizes: list[int], batch_size: int, num_batches: int, *, seed: int, rank: int, world_size: int
+    ) -> None:
+        super().__init__(sizes, batch_size, seed=seed, rank=rank, world_size=world_size)
+        self._num_batches = num_batches
+
+    @property
+    def num_batches(self) -> int:
+        """Steps of an epoch."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's rows, step by step."""
+        epoch, start = self.epoch, self.start
+        generator = torch.Generator().manual_seed(int(config_hash([self.seed, epoch]), 16))
+        for step in range(self.num_batches):
+            order: Tensor = torch.randperm(sum(self.sizes), generator=generator)
+            share = min(self.batch_size * self.world_size, len(order)) // self.world_size * self.world_size
+            if step >= start:
+                yield order[:share][self.rank :: self.world_size].tolist()

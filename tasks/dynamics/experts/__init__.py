@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Banks of meta-learners ``f_k(x, context)`` with stacked weights, one kind per class."""
+
+from __future__ import annotations
+
+from tasks.dynamics.experts.base import ExpertsFactory, MetaExperts
+from tasks.dynamics.experts.fields import CoDAExperts, GEPSExperts, NCFExperts, PlainExperts
+from tasks.dynamics.experts.maps import ShallowPLRNNExperts
+
+__all__ = [
+    "CoDAExperts",
+    "ExpertsFactory",
+    "GEPSExperts",
+    "MetaExperts",
+    "NCFExperts",
+    "PlainExperts",
+    "ShallowPLRNNExperts",
+]

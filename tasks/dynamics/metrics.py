@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well trajectories are reconstructed, and how well experts recover the hidden families.
+
+E environments, N trajectories per environment, T samples, D state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from tasks.dynamics.solvers import diverged
+
+Error = Literal["mse", "relative_mse", "diverged"]
+Summary = Literal["mean", "median"]
+
+TAU = 1e-2
+"""Relative squared error below which an environment counts as reconstructed."""
+
+
+def environment_errors(pred: Tensor, truth: Tensor, scored: Tensor | None = None) -> dict[str, Tensor]:
+    """Errors of each environment.
+
+    ``mse`` = mean over trajectories, times and dimensions of (pred - truth)^2.
+    ``relative_mse`` = mean over trajectories and times of ||pred - truth||^2 / ||max(|truth|, 1e-6)||^2.
+    ``diverged`` = share of trajectories whose prediction is not finite somewhere; their squared errors count as inf.
+
+    Args:
+        pred: [E, N, T, D].
+        truth: [E, N, T, D].
+        scored: bool [E, N, T], False where a sample is missing or was given; None scores all.
+
+    Returns:
+        name -> float64 [E]; nan where an environment has no scored sample.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Source: Nzoyem et al. 2025, public code (``rel_l2``) for the relative error; the share is ours.
+    """
+    if pred.shape != truth.shape or (scored is not None and scored.shape != pred.shape[:3]):
+        raise ValueError(
+            f"pred {tuple(pred.shape)}, truth {tuple(truth.shape)} and scored "
+            f"{None if scored is None else tuple(scored.shape)} must be [E, N, T, D] twice and [E, N, T]"
+        )
+    pred, truth = pred.double(), truth.double()
+    keep = torch.ones(pred.shape[:3], dtype=torch.bool, device=pred.device) if scored is None else scored
+    square = (pred - truth).square().sum(-1)
+    square = square.masked_fill(~square.isfinite(), torch.inf)  # nan would be left out of means over domains
+    size = truth.abs().clamp(min=1e-6).square().sum(-1)
+    bad = diverged(pred.masked_fill(~keep[..., None], 0.0))  # [E, N]
+    return {
+        "mse": _mean(square / pred.shape[-1], keep),
+        "relative_mse": _mean(square / size, keep),
+        "diverged": bad.double().mean(1),
+    }
+
+
+def _mean(values: Tensor, keep: Tensor) -> Tensor:
+    """Mean of the kept values of each environment: [E] from [E, N, T]."""
+    return values.masked_fill(~keep, 0.0).flatten(1).sum(1) / keep.flatten(1).sum(1)
+
+
+class TrajectoryScore(Metric):
+    """One number from the errors of the environments of a domain, each environment counting once.
+
+    Args:
+        error: ``mse``, ``relative_mse`` or ``diverged``, see `environment_errors`.
+        summary: ``mean`` or ``median`` over environments.
+
+    Shape:
+        update(pred [E, N, T, D], truth [E, N, T, D], scored [E, N, T] or None); compute() -> scalar, nan without a
+        scored sample.
+
+    Raises:
+        ValueError: an unknown error or summary.
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    values: list[Tensor] | Tensor
+
+    def __init__(self, error: Error = "mse", summary: Summary = "mean", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if error not in ("mse", "relative_mse", "diverged") or summary not in ("mean", "median"):
+            raise ValueError(f"error={error!r} or summary={summary!r} is unknown; see the docstring")
+        self.error, self.summary = error, summary
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, pred: Tensor, truth: Tensor, scored: Tensor | None = None) -> None:
+        """Add the environments of one batch."""
+        assert isinstance(self.values, list)
+        self.values.append(environment_errors(pred, truth, scored)[self.error])
+
+    def compute(self) -> Tensor:
+        """The summary over all environments since the last reset."""
+        values = torch.cat(self.values) if isinstance(self.values, list) and self.values else self.values
+        values = values[~values.isnan()] if isinstance(values, Tensor) else torch.empty(0)
+        return self.summarise(values) if len(values) else torch.tensor(torch.nan)
+
+    def summarise(self, values: Tensor) -> Tensor:
+        """The summary of at least one value, none of them nan."""
+        if self.summary == "mean":
+            return values.mean()
+        # torch's median of an even number takes the lower of the middle two.
+        return values.sort().values[[(len(values) - 1) // 2, len(values) // 2]].mean()
+
+
+class ReconstructedShare(TrajectoryScore):
+    """Share of the environments of a domain whose relative squared error is below a threshold.
+
+    Args:
+        tau: the threshold.
+
+    Raises:
+        ValueError: tau <= 0.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, tau: float = TAU, **kwargs: Any) -> None:
+        super().__init__("relative_mse", **kwargs)
+        if tau <= 0:
+            raise ValueError(f"tau={tau} is not allowed; use a positive threshold")
+        self.tau = tau
+
+    def summarise(self, values: Tensor) -> Tensor:
+        """The share."""
+        return (values < self.tau).double().mean()
+
+
+def trajectory_metrics(tau: float = TAU) -> MetricCollection:
+    """All scores of the trajectories of one domain.
+
+    ``mse``, ``relative_mse`` (means over environments), ``relative_mse_median``, ``reconstructed`` (share of
+    environments with a relative error below ``tau``) and ``diverged`` (share of trajectories).
+    """
+    metrics: dict[str, Metric | MetricCollection] = {
+        "mse": TrajectoryScore("mse"),
+        "relative_mse": TrajectoryScore("relative_mse"),
+        "relative_mse_median": TrajectoryScore("relative_mse", "median"),
+        "reconstructed": ReconstructedShare(tau),
+        "diverged": TrajectoryScore("diverged"),
+    }
+    groups = [["mse"], ["relative_mse", "relative_mse_median", "reconstructed"], ["diverged"]]
+    return MetricCollection(metrics, compute_groups=groups)
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+def adjusted_rand_index(expert: Tensor, family: Tensor) -> float:
+    """Agreement of two partitions of the environments, 1 for the same one and 0 on average for a random one.
+
+    Args:
+        expert: expert of each environment, int64 [E].
+        family: hidden family of each environment, int64 [E]; negative ones are left out.
+
+    Returns:
+        Hubert and Arabie's adjusted Rand index, at most 1; nan where no family is known.
+    """
+    if not (family >= 0).any():
+        return float("nan")
+    counts = _table(expert, family)
+    # Pairs of environments that are together: in both partitions, in each of them, and all pairs there are.
+    both, rows, columns, pairs = (_pairs(c) for c in (counts, counts.sum(1), counts.sum(0), counts.sum()))
+    chance = rows * columns / max(pairs, 1.0)
+    best = (rows + columns) / 2
+    return 1.0 if best == chance else (both - chance) / (best - chance)
+
+
+def purity(expert: Tensor, family: Tensor) -> float:
+    """Share of environments that are of the most frequent family of their expert.
+
+    Args:
+        expert: expert of each environment, int64 [E].
+        family: hidden family of each environment, int64 [E]; negative ones are left out.
+
+    Returns:
+        In (0, 1]; nan where no family is known.
+    """
+    if not (family >= 0).any():
+        return float("nan")
+    counts = _table(expert, family)
+    return float(counts.amax(dim=1).sum() / counts.sum())
+
+
+def _table(expert: Tensor, family: Tensor) -> Tensor:
+    """Count environments of known family: rows are experts that are used, columns families that occur."""
+    # torchmetrics' own table is built of sparse tensors, which warn (1.9).
+    known = family >= 0
+    rows, columns = (torch.unique(labels[known], return_inverse=True)[1] for labels in (expert, family))
+    height, width = int(rows.max()) + 1, int(columns.max()) + 1
+    return torch.bincount(rows * width + columns, minlength=height * width).view(height, width)
+
+
+def _pairs(counts: Tensor) -> float:
+    return float((counts * (counts - 1)).sum()) / 2
+
+
+def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]]) -> Tensor:
+    """Give families that cannot be told apart one label.
+
+    Args:
+        family: labels [E], indices into ``names``.
+        names: family names.
+        alike: groups of names; those that are not among ``names`` are ignored.
+
+    Returns:
+        int64 [E]; each group has the smallest label of its members.
+    """
+    table = torch.arange(len(names))
+    for group in alike:
+        members = [names.index(name) for name in group if name in names]
+        if members:
+            table[members] = min(members)
+    table = torch.cat([table, torch.tensor([-1])]).to(family.device)  # -1, unknown, stays -1
+    return table[family]
+
+
+class FamilyRecovery(Metric):
+    """How well the experts of environments recover the hidden families.
+
+    Args:
+        score: ``ari`` (adjusted Rand index), ``purity`` or ``experts_used``.
+
+    Shape:
+        update(expert int64 [E], family int64 [E], negative where unknown); compute() -> scalar.
+
+    Raises:
+        ValueError: an unknown score.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better = True
+    experts: list[Tensor] | Tensor
+    labels: list[Tensor] | Tensor
+
+    def __init__(self, score: Literal["ari", "purity", "experts_used"] = "ari", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if score not in ("ari", "purity", "experts_used"):
+            raise ValueError(f"score={score!r} is unknown; use ari, purity or experts_used")
+        self.score = score
+        self.add_state("experts", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, expert: Tensor, family: Tensor) -> None:
+        """Add environments."""
+        assert isinstance(self.experts, list)
+        assert isinstance(self.labels, list)
+        self.experts.append(expert.detach())
+        self.labels.append(family)
+
+    def compute(self) -> Tensor:
+        """The score over all environments since the last reset."""
+        expert = torch.cat(self.experts) if isinstance(self.experts, list) else self.experts
+        family = torch.cat(self.labels) if isinstance(self.labels, list) else self.labels
+        if self.score == "experts_used":
+            return torch.tensor(float(len(expert.unique())))
+        return torch.tensor(adjusted_rand_index(expert, family) if self.score == "ari" else purity(expert, family))

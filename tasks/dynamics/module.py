@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lightning side of MixER: proximal alternating minimisation, fitted gates, adaptation, scores of roll-outs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from moeapps.moe.losses import AuxLoss
+from moeapps.moe.record import MoERecorder, record_call
+from moeapps.training.callbacks import RouterFit
+from moeapps.training.callbacks.router_fit import fitted_routers
+from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
+from moeapps.training.task import BaseTask, Stage, StepOutput
+from tasks.dynamics.adaptation import Adaptation, Adapted, TryExperts
+from tasks.dynamics.data.batch import Trajectories, collate_environments
+from tasks.dynamics.metrics import environment_errors, trajectory_metrics
+from tasks.dynamics.model import FieldMixER, MixER, NetFactory, scaled_errors
+from tasks.dynamics.partition_report import PartitionReport
+
+log = logging.getLogger("moeapps")
+Phase = Literal["context", "model"]
+
+
+@dataclass
+class Alternation:
+    """Proximal alternating minimisation: some steps on the contexts, then some on the weights, and so on.
+
+    Args:
+        context_steps: steps on the contexts per round (published: 12).
+        model_steps: steps on weights and gate per round (published: 12).
+        prox: beta of both proximal terms, beta/2 times the mean squared distance to the start of the round (10).
+        contributors: environments per step: one drawn and its nearest by context (published: as many as a family has);
+            None takes all of the batch.
+        context_l1: weight of the mean absolute context in the loss.
+        rollout_share: last share of the steps that train on whole roll-outs; before, on single steps from every
+            observed sample (multiple shooting). 1 is the published way.
+        max_grad_norm: gradients of a step are scaled down to this norm; None never.
+        max_skipped: steps in a row whose loss or gradient is not finite before training stops.
+    """
+
+    context_steps: int = 6
+    model_steps: int = 6
+    prox: float = 10.0
+    contributors: int | None = None
+    context_l1: float = 0.0
+    rollout_share: float = 0.1
+    max_grad_norm: float | None = 10.0
+    max_skipped: int = 50
+
+    def __post_init__(self) -> None:
+        if self.context_steps < 1 or self.model_steps < 1 or self.max_skipped < 1:
+            raise ValueError(
+                f"context_steps={self.context_steps}, model_steps={self.model_steps}, max_skipped={self.max_skipped}: "
+                "each must be 1 or more"
+            )
+        if self.prox < 0 or self.context_l1 < 0 or not 0 <= self.rollout_share <= 1:
+            raise ValueError(
+                f"prox={self.prox} and context_l1={self.context_l1} must be 0 or more, rollout_share="
+                f"{self.rollout_share} lie in [0, 1]"
+            )
+        if self.contributors is not None and self.contributors < 1:
+            raise ValueError(
+                f"contributors={self.contributors}: a step needs at least one environment, or None for all"
+            )
+
+    def phase(self, step: int) -> Phase:
+        """What step ``step`` (from 0) changes."""
+        return "context" if step % (self.context_steps + self.model_steps) < self.context_steps else "model"
+
+    def begins(self, step: int) -> bool:
+        """Whether a round begins with step ``step``."""
+        return step % (self.context_steps + self.model_steps) == 0
+
+
+class DynamicsTask(BaseTask):
+    """Reconstruction of families of dynamical systems from the trajectories of their environments.
+
+    Trained environments keep a context; validation and test roll out new initial conditions of theirs, and first adapt
+    a fresh context to the support trajectories of every other environment. Errors are divided by the mean squared
+    increment of their environment, so that families of all sizes count the same.
+
+    Args:
+        net: ``(state_dim, num_environments) -> network``.
+        facts: from the data module: ``domains``, ``num_environments``, ``state_dim`` and ``kind``.
+        alternation: steps on contexts and weights.
+        gate_every: steps between two fits of a fitted gate; without effect on other gates.
+        context_lr: Adam's step size for the contexts.
+        adaptation: how new environments get a context; None means `TryExperts`.
+        aux_losses: losses on the routing.
+        optimizer: Adam's numbers for the weights (decay is decoupled; published: AdaBelief, no decay).
+        schedule: learning-rate schedule of the weights.
+
+    Raises:
+        ValueError: ``facts`` lacks an entry, or the data is of another kind than the network.
+    """
+
+    monitor: ClassVar[str] = "val/validation/relative_mse_median"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    main_metric: ClassVar[str] = "relative_mse_median"
+    inner_step: Tensor
+    skipped: Tensor
+
+    def __init__(
+        self,
+        *,
+        net: NetFactory,
+        facts: dict[str, Any],
+        alternation: Alternation | None = None,
+        gate_every: int = 2,
+        context_lr: float = 5e-3,
+        adaptation: Adaptation | None = None,
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        missing = {"num_environments", "state_dim", "kind"} - set(facts)
+        if missing:
+            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of DynamicsData")
+        if gate_every < 1 or not context_lr > 0:
+            raise ValueError(f"gate_every={gate_every} must be 1 or more and context_lr={context_lr} above 0")
+        self.automatic_optimization = False
+        self.net: MixER = net(facts["state_dim"], facts["num_environments"])
+        if self.net.kind != facts["kind"]:
+            raise ValueError(
+                f"the data is a {facts['kind']}, but {type(self.net).__name__} models a {self.net.kind}; use "
+                f"{'FieldMixER' if facts['kind'] == 'field' else 'SequenceMixER'}"
+            )
+        self.alternation = alternation or Alternation()
+        self.gate_every, self.context_lr = gate_every, context_lr
+        self.adaptation = adaptation or TryExperts()
+        self.register_buffer("inner_step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self._skipped_in_a_row = 0
+        self._round_start: list[Tensor] = []
+        self._training: Trajectories | None = None
+        self._own_callbacks: list[L.Callback] = []
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        """The partition report and, where there is a gate to fit, its fit; the same ones for training and test."""
+        if not self._own_callbacks:
+            fit = [RouterFit(self.gate_every)] if fitted_routers(self) else []
+            self._own_callbacks = [*fit, PartitionReport()]
+        attached = cast(Any, self.trainer).callbacks
+        return [callback for callback in self._own_callbacks if callback not in attached]
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        """Scores of whole roll-outs."""
+        return trajectory_metrics()
+
+    def num_tokens(self, batch: Trajectories) -> int:
+        """Samples of a batch."""
+        return batch.x.shape[0] * batch.x.shape[1] * batch.x.shape[2]
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    @property
+    def model_parameters(self) -> list[nn.Parameter]:
+        """What the model phase trains: everything but the contexts."""
+        return [p for p in self.net.parameters() if p.requires_grad and p is not self.net.contexts]
+
+    def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
+        """Take one step on the contexts or on the weights and return the loss before it."""
+        step, options = int(self.inner_step), self.alternation
+        if options.begins(step) or not self._round_start:
+            self._round_start = [p.detach().clone() for p in (self.net.contexts, *self.model_parameters)]
+        self.inner_step += 1
+        phase = self.phase(step)
+        params = [self.net.contexts] if phase == "context" else self.model_parameters
+        with MoERecorder(self) as recorder:
+            loss = self.training_loss(self._contributing(batch), rollout=self._trains_rollouts(step))
+        self.last_records = recorder.records
+        total = loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            value = aux(self.last_records)
+            total = total + aux.weight * value
+            self.log_train(f"aux/{aux.name}", value, len(batch.x))
+        self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
+        if phase == "model":
+            cast(Any, self.lr_schedulers()).step()
+        self._log_step(loss, len(batch.x))
+        return loss.detach()
+
+    def phase(self, step: int) -> Phase:
+        """Whether step ``step`` is one on the contexts or on the weights."""
+        return self.alternation.phase(step)
+
+    def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
+        """Mean over environments of their scaled error under the gate."""
+        context_Ed = self.net.contexts[data.env]
+        routing = self.net.route(context_Ed, self.net.group(data))
+        anchor_Ed = None
+        modulation = self.net.modulation if isinstance(self.net, FieldMixER) else None
+        if modulation is not None:
+            near_Ep = modulation.choose(context_Ed)
+            pool = near_Ep.shape[1]
+            data = data.environments(torch.arange(len(data.x), device=data.x.device).repeat_interleave(pool))
+            anchor_Ed = context_Ed[near_Ep.flatten()]
+            context_Ed = context_Ed.repeat_interleave(pool, 0)
+            routing = routing.repeat_rows(pool)  # type: ignore[union-attr]
+        return self._errors(data, context_Ed, routing, anchor_Ed, rollout=rollout).mean()
+
+    def _errors(self, data: Trajectories, *args: Any, rollout: bool) -> Tensor:
+        if rollout:
+            return scaled_errors(self.net.rollout(data, *args), data.x, data.mask, data.scale)
+        return scaled_errors(*self.net.shoot(data, *args), data.scale)
+
+    def _trains_rollouts(self, step: int) -> bool:
+        total = int(self.trainer.estimated_stepping_batches)
+        return step >= round((1 - self.alternation.rollout_share) * total)
+
+    @torch.no_grad()
+    def _contributing(self, batch: Trajectories) -> Trajectories:
+        """One environment of the batch and its nearest by mean absolute context distance; all where none is set."""
+        count = self.alternation.contributors
+        if count is None or count >= len(batch.x):
+            return batch
+        context_Ed = self.net.contexts[batch.env]
+        chosen = int(torch.randint(len(context_Ed), ()))
+        distance_E = (context_Ed - context_Ed[chosen]).abs().mean(1)
+        distance_E[chosen] = -1.0  # all distances are 0 at the start; a random order keeps families from coming in turn
+        order_E = torch.randperm(len(distance_E), device=distance_E.device)
+        nearest = order_E[distance_E[order_E].argsort(stable=True)[:count]]
+        return batch.environments(nearest.sort().values)
+
+    def _proximal(self, phase: Phase) -> Tensor:
+        """beta/2 times the mean squared distance of what this phase moves to the start of the round."""
+        context, *weights = self._round_start
+        if phase == "context":
+            return self.alternation.prox / 2 * (self.net.contexts - context).square().mean()
+        pairs = zip(self.model_parameters, weights, strict=True)
+        squares = [(p - old).square().sum() for p, old in pairs]
+        return self.alternation.prox / 2 * torch.stack(squares).sum() / sum(p.numel() for p in weights)
+
+    def _descend(self, total: Tensor, params: list[nn.Parameter], optimizer: LightningOptimizer) -> None:
+        """Step along the gradient of ``total``; a step with anything that is not finite is skipped and counted."""
+        # Not backward(): each phase wants the gradient of its own parameters alone, and pays for no other.
+        found = torch.autograd.grad(total, params, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        self._average(grads)
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        if not bool(norm.isfinite() & total.detach().isfinite()):
+            self._skip()
+            return
+        self._skipped_in_a_row = 0
+        limit = self.alternation.max_grad_norm
+        scale = 1.0 if limit is None else min(1.0, limit / (float(norm) + 1e-12))
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g * scale if scale < 1 else g
+        optimizer.step()
+        for p in params:
+            p.grad = None
+
+    def _average(self, grads: list[Tensor]) -> None:
+        """Average gradients over processes; a value that is not finite on one is so on all."""
+        if self.trainer.world_size > 1:
+            for g in grads:
+                torch.distributed.all_reduce(g)
+                g /= self.trainer.world_size
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.alternation.max_skipped:
+            raise RuntimeError(
+                f"training diverged: {self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+                f"({int(self.skipped)} in all). Lower model.optimizer.lr or context_lr, lower "
+                "alternation.rollout_share (long roll-outs explode), or give the solver more substeps."
+            )
+
+    def _log_step(self, loss: Tensor, num: int) -> None:
+        self.log_train("loss", loss, num, prog_bar=True)
+        self.log_train("skipped", self.skipped.float(), num)
+        self.log_train("lr", torch.tensor(float(self.trainer.optimizers[1].param_groups[0]["lr"])), num)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return Adam for the contexts, and AdamW with its groups and schedule for weights and gate."""
+        context = torch.optim.Adam([self.net.contexts], lr=self.context_lr)
+        self.net.contexts.requires_grad_(False)  # not for the groups of the weights
+        model = build_adamw(self, self.optimizer_config)
+        self.net.contexts.requires_grad_(True)
+        options, steps = self.alternation, int(self.trainer.estimated_stepping_batches)
+        share = options.model_steps / (options.context_steps + options.model_steps)
+        scheduler = self.schedule(model, max(1, round(share * steps)))
+        return cast(OptimizerLRScheduler, ([context, model], [{"scheduler": scheduler, "interval": "step"}]))
+
+    # Fitted gates -------------------------------------------------------------------------------------------------
+
+    def training_data(self) -> Trajectories:
+        """All training environments in the order of their numbers."""
+        if self._training is None:
+            data = self.data
+            parts = [data.get_dataset(name, "train") for name in data.present("seen")]
+            items = [part[i] for part in parts for i in range(len(cast(Any, part)))]
+            joined = collate_environments(items)
+            moved = {name: getattr(joined, name).to(self.device) for name in ("x", "dt", "env", "family", "scale")}
+            self._training = replace(joined, **moved, mask=None if joined.mask is None else joined.mask.to(self.device))
+        return self._training
+
+    @torch.no_grad()
+    def routing_losses(self, layer: str, *, needed: bool) -> tuple[Tensor, Tensor | None]:
+        """Contexts [E, d] and the one-step loss [E, K] of every environment under every expert; for ``RouterFit``."""
+        contexts_Ed = self.net.contexts.detach()
+        if not needed:
+            return contexts_Ed, None
+        data, K = self.training_data(), self.net.num_experts
+        E = len(data.x)
+        rows = torch.arange(E, device=self.device).repeat(K)
+        expert = torch.arange(K, device=self.device).repeat_interleave(E)
+        every, context = data.environments(rows), contexts_Ed[rows]
+        error = self._errors(every, context, self.net.route_to(expert, context), rollout=False)
+        return contexts_Ed, error.view(K, E).T
+
+    # Evaluation ---------------------------------------------------------------------------------------------------
+
+    def find_contexts(self, data: Trajectories) -> Adapted:
+        """The contexts and experts of a batch: known for trained environments, adapted for all others."""
+        net = self.net
+        if bool((data.env >= 0).all()):
+            context_Ed = net.contexts[data.env].detach()
+            expert_E = net.best_experts(context_Ed, net.group(data))
+            zero_E = torch.zeros(len(expert_E), device=self.device)
+            return Adapted(context_Ed, expert_E, zero_E, torch.ones_like(expert_E, dtype=torch.bool))
+        # Adaptation needs gradients of the contexts, which inference mode forbids even inside enable_grad.
+        with torch.inference_mode(False):
+            return self.adaptation(net, _normal(data.support), net.group(self.training_data()))
+
+    def predict_trajectories(self, data: Trajectories) -> tuple[Tensor, Adapted]:
+        """Roll out the query trajectories of a batch: [E, N, T, D], and what serves them."""
+        found, net = self.find_contexts(data), self.net
+        routing = net.route_to(found.expert, found.context)
+        record_call(net.layer, routing, group=net.group(data))
+        with torch.no_grad():
+            return net.rollout(data.query, found.context, routing), found
+
+    def shared_step(self, batch: Trajectories, stage: Stage) -> StepOutput:
+        """Scores of the roll-outs of one batch of environments."""
+        pred, _ = self.predict_trajectories(batch)
+        query = batch.query
+        scored = scored_samples(query)
+        error_E = scaled_errors(pred, query.x, scored, query.scale)
+        units = environment_errors(pred, query.x, scored)
+        return StepOutput(error_E.mean(), len(batch.x), (pred, query.x, scored), units=units)
+
+    def predict_step(self, batch: Trajectories, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Roll out one batch.
+
+        Returns:
+            On the CPU: ``domain``, ``x`` and ``truth`` [E, N, T, D], ``dt`` [E], ``env``, ``family`` and ``expert``
+            int64 [E], ``context`` [E, d], ``support_loss`` [E] and ``gate_agrees`` bool [E].
+        """
+        pred, found = self.predict_trajectories(batch)
+        query = batch.query
+        parts = {"x": pred, "truth": query.x, "dt": batch.dt, "env": batch.env, "family": batch.family, **vars(found)}
+        domain = self.data.eval_domains("predict")[dataloader_idx]
+        return {"domain": domain, **{name: value.detach().cpu() for name, value in parts.items()}}
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep where the round began, should it be under way."""
+        checkpoint["round_start"] = [value.clone() for value in self._round_start]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        self._round_start = checkpoint.get("round_start", [])
+
+
+def scored_samples(data: Trajectories) -> Tensor:
+    """Which samples are scored: those that are there and were not given, bool [E, N, T]."""
+    there = torch.ones(data.x.shape[:3], dtype=torch.bool, device=data.x.device) if data.mask is None else data.mask
+    return there & (torch.arange(data.x.shape[2], device=data.x.device) >= data.num_given)
+
+
+def _normal(data: Trajectories) -> Trajectories:
+    """The batch in tensors that autograd may save: those made in inference mode are copied."""
+    copied = {name: getattr(data, name).clone() for name in ("x", "dt", "env", "family", "scale")}
+    return replace(data, **copied, mask=None if data.mask is None else data.mask.clone())
