@@ -17,6 +17,7 @@ from torch import Tensor
 from tasks.recommendation import presets
 from tasks.recommendation.categories import category_means
 from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.data.movielens import MovieLens100K
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.embeddings import FeatureEncoder
 from tasks.recommendation.model import RankingNet
@@ -229,6 +230,18 @@ def test_rivals_and_ablations_have_as_many_parameters_as_home(name: str) -> None
 
     assert (abs(ratio - 1) <= 0.02) == (name not in UNMATCHED)
     assert 0.94 < ratio < 1.02
+
+
+def test_mmoe_has_as_many_parameters_as_home_on_movielens_too() -> None:
+    facts = MovieLens100K().schema.facts() | {"domains": FACTS["domains"]}
+    overlay = yaml.safe_load((CONFIGS.parent / "benchmarks/evidence/home_ml100k_mmoe.yaml").read_text(encoding="utf-8"))
+    more = overlay["model"]["init_args"]["net"]["init_args"]["bank"]["init_args"]
+    sizes = []
+    for (name, options), own in ((bank(), {}), (bank("baselines/home_mmoe.yaml"), more)):
+        net = RankingTask(net=Ranker(bank=getattr(presets, name)(**options | own)), facts=facts)
+        sizes.append(sum(p.numel() for p in net.parameters()))
+
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["mmoe", "omoe", "cgc", "ple", "ml_mmoe", "adatt", "adatt_sp", "stem"])
