@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,15 +31,17 @@ def taylor(f: Callable[[Tensor], Tensor], context: Tensor, anchor: Tensor, order
     step = context - anchor
 
     def first(c: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = torch.func.jvp(f, (c,), (step,))
-        return value, slope
+        pair: Any = torch.func.jvp(f, (c,), (step,))
+        return pair[0], pair[1]
 
     if order == 1:
         value, slope = first(anchor)
         return value + slope
     # The derivative of the slope along the same step; step itself is held constant.
-    (value, slope), (_, curvature) = torch.func.jvp(first, (anchor,), (step,))
-    return value + slope + 0.5 * curvature
+    pairs: Any = torch.func.jvp(first, (anchor,), (step,))
+    (value, slope), (_, curvature) = pairs
+    total: Tensor = value + slope + 0.5 * curvature
+    return total
 
 
 class SelfModulation:

@@ -117,7 +117,7 @@ class MetaExperts(Experts):
     def pieces(self, context: Tensor) -> Tensor:
         """What each expert reads of contexts [..., context_dim], without the shift: [..., K, m]."""
         if self.split_context:
-            return context.unflatten(-1, (self.num_experts, self.piece_dim))
+            return context.reshape(*context.shape[:-1], self.num_experts, self.piece_dim)
         return context.unsqueeze(-2).expand(*context.shape[:-1], self.num_experts, -1)
 
     def _piece(self, context_Mc: Tensor, expert_M: Tensor) -> Tensor:

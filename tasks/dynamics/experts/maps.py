@@ -105,5 +105,5 @@ class ShallowPLRNNExperts(MetaExperts):
         own = {name: part.unflatten(-1, shape) for part, (name, shape) in parts}
         alpha = own["alpha"].clamp(self.alpha_min, 1)
         u = alpha * z + (1 - alpha) * x
-        step = u + u @ own["A"] + torch.relu(u @ own["W2"] + own["h2"]) @ own["W1"] + own["h1"]
+        step: Tensor = u + u @ own["A"] + torch.relu(u @ own["W2"] + own["h2"]) @ own["W1"] + own["h1"]
         return step.squeeze(-2)
