@@ -141,6 +141,7 @@ class Cli(LightningCLI):
     def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
         """Every callback of ours of which the configuration holds no own instance and that it does not switch off."""
         task = cast(BaseTask, self.model)
+        writer = task.prediction_writer() or ours.PredictionWriter()
         wanted: list[tuple[type[Callback], Callable[[], Callback], bool]] = [
             (ours.RandomState, ours.RandomState, True),
             (ours.InterruptCheckpoint, ours.InterruptCheckpoint, True),
@@ -148,11 +149,7 @@ class Cli(LightningCLI):
             (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
             (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
             (ours.EndTable, ours.EndTable, True),
-            (
-                ours.PredictionWriter,
-                lambda: task.prediction_writer() or ours.PredictionWriter(),
-                self.subcommand == "predict",
-            ),
+            (type(writer), lambda: writer, self.subcommand == "predict"),
             (
                 Checkpoint,
                 lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode),
@@ -162,8 +159,13 @@ class Cli(LightningCLI):
         return [make() for kind, make, on in wanted if on and not any(isinstance(callback, kind) for callback in given)]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Let ``predict`` drop each answer once it is written: nobody reads the list, and it may be large."""
+        """Let ``predict`` drop each answer once it is written: nobody reads the list, and it may be large.
+
+        ``validate`` and ``test`` show our table alone: Lightning's own is a thousand lines where scores are many.
+        """
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("validate", "test"):
+            kwargs["verbose"] = False
         if subcommand == "predict" and kwargs.get("return_predictions") is None:
             kwargs["return_predictions"] = False
         return kwargs

@@ -26,6 +26,7 @@ from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.metrics import environment_errors, trajectory_metrics
 from tasks.dynamics.model import FieldMixER, MixER, NetFactory, scaled_errors
 from tasks.dynamics.partition_report import PartitionReport
+from tasks.dynamics.predictions import TrajectoryWriter
 
 log = logging.getLogger("moeapps")
 Phase = Literal["context", "model"]
@@ -153,6 +154,10 @@ class DynamicsTask(BaseTask):
             self._own_callbacks = [*fit, PartitionReport()]
         attached = cast(Any, self.trainer).callbacks
         return [callback for callback in self._own_callbacks if callback not in attached]
+
+    def prediction_writer(self) -> L.Callback:
+        """Trajectories as one npz file per domain."""
+        return TrajectoryWriter()
 
     def configure_metrics(self, domain: str) -> MetricCollection:
         """Scores of whole roll-outs."""

@@ -35,7 +35,7 @@ def solve(
 
     euler (order 1), heun (explicit trapezoidal rule, order 2) and rk4 (the classical method, order 4) take
     ``substeps`` equal steps between two samples. dopri5 chooses its steps by error, one size for the whole batch; it
-    is torchdiffeq's (``pip install 'moeapps[dynamics]'``).
+    is torchdiffeq's (``pip install -e '.[dynamics]'``).
 
     Nothing is hidden where a solution leaves the range of its type: it becomes inf or nan from that sample on, in its
     own trajectory only; `diverged` says which ones.
@@ -137,7 +137,7 @@ def _adaptive(field: Field, x0: Tensor, t0: Tensor, dt: Tensor, num_steps: int, 
         import torchdiffeq
     except ImportError as error:
         raise ImportError(
-            "method='dopri5' needs torchdiffeq: pip install 'moeapps[dynamics]'; or use rk4 with more substeps"
+            "method='dopri5' needs torchdiffeq: pip install -e '.[dynamics]'; or use rk4 with more substeps"
         ) from error
     factor = dt[:, None, None]
 

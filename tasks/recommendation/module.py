@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from tasks.recommendation.embeddings import FeatureEncoder
 from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
 from tasks.recommendation.model import NetFactory, RankingNet
 from tasks.recommendation.presets import home
+from tasks.recommendation.scores import ScoreWriter
 
 EncoderFactory = Callable[[dict[str, Any]], FeatureEncoder]
 
@@ -99,6 +101,10 @@ class RankingTask(BaseTask):
     def configure_metrics(self, domain: str) -> MetricCollection:
         """GAUC, AUC, log-loss and calibration, per task and as means over tasks."""
         return ranking_metrics(self.tasks, self.kinds)
+
+    def prediction_writer(self) -> L.Callback:
+        """Scores as one Parquet or CSV file per domain."""
+        return ScoreWriter()
 
     def num_tokens(self, batch: Interactions) -> int:
         """Rows of a batch."""

@@ -97,7 +97,7 @@ class ScoreWriter(L.Callback):
             raise ValueError(f"form={form!r} is unknown; use auto, parquet or csv")
         here = find_spec("pyarrow") is not None
         if form == "parquet" and not here:
-            raise ValueError("form=parquet needs pyarrow: pip install 'moeapps[tables]', or use csv")
+            raise ValueError("form=parquet needs pyarrow: pip install -e '.[tables]', or use csv")
         self.ending = "parquet" if here and form != "csv" else "csv"
         self._open: tuple[str, ScoreTable] | None = None
 

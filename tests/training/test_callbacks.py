@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,8 @@ def test_progress_lines_do_not_flood(caplog: pytest.LogCaptureFixture) -> None:
     assert all(key in lines[0] for key in ("train/loss", "val/seen/accuracy", "val/validation/accuracy", "9/9"))
 
 
-def rendered(renderable: object) -> str:
-    console = Console(width=120, record=True, file=io.StringIO())
+def rendered(renderable: object, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
@@ -166,6 +167,25 @@ def test_end_table_shows_domains_roles_means_and_gap() -> None:
     text = rendered(score_table(ScoreTable(scores, {})))
     for part in ("a", "seen", "0.9000", "mean unseen", "gap", "0.3000", "7"):
         assert part in text
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_end_table_never_cuts_a_name_or_a_number_and_names_what_it_leaves_out(width: int) -> None:
+    metrics = ["loss", "relative_mse_median", "relative_mse_mean", "diverged", "reconstructed", "mse"]
+    scores = [
+        Score(domain, role, metric, 1234.5678, 2048, "min")
+        for domain, role in (("van_der_pol_slow", "seen"), ("damped", "validation"), ("pendulum", "unseen"))
+        for metric in metrics
+    ]
+
+    text = rendered(score_table(ScoreTable(scores, {}), main="relative_mse_median", width=width), width)
+    assert "…" not in text
+    assert all(name in text for name in ("van_der_pol_slow", "relative_mse_median", "mean validation", "1234.5678"))
+    first_row = next(line for line in text.splitlines() if "domain" in line)
+    assert re.findall(r"[a-z_]+", first_row)[3] == "relative_mse_median"
+    squeezed = "".join(text.split())
+    assert all(name in squeezed for name in metrics), "every metric is a column or named below the table"
+    assert ("not shown" in text) == (width < 200)
 
 
 def test_biased_preset_has_a_bias() -> None:

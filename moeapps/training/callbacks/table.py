@@ -11,6 +11,7 @@ from moeapps.training.evaluation import ScoreTable
 from moeapps.training.run import run_dir
 
 MOST_COLUMNS = 12
+_COLUMN = 3  # what a column takes beside its text
 
 
 class EndTable(L.Callback):
@@ -23,7 +24,8 @@ class EndTable(L.Callback):
             table = getattr(pl_module, "results", None)
             if isinstance(table, ScoreTable):
                 console = Console()
-                console.print(score_table(table))
+                main = str(getattr(pl_module, "main_metric", ""))
+                console.print(score_table(table, main=main, width=console.width))
                 if folder is not None:
                     for label, path in (
                         ("run folder", folder),
@@ -34,20 +36,24 @@ class EndTable(L.Callback):
                             console.print(f"{label + ':':<12}{path}", soft_wrap=True, highlight=False)
 
 
-def score_table(table: ScoreTable) -> Table:
+def score_table(table: ScoreTable, *, main: str = "", width: int = 120) -> Table:
     """Return a rich table: one row per domain, then one per role mean and the gap.
 
-    With more than `MOST_COLUMNS` metrics those that split another one up (``gauc_like`` beside ``gauc``) are left to
-    metrics/test.json.
+    From 80 columns on names and numbers are not cut: metrics that do not fit are left to metrics/test.json, and a
+    line says so.
+
+    Args:
+        table: the scores.
+        main: the metric that comes first.
+        width: columns of the terminal.
     """
-    metrics = list(dict.fromkeys(score.metric for score in table.scores))
-    if len(metrics) > MOST_COLUMNS:
-        metrics = [name for name in metrics if not any(name.startswith(f"{other}_") for other in metrics)]
-    rich = Table(title="test")
+    metrics, left_out = _fitting(table, main, width)
+    caption = f"not shown for want of room, in metrics/test.json: {', '.join(left_out)}" if left_out else None
+    rich = Table(title="test", caption=caption, caption_justify="left")
     for name in ("domain", "role", "n"):
-        rich.add_column(name, justify="right" if name == "n" else "left")
+        rich.add_column(name, justify="right" if name == "n" else "left", no_wrap=True)
     for name in metrics:
-        rich.add_column(name, justify="right")
+        rich.add_column(name, justify="right", no_wrap=True)
     values = {(score.domain, score.metric): score.value for score in table.scores}
     for domain, role, n in dict.fromkeys((score.domain, score.role, score.n) for score in table.scores):
         cells = [values.get((domain, name)) for name in metrics]
@@ -56,6 +62,33 @@ def score_table(table: ScoreTable) -> Table:
     for role, means in table.summary().items():
         rich.add_row(f"mean {role}" if role != "gap" else "gap", "", "", *(_cell(means.get(name)) for name in metrics))
     return rich
+
+
+def _fitting(table: ScoreTable, main: str, width: int) -> tuple[list[str], list[str]]:
+    """Metrics that fit beside the names, the main one first, and those that do not.
+
+    With more than `MOST_COLUMNS` metrics those that split another one up (``gauc_like`` beside ``gauc``) go first.
+    """
+    names = list(dict.fromkeys(score.metric for score in table.scores))
+    whole = [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+    wanted = sorted(names if len(names) <= MOST_COLUMNS else whole, key=lambda name: name != main)
+    summary = table.summary()
+    texts: dict[str, list[str]] = {name: [name] for name in names}
+    for score in table.scores:
+        texts[score.metric].append(_cell(score.value))
+    for means in summary.values():
+        for name in names:
+            texts[name].append(_cell(means.get(name)))
+    labels = [*(score.domain for score in table.scores), *(f"mean {role}" for role in summary)]
+    roles, counts = [score.role for score in table.scores], [str(score.n) for score in table.scores]
+    room = width - 1 - sum(_COLUMN + max(map(len, column)) for column in (labels, [*roles, "role"], [*counts, "n"]))
+    shown: list[str] = []
+    for name in wanted:
+        need = _COLUMN + max(map(len, texts[name]))
+        if need <= room or not shown:
+            shown.append(name)
+            room -= need
+    return shown, [name for name in wanted if name not in shown]
 
 
 def _cell(value: float | None) -> str:

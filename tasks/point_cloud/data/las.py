@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read and write LAS, the exchange format of airborne laser scanning (ASPRS LAS 1.0 - 1.4, point formats 0 - 10).
 
-The reader needs numpy only. LAZ, the compressed form, needs laspy with a LAZ backend (``pip install moeapps[points]``).
+The reader needs numpy only. LAZ, the compressed form, needs laspy with a LAZ backend (``pip install -e '.[points]'``).
 Per-point extra attributes ("extra bytes", e.g. the expert that a point was sent to) go both ways.
 
 Source: ASPRS, LAS Specification 1.4 - R15, tables 3 (header), 7 - 17 (point formats) and 24 (extra bytes).
@@ -188,7 +188,7 @@ def _read_laz(path: Path) -> LasCloud:
     try:
         import laspy
     except ImportError as error:
-        raise LasError(f"{path.name} is compressed (LAZ); install the reader: pip install 'moeapps[points]'") from error
+        raise LasError(f"{path.name} is compressed (LAZ); install the reader: pip install -e '.[points]'") from error
     try:
         with laspy.open(path) as file:
             count = file.header.point_count

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet and CSV files as blocks of rows that are read alone: row groups, or some thousand records of text.
 
-Parquet needs pyarrow (``pip install 'moeapps[tables]'``); CSV needs nothing. No file is ever held whole.
+Parquet needs pyarrow (``pip install -e '.[tables]'``); CSV needs nothing. No file is ever held whole.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class ParquetBlocks(BlockFile):
             import pyarrow
             import pyarrow.parquet as parquet
         except ImportError as error:
-            raise TableError(f"{path}: Parquet needs pyarrow: pip install 'moeapps[tables]', or use CSV") from error
+            raise TableError(f"{path}: Parquet needs pyarrow: pip install -e '.[tables]', or use CSV") from error
         try:
             self._meta = parquet.read_metadata(path)
         except (pyarrow.ArrowException, OSError) as error:

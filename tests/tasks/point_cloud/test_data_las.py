@@ -161,7 +161,7 @@ def test_compressed_file_names_the_extra_to_install(tmp_path: Path, monkeypatch:
     path.write_bytes(data)
     monkeypatch.setitem(sys.modules, "laspy", None)
 
-    with pytest.raises(LasError, match=r"pip install 'moeapps\[points\]'"):
+    with pytest.raises(LasError, match=r"pip install -e '\.\[points\]'"):
         read_las(path)
 
 
