@@ -130,7 +130,19 @@ class DomainScores(nn.Module):
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             return self._compute(domains)
 
+    def _agree_on_units(self, domains: list[str]) -> None:
+        """Give a process that had padding batches alone the unit metrics of process 0, which always has a batch."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        names = [{domain: sorted(self.units[domain]) for domain in domains}]
+        torch.distributed.broadcast_object_list(names)
+        for domain, wanted in names[0].items():
+            device = cast(SumMetric, self.counts[self.index[domain]]).device
+            for name in wanted:
+                self.units[domain].setdefault(name, CatMetric(nan_strategy="disable").to(device))
+
     def _compute(self, domains: list[str]) -> ScoreTable:
+        self._agree_on_units(domains)
         scores: list[Score] = []
         units: dict[str, dict[str, list[float]]] = {}
         for domain in domains:

@@ -91,11 +91,13 @@ class TrajectoryScore(Metric):
             raise ValueError(f"error={error!r} or summary={summary!r} is unknown; see the docstring")
         self.error, self.summary = error, summary
         self.add_state("values", [], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)  # until the metric is moved, which torchmetrics makes float32
 
     def update(self, pred: Tensor, truth: Tensor, scored: Tensor | None = None) -> None:
         """Add the environments of one batch."""
         assert isinstance(self.values, list)
-        self.values.append(environment_errors(pred, truth, scored)[self.error])
+        # In the dtype of the metric: a process without a batch sends an empty tensor of that dtype to the others.
+        self.values.append(environment_errors(pred, truth, scored)[self.error].to(self.dtype))
 
     def compute(self) -> Tensor:
         """The summary over all environments since the last reset."""

@@ -132,6 +132,8 @@ class RoutingMonitor(L.Callback):
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run_dir(trainer)
+        if trainer.world_size > 1:
+            self._agree(trainer, pl_module)
         if not self._layers:
             return
         result: dict[str, dict[str, Any]] = {}
@@ -150,6 +152,15 @@ class RoutingMonitor(L.Callback):
                 last = stage == "test" or trainer.state.fn != "fit" or trainer.current_epoch + 1 == trainer.max_epochs
                 if self.figures and last:
                     self._draw(trainer, result, stage)
+
+    def _agree(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give a process that had padding batches alone the layers of process 0, which always has a batch."""
+        sizes = trainer.strategy.broadcast({name: layer.table_SE.shape for name, layer in self._layers.items()})
+        zero = torch.zeros((), dtype=torch.float64, device=pl_module.device)
+        for name, size in sizes.items():
+            if name not in self._layers:
+                self._layers[name] = _Layer(zero.expand(size).clone(), zero.clone(), zero.clone())
+        self._layers = {name: self._layers[name] for name in sizes}  # one order of collectives for all
 
     def _warn(self, result: dict[str, dict[str, Any]]) -> None:
         """Say once that experts have collapsed: below 1 percent of the mean load."""
