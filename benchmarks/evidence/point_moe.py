@@ -224,7 +224,7 @@ GRID = Grid(
     "FLOPs; nothing of them was tuned. A cell is 144 steps of 6 crops of 700 voxels: chosen by cost, after one look "
     "with seed 0 at 192 steps of 1,500 voxels and at 288 of 1,000 (Point-MoE and dense twin in both; their tables, "
     "test scores among them, were seen). Two cells of Point-MoE at 192 steps of 1,000 voxels (seeds 1 and 2) took too "
-    "long and were deleted with their scores unread. The variants with three times the steps were added after the looks, before "
-    "any cell was kept.",
+    "long and were deleted with their scores unread. The variants with three times the steps were added after the "
+    "looks, before any cell was kept.",
     show=(SEEN, "validation/miou", UNSEEN, "real_als/miou", *(f"{part}/mi_domain" for part in ("encoder", "decoder"))),
 )
