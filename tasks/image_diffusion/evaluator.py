@@ -22,12 +22,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
+from moeapps.data.domain import Split
 from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.datamodule import ImageData
 
 log = logging.getLogger("moeapps")
 VERSION = 1
 NUM_FEATURES = 64
+MOST_IMAGES = 60_000
+"""Images of a set that are judged by, at most: latents of ImageNet do not fit into memory."""
 
 
 @dataclass
@@ -105,24 +108,30 @@ class Judge(nn.Module):
         return self.logits(features.to(self.head.weight.device)).argmax(1).cpu()
 
 
-def training_images(data: ImageData, split: str = "train") -> ImageBatch:
-    """All images of a split of the seen domains, in order, as evaluation sees them (nothing mirrored or drawn).
+def training_images(data: ImageData, split: Split = "train") -> ImageBatch:
+    """Images of a split of the seen domains, in order, as evaluation sees them (nothing mirrored or drawn).
 
     Args:
         data: the data module.
         split: ``train``, ``val`` or ``test``.
+
+    Returns:
+        All images, or `MOST_IMAGES` of them, evenly spaced in each domain.
     """
     parts = []
-    for domain in data.present("seen"):
-        dataset = cast(ImageDataset, data.get_dataset(domain, split))  # type: ignore[arg-type]
+    seen = data.present("seen")
+    for domain in seen:
+        dataset = cast(ImageDataset, data.get_dataset(domain, split))
         was, dataset.train = dataset.train, False
         try:
-            parts.append(dataset.batch(torch.arange(len(dataset))))
+            step = max(1, -(-len(dataset) * len(seen) // MOST_IMAGES))
+            parts.append(dataset.batch(torch.arange(0, len(dataset), step)))
         finally:
             dataset.train = was
     return ImageBatch.cat(parts)
 
 
+@torch.inference_mode(False)  # parameters made while a test runs could otherwise not be trained
 def get_judge(data: ImageData, judging: Judging | None = None, *, images: ImageBatch | None = None) -> Judge:
     """Return the judge of a set of images, trained now if the cache has none for these images and settings.
 
@@ -158,7 +167,7 @@ def train_judge(judge: Judge, batch: ImageBatch, judging: Judging) -> Judge:
     count = torch.bincount(batch.label, minlength=judge.head.out_features)
     weight = torch.where(count > 0, len(batch) / (count.clamp(min=1) * (count > 0).sum()), 0.0).float()
     steps = judging.epochs * max(1, len(batch) // judging.batch_size)
-    with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
+    with isolate_rng(), torch.enable_grad():
         torch.manual_seed(judging.seed)
         for module in judge.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):

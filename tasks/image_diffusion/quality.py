@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good drawn images are, as numbers: Fréchet distance, precision and recall, distance to the nearest training image.
+"""How good drawn images are, as numbers: Fréchet distance, precision and recall, distance to training images.
 
 Shape legend: N images, d features.
 """
@@ -97,7 +97,9 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    parts = [_distances(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(512)]  # the nearest is the image itself
+    parts = [
+        _distances(rows, x).kthvalue(k + 1, dim=1).values for rows in x.split(512)
+    ]  # the nearest is the image itself
     return torch.cat(parts)
 
 
@@ -117,7 +119,7 @@ def nearest_distance(x: Tensor, train: Tensor) -> Tensor:
         [N]; 0 for a copy.
     """
     a, b = x.flatten(1).float(), train.flatten(1).float()
-    # The product form errs by some 1e-3 of the norm: enough to find the neighbour, whose distance is then taken exactly.
+    # The product form errs by some 1e-3 of the norm: enough to find the neighbour; its distance is then exact.
     nearest = torch.cat([torch.cdist(rows, b).argmin(1) for rows in a.split(512)])
     return (a - b[nearest]).square().mean(1).sqrt()
 

@@ -51,7 +51,9 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     except ImageFileError:
         raise
     except (*_BROKEN, AttributeError) as error:
-        raise ImageFileError(f"{path} cannot be read ({error}); it is damaged or no npz file: write it again") from error
+        raise ImageFileError(
+            f"{path} cannot be read ({error}); it is damaged or no npz file: write it again"
+        ) from error
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -65,7 +67,9 @@ def read_array(path: Path) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, allow_pickle=False)
     except _BROKEN as error:
-        raise ImageFileError(f"{path} cannot be read ({error}); it is damaged or no npy file: write it again") from error
+        raise ImageFileError(
+            f"{path} cannot be read ({error}); it is damaged or no npy file: write it again"
+        ) from error
     return array
 
 

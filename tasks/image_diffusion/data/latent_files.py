@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents of an autoencoder as files: read and written in the layouts that public code uses (promoe card 7.1).
 
-Shape legend: n images, C channels of the latent, h x w places. MOMENTS have 2C channels: the mean, then the logarithm of
-the variance of a Gaussian posterior; a latent is scale * (mean + exp(0.5 * logvar) * eps).
+Shape legend: n images, C channels of the latent, h x w places. MOMENTS have 2C channels: the mean, then the logarithm
+of the variance of a Gaussian posterior; a latent is scale * (mean + exp(0.5 * logvar) * eps).
 """
 
 from __future__ import annotations

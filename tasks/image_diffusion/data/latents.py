@@ -32,8 +32,8 @@ class LatentImages(ImageSource):
 
     Layouts of a domain: ``<domain>/<class>/*.npz`` with ``latent`` (ProMoE) or ``moments`` (MAR, DiffMoE);
     ``<domain>/*.safetensors`` with ``latents``, ``labels`` and the file ``latents_stats.pt`` (LightningDiT);
-    ``<domain>.npz`` with ``x`` float [N, C, h, w] and ``y`` [N]. Twice as many channels as the model's are moments: mean
-    and log-variance of a posterior, from which training draws.
+    ``<domain>.npz`` with ``x`` float [N, C, h, w] and ``y`` [N]. Twice as many channels as the model's are moments:
+    mean and log-variance of a posterior, from which training draws.
 
     Args:
         root: folder that holds the domains.
@@ -66,7 +66,7 @@ class LatentImages(ImageSource):
     ) -> None:
         if channels < 1 or image_size < 1 or not scale > 0:
             raise ValueError(f"channels={channels}, image_size={image_size}, scale={scale}; all must be positive")
-        if not (0 <= val_share and 0 <= test_share and val_share + test_share < 1):
+        if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1):
             raise ValueError(f"val_share={val_share}, test_share={test_share}; 0 or more, and together less than 1")
         self.root, self.num_channels, self.size = Path(root), channels, image_size
         self.scale, self.normalise, self.seed = scale, statistics, seed

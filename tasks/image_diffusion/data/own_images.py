@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
@@ -27,7 +28,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class OwnImages(ImageSource):
-    """``root/<domain>/<class>/*.png`` (or jpg, webp, bmp), ``root/<domain>.npz``, or ``root/<domain>_x.npy`` and ``_y``.
+    """``root/<domain>/<class>/*.png`` (jpg, webp, bmp), ``root/<domain>.npz``, or ``root/<domain>_x.npy`` and ``_y``.
 
     Classes of one name are one class, whichever domain they are in. The superclass of a class is the first domain that
     has it. Image files are cropped to a square and scaled as ImageNet usually is for diffusion; arrays must have the
@@ -59,11 +60,13 @@ class OwnImages(ImageSource):
         seed: int = 0,
     ) -> None:
         if channels not in (1, 3) or image_size < 1:
-            raise ValueError(f"channels={channels}, image_size={image_size}; channels must be 1 or 3, the size positive")
-        if not (0 <= val_share and 0 <= test_share and val_share + test_share < 1 and 0 <= mirror <= 1):
             raise ValueError(
-                f"val_share={val_share}, test_share={test_share}, mirror={mirror}; shares must be 0 or more and together "
-                "less than 1, mirror between 0 and 1"
+                f"channels={channels}, image_size={image_size}; channels must be 1 or 3, the size positive"
+            )
+        if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1 and 0 <= mirror <= 1):
+            raise ValueError(
+                f"val_share={val_share}, test_share={test_share}, mirror={mirror}; shares must be 0 or more and "
+                "together less than 1, mirror between 0 and 1"
             )
         self.root, self.size, self.num_channels = Path(root), image_size, channels
         self.mirror, self.seed = mirror, seed
@@ -161,20 +164,10 @@ class OwnImages(ImageSource):
             from rich.progress import track
 
             shown = track(files, f"reading {domain}", transient=True, disable=len(files) < 500)
-            write_arrays(path, x=np.stack([self._scaled(file) for file, _ in shown]))
+            write_arrays(path, x=np.stack([read_image(file, self.size, self.num_channels) for file, _ in shown]))
 
         saved = read_arrays(build_once(cache_dir("image_diffusion", root=cache) / f"{domain}-{key}.npz", write), "x")
         return torch.from_numpy(saved["x"]), torch.tensor([number for _, number in files]), names
-
-    def _scaled(self, path: Path) -> Any:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as image:
-                small = centre_crop(image.convert("L" if self.num_channels == 1 else "RGB"), self.size)
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageFileError(f"{path} is not a readable image ({error}); repair or remove it") from error
-        return np.asarray(small).reshape(self.size, self.size, -1).transpose(2, 0, 1)
 
     def describe(self, domain: str) -> str:
         """Say where the images lie."""
@@ -198,3 +191,28 @@ def centre_crop(image: Any, size: int) -> Any:
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
+    """Read one image file, cropped and scaled.
+
+    Args:
+        path: png, jpg, webp or bmp.
+        size: side of the result.
+        channels: 1 (grey) or 3 (colour).
+
+    Returns:
+        uint8 [channels, size, size].
+
+    Raises:
+        ImageFileError: not a readable image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            small = centre_crop(image.convert("L" if channels == 1 else "RGB"), size)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageFileError(f"{path} is not a readable image ({error}); repair or remove it") from error
+    pixels: NDArray[np.uint8] = np.asarray(small).reshape(size, size, channels).transpose(2, 0, 1)
+    return pixels

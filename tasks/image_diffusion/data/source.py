@@ -58,7 +58,7 @@ class ImageSource(ABC):
         """Return why an OPTIONAL domain cannot be had, or None."""
         return None
 
-    def prepare(self, cache: Path | None) -> None:
+    def prepare(self, cache: Path | None) -> None:  # noqa: B027 - files of a user need no preparing
         """Fetch or generate what is not in the cache yet; called once, by one process."""
 
     @abstractmethod

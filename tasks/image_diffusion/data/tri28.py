@@ -35,7 +35,7 @@ SHARES: dict[Split, float] = {"test": 0.10, "val": 0.05}
 
 
 class Tri28(ImageSource):
-    """5,000 digits (MNIST), 10,000 clothes (Fashion-MNIST) and 10,000 animals, 1 x 28 x 28; label = 10 * domain + class.
+    """5,000 digits (MNIST), 10,000 clothes (Fashion-MNIST), 10,000 animals, 1 x 28 x 28; label = 10 * domain + class.
 
     Of every class 10 per cent are held out for tests and 5 for validation. Beside the three domains each style
     (``outline``, ``stripes``, ``negative``) is one: held-out images of all thirty classes, drawn otherwise. Its
