@@ -115,7 +115,7 @@ class GenerationQuality(L.Callback):
     ) -> None:
         if num_images < 2 or steps < 1 or batch_size < 1:
             raise ValueError(
-                f"num_images={num_images}, steps={steps}, batch_size={batch_size}; use at least 2 images, else 1 or more"
+                f"num_images={num_images}, steps={steps}, batch_size={batch_size}; at least 2 images, else 1 or more"
             )
         self.num_images, self.cfg, self.steps, self.solver, self.seed = num_images, cfg, steps, solver, seed
         self.batch_size, self.judging = batch_size, judging

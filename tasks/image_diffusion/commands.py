@@ -110,8 +110,8 @@ def fid_stats(words: Sequence[str], data: ImageData) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="moeapps fid-stats",
-        description="Statistics of images (mu, sigma, n, extractor) as npz; features are those of the judge of the data, "
-        "or those of Inception.",
+        description="Statistics of images (mu, sigma, n, extractor) as npz; features of the judge of the data, "
+        "or of Inception.",
         allow_abbrev=False,
     )
     parser.add_argument(
