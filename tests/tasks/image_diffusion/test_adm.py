@@ -19,9 +19,8 @@ from tasks.image_diffusion.quality import Gaussian
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (5, 3, 4, 4)).to(torch.uint8)
     label, statistics = torch.arange(5), Gaussian.of(torch.randn(9, 3))
-    path = write_adm(
-        tmp_path / "a.npz", image=from_uint8(pixels), label=label, statistics=statistics, extractor="judge"
-    )
+    image = from_uint8(pixels)
+    path = write_adm(tmp_path / "a.npz", image=image, label=label, statistics=statistics, extractor="judge")
     found = read_adm(path)
 
     assert found.image is not None

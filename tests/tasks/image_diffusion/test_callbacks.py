@@ -132,10 +132,14 @@ def test_tuning_moves_what_is_named_and_nothing_else_and_is_forgotten(data: Imag
 def test_weights_come_back_after_a_failure_too(data: ImageData) -> None:
     task = toy(data)
     before = task.net.shared.detach().clone()
-    with pytest.raises(RuntimeError, match="broken"), restored(task), torch.no_grad():
-        task.net.shared += 1
-        raise RuntimeError("broken")
 
+    def breaks() -> None:
+        with restored(task), torch.no_grad():
+            task.net.shared += 1
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        breaks()
     assert torch.equal(task.net.shared, before)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge: it learns, it is kept, it is another for other images; perfect, copied and random samples get their due."""
+"""The judge: it learns, it is kept, it is another for other images; perfect, copied and random samples are told."""
 
 from __future__ import annotations
 
