@@ -41,7 +41,8 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise ImageFileError(f"no file {path}; check the path")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged file open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             there = list(file.files)
             wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
             missing = [name for name in wanted if name not in there]

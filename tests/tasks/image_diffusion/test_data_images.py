@@ -21,6 +21,12 @@ from tasks.image_diffusion.datamodule import ImageData
 STILL = Hand(jitter=0, rotation=0, shear=0, scale=0, shift=0, thickness=0)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images are drawn once for most tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def pixels_of(batch: ImageBatch) -> set[bytes]:
     return {image.numpy().tobytes() for image in to_uint8(batch.image)}
 
@@ -65,19 +71,20 @@ def test_images_are_the_same_for_the_same_seed_and_others_for_another() -> None:
     assert not torch.equal(one[0], other[0])
 
 
-def test_no_image_is_in_two_splits_or_domains(tmp_path: Path) -> None:
-    data = small_data(tmp_path)
+def test_no_image_is_in_two_splits_or_domains(cache: Path) -> None:
+    data = small_data(cache)
     sets = [pixels_of(data.images(name, split)) for name in data.domain_names for split in SPLITS]
 
     assert sum(map(len, sets)) == len(set().union(*sets))
     assert sum(map(len, sets)) == 3 * 10 * (6 + 2 + 3) + 2 * 30 * (2 + 1 + 1)
 
 
-def test_facts_are_those_of_the_images_and_known_before_any_is_drawn(tmp_path: Path) -> None:
-    data = small_data(tmp_path)
-    facts = data.facts
+def test_facts_are_those_of_the_images_and_known_before_any_is_drawn(tmp_path: Path, cache: Path) -> None:
+    facts = small_data(tmp_path).facts
     assert not list(tmp_path.rglob("*.npz"))
 
+    data = small_data(cache)
+    assert data.facts == facts
     batch = ImageBatch.cat([data.images(name, "train") for name in data.domain_names])
     assert batch.image.shape[1:] == (facts["channels"], facts["image_size"], facts["image_size"])
     assert batch.label.unique().tolist() == list(range(facts["num_classes"]))
@@ -90,14 +97,14 @@ def test_facts_are_those_of_the_images_and_known_before_any_is_drawn(tmp_path: P
         assert data.images(style, "test").label.unique().tolist() == list(range(30))
 
 
-def test_images_are_drawn_once(tmp_path: Path) -> None:
-    small_data(tmp_path).prepare_data()
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    again = small_data(tmp_path)
+def test_images_are_drawn_once(cache: Path) -> None:
+    small_data(cache).prepare_data()
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npz")}
+    again = small_data(cache)
     again.prepare_data()
 
     assert len(files) == 5
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == files
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.npz")} == files
     assert torch.equal(again.images("glyphs", "val").label, GlyphShapes(**SMALL).render("glyphs", "val")[1])
 
 
@@ -141,8 +148,8 @@ def test_negative_of_a_negative_is_the_image() -> None:
     assert set(STYLES) == {"outline", "stripes", "negative"}
 
 
-def test_balanced_batches_hold_every_domain_equally_often(tmp_path: Path) -> None:
-    data = small_data(tmp_path)
+def test_balanced_batches_hold_every_domain_equally_often(cache: Path) -> None:
+    data = small_data(cache)
     batches = list(data.train_dataloader())
 
     assert len(batches) == 180 // 9
@@ -185,8 +192,8 @@ def test_split_of_rows_is_a_partition_class_by_class() -> None:
     assert not torch.equal(split_rows(label, {"test": 0.1, "val": 0.05}, seed=2)["test"], rows["test"])
 
 
-def test_one_domain_is_enough(tmp_path: Path) -> None:
-    data = small_data(tmp_path, seen=["animals"], validation=[], unseen=[])
+def test_one_domain_is_enough(cache: Path) -> None:
+    data = small_data(cache, seen=["animals"], validation=[], unseen=[])
 
     assert data.facts["num_classes"] == 30  # labels, and with them the null label, do not depend on the roles
     batch = next(iter(data.train_dataloader()))
@@ -204,9 +211,9 @@ def test_one_domain_is_enough(tmp_path: Path) -> None:
         ({"mixing": "even"}, "mixing"),
     ],
 )
-def test_wrong_settings_are_told(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_told(options: dict[str, Any], message: str, cache: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        small_data(tmp_path, **options).train_dataloader()
+        small_data(cache, **options).train_dataloader()
 
 
 def test_counts_below_one_are_told() -> None:

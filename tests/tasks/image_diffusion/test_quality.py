@@ -103,7 +103,7 @@ def test_precision_and_recall_of_equal_far_and_repeated_sets() -> None:
 
 
 def test_precision_and_recall_are_those_of_a_loop_and_swap_with_the_sets() -> None:
-    real, fake = randn(40, 3), 0.7 + randn(30, 3, seed=1)
+    real, fake = randn(20, 3), 0.7 + randn(15, 3, seed=1)
 
     def share(points: Tensor, centres: Tensor) -> float:
         hits = 0
