@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("moeapps.commands.run", "evaluate on all domains, unseen ones included"),
     "predict": ("moeapps.commands.run", "write predictions into the run folder"),
     "list": ("moeapps.commands.listing", "show the systems and their configs"),
+    "sample": ("moeapps.commands.sample", "draw images with a trained run"),
+    "fid-stats": ("moeapps.commands.fid_stats", "statistics of images, for Fréchet distances"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
     "doctor": ("moeapps.commands.doctor", "show versions, threads, caches and who owns `lightning` on PATH"),

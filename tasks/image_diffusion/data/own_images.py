@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a user: a folder of classes per domain, or an npz file per domain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeapps.data.cache import build_once, cache_dir, config_hash
+from moeapps.data.domain import Role, Split
+from tasks.image_diffusion.data.arrays import (
+    ImageFileError,
+    check_labels,
+    pixels_nchw,
+    read_array,
+    read_arrays,
+    write_arrays,
+)
+from tasks.image_diffusion.data.batch import PixelImages
+from tasks.image_diffusion.data.source import ImageSource, split_rows
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class OwnImages(ImageSource):
+    """``root/<domain>/<class>/*.png`` (jpg, webp, bmp), ``root/<domain>.npz``, or ``root/<domain>_x.npy`` and ``_y``.
+
+    Classes of one name are one class, whichever domain they are in. The superclass of a class is the first domain that
+    has it. Image files are cropped to a square and scaled as ImageNet usually is for diffusion; arrays must have the
+    right size already. Splits are drawn class by class.
+
+    Args:
+        root: folder that holds the domains.
+        image_size: height and width the model sees.
+        channels: 1 (grey) or 3 (colour).
+        mirror: probability of a left-right mirror image in training; 0 where the side matters (digits, letters).
+        val_share: share of each class for validation.
+        test_share: share of each class for tests.
+        seed: seed of the splits.
+
+    Raises:
+        ValueError: a size, a share or a number of channels that is not allowed.
+        ImageFileError: no such folder, no class, a damaged file.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: Path,
+        image_size: int = 32,
+        channels: int = 3,
+        mirror: float = 0.5,
+        val_share: float = 0.05,
+        test_share: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        if channels not in (1, 3) or image_size < 1:
+            raise ValueError(
+                f"channels={channels}, image_size={image_size}; channels must be 1 or 3, the size positive"
+            )
+        if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1 and 0 <= mirror <= 1):
+            raise ValueError(
+                f"val_share={val_share}, test_share={test_share}, mirror={mirror}; shares must be 0 or more and "
+                "together less than 1, mirror between 0 and 1"
+            )
+        self.root, self.size, self.num_channels = Path(root), image_size, channels
+        self.mirror, self.seed = mirror, seed
+        self.shares: dict[Split, float] = {"test": test_share, "val": val_share}
+        self.classes: dict[str, list[str]] = {}
+        self._read: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        return self.num_channels
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side."""
+        return self.size
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of all classes, those of the first domain first."""
+        return list(dict.fromkeys(name for names in self.classes.values() for name in names))
+
+    @property
+    def superclass(self) -> list[int]:
+        """Number of the first domain that has the class."""
+        return [next(i for i, names in enumerate(self.classes.values()) if name in names) for name in self.class_names]
+
+    def bind(self, roles: dict[Role, list[str]]) -> None:
+        """Look for the classes of every domain."""
+        self.classes = {name: self._classes(name) for names in roles.values() for name in names}
+
+    def _classes(self, domain: str) -> list[str]:
+        if (self.root / domain).is_dir():
+            names = sorted(path.name for path in (self.root / domain).iterdir() if path.is_dir())
+            if not names:
+                raise ImageFileError(f"{self.root / domain} holds no class folder; put images into <class>/ below it")
+            return names
+        return self._arrays(domain, pixels=False)[2]
+
+    def _arrays(self, domain: str, *, pixels: bool = True) -> tuple[Tensor, Tensor, list[str]]:
+        """Pixels (none if not asked for), labels within the domain and class names of a domain kept as arrays."""
+        path, pair = self.root / f"{domain}.npz", [self.root / f"{domain}_{part}.npy" for part in "xy"]
+        if path.is_file():
+            arrays = read_arrays(path, *(["x"] if pixels else []), "y", "names?")
+        elif all(part.is_file() for part in pair):
+            arrays = {"x": read_array(pair[0]), "y": read_array(pair[1])}
+        else:
+            there = sorted(p.name for p in self.root.iterdir()) if self.root.is_dir() else []
+            raise ImageFileError(
+                f"{self.root} has neither a folder {domain}, nor {domain}.npz, nor {domain}_x.npy and {domain}_y.npy; "
+                f"it holds {', '.join(there[:8]) or 'nothing'}"
+            )
+        given = [str(name) for name in arrays["names"]] if "names" in arrays else None
+        count = len(arrays["x"]) if pixels else len(arrays["y"])
+        label = check_labels(arrays["y"], count, path, given)
+        names = given or [str(number) for number in range(int(label.max()) + 1 if len(label) else 0)]
+        return (pixels_nchw(arrays["x"], path) if pixels else torch.empty(0)), label, names
+
+    def dataset(self, domain: str, split: Split, cache: Path | None) -> PixelImages:
+        """Return the images of one domain and split."""
+        if domain not in self._read:
+            self._read[domain] = self._all(domain, cache)
+        pixels, label = self._read[domain]
+        rows = split_rows(label, self.shares, self.seed)[split]
+        return PixelImages(pixels[rows], label[rows], train=split == "train", mirror=self.mirror)
+
+    def _all(self, domain: str, cache: Path | None) -> tuple[Tensor, Tensor]:
+        if (self.root / domain).is_dir():
+            pixels, label, names = self._from_files(domain, cache)
+        else:
+            pixels, label, names = self._arrays(domain)
+        wanted = (self.num_channels, self.size, self.size)
+        if tuple(pixels.shape[1:]) != wanted:
+            raise ImageFileError(
+                f"domain {domain!r}: images of shape {tuple(pixels.shape[1:])}, the model takes {wanted}; set "
+                "image_size and channels, or scale the arrays"
+            )
+        number = {name: i for i, name in enumerate(self.class_names)}
+        return pixels, torch.tensor([number[name] for name in names])[label]
+
+    def _from_files(self, domain: str, cache: Path | None) -> tuple[Tensor, Tensor, list[str]]:
+        names = self.classes[domain]
+        files = [
+            (path, number)
+            for number, name in enumerate(names)
+            for path in sorted((self.root / domain / name).iterdir())
+            if path.suffix.lower() in ENDINGS
+        ]
+        if not files:
+            raise ImageFileError(f"{self.root / domain} holds no image; allowed endings: {', '.join(ENDINGS)}")
+        stamps = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path, _ in files]
+        key = config_hash([1, stamps, self.size, self.num_channels])
+
+        def write(path: Path) -> None:
+            from rich.progress import track
+
+            shown = track(files, f"reading {domain}", transient=True, disable=len(files) < 500)
+            write_arrays(path, x=np.stack([read_image(file, self.size, self.num_channels) for file, _ in shown]))
+
+        saved = read_arrays(build_once(cache_dir("image_diffusion", root=cache) / f"{domain}-{key}.npz", write), "x")
+        return torch.from_numpy(saved["x"]), torch.tensor([number for _, number in files]), names
+
+    def describe(self, domain: str) -> str:
+        """Say where the images lie."""
+        return f"own images, {self.root.name}/{domain}, {self.size} x {self.size}"
+
+
+def centre_crop(image: Any, size: int) -> Any:
+    """Halve by box filter while the short side is at least twice ``size``, scale it to ``size``, crop the centre.
+
+    The ImageNet preparation of guided diffusion (promoe card 7.1).
+
+    Args:
+        image: a PIL image.
+        size: side of the result.
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
+    """Read one image file, cropped and scaled.
+
+    Args:
+        path: png, jpg, webp or bmp.
+        size: side of the result.
+        channels: 1 (grey) or 3 (colour).
+
+    Returns:
+        uint8 [channels, size, size].
+
+    Raises:
+        ImageFileError: not a readable image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            small = centre_crop(image.convert("L" if channels == 1 else "RGB"), size)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageFileError(f"{path} is not a readable image ({error}); repair or remove it") from error
+    pixels: NDArray[np.uint8] = np.asarray(small).reshape(size, size, channels).transpose(2, 0, 1)
+    return pixels

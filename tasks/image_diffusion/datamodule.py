@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sets of labelled images as domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from moeapps.data.domain import DomainDataModule, Role, Split
+from moeapps.data.mixing import Mixing
+from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
+from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
+from tasks.image_diffusion.data.source import ImageSource
+
+
+class ImageData(DomainDataModule):
+    """Labelled images or latents; labels count through the classes of all domains.
+
+    Args:
+        source: the images; None means the generated ones of `GlyphShapes`.
+        seen: domains that are trained on; None means the source's own.
+        validation: domains never trained on where every choice is made; None means the source's own.
+        unseen: domains that only ``test`` touches; None means the source's own.
+        batch_size: images per training step and process.
+        num_workers: loader processes; 0 loads in the training process.
+        seed: seed of the order of the training images.
+        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
+        mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
+            or one_domain (each batch from one domain).
+        eval_batch_size: images per evaluation batch; None means 2 * batch_size.
+
+    Raises:
+        ValueError: a domain the source does not have, roles that overlap, or a source without classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ImageSource | None = None,
+        seen: list[str] | None = None,
+        validation: list[str] | None = None,
+        unseen: list[str] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: Path | None = None,
+        mixing: Mixing = "balanced",
+        eval_batch_size: int | None = None,
+    ) -> None:
+        self.source = source or GlyphShapes()
+        given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
+        roles = {
+            role: self.source.default_roles.get(role, []) if names is None else names for role, names in given.items()
+        }
+        super().__init__(
+            **cast(dict[str, Any], roles),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            cache_dir=cache_dir,
+            mixing=mixing,
+            eval_batch_size=eval_batch_size or 2 * batch_size,
+        )
+        self.source.bind(self.roles)
+        if not self.source.class_names:
+            raise ValueError(f"the domains {self.domain_names} have no class; give labelled images")
+        self.sources = {name: self.source.describe(name) for name in self.domain_names}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Domain names per role; num_classes, class_names, superclass, channels, image_size, latent."""
+        return {
+            **super().facts,
+            "num_classes": len(self.source.class_names),
+            "class_names": self.source.class_names,
+            "superclass": self.source.superclass,
+            "channels": self.source.channels,
+            "image_size": self.source.image_size,
+            "latent": self.source.latent,
+        }
+
+    def available(self, domain: str) -> str | None:
+        """Return why an optional domain is missing."""
+        return self.source.missing(domain, self.cache_dir)
+
+    def prepare_data(self) -> None:
+        """Fetch or generate what is not in the cache yet."""
+        self.source.prepare(self.cache_dir)
+
+    def dataset(self, domain: str, split: Split) -> ImageDataset:
+        """Return the images of one domain and split."""
+        dataset = self.source.dataset(domain, split, self.cache_dir)
+        dataset.domain = self.domain_names.index(domain)
+        return dataset
+
+    def images(self, domain: str, split: Split, rows: Tensor | None = None) -> ImageBatch:
+        """Return images of one domain and split as one batch; all of them where ``rows`` (int64) are not named."""
+        dataset = cast(ImageDataset, self.get_dataset(domain, split))
+        return dataset.batch(torch.arange(len(dataset)) if rows is None else rows)
+
+    def collate(self, items: ImageBatch | list[ImageBatch]) -> ImageBatch:
+        """Return the batch: images come whole, except for single ones asked for one by one."""
+        return items if isinstance(items, ImageBatch) else ImageBatch.cat(items)
+
+    def command(self, name: str) -> Callable[[list[str], Any], int] | None:
+        """Return what runs ``moeapps sample`` and ``moeapps fid-stats`` on these images."""
+        from tasks.image_diffusion import commands
+
+        found: dict[str, Callable[[list[str], Any], int]] = {
+            "sample": lambda words, task: commands.sample_images(words, task, self),
+            "fid-stats": lambda words, task: commands.fid_stats(words, self),
+        }
+        return found.get(name)

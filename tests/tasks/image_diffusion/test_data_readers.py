@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and latents of a user: what is written is read, and a damaged file is told by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tasks.image_diffusion.autoencoder import LatentDecoder
+from tasks.image_diffusion.data.arrays import ImageFileError, read_arrays, write_arrays
+from tasks.image_diffusion.data.latent_files import (
+    SCALE,
+    LatentArrays,
+    posterior,
+    read_latent,
+    write_latent,
+    write_shard,
+)
+from tasks.image_diffusion.data.latents import LatentImages
+from tasks.image_diffusion.data.own_images import OwnImages, centre_crop
+from tasks.image_diffusion.datamodule import ImageData
+
+RNG = np.random.default_rng(0)
+ALL = {"val_share": 0.0, "test_share": 0.0}
+
+
+def bound(source: Any, *seen: str) -> Any:
+    source.bind({"seen": list(seen), "validation": [], "unseen": []})
+    return source
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def picture_folder(root: Path, domain: str, classes: dict[str, int], size: int = 8) -> dict[str, Any]:
+    """Write PNG files and return their pixels, class by class."""
+    written = {}
+    for name, count in classes.items():
+        written[name] = RNG.integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+        (root / domain / name).mkdir(parents=True)
+        for k, pixels in enumerate(written[name]):
+            Image.fromarray(pixels).save(root / domain / name / f"{k:02}.png")
+    return written
+
+
+def test_pictures_that_are_written_are_read(tmp_path: Path) -> None:
+    written = picture_folder(tmp_path, "a", {"cat": 3, "dog": 2})
+    data = bound(OwnImages(root=tmp_path, image_size=8, mirror=0, **ALL), "a").dataset("a", "train", tmp_path / "c")
+
+    assert data.label.tolist() == [0, 0, 0, 1, 1]
+    expected = np.concatenate([written["cat"], written["dog"]]).transpose(0, 3, 1, 2)
+    assert np.array_equal(data.pixels.numpy(), expected)
+
+
+def test_a_changed_picture_is_read_anew(tmp_path: Path) -> None:
+    picture_folder(tmp_path, "a", {"cat": 2})
+    source = OwnImages(root=tmp_path, image_size=8, **ALL)
+    bound(source, "a").dataset("a", "train", tmp_path / "c")
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "a" / "cat" / "00.png")
+
+    again = bound(OwnImages(root=tmp_path, image_size=8, **ALL), "a").dataset("a", "train", tmp_path / "c")
+    assert (again.pixels[0] == 9).all()
+
+
+def test_arrays_in_one_npz_or_two_npy_files_are_read_alike(tmp_path: Path) -> None:
+    x, y = RNG.integers(0, 256, (6, 8, 8)).astype(np.uint8), np.array([0, 1, 2, 0, 1, 2])
+    write_arrays(tmp_path / "a.npz", x=x, y=y, names=np.array(["p", "q", "r"]))
+    np.save(tmp_path / "b_x.npy", x)
+    np.save(tmp_path / "b_y.npy", y)
+    source = bound(OwnImages(root=tmp_path, image_size=8, channels=1, **ALL), "a", "b")
+
+    assert source.class_names == ["p", "q", "r", "0", "1", "2"]
+    assert source.superclass == [0, 0, 0, 1, 1, 1]
+    a, b = (source.dataset(name, "train", None) for name in "ab")
+    assert torch.equal(a.pixels, torch.from_numpy(x)[:, None])
+    assert torch.equal(a.pixels, b.pixels)
+    assert b.label.tolist() == [label + 3 for label in a.label.tolist()]
+
+
+def test_classes_of_one_name_are_one_class(tmp_path: Path) -> None:
+    picture_folder(tmp_path, "photo", {"cat": 2, "dog": 2})
+    picture_folder(tmp_path, "sketch", {"cat": 2, "emu": 2})
+    data = ImageData(
+        source=OwnImages(root=tmp_path, image_size=8, **ALL),
+        seen=["photo"],
+        validation=[],
+        unseen=["sketch"],
+        cache_dir=tmp_path / "c",
+    )
+
+    assert data.facts["class_names"] == ["cat", "dog", "emu"]
+    assert data.facts["superclass"] == [0, 0, 1]
+    assert data.images("sketch", "train").label.tolist() == [0, 0, 2, 2]
+    assert data.images("sketch", "train").domain.tolist() == [1] * 4
+
+
+def test_grey_and_colour_follow_channels(tmp_path: Path) -> None:
+    picture_folder(tmp_path, "a", {"cat": 2})
+    grey = bound(OwnImages(root=tmp_path, image_size=8, channels=1, **ALL), "a").dataset("a", "train", tmp_path / "c")
+
+    assert grey.pixels.shape == (2, 1, 8, 8)
+
+
+def test_centre_crop_halves_by_means_and_cuts_the_middle() -> None:
+    tiles = np.kron(RNG.integers(0, 256, (4, 4)), np.ones((2, 2))).astype(np.uint8)  # 8 x 8 of 2 x 2 blocks
+    wide = np.concatenate([np.zeros((8, 4)), tiles, np.zeros((8, 4))], axis=1).astype(np.uint8)
+
+    small = np.asarray(centre_crop(Image.fromarray(wide), 4))
+    assert np.array_equal(small, tiles[::2, ::2])
+    assert np.array_equal(np.asarray(centre_crop(Image.fromarray(tiles), 8)), tiles)
+
+
+def broken_png(root: Path) -> None:
+    picture_folder(root, "a", {"cat": 1})
+    path = root / "a" / "cat" / "00.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def no_class(root: Path) -> None:
+    (root / "a").mkdir()
+
+
+def no_picture(root: Path) -> None:
+    (root / "a" / "cat").mkdir(parents=True)
+    (root / "a" / "cat" / "notes.txt").write_text("no picture")
+
+
+def nothing(root: Path) -> None:
+    (root / "other.npz").write_bytes(b"")
+
+
+def cut_npz(root: Path) -> None:
+    path = write_arrays(root / "a.npz", x=np.zeros((3, 8, 8), np.uint8), y=np.arange(3))
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def float_pixels(root: Path) -> None:
+    write_arrays(root / "a.npz", x=np.zeros((3, 8, 8)), y=np.arange(3))
+
+
+def wrong_size(root: Path) -> None:
+    write_arrays(root / "a.npz", x=np.zeros((3, 9, 9), np.uint8), y=np.arange(3))
+
+
+def class_out_of_range(root: Path) -> None:
+    write_arrays(root / "a.npz", x=np.zeros((3, 8, 8), np.uint8), y=np.arange(3), names=np.array(["p", "q"]))
+
+
+def negative_class(root: Path) -> None:
+    write_arrays(root / "a.npz", x=np.zeros((2, 8, 8), np.uint8), y=np.array([-1, 0]))
+
+
+def too_few_labels(root: Path) -> None:
+    write_arrays(root / "a.npz", x=np.zeros((3, 8, 8), np.uint8), y=np.arange(2))
+
+
+def pickled(root: Path) -> None:
+    np.savez(root / "a.npz", x=np.array([{"an": "object"}], dtype=object), y=np.arange(1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (broken_png, "00.png is not a readable image"),
+        (no_class, "holds no class folder"),
+        (no_picture, "holds no image; allowed endings"),
+        (nothing, "neither a folder a, nor a.npz.*it holds other.npz"),
+        (cut_npz, "a.npz cannot be read"),
+        (float_pixels, "x is float64"),
+        (wrong_size, r"\(1, 9, 9\), the model takes \(1, 8, 8\)"),
+        (class_out_of_range, "label 2 is out of range, names hold 2 classes"),
+        (negative_class, "give 2 integers, 0 or more"),
+        (too_few_labels, "for 3 images; give 3 integers"),
+        (pickled, "a.npz cannot be read"),
+    ],
+)
+def test_damage_is_told(damage: Any, message: str, tmp_path: Path) -> None:
+    damage(tmp_path)
+
+    with pytest.raises(ImageFileError, match=message):
+        bound(OwnImages(root=tmp_path, image_size=8, channels=1), "a").dataset("a", "train", tmp_path / "c")
+
+
+@pytest.mark.parametrize("options", [{"channels": 2}, {"image_size": 0}, {"test_share": 1.0}, {"mirror": 1.5}])
+def test_wrong_options_are_told(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        OwnImages(root=tmp_path, **options)
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+
+def moments(count: int, channels: int = 4, size: int = 4) -> torch.Tensor:
+    return torch.randn(count, 2 * channels, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def test_posterior_without_noise_is_the_scaled_mean_and_with_noise_adds_the_spread() -> None:
+    stored, eps = moments(3), torch.randn(3, 4, 4, 4)
+    mean, logvar = stored[:, :4], stored[:, 4:]
+
+    assert torch.equal(posterior(stored, 4, SCALE, None), mean * 0.18215)
+    torch.testing.assert_close(posterior(stored, 4, SCALE, eps), 0.18215 * (mean + logvar.exp().sqrt() * eps))
+    assert torch.equal(posterior(mean, 4, 0.5, eps), 0.5 * mean)  # latents as they are
+    wild = torch.cat([mean, torch.full_like(mean, 99.0)], dim=1)
+    torch.testing.assert_close(posterior(wild, 4, 1.0, eps), mean + np.exp(10.0) * eps, rtol=1e-5, atol=1e-2)
+    with pytest.raises(ImageFileError, match="6 channels; the model takes 4"):
+        posterior(torch.zeros(1, 6, 4, 4), 4, 1.0, None)
+
+
+@pytest.mark.parametrize("key", ["latent", "moments"])
+def test_latents_in_one_file_per_image_are_read(key: str, tmp_path: Path) -> None:
+    stored = moments(5)
+    for k in range(5):
+        write_latent(tmp_path / "a" / f"n{k % 2}" / f"{k}.latent.npz", stored[k], -stored[k], key=key)
+    source = bound(LatentImages(root=tmp_path, image_size=4, **ALL), "a")
+    data = source.dataset("a", "train", None)
+    order = [0, 2, 4, 1, 3]
+
+    assert source.class_names == ["n0", "n1"]
+    assert data.label.tolist() == [0, 0, 0, 1, 1]
+    data.train = False
+    assert torch.equal(data.fetch(torch.arange(5)), stored[order, :4] * 0.18215)
+    flipped = data.stored(torch.arange(5), torch.ones(5, dtype=torch.bool))
+    assert torch.equal(flipped, -stored[order])
+
+
+def test_training_draws_from_the_posterior_and_evaluation_does_not(tmp_path: Path) -> None:
+    stored = torch.zeros(1, 8, 4, 4)
+    stored[:, 4:] = 2 * np.log(3.0)  # standard deviation 3
+    data = LatentArrays(stored.expand(500, -1, -1, -1), torch.zeros(500).long(), 4, 1.0, train=True)
+
+    drawn = data.fetch(torch.arange(500))
+    assert drawn.std() == pytest.approx(3, rel=0.03)
+    assert not torch.equal(drawn, data.fetch(torch.arange(500)))
+    data.train = False
+    assert (data.fetch(torch.arange(500)) == 0).all()
+
+
+def write_shards(root: Path, stored: torch.Tensor, *, statistics: bool = True) -> None:
+    labels = torch.arange(len(stored)) % 3
+    for k, rows in enumerate(torch.arange(len(stored)).split(4)):
+        write_shard(root / "a" / f"{k}.safetensors", stored[rows], labels[rows], -stored[rows])
+    if statistics:
+        torch.save({"mean": torch.arange(4.0), "std": torch.full((4,), 2.0)}, root / "a" / "latents_stats.pt")
+
+
+def test_latents_in_shards_are_read_row_by_row_and_normalised(tmp_path: Path) -> None:
+    stored = moments(10)[:, :4]
+    write_shards(tmp_path, stored)
+    data = bound(LatentImages(root=tmp_path, image_size=4, **ALL), "a").dataset("a", "train", None)
+    data.train = False
+    rows = torch.tensor([9, 0, 4, 3])
+
+    expected = (stored - torch.arange(4.0)[:, None, None]) / 2
+    torch.testing.assert_close(data.fetch(rows), expected[rows])
+    assert data.label.tolist() == [k % 3 for k in range(10)]
+    plain = bound(LatentImages(root=tmp_path, image_size=4, statistics=False, **ALL), "a").dataset("a", "train", None)
+    plain.train = False
+    assert torch.equal(plain.fetch(rows), stored[rows] * 0.18215)
+    assert torch.equal(plain.stored(rows, torch.ones(4, dtype=torch.bool)), -stored[rows])
+
+
+def test_latents_in_one_npz_are_read(tmp_path: Path) -> None:
+    stored = moments(6)
+    write_arrays(tmp_path / "a.npz", x=stored.numpy(), y=np.array([0, 1, 0, 1, 2, 2]), names=np.array(["p", "q", "r"]))
+    data = bound(LatentImages(root=tmp_path, image_size=4, **ALL), "a").dataset("a", "train", None)
+    data.train = False
+
+    assert torch.equal(data.fetch(torch.arange(6)), stored[:, :4] * 0.18215)
+    assert data.label.tolist() == [0, 1, 0, 1, 2, 2]
+
+
+def test_splits_of_latents_share_no_file_and_lose_none(tmp_path: Path) -> None:
+    for k in range(20):
+        write_latent(tmp_path / "a" / "n" / f"{k}.npz", torch.full((4, 4, 4), float(k)))
+    source = bound(LatentImages(root=tmp_path, image_size=4, scale=1.0, val_share=0.1, test_share=0.2), "a")
+    found = [source.dataset("a", split, None) for split in ("train", "val", "test")]
+
+    assert [len(data) for data in found] == [14, 2, 4]
+    values = torch.cat([data.fetch(torch.arange(len(data)))[:, 0, 0, 0] for data in found])
+    assert values.sort().values.tolist() == [float(k) for k in range(20)]
+    data = ImageData(source=source, seen=["a"], validation=[], unseen=[], batch_size=4)
+    assert data.facts["latent"]
+    assert next(iter(data.train_dataloader())).image.shape == (4, 4, 4, 4)
+
+
+def latent_cut(root: Path) -> None:
+    path = write_latent(root / "a" / "n" / "0.npz", moments(1)[0])
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def latent_key(root: Path) -> None:
+    write_arrays(root / "a" / "n" / "0.npz", z=np.zeros((8, 4, 4), np.float32))
+
+
+def latent_nan(root: Path) -> None:
+    write_latent(root / "a" / "n" / "0.npz", torch.full((8, 4, 4), torch.nan))
+
+
+def latent_channels(root: Path) -> None:
+    write_latent(root / "a" / "n" / "0.npz", torch.zeros(6, 4, 4))
+
+
+def latent_size(root: Path) -> None:
+    write_latent(root / "a" / "n" / "0.npz", torch.zeros(8, 5, 5))
+
+
+def shard_cut(root: Path) -> None:
+    write_shards(root, moments(4)[:, :4])
+    path = root / "a" / "0.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def shard_labels(root: Path) -> None:
+    from safetensors.torch import save_file
+
+    (root / "a").mkdir()
+    save_file({"latents": torch.zeros(2, 4, 4, 4)}, root / "a" / "0.safetensors")
+
+
+def no_statistics(root: Path) -> None:
+    write_shards(root, moments(4)[:, :4], statistics=False)
+
+
+def flat_statistics(root: Path) -> None:
+    write_shards(root, moments(4)[:, :4])
+    torch.save({"mean": torch.zeros(4), "std": torch.zeros(4)}, root / "a" / "latents_stats.pt")
+
+
+def garbled_statistics(root: Path) -> None:
+    write_shards(root, moments(4)[:, :4])
+    (root / "a" / "latents_stats.pt").write_bytes(b"garbled")
+
+
+def nothing_there(root: Path) -> None:
+    (root / "a").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (latent_cut, "0.npz cannot be read"),
+        (latent_key, "neither latent or moments but"),
+        (latent_nan, "not finite"),
+        (latent_channels, r"shape \(6, 4, 4\).*4 \(latent\) or 8"),
+        (latent_size, r"shape \(8, 5, 5\)"),
+        (shard_cut, "0.safetensors cannot be read"),
+        (shard_labels, "has no 'labels' but latents"),
+        (no_statistics, "statistics: false"),
+        (flat_statistics, "std must be positive"),
+        (garbled_statistics, "holds no mean and std"),
+        (nothing_there, "no latents of domain 'a'"),
+    ],
+)
+def test_damaged_latents_are_told_at_construction(damage: Any, message: str, tmp_path: Path) -> None:
+    damage(tmp_path)
+
+    with pytest.raises(ImageFileError, match=message):
+        ImageData(source=LatentImages(root=tmp_path, image_size=4), seen=["a"], validation=[], unseen=[])
+
+
+def test_missing_latent_is_told_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = write_latent(tmp_path / "a" / "n" / "0.npz", torch.zeros(8, 4, 4))
+    data = bound(LatentImages(root=tmp_path, image_size=4, **ALL), "a").dataset("a", "train", None)
+    path.unlink()
+
+    with pytest.raises(ImageFileError, match=r"no file .*0\.npz"):
+        data.fetch(torch.tensor([0]))
+    with pytest.raises(ImageFileError, match="no array 'q' but p"):
+        read_arrays(write_arrays(tmp_path / "x.npz", p=np.zeros(1)), "q")
+    with pytest.raises(ImageFileError, match="floats"):
+        read_latent(write_arrays(tmp_path / "y.npz", latent=np.zeros(3)))
+
+
+# --- autoencoder ------------------------------------------------------------------------------------------------------
+
+
+def test_autoencoder_is_told_missing_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        LatentDecoder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r"pip install 'moeapps\[vae\]'"):
+        LatentDecoder(tmp_path)
+
+
+def test_latents_are_divided_by_their_scale_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class AutoencoderKL(torch.nn.Module):
+        @classmethod
+        def from_pretrained(cls, folder: str, **options: Any) -> AutoencoderKL:
+            asked.update(options, folder=folder)
+            return cls()
+
+        def decode(self, z: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=z[:, :3])
+
+    fake = ModuleType("diffusers")
+    fake.AutoencoderKL = AutoencoderKL  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "diffusers", fake)
+    (tmp_path / "config.json").write_text("{}")
+    decoder = LatentDecoder(tmp_path)
+
+    torch.testing.assert_close(decoder(torch.full((1, 4, 2, 2), 0.5 * SCALE)), torch.full((1, 3, 2, 2), 0.5))
+    assert decoder(torch.full((1, 4, 2, 2), 9.0)).max() == 1
+    assert asked == {"folder": str(tmp_path), "local_files_only": True}
