@@ -30,7 +30,8 @@ def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
 
 def position_table(grid: int, dim: int) -> Tensor:
     """Fixed sine-cosine table [grid * grid, dim]: the first half of the channels is one axis, the second the other."""
-    table = build_sincos2d_pos_embed([grid, grid], dim, temperature=MAX_PERIOD)  # timm: sin of both axes, then cos
+    # timm's rows are: sine of both axes, then cosine of both.
+    table: Tensor = build_sincos2d_pos_embed([grid, grid], dim, temperature=MAX_PERIOD)
     return table.view(grid * grid, 2, 2, dim // 4).transpose(1, 2).reshape(grid * grid, dim)
 
 
@@ -43,14 +44,15 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_DIM, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.first, self.second = nn.Linear(TIME_DIM, dim), nn.Linear(dim, dim)
 
     def forward(self, time_B: Tensor) -> Tensor:
         """Embed times in [0, 1000]: [B] -> [B, D]."""
         half = TIME_DIM // 2
         steps = torch.arange(half, dtype=torch.float32, device=time_B.device)
         angle = time_B.float().unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) / half * steps)
-        y: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.first.weight.dtype)
+        y: Tensor = self.second(nn.functional.silu(self.first(wave)))
         return y
 
 

@@ -125,7 +125,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         _zero(projection.bias)
         nn.init.normal_(self.label.table.weight, std=0.02)
-        for layer in (self.time.mlp[0], self.time.mlp[2]):
+        for layer in (self.time.first, self.time.second):
             nn.init.normal_(layer.weight, std=0.02)
         for module in (*self.blocks, self.last):
             _zero(module.modulation[1].weight, module.modulation[1].bias)

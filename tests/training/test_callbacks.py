@@ -17,7 +17,7 @@ from moeapps.commands.run import run
 from moeapps.moe import LinearScore, Router, TopK
 from moeapps.moe.experts import GLUExperts
 from moeapps.moe.presets import compose, point_moe, top_k_router
-from moeapps.training.callbacks import BiasBalancing, ProgressLines, progress_bar
+from moeapps.training.callbacks import BiasBalancing, Ema, ProgressLines, progress_bar
 from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
 from moeapps.training.callbacks.summary import MoESummary, summary_table
 from moeapps.training.callbacks.table import score_table
@@ -118,6 +118,33 @@ def test_ema_overlay_keeps_the_average_and_the_live_weights(tmp_path: Path) -> N
     stored = torch.load(folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
     assert set(stored["state_dict"]) == set(stored["current_model_state"])
     assert any(not torch.equal(stored["state_dict"][k], stored["current_model_state"][k]) for k in stored["state_dict"])
+
+
+def test_the_test_after_a_fit_and_a_later_one_both_use_the_average(tmp_path: Path) -> None:
+    run([*TOY, *QUIET, "--config", "configs/trainer/ema.yaml", "--trainer.max_epochs", "1"])
+
+    file = folder(tmp_path) / "metrics" / "test.json"
+    first = json.loads(file.read_text())["rows"]
+    run(["test", "--run", str(folder(tmp_path)), "--trainer.callbacks", "null"])
+    assert json.loads(file.read_text())["rows"] == first
+
+
+def test_average_is_the_closed_form() -> None:
+    values = [torch.tensor([float(x)]) for x in range(1, 6)]
+    for ema in (Ema(0.9, warmup=False), Ema(0.3)):
+        mean = values[0].clone()
+        expected, weights = float(values[0]), []
+        for n, value in enumerate(values[1:], start=1):
+            ema._average([mean], [value], torch.tensor(n))
+            weights.append(min(ema.decay, (1 + n) / (10 + n)) if ema.warmup else ema.decay)
+            expected = weights[-1] * expected + (1 - weights[-1]) * float(value)
+        assert mean.item() == pytest.approx(expected)
+        assert ema.warmup == (len(set(weights)) > 1)
+    flag = torch.tensor([False])
+    Ema(0.9)._average([flag], [torch.tensor([True])], 3)
+    assert flag.item()
+    with pytest.raises(ValueError, match="decay=1.0"):
+        Ema(1.0)
 
 
 def test_progress_is_lines_where_there_is_no_terminal() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from moeapps.training.callbacks.balance import BiasBalancing
+from moeapps.training.callbacks.ema import Ema
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
 from moeapps.training.callbacks.router_fit import RouterFit
@@ -15,6 +16,7 @@ from moeapps.training.callbacks.table import EndTable
 __all__ = [
     "BestCheckpoint",
     "BiasBalancing",
+    "Ema",
     "EndTable",
     "InterruptCheckpoint",
     "MoESummary",
