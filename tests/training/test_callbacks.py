@@ -143,7 +143,7 @@ def test_average_is_the_closed_form() -> None:
     flag = torch.tensor([False])
     Ema(0.9)._average([flag], [torch.tensor([True])], 3)
     assert flag.item()
-    with pytest.raises(ValueError, match="decay=1.0"):
+    with pytest.raises(ValueError, match=r"decay=1\.0"):
         Ema(1.0)
 
 

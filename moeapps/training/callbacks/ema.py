@@ -46,7 +46,17 @@ class Ema(WeightAveraging):
         """Return whether this optimizer step is one of those that are averaged."""
         return step_idx is not None and (step_idx + 1) % self.every == 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a state here would make Lightning warn whoever tests without this callback."""
+        return {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average in the place of the weights, and the last averaged step beside it."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["averaged_at_step"] = self._latest_update_step
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up average and live weights when training goes on; otherwise leave the loaded average in place."""
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            self._latest_update_step = checkpoint.get("averaged_at_step", 0)

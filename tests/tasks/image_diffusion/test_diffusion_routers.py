@@ -85,8 +85,9 @@ def test_token_choice_takes_k_pairs_per_token_with_the_softmax_as_gate() -> None
     router = routers.token_choice(num_experts=E, top_k=2)(D)
     x = torch.randn(12, D)
     routing = router(x)
-    assert (pairs_of := (routing.assignment() != 0)).sum(1).tolist() == [2] * 12
-    torch.testing.assert_close(routing.assignment()[pairs_of], router.score(x).softmax(-1)[pairs_of])
+    taken = routing.assignment() != 0
+    assert taken.sum(1).tolist() == [2] * 12
+    torch.testing.assert_close(routing.assignment()[taken], router.score(x).softmax(-1)[taken])
 
 
 def test_expert_choice_takes_its_share_of_every_image() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_a_flow_is_sampled_like_the_loop_in_the_paper() -> None:
     label, x = torch.arange(4), image_noise(5, torch.arange(4), (1, 8, 8))
     sigma = torch.linspace(1, 0, 11)
     with torch.no_grad():
-        for now, then in zip(sigma[:-1], sigma[1:], strict=True):
+        for now, then in pairwise(sigma):
             time = (1000 * now).expand(4)
             given, none = network(x, time, label)[:, :1], network(x, time, torch.full((4,), K))[:, :1]
             x = x + (then - now) * (none + 1.5 * (given - none))

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cost of a training step of ProMoE: ``python -m benchmarks.promoe_speed --json FILE [--pairs 9]``.
+
+Three questions, each answered by CPU time on one thread, in pairs of alternating order where two things are compared:
+
+* What does a step cost beside the dense twin of equal active FLOPs (one expert that is always on), and beside a plain
+  diffusion transformer, which has timm's Mlp there?
+* Which part of the step takes how long? Every part is run again alone, forward and backward, on the very inputs that a
+  step gave it; what the parts do not explain is ``rest``.
+* What does a mixture spend on routing, on the experts' products, and on bringing tokens to experts and back?
+
+Fails (exit status 1) when the step costs more than `GATE` times the dense twin's. About two minutes on one idle core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+
+from benchmarks.core import machine
+from benchmarks.core_cases import median_ms, paired_ratios
+from moeapps.commands.run import Cli, import_tasks, quiet
+from moeapps.moe import MoELayer
+from moeapps.training.run import write_json
+from moeapps.training.sparse import build_optimizer
+from tasks.image_diffusion.data.batch import ImageBatch
+from tasks.image_diffusion.module import ImageDiffusionTask
+
+BASE = ["--config", "configs/promoe.yaml"]
+DENSE = ["--config", "configs/baselines/promoe_dense.yaml"]
+PLAIN = ["--model.init_args.net.init_args.moe", "null", "--model.init_args.aux_losses", "null"]
+RIVALS = {"dense": DENSE, "dit": PLAIN}
+GATE = 1.15
+"""A step over a step of the dense twin; agreed beforehand."""
+
+Work = Callable[[], object]
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def build(words: list[str] | None = None, flags: list[str] | None = None) -> tuple[ImageDiffusionTask, ImageBatch]:
+    """Return a freshly initialised task and the first training batch of its data."""
+    given = [*BASE, *(words or []), "--trainer.callbacks", "null", *(flags or [])]
+    quiet()
+    import_tasks(given)
+    built = Cli(given, run=False)
+    built.datamodule.prepare_data()
+    built.datamodule.setup("fit")
+    task = built.model
+    assert isinstance(task, ImageDiffusionTask)
+    return task.train(), next(iter(built.datamodule.train_dataloader()))
+
+
+def train_step(task: ImageDiffusionTask, batch: ImageBatch) -> Work:
+    """Forward with recording, losses on the routing, backward, clipping and AdamW."""
+    optimizer = build_optimizer(task, task.optimizer_config)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = task.recorded_step(batch, "train").loss
+        for aux in task.aux_losses:
+            loss = loss + aux.weight * aux(task.last_records)
+        loss.backward()
+        nn.utils.clip_grad_norm_(task.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def part_of(module: nn.Module, name: str) -> str | None:
+    """Return the part of the step that a module is, or None."""
+    if isinstance(module, Attention):
+        return "attention"
+    if isinstance(module, MoELayer):
+        return "mixtures"
+    if isinstance(module, Mlp):
+        return "MLPs"
+    if name.endswith("modulation"):
+        return "modulations"
+    return "patches and last layer" if name.endswith((".patches", ".last.linear")) else None
+
+
+def captured_parts(task: ImageDiffusionTask, batch: ImageBatch) -> dict[str, list[Work]]:
+    """Run one step and return, per part, work that repeats each of its calls alone, forward and backward."""
+    found: dict[str, list[Work]] = {}
+    handles = []
+    for name, module in task.named_modules():
+        part = part_of(module, name)
+        if part is None:
+            continue
+
+        def remember(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], *, part: str = part) -> None:
+            x = args[0].detach().clone()
+            found.setdefault(part, []).append(alone(lambda x: module(x, **options), x, module))
+
+        handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
+    task.recorded_step(batch, "train")
+    for handle in handles:
+        handle.remove()
+    if len(task.aux_losses):
+        found["losses on the routing"] = [routing_losses(task)]
+    found["optimizer"] = [optimizer_step(task)]
+    return found
+
+
+def alone(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Work:
+    """Forward and backward of one call on fixed inputs."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    x = x.requires_grad_()
+
+    def work() -> None:
+        y = call(x)
+        torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
+
+    return work
+
+
+def routing_losses(task: ImageDiffusionTask) -> Work:
+    """All auxiliary losses on the records of a step, forward and backward as far as the router's input."""
+    records = task.last_records
+    leaves = [t for r in records if (t := r.routing.features_ND) is not None]
+
+    def work() -> None:
+        total = torch.stack([aux.weight * aux(records) for aux in task.aux_losses]).sum()
+        torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+
+    return work
+
+
+def optimizer_step(task: ImageDiffusionTask) -> Work:
+    """Clipping and AdamW on a copy of the parameters."""
+    copies = [nn.Parameter(p.detach().clone()) for p in task.parameters()]
+    optimizer = torch.optim.AdamW(copies)
+    for copy in copies:
+        copy.grad = torch.randn_like(copy)
+
+    def work() -> None:
+        nn.utils.clip_grad_norm_(copies, 1.0)
+        optimizer.step()
+
+    return work
+
+
+def mixture_parts(task: ImageDiffusionTask, batch: ImageBatch, *, samples: int) -> dict[str, float]:
+    """Return CPU milliseconds of the mixtures of a step: routing, products of the experts, transport (the rest)."""
+    parts = captured_parts(task, batch)
+    whole = sum(median_ms(work, samples=samples) for work in parts["mixtures"])
+    calls: list[tuple[MoELayer, Tensor, Any]] = []
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, options: calls.append((module, args[0].detach(), options["group"])), with_kwargs=True
+        )
+        for module in task.modules()
+        if isinstance(module, MoELayer)
+    ]
+    task.recorded_step(batch, "train")
+    for handle in handles:
+        handle.remove()
+    route = sum(median_ms(routing_alone(*call), samples=samples) for call in calls)
+    products = sum(median_ms(products_alone(*call), samples=samples) for call in calls)
+    return {
+        "routing": round(route, 1),
+        "products of experts": round(products, 1),
+        "transport": round(max(0.0, whole - route - products), 1),
+    }
+
+
+def routing_alone(layer: MoELayer, x: Tensor, group: Tensor) -> Work:
+    """Routing of one call, forward and backward."""
+    x = x.clone().requires_grad_()
+    parameters = list(layer.router.parameters())
+
+    def work() -> None:
+        weight = layer.route(x, group=group).weight_M  # type: ignore[union-attr]
+        torch.autograd.grad(weight.sum(), [x, *parameters], allow_unused=True)
+
+    return work
+
+
+def products_alone(layer: MoELayer, x: Tensor, group: Tensor) -> Work:
+    """The experts' products on rows that are sorted already, forward and backward."""
+    routing = layer.route(x, group=group)
+    counts = [*routing.counts().tolist(), *[x.flatten(0, -2).shape[0]] * layer.num_shared]
+    rows = torch.randn(sum(counts), x.shape[-1], requires_grad=True)
+    parameters = list(layer.experts.parameters())
+
+    def work() -> None:
+        y = layer.experts.grouped(rows, counts)
+        torch.autograd.grad(y, [rows, *parameters], torch.ones_like(y))
+
+    return work
+
+
+def shares(task: ImageDiffusionTask, batch: ImageBatch, *, samples: int) -> dict[str, dict[str, float]]:
+    """Return milliseconds and share of the step of every part."""
+    whole = median_ms(train_step(task, batch), samples=samples)
+    parts = captured_parts(task, batch)
+    cost = {part: sum(median_ms(work, samples=samples) for work in calls) for part, calls in parts.items()}
+    cost["rest"] = max(0.0, whole - sum(cost.values()))
+    ordered = sorted(cost.items(), key=lambda entry: -entry[1])
+    return {part: {"ms": round(ms, 1), "share": round(ms / whole, 3)} for part, ms in ordered}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
+    """Measure everything and return the report."""
+    torch.set_num_threads(1)
+    task, batch = build(flags=flags)
+    ours = train_step(task, batch)
+    ratios: dict[str, Any] = {}
+    with Progress(transient=True) as progress:
+        for name, words in progress.track(RIVALS.items(), description="steps"):
+            rival = build(words, flags)[0]
+            values = paired_ratios(ours, train_step(rival, batch), pairs=pairs)
+            ratios[name] = {"ratio": round(statistics.median(values), 3), "pairs": [round(v, 3) for v in values]}
+    samples = max(3, pairs // 2)
+    parts = shares(task, batch, samples=samples)
+    gated = ratios["dense"] | {"gate": GATE, "ok": ratios["dense"]["ratio"] <= GATE}
+    return {
+        "command": "python -m benchmarks.promoe_speed --json benchmarks/results/promoe_speed.json",
+        "machine": machine(),
+        "images": len(batch.label),
+        "tokens": len(batch.label) * task.net.num_tokens,
+        "step_over": {**ratios, "dense": gated},
+        "parts": parts,
+        "largest": next(iter(parts)),
+        "mixtures_ms": mixture_parts(task, batch, samples=samples),
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as tables."""
+    console = Console(highlight=False)
+    table = Table("a step of ProMoE over one of", "ratio", "gate")
+    for name, row in report["step_over"].items():
+        table.add_row(name, f"{row['ratio']:.2f}", f"{row['gate']:.2f}" if "gate" in row else "")
+    console.print(table)
+    table = Table("part of the step", "CPU ms", "share")
+    for name, row in report["parts"].items():
+        table.add_row(name, f"{row['ms']:.0f}", f"{row['share']:.0%}")
+    console.print(table)
+    for name, ms in report["mixtures_ms"].items():
+        console.print(f"mixtures, {name}: {ms:.0f} ms")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measure, print, write; 1 when the gate is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.promoe_speed", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
+    options = parser.parse_args(args)
+    report = measure(pairs=options.pairs)
+    show(report)
+    if options.json:
+        write_json(options.json, report)
+    return 0 if report["step_over"]["dense"]["ok"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
