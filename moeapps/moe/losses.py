@@ -96,6 +96,14 @@ class AuxLoss(nn.Module):
         Raises:
             ValueError: If no record matches: a loss over nothing would be silently absent.
         """
+        return torch.stack([self.compute(record) for record in self.chosen(records)]).mean()
+
+    def chosen(self, records: Sequence[Record]) -> list[Record]:
+        """Give the records whose layer name matches.
+
+        Raises:
+            ValueError: If none does.
+        """
         chosen = [record for record in records if fnmatchcase(record.name, self.layers)]
         if not chosen:
             names = sorted({record.name for record in records})
@@ -103,7 +111,7 @@ class AuxLoss(nn.Module):
                 f"auxiliary loss {self.name!r} with layers={self.layers!r} meets no recorded MoE layer "
                 f"(recorded: {names or 'none'}); change the pattern, or remove the loss from aux_losses"
             )
-        return torch.stack([self.compute(record) for record in chosen]).mean()
+        return chosen
 
     def on_optimizer_step(self) -> None:
         """Forget what was gathered over micro-batches; the training loop calls this after each optimizer step."""

@@ -410,11 +410,37 @@ def test_conditional_split_says_what_it_needs() -> None:
         ConditionalSplit(router)(torch.randn(3, D))
     with pytest.raises(ValueError, match="at least one group id"):
         ConditionalSplit(router, ())
-    with pytest.raises(ValueError, match="sparse router by row"):
+    with pytest.raises(ValueError, match="pass group=ids"):
+        ConditionalSplit(router, None)(torch.randn(3, D))
+    with pytest.raises(ValueError, match="needs a sparse router"):
         ConditionalSplit(Router(LinearScore(D, E), Dense()))
-    batch = ConditionalSplit(Router(LinearScore(D, E), ExpertChoice(1.0)))
-    with pytest.raises(ValueError, match="gives each row k experts"):
-        batch(torch.randn(3, D), group=torch.zeros(3, dtype=torch.int64))
+    slots = ConditionalSplit(Router(LinearScore(D, 2 * E), Slots(2)))
+    with pytest.raises(ValueError, match="not of slots"):
+        slots(torch.randn(3, D), group=torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        TopK(2),
+        TopP(0.6),
+        ExpertChoice(1.0),
+        ExpertChoice(1.0, per="group"),
+        Threshold(1.0),
+        Threshold(2.0, scope="pairs", weighing="identity"),
+    ],
+    ids=lambda choose: type(choose).__name__,
+)
+def test_conditional_split_fits_every_sparse_chooser(choose: nn.Module) -> None:
+    split = ConditionalSplit(Router(LinearScore(D, E), choose).double(), None)
+    x, group = features(12), torch.tensor([0, 0, -1, 3, -4, 3, 7, 7, 7, -1, 0, 0])
+    routing = split(x, group=group)
+    dense, fixed = routing.assignment(), group < 0
+    assert dense[fixed].tolist() == [[0.0] * E + [1.0]] * 3
+    assert (dense[~fixed][:, E] == 0).all()
+    assert dense[~fixed][:, :E].abs().sum() > 0
+    assert split.pool == choose.pool
+    torch.testing.assert_close(routing.probs_NE[~fixed][:, :E], split.conditional(x, group=group).probs_NE[~fixed])
 
 
 def test_gates_equal_separate_dense_routers() -> None:

@@ -140,21 +140,27 @@ def promoe(
     top_k: int = 1,
     expansion: float = 2.0,
     by_expert: bool = False,
-    unconditional_group: int = -1,
+    weighing: Literal["identity", "softmax", "sigmoid"] = "identity",
+    conditional_split: bool = True,
+    num_shared: int = 1,
+    unconditional_group: int | None = None,
     router: RouterFactory | None = None,
     backend: Backend = "auto",
 ) -> LayerFactory:
     r"""ProMoE: unconditional rows to their own expert, cosine prototypes for the others, one shared expert.
 
-    Call with ``group=ids``: the sample of each row, or ``unconditional_group``. Bank: E routed, 1 unconditional, 1
-    shared.
+    Call with ``group=ids``: the sample of each row, negative without a condition. Bank: E routed, 1 unconditional (with
+    the split), then the shared ones.
 
     Args:
         num_experts: routed experts E.
         top_k: experts per conditional row.
         expansion: hidden width over model width.
         by_expert: the EC variant: each expert takes its best rows of each sample.
-        unconditional_group: the group id of rows without a condition.
+        weighing: what the gates are: the cosine itself, or its softmax or sigmoid over the experts (ablations).
+        conditional_split: whether unconditional rows have an expert of their own; otherwise they are routed like any.
+        num_shared: always-on experts.
+        unconditional_group: the group id of rows without a condition; None means all negative ids.
         router: another router of the conditional rows over the E experts.
         backend: how sparse routings are computed.
 
@@ -167,14 +173,20 @@ def promoe(
     """
 
     def default_router(dim: int) -> Router:
-        by_row = TopK(top_k, weighing="identity")
-        choose = ExpertChoice(float(top_k), per="group", weighing="identity") if by_expert else by_row
+        by_row = TopK(top_k, weighing=weighing, renormalise=False)
+        choose = ExpertChoice(float(top_k), per="group", weighing=weighing) if by_expert else by_row
         return Router(PrototypeScore(dim, num_experts), choose)
 
     def build(dim: int) -> MoELayer:
-        conditional = (default_router if router is None else router)(dim)
-        bank = MLPExperts(num_experts + 2, dim, int(expansion * dim), activation="gelu_tanh")
-        return MoELayer(ConditionalSplit(conditional, (unconditional_group,)), bank, num_shared=1, backend=backend)
+        inner = (default_router if router is None else router)(dim)
+        if inner.num_experts != num_experts:
+            raise ValueError(
+                f"the router has {inner.num_experts} experts, but num_experts={num_experts}; make them equal"
+            )
+        fixed = None if unconditional_group is None else (unconditional_group,)
+        whole = ConditionalSplit(inner, fixed) if conditional_split else inner
+        bank = MLPExperts(whole.num_experts + num_shared, dim, int(expansion * dim), activation="gelu_tanh")
+        return MoELayer(whole, bank, num_shared=num_shared, backend=backend)
 
     return build
 

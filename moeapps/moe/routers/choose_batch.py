@@ -77,6 +77,7 @@ class ExpertChoice(Chooser):
         if per not in ("group", "batch"):
             raise ValueError(f"per={per!r}, but it must be 'group' or 'batch'.")
         self.capacity_factor, self.per, self.weighing = capacity_factor, per, weighing
+        self.pool = per
 
     def mean_k(self) -> float | None:
         """The capacity factor."""
@@ -135,8 +136,8 @@ class Threshold(Chooser):
         ValueError: for a factor not above 0 or a decay outside [0, 1).
 
     Source: DiffMoE (``expert``; promoe card, rivals: decay 0.95, start 0. Its capacity predictor, a second network
-    trained
-        to guess the selection, is left out: the score itself is compared) and Expert Race (``pairs``, ``identity``).
+        trained to guess the selection, is left out: the score itself is compared) and Expert Race (``pairs``,
+        ``identity``).
 
     Example:
         >>> choose = Threshold(1.0)

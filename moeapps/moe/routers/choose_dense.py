@@ -178,6 +178,7 @@ class Slots(Chooser):
         if num_slots < 1 or num_groups < 1:
             raise ValueError(f"num_slots={num_slots}, num_groups={num_groups}, but both must be at least 1.")
         self.slots, self.num_groups = num_slots, num_groups
+        self.pool = "batch" if num_groups == 1 else "group"
 
     def bind(self, num_outputs: int) -> int:
         """Divide the columns into experts of S slots."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moeapps.moe.routing import AnyRouting, Routing
 
 NullMass = Literal["lost", "redistributed"]
+Pool = Literal["row", "group", "batch"]
 
 
 class Chooser(nn.Module):
@@ -28,6 +29,7 @@ class Chooser(nn.Module):
         num_null: columns after the routed experts whose output is 0.
         num_shared: last columns, which weigh the shared experts.
         num_experts: E, known after ``bind``.
+        pool: among which rows the choice is made in evaluation; ``row`` means that rows do not compete.
 
     Example:
         >>> from moeapps.moe import TopK
@@ -41,6 +43,7 @@ class Chooser(nn.Module):
     num_null: int = 0
     num_shared: int = 0
     num_experts: int = 0
+    pool: Pool = "row"
 
     def bind(self, num_outputs: int) -> int:
         """Learn how many columns the score has and return how many routed experts they make.

@@ -19,14 +19,16 @@ class ConditionalSplit(RouterBase):
     r"""Rows of a flagged group go to an expert of their own with weight 1; the others are routed.
 
     Routed experts are 0 .. E-1 of the inner router; a row whose group is ``fixed_groups[j]`` goes to expert E + j. In
-    the routing's ``probs_NE`` a fixed row is one-hot, and its logits are about minus infinity elsewhere.
+    the routing's ``probs_NE`` a fixed row is one-hot, and its logits are about minus infinity elsewhere. The inner
+    router may be any sparse one: token choice, expert choice per group or batch, thresholds.
 
     Args:
-        conditional: router of the other rows; it gives each row k experts.
-        fixed_groups: group ids that are not routed.
+        conditional: router of the other rows.
+        fixed_groups: group ids that are not routed; None means all negative ids, which share expert E (samples without
+            a condition then keep ids of their own).
 
     Raises:
-        ValueError: if no group is named, the inner router is not sparse by row, or no group ids come.
+        ValueError: if no group is named, the inner router is not sparse, or no group ids come.
 
     Source: ProMoE, unconditional tokens (promoe card 2.2, step 1).
 
@@ -37,17 +39,18 @@ class ConditionalSplit(RouterBase):
         3
     """
 
-    def __init__(self, conditional: RouterBase, fixed_groups: Sequence[int] = (-1,)) -> None:
+    def __init__(self, conditional: RouterBase, fixed_groups: Sequence[int] | None = (-1,)) -> None:
         super().__init__()
-        if not fixed_groups or len(set(fixed_groups)) != len(fixed_groups):
+        if fixed_groups is not None and (not fixed_groups or len(set(fixed_groups)) != len(fixed_groups)):
             raise ValueError(f"fixed_groups={tuple(fixed_groups)}: name at least one group id, each once.")
         if not conditional.sparse:
             raise ValueError(
-                "ConditionalSplit needs a sparse router by row (TopK, TopP); a dense gate has no row to spare."
+                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice); a dense gate has no row to spare."
             )
-        self.conditional, self.fixed_groups = conditional, tuple(fixed_groups)
-        self.num_shared = conditional.num_shared
-        self.num_experts = conditional.num_experts + len(self.fixed_groups)
+        self.conditional = conditional
+        self.fixed_groups = None if fixed_groups is None else tuple(fixed_groups)
+        self.num_shared, self.pool = conditional.num_shared, conditional.pool
+        self.num_experts = conditional.num_experts + (1 if self.fixed_groups is None else len(self.fixed_groups))
 
     def mean_k(self) -> float | None:
         """That of the inner router: a fixed row has one expert."""
@@ -63,29 +66,45 @@ class ConditionalSplit(RouterBase):
     ) -> Routing:
         """The inner routing with fixed rows put in."""
         if group is None:
-            raise ValueError(
-                f"ConditionalSplit sends groups {self.fixed_groups} to experts of their own; pass group=ids."
-            )
-        fixed_NF = group.unsqueeze(-1) == torch.tensor(self.fixed_groups, device=group.device)
+            named = "negative" if self.fixed_groups is None else str(self.fixed_groups)
+            raise ValueError(f"ConditionalSplit sends groups {named} to experts of their own; pass group=ids.")
+        fixed_NF = self._fixed(group)
         is_fixed_N = fixed_NF.any(-1)
         routed_N = ~is_fixed_N if token_mask is None else ~is_fixed_N & token_mask
         inner = self.conditional(features, state=state, token_mask=routed_N, group=group)
-        if not isinstance(inner, Routing) or inner.top_k is None:
-            raise ValueError("ConditionalSplit needs a router that gives each row k experts; use TopK or TopP.")
-        first_M = torch.arange(inner.row_M.shape[0], device=group.device) % inner.top_k == 0
-        here_M = first_M & (is_fixed_N if token_mask is None else is_fixed_N & token_mask)[inner.row_M]
-        fixed_M = (inner.num_experts + fixed_NF.int().argmax(-1))[inner.row_M]
+        if not isinstance(inner, Routing) or inner.target_M is not None:
+            raise ValueError("ConditionalSplit needs a router of assignments (TopK, TopP, ExpertChoice), not of slots.")
+        fixed_N = inner.num_experts + fixed_NF.int().argmax(-1)
+        here_N = is_fixed_N if token_mask is None else is_fixed_N & token_mask
         expert_M = inner.expert_M.where(inner.expert_M < inner.num_experts, self.num_experts)
+        if inner.top_k is None:  # no place of its own for every row: one more assignment each, a sentinel if routed
+            row_N = torch.arange(inner.num_rows, device=group.device)
+            row_M = torch.cat([inner.row_M, row_N])
+            expert_M = torch.cat([expert_M, fixed_N.where(here_N, self.num_experts)])
+            weight_M = torch.cat([inner.weight_M, here_N.to(inner.weight_M.dtype)])
+        else:
+            row_M = inner.row_M
+            first_M = torch.arange(row_M.shape[0], device=group.device) % inner.top_k == 0
+            here_M = first_M & here_N[row_M]
+            expert_M = fixed_N[row_M].where(here_M, expert_M)
+            weight_M = torch.ones_like(inner.weight_M).where(here_M, inner.weight_M)
         return replace(
             inner,
-            expert_M=fixed_M.where(here_M, expert_M),
-            weight_M=torch.ones_like(inner.weight_M).where(here_M, inner.weight_M),
+            row_M=row_M,
+            expert_M=expert_M,
+            weight_M=weight_M,
             num_experts=self.num_experts,
             logits_NE=self._widened(
                 inner.logits_NE, fixed_NF, inner.num_experts, torch.finfo(torch.float32).min / 4, 0.0
             ),
             probs_NE=self._widened(inner.probs_NE, fixed_NF, inner.num_experts, 0.0, 1.0),
         )
+
+    def _fixed(self, group_N: Tensor) -> Tensor:
+        """Which fixed expert each row goes to, bool [N, F]; no True in a row that is routed."""
+        if self.fixed_groups is None:
+            return (group_N < 0).unsqueeze(-1)
+        return group_N.unsqueeze(-1) == torch.tensor(self.fixed_groups, device=group_N.device)
 
     @staticmethod
     def _widened(values_NX: Tensor | None, fixed_NF: Tensor, at: int, off: float, on: float) -> Tensor | None:

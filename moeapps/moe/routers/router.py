@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe.routers.capacity import Capacity
-from moeapps.moe.routers.chooser import Chooser
+from moeapps.moe.routers.chooser import Chooser, Pool
 from moeapps.moe.routers.noise import Noise
 from moeapps.moe.routers.score import Features, Score
 from moeapps.moe.routing import AnyRouting, Routing
@@ -27,6 +27,8 @@ class RouterBase(nn.Module):
         sparse: whether rows go to some experts only.
         takes_gates: whether features may come one per gate, [G, N, d] or a tuple; they are then never reshaped.
         adjust: hook ``(logits, features) -> logits`` for test-time rerouting; None does nothing.
+        pool: what else decides a row's experts in evaluation: nothing (``row``), the rows of its ``group``, or the
+            whole ``batch``, so that its mates change its output.
 
     Example:
         >>> from moeapps.moe import LinearScore, TopK
@@ -39,6 +41,7 @@ class RouterBase(nn.Module):
     sparse: bool = True
     takes_gates: bool = False
     adjust: Adjust | None = None
+    pool: Pool = "row"
 
     def mean_k(self) -> float | None:
         """Experts per row, where it is known beforehand; None where the data decide."""
@@ -110,7 +113,7 @@ class Router(RouterBase):
         super().__init__()
         self.score, self.choose, self.noise, self.capacity = score, choose, noise, capacity
         self.num_experts = choose.bind(score.num_outputs)
-        self.num_shared, self.sparse = choose.num_shared, choose.sparse
+        self.num_shared, self.sparse, self.pool = choose.num_shared, choose.sparse, choose.pool
         self.adjust: Adjust | None = None
         if capacity is not None and not choose.by_row:
             raise ValueError(

@@ -8,9 +8,18 @@ from typing import Any, cast
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from moeapps.moe import MoELayer
+from moeapps.moe.routers.chooser import Pool
 from moeapps.training.cost import Cost, measure_cost
 from moeapps.training.task import BaseTask
+
+_CHOICES: dict[Pool, str] = {
+    "row": "chosen for each row by itself",
+    "group": "chosen among the rows of its group",
+    "batch": "chosen among ALL rows of a batch",
+}
 
 
 class MoESummary(L.Callback):
@@ -77,4 +86,11 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
         )
         kind = f"{first.mean_k:.3g} of {first.num_experts} experts" if same else "several kinds"
         table.add_row("MoE layers", kind, str(len(cost.layers)))
+        table.add_row("experts in evaluation", choice_of(task), "")
     return table
+
+
+def choice_of(task: nn.Module) -> str:
+    """Say among which rows the routers of a model choose in evaluation."""
+    pools = {layer.router.pool for layer in task.modules() if isinstance(layer, MoELayer)}
+    return "; ".join(text for pool, text in _CHOICES.items() if pool in pools)

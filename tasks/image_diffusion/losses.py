@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses on the routing that ProMoE and its rivals bring: pure functions of a record, and the modules YAML names.
+
+Shape legend: N tokens, E experts, D width, G images, M assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeapps.moe import AuxLoss, ConditionalSplit, PrototypeScore, Record, Routing
+from tasks.image_diffusion.routers import CapacityRouting, ClassTable, superclass_of
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def routing_contrast(
+    prototypes_ED: Tensor, x_ND: Tensor, taken_NE: Tensor, *, tau: float = 0.07, group_N: Tensor | None = None
+) -> Tensor:
+    r"""Tie every prototype to the mean of the tokens that chose it and push it off the means of the others.
+
+    .. math:: L = -\frac{1}{|A|} \sum_{i \in A} \log \frac{e^{c_{ii} / \tau}}{\sum_{j \in A} e^{c_{ij} / \tau}},
+        \quad c_{ij} = \cos(p_i, m_j)
+
+    with :math:`m_i` the mean token of expert i and A the experts that have any; 0 for fewer than two.
+
+    Args:
+        prototypes_ED: [E, D].
+        x_ND: what was routed on, [N, D].
+        taken_NE: bool [N, E], which experts took a token.
+        tau: temperature.
+        group_N: int64 [N]: means are taken image by image, and the loss is averaged over images and experts (EC); None
+            takes them over the batch.
+
+    Returns:
+        0-dim tensor, with gradient to prototypes and tokens.
+
+    Source: ProMoE, equation 6 (promoe card 2.3 and 2.4).
+    """
+    num_experts = len(prototypes_ED)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        x_ND, prototypes_ED = x_ND.float(), prototypes_ED.float()
+        if group_N is None:
+            taken = taken_NE.to(x_ND.dtype)
+            sum_GED, count_GE = (taken.T @ x_ND).unsqueeze(0), taken.sum(0, keepdim=True)
+        else:
+            ids, image_N = torch.unique(group_N, return_inverse=True)
+            row_M, expert_M = taken_NE.nonzero(as_tuple=True)
+            place_M = image_N[row_M] * num_experts + expert_M
+            size = len(ids) * num_experts
+            sum_GED = x_ND.new_zeros(size, x_ND.shape[1]).index_add(0, place_M, x_ND.index_select(0, row_M))
+            sum_GED = sum_GED.view(len(ids), num_experts, -1)
+            count_GE = torch.bincount(place_M, minlength=size).view(len(ids), num_experts).to(x_ND.dtype)
+        mean_GED = sum_GED / count_GE.clamp_min(1).unsqueeze(-1)
+        active_GE = count_GE > 0
+        cosine = torch.einsum("id,gjd->gij", F.normalize(prototypes_ED, dim=-1), F.normalize(mean_GED, dim=-1))
+        logits = (cosine / tau).masked_fill(~active_GE.unsqueeze(1), torch.finfo(cosine.dtype).min)
+        own_GE = logits.log_softmax(-1).diagonal(dim1=1, dim2=2)
+        return -own_GE.where(active_GE, 0.0).sum() / active_GE.sum().clamp_min(1)
+
+
+def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
+    r"""Push apart experts that like the same tokens, the more so the more they are chosen together.
+
+    With :math:`P' = P^T P` of the probabilities and :math:`M' = M^T M` of the selection:
+    :math:`\frac{1}{N} \sum_{ij} W_{ij} P'_{ij}`, :math:`W_{ii} = E M'_{ii} / \sum_i M'_{ii}`,
+    :math:`W_{ij} = (E^2 - E) M'_{ij} / \sum_{i \ne j} M'_{ij}`.
+
+    Args:
+        probs_NE: softmax rows [N, E].
+        taken_NE: bool [N, E].
+
+    Source: Expert Race, as in the promoe card, section 8 [secondary there].
+    """
+    num_rows, num_experts = probs_NE.shape
+    taken = taken_NE.to(probs_NE.dtype)
+    together, alike = taken.T @ taken, probs_NE.T @ probs_NE
+    same = torch.eye(num_experts, dtype=torch.bool, device=probs_NE.device)
+    own = num_experts * together / together.diagonal().sum().clamp_min(1)
+    cross = (num_experts**2 - num_experts) * together / together.masked_fill(same, 0).sum().clamp_min(1)
+    return (torch.where(same, own, cross) * alike).sum() / max(1, num_rows)
+
+
+def num_routed(record: Record) -> int:
+    """Experts that the router chooses among, without one that is given to unconditional tokens."""
+    router = record.layer.router
+    return router.conditional.num_experts if isinstance(router, ConditionalSplit) else router.num_experts
+
+
+def taken_pairs(record: Record, num_experts: int) -> Tensor:
+    """Which of the first ``num_experts`` experts took each row, bool [N, num_experts]."""
+    routing = record.routing
+    if not isinstance(routing, Routing):
+        raise ValueError(f"layer {record.name!r} runs all experts on all rows; this loss is for sparse routers")
+    taken = torch.zeros(routing.num_rows, num_experts + 1, dtype=torch.bool, device=routing.row_M.device)
+    place = (routing.row_M, routing.expert_M.clamp(max=num_experts))
+    return taken.index_put_(place, taken.new_ones(()))[:, :num_experts]
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class LayerSum(AuxLoss):
+    """An auxiliary loss that is summed over the layers, as these papers do; keeps the value of each for the log.
+
+    Attributes:
+        per_layer: name of the layer -> its last value, without gradient.
+    """
+
+    def __init__(self, weight: float, *, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+        self.per_layer: dict[str, Tensor] = {}
+
+    def forward(self, records: Sequence[Record]) -> Tensor:
+        """Give the sum over the records whose layer name matches; see `AuxLoss`."""
+        chosen = self.chosen(records)
+        values = [self.compute(record) for record in chosen]
+        self.per_layer = {record.name: value.detach() for record, value in zip(chosen, values, strict=True)}
+        return torch.stack(values).sum()
+
+
+class RoutingContrast(LayerSum):
+    """`routing_contrast` of every layer with prototypes, summed over the layers.
+
+    Args:
+        weight: lambda (paper: 1; 10 for the smallest DDPM model).
+        tau: temperature (paper: 0.07).
+        per_image: means within each image, for the EC variant.
+        layers: pattern of layer names.
+
+    Raises:
+        ValueError: in use, for a layer without prototypes.
+    """
+
+    name = "contrast"
+
+    def __init__(self, weight: float = 1.0, *, tau: float = 0.07, per_image: bool = False, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+        if not tau > 0:
+            raise ValueError(f"tau={tau}, but a temperature is above 0 (paper: 0.07)")
+        self.tau, self.per_image = tau, per_image
+
+    def compute(self, record: Record) -> Tensor:
+        """Give the loss of one layer; 0 where no conditional token was routed."""
+        found = [module for module in record.layer.router.modules() if isinstance(module, PrototypeScore)]
+        x_ND = record.routing.features_ND
+        if len(found) != 1 or x_ND is None:
+            raise ValueError(
+                f"the router of layer {record.name!r} has no prototypes (PrototypeScore), which RoutingContrast needs; "
+                "remove the loss from aux_losses or choose other layers with its 'layers' pattern"
+            )
+        prototypes_ED = found[0].prototypes
+        taken_NE = taken_pairs(record, len(prototypes_ED))
+        group_N = record.group if self.per_image else None
+        if self.per_image and group_N is None:
+            raise ValueError(f"layer {record.name!r} was called without group, which per_image=True needs")
+        return routing_contrast(prototypes_ED, x_ND, taken_NE, tau=self.tau, group_N=group_N)
+
+
+class RouterSimilarity(LayerSum):
+    """`router_similarity` of every layer, summed.
+
+    Args:
+        weight: coefficient; 1e-5 in one re-implementation, the paper's is not known to us.
+        layers: pattern of layer names.
+    """
+
+    name = "similarity"
+
+    def __init__(self, weight: float = 1e-5, *, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+
+    def compute(self, record: Record) -> Tensor:
+        """Give the loss of one layer."""
+        logits_NE = record.routing.logits_NE
+        if logits_NE is None:
+            raise ValueError(f"layer {record.name!r} routes without logits, which RouterSimilarity needs")
+        return router_similarity(logits_NE.softmax(-1), taken_pairs(record, logits_NE.shape[1]))
+
+
+class CapacityLoss(LayerSum):
+    """Binary cross-entropy of DiffMoE's capacity predictor against the selection of training, summed over the layers.
+
+    Args:
+        weight: coefficient (DiffMoE: 1). The predictor reads detached tokens, so nothing else is trained by it.
+        layers: pattern of layer names.
+
+    Raises:
+        ValueError: in use, for a layer without a capacity predictor.
+    """
+
+    name = "capacity"
+
+    def __init__(self, weight: float = 1.0, *, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+
+    def compute(self, record: Record) -> Tensor:
+        """Give the loss of one layer over the tokens that were routed."""
+        routing = record.routing
+        if not isinstance(routing, CapacityRouting):
+            raise ValueError(f"the router of layer {record.name!r} has no capacity predictor; remove CapacityLoss")
+        wanted_NE = taken_pairs(record, routing.capacity_NE.shape[1]).to(routing.capacity_NE.dtype)
+        loss_NE = F.binary_cross_entropy_with_logits(routing.capacity_NE, wanted_NE, reduction="none")
+        if routing.counted_N is None:
+            return loss_NE.mean()
+        counted = routing.counted_N.to(loss_NE.dtype).unsqueeze(-1)
+        return (loss_NE * counted).sum() / (counted.sum() * loss_NE.shape[1]).clamp_min(1)
+
+
+class SuperclassLoss(LayerSum, ClassTable):
+    """Cross-entropy of a router's logits against the super-class of the image, summed over the layers.
+
+    For class-supervised routing; the table from class to super-class is the data's (``facts["superclass"]``).
+
+    Args:
+        weight: coefficient (the paper's is not known to us).
+        layers: pattern of layer names.
+    """
+
+    name = "superclass"
+
+    def __init__(self, weight: float = 1.0, *, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+
+    def compute(self, record: Record) -> Tensor:
+        """Give the loss of one layer over the tokens with a class; equal weight for every image."""
+        logits_NE = record.routing.logits_NE
+        if logits_NE is None or record.group is None:
+            raise ValueError(f"layer {record.name!r} routes without logits or group, which SuperclassLoss needs")
+        conditional_N = record.group >= 0
+        score = superclass_of(self.table, record.group.clamp_min(0)) % num_routed(record)
+        own_N = logits_NE.log_softmax(-1).gather(-1, score.unsqueeze(-1)).squeeze(-1)
+        return -own_N.where(conditional_N, 0.0).sum() / conditional_N.sum().clamp_min(1)

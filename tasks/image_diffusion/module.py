@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Lightning side of ProMoE: training at random noise levels, a paired loss for comparisons, samples as answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from moeapps.moe.losses import AuxLoss
+from moeapps.training.optim import OptimizerConfig, Schedule
+from moeapps.training.task import BaseTask, Stage, StepOutput
+from tasks.image_diffusion.data.batch import ImageBatch
+from tasks.image_diffusion.flow import RectifiedFlow
+from tasks.image_diffusion.losses import LayerSum
+from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
+from tasks.image_diffusion.model import DiT
+from tasks.image_diffusion.process import Process
+from tasks.image_diffusion.routers import ClassTable
+from tasks.image_diffusion.samplers import image_noise, sample
+
+PAIRED_SEED = 20_251_024
+"""Seed of the fixed noise of the paired loss."""
+
+
+@dataclass
+class Sampling:
+    """How ``predict`` draws images.
+
+    Args:
+        cfg: strength of guidance, >= 0; 1 is none.
+        steps: of the solver, >= 1.
+        solver: ``euler`` or ``heun`` for a flow, ``ddim`` or ``ancestral`` for a diffusion; None takes the process's.
+        seed: of the noise.
+    """
+
+    cfg: float = 4.0
+    steps: int = 25
+    solver: str | None = None
+    seed: int = 0
+
+
+class ImageDiffusionTask(BaseTask):
+    """Generation of images by class, from several domains at once.
+
+    Scores are paired losses: image i of a domain always meets the same noise and the same time, whatever the model, so
+    that two models differ by what they learned alone. ``loss`` is what training minimises on average, (1 - p)
+    ``conditional`` + p ``null`` with p the share of dropped labels. In evaluation every image goes through the network
+    twice, with its label and without.
+
+    Args:
+        net: the network.
+        facts: from the data module: ``domains``, ``num_classes``, ``channels``, ``image_size``, ``superclass``.
+        process: how images are noised; None means `RectifiedFlow`.
+        sampling: how ``predict`` draws images.
+        aux_losses: losses on the routing (paper: `RoutingContrast`).
+        optimizer: AdamW's numbers.
+        schedule: learning-rate schedule (paper: constant).
+
+    Raises:
+        ValueError: ``facts`` lacks an entry, the data does not fit the network, or the network gives no variance that
+            the process needs.
+    """
+
+    monitor: ClassVar[str] = "val/validation/loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    main_metric: ClassVar[str] = "loss"
+
+    def __init__(
+        self,
+        *,
+        net: DiT,
+        facts: dict[str, Any],
+        process: Process | None = None,
+        sampling: Sampling | None = None,
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        _check_facts(facts, net)
+        self.net = net
+        self.process = process or RectifiedFlow()
+        self.sampling = sampling or Sampling()
+        if self.process.needs_variance and not net.learn_sigma:
+            raise ValueError(f"{type(self.process).__name__} learns a variance; set net.learn_sigma=true")
+        for module in self.modules():
+            if isinstance(module, ClassTable):
+                module.use_superclasses(facts["superclass"])
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        """The paired loss in parts."""
+        return paired_metrics()
+
+    def num_tokens(self, batch: ImageBatch) -> int:
+        """Tokens of an evaluation pass, which holds every image twice: with its label and without."""
+        return 2 * len(batch.label) * self.net.num_tokens
+
+    # Steps --------------------------------------------------------------------------------------------------------
+
+    def shared_step(self, batch: ImageBatch, stage: Stage) -> StepOutput:
+        """Training: loss at random times and noise. Evaluation: paired losses."""
+        if stage == "train":
+            x0 = batch.image
+            t_B, eps = self.process.draw_times(len(x0), x0.device), torch.randn_like(x0)
+            return StepOutput(self.losses(x0, batch.label, eps, t_B).mean(), len(x0))
+        eps, t_B = self.fixed_noise(batch)
+        x0, label = batch.image, batch.label
+        both = torch.cat([label, torch.full_like(label, self.net.num_classes)])
+        twice = [torch.cat([part, part]) for part in (x0, eps, t_B)]
+        conditional, null = self.losses(twice[0], both, *twice[1:]).chunk(2)
+        dropped = self.net.label.dropout
+        loss_B = (1 - dropped) * conditional + dropped * null
+        units = {"loss": loss_B, "conditional": conditional, "null": null}
+        return StepOutput(loss_B.mean(), len(x0), (conditional, null, t_B), units=units)
+
+    def losses(self, x0: Tensor, label_B: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """Loss of each image [B] for given data, labels (K means none), noise and times."""
+        output = self.net(self.process.corrupt(x0, eps, t_B), self.process.network_time(t_B), label_B)
+        return self.process.losses(output, x0, eps, t_B)
+
+    def paired_losses(self, batch: ImageBatch, *, null: bool = False) -> Tensor:
+        """Loss of each image [B] with the noise and time that belong to it.
+
+        Call it in evaluation mode, in which no label is dropped.
+
+        Args:
+            batch: images; those with one ``index`` and ``domain`` meet the same noise in every call.
+            null: take the labels away.
+        """
+        eps, t_B = self.fixed_noise(batch)
+        label = torch.full_like(batch.label, self.net.num_classes) if null else batch.label
+        return self.losses(batch.image, label, eps, t_B)
+
+    def fixed_noise(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Noise [B, C, H, H] and times [B] from the places of the images in their domains.
+
+        Times are stratified: every ten images in a row visit the ten slices of [0, 1], turned by one from ten to ten so
+        that an order of the classes that repeats does not tie a class to a slice; the place within a slice is drawn.
+        """
+        key = batch.domain.cpu() * 100_003_019 + batch.index.cpu()
+        shape = tuple(batch.image.shape[1:])
+        eps = image_noise(PAIRED_SEED, key, shape).to(batch.image)
+        within = torch.special.ndtr(image_noise(PAIRED_SEED, key, (1,), draw=1).squeeze(1))
+        index_B = batch.index.cpu()
+        t_B = ((index_B + index_B // TIME_BINS) % TIME_BINS + within) / TIME_BINS
+        return eps, t_B.clamp(1e-4, 1 - 1e-4).to(batch.image.device)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """See the base; also logs losses on the routing layer by layer."""
+        total = super().training_step(batch, batch_idx)
+        for aux in self.aux_losses:
+            for layer, value in aux.per_layer.items() if isinstance(aux, LayerSum) else ():
+                self.log_train(f"aux/{aux.name}/{layer}", value, len(batch.label))
+        return total
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Draw an image for every label of the batch.
+
+        Returns:
+            On the CPU ``image`` float32 [B, C, H, H] in [-1, 1] (latents have no bounds) and ``label``, ``domain``,
+            ``index`` int64 [B].
+        """
+        how = self.sampling
+        index = batch.domain.cpu() * 100_003_019 + batch.index.cpu()
+        image = sample(self, batch.label, cfg=how.cfg, steps=how.steps, solver=how.solver, seed=how.seed, index=index)
+        parts = {"image": image, "label": batch.label, "domain": batch.domain, "index": batch.index}
+        return {name: value.cpu() for name, value in parts.items()}
+
+
+def _check_facts(facts: dict[str, Any], net: DiT) -> None:
+    wanted = ("num_classes", "channels", "image_size")
+    missing = [name for name in (*wanted, "superclass") if name not in facts]
+    if missing:
+        raise ValueError(f"facts lacks {missing}; give the facts of ImageData")
+    for name in wanted:
+        if facts[name] != getattr(net, name):
+            raise ValueError(
+                f"the data has {name}={facts[name]} but net.{name}={getattr(net, name)}; "
+                f"set model.init_args.net.init_args.{name} to {facts[name]}"
+            )
+    if len(facts["superclass"]) != facts["num_classes"]:
+        raise ValueError(f"facts['superclass'] is {facts['superclass']}; give one entry for each class")
