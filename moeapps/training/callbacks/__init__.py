@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from moeapps.training.callbacks.averaging import AveragedWeights
 from moeapps.training.callbacks.balance import BiasBalancing
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
@@ -13,6 +14,7 @@ from moeapps.training.callbacks.summary import MoESummary
 from moeapps.training.callbacks.table import EndTable
 
 __all__ = [
+    "AveragedWeights",
     "BestCheckpoint",
     "BiasBalancing",
     "EndTable",
