@@ -62,6 +62,24 @@ def test_the_test_after_fit_and_a_later_test_score_the_same_weights(tmp_path: Pa
     assert json.loads((folder / "metrics" / "test.json").read_text())["rows"] == after_fit
 
 
+def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    constant = ["--model.init_args.schedule", "moeapps.training.optim.Constant"]
+    words = ["fit", *TOY, *averaging(tmp_path), *constant, "--test_after_fit", "false"]
+    runs = tmp_path / "runs" / "toy"
+    half = str(runs / "half" / "version_0" / "checkpoints" / "last.ckpt")
+    assert main([*words, "--trainer.max_epochs", "2", "--name", "whole"]) == 0
+    assert main([*words, "--trainer.max_epochs", "1", "--name", "half"]) == 0
+    assert main([*words, "--trainer.max_epochs", "2", "--name", "rest", "--ckpt_path", half]) == 0
+
+    whole, rest = (
+        torch.load(runs / name / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("whole", "rest")
+    )
+    for part in ("state_dict", "current_model_state"):
+        for name, value in whole[part].items():
+            torch.testing.assert_close(rest[part][name], value)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
 def test_decay_outside_its_range_is_told(decay: float) -> None:
     with pytest.raises(ValueError, match=f"decay={decay}"):

@@ -30,7 +30,17 @@ class AveragedWeights(EMAWeightAveraging):
             raise ValueError(f"decay={decay} is not allowed; use 0 (no averaging) up to, and not, 1")
         super().__init__(decay=decay, use_buffers=use_buffers)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the state lies beside the weights, so that a later command need not name this callback."""
+        return {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average where weights are looked for, and the weights themselves beside it."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["averaging_step"] = self._latest_update_step
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with weights and average where training is resumed; else keep the average, which is loaded already."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            self._latest_update_step = checkpoint.get("averaging_step", self._latest_update_step)
