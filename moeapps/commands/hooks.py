@@ -111,7 +111,8 @@ def _hand_over(
         built.model.to(built.trainer.strategy.root_device)
         if "--out" not in [word.split("=")[0] for word in rest] and run is not None:
             rest = [*rest, "--out", str(run / name)]
-    return command(rest, built.model)
+    code: int = command(rest, built.model)
+    return code
 
 
 def _checkpoint(run: Path | None) -> Path:

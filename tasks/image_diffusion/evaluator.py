@@ -144,7 +144,8 @@ def get_judge(data: ImageData, judging: Judging | None = None, *, images: ImageB
     num_classes = int(data.facts["num_classes"])
     digest = hashlib.sha256(batch.image.numpy().tobytes() + batch.label.numpy().tobytes()).hexdigest()
     key = config_hash([VERSION, digest, num_classes, judging])
-    judge = Judge(batch.image.shape[1], num_classes, judging.width)
+    with isolate_rng():  # the first weights are drawn, and then not used
+        judge = Judge(batch.image.shape[1], num_classes, judging.width)
 
     def write(path: Path) -> None:
         torch.save(train_judge(judge, batch, judging).state_dict(), path)

@@ -50,7 +50,8 @@ class RealImages:
 
     def classes(self) -> Tensor:
         """Labels that are trained on, sorted."""
-        return self.train.label.unique()
+        found: Tensor = self.train.label.unique()
+        return found
 
     def domain_of(self) -> dict[int, int]:
         """The domain of each label: the first that has training images of it."""
@@ -60,7 +61,7 @@ class RealImages:
 
     def labels(self, count: int) -> Tensor:
         """``count`` labels that go round the trained classes."""
-        known = self.classes()
+        known: Tensor = self.classes()
         return known[torch.arange(count) % len(known)]
 
 

@@ -17,7 +17,7 @@ from moeapps.commands.run import run
 from moeapps.moe import LinearScore, Router, TopK
 from moeapps.moe.experts import GLUExperts
 from moeapps.moe.presets import compose, point_moe, top_k_router
-from moeapps.training.callbacks import BiasBalancing, Ema, ProgressLines, progress_bar
+from moeapps.training.callbacks import AveragedWeights, BiasBalancing, ProgressLines, progress_bar
 from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
 from moeapps.training.callbacks.summary import MoESummary, summary_table
 from moeapps.training.callbacks.table import score_table
@@ -131,20 +131,20 @@ def test_the_test_after_a_fit_and_a_later_one_both_use_the_average(tmp_path: Pat
 
 def test_average_is_the_closed_form() -> None:
     values = [torch.tensor([float(x)]) for x in range(1, 6)]
-    for ema in (Ema(0.9, warmup=False), Ema(0.3)):
+    for ema in (AveragedWeights(0.9), AveragedWeights(0.3, warmup=True)):
         mean = values[0].clone()
         expected, weights = float(values[0]), []
         for n, value in enumerate(values[1:], start=1):
-            ema._average([mean], [value], torch.tensor(n))
+            ema.average([mean], [value], torch.tensor(n))
             weights.append(min(ema.decay, (1 + n) / (10 + n)) if ema.warmup else ema.decay)
             expected = weights[-1] * expected + (1 - weights[-1]) * float(value)
         assert mean.item() == pytest.approx(expected)
         assert ema.warmup == (len(set(weights)) > 1)
     flag = torch.tensor([False])
-    Ema(0.9)._average([flag], [torch.tensor([True])], 3)
+    AveragedWeights(0.9).average([flag], [torch.tensor([True])], 3)
     assert flag.item()
     with pytest.raises(ValueError, match=r"decay=1\.0"):
-        Ema(1.0)
+        AveragedWeights(1.0)
 
 
 def test_progress_is_lines_where_there_is_no_terminal() -> None:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from moeapps.training.callbacks.averaging import AveragedWeights
 from moeapps.training.callbacks.balance import BiasBalancing
-from moeapps.training.callbacks.ema import Ema
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
 from moeapps.training.callbacks.router_fit import RouterFit
@@ -14,9 +14,9 @@ from moeapps.training.callbacks.summary import MoESummary
 from moeapps.training.callbacks.table import EndTable
 
 __all__ = [
+    "AveragedWeights",
     "BestCheckpoint",
     "BiasBalancing",
-    "Ema",
     "EndTable",
     "InterruptCheckpoint",
     "MoESummary",

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -17,8 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from moeapps.data.cache import build_once
 
 
 class ImageFileError(ValueError):
@@ -76,8 +75,14 @@ def read_array(path: Path) -> NDArray[Any]:
 
 def write_arrays(path: Path, **arrays: Any) -> Path:
     """Write an npz file through a temporary name; a file that is there already is replaced."""
-    path.unlink(missing_ok=True)
-    return build_once(path, lambda temporary: np.savez(temporary, **arrays))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    try:
+        np.savez(temporary, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[str] | None = None) -> Tensor:

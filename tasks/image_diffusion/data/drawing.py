@@ -128,7 +128,8 @@ def _stroke(grid: Tensor, a: Tensor, b: Tensor, ra: Tensor, rb: Tensor) -> Tenso
     along = (b - a)[:, None]  # (n, 1, 2)
     from_a = grid - a[:, None]  # (n, G, 2)
     t = ((from_a * along).sum(-1) / along.square().sum(-1).clamp(min=1e-6)).clamp(0, 1)  # (n, G)
-    return (from_a - t[..., None] * along).square().sum(-1).sqrt() - (ra[:, None] + t * (rb - ra)[:, None])
+    gap: Tensor = (from_a - t[..., None] * along).square().sum(-1).sqrt()
+    return gap - (ra[:, None] + t * (rb - ra)[:, None])
 
 
 def _quad(grid: Tensor, corners: Tensor) -> Tensor:
@@ -138,4 +139,5 @@ def _quad(grid: Tensor, corners: Tensor) -> Tensor:
     normal = normal / normal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     normal = normal * ((corners - corners.mean(1, keepdim=True)) * normal).sum(-1, keepdim=True).sign()  # outwards
     offset = (corners * normal).sum(-1)  # (n, 4)
-    return (normal @ grid.T - offset[:, :, None]).amax(1)
+    farthest: Tensor = (normal @ grid.T - offset[:, :, None]).amax(1)
+    return farthest

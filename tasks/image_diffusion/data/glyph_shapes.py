@@ -56,7 +56,8 @@ class GlyphShapes(ImageSource):
         seed: int = 0,
     ) -> None:
         self.counts: dict[Split, int] = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
-        for name, count in {**self.counts, "image_size": image_size}.items():
+        sizes: dict[str, int] = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
+        for name, count in {**sizes, "image_size": image_size}.items():
             if count < 1:
                 raise ValueError(f"{name}: {count} is not allowed; use 1 or more")
         self.size, self.seed = image_size, seed

@@ -16,7 +16,7 @@ from tasks.image_diffusion.inception import InceptionFeatures
 from tasks.image_diffusion.judgement import RealImages, class_table, judge_images
 from tasks.image_diffusion.quality import Gaussian, frechet_distance
 
-QUICK = Judging(epochs=6, batch_size=64, width=8)
+QUICK = Judging(epochs=10, batch_size=32, width=8)
 
 
 @pytest.fixture(scope="module")

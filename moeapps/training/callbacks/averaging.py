@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exponential moving average of the weights that is what evaluation sees, also in the test after ``fit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+
+class AveragedWeights(WeightAveraging):
+    r"""Average the weights, :math:`\bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta` after every step.
+
+    Validation, best.ckpt, the test after ``fit`` and all later commands use the average; training goes on from the
+    weights themselves, also when it is resumed. Lightning's own ``EMAWeightAveraging`` loads the weights that are NOT
+    averaged when a trainer that has fitted tests a checkpoint, so that ``fit`` and ``test`` would report different
+    models, and has no warm-up. Buffers of floating point are averaged too; others are copied.
+
+    Args:
+        decay: d, in [0, 1).
+        warmup: start with a short memory, :math:`d_n = \min(d, (1 + n) / (10 + n))` at the n-th average.
+
+    Raises:
+        ValueError: a decay outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999, *, warmup: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} is not allowed; use 0 (no averaging) up to, and not, 1")
+        self.decay, self.warmup = decay, warmup
+        super().__init__(multi_avg_fn=self.average)
+
+    def average(self, mean: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
+        """Move the averages towards the weights in place; ``count`` averages were taken before."""
+        if not torch.is_floating_point(mean[0]):  # counters and flags
+            for old, new in zip(mean, now, strict=True):
+                old.copy_(new)
+            return
+        n = int(count)
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        torch._foreach_lerp_(mean, now, 1 - decay)
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Return whether this is the end of an optimizer step; every one is averaged."""
+        return step_idx is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the state lies beside the weights, so that a later command need not name this callback."""
+        return {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average where weights are looked for, and the weights themselves beside it."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["averaging_step"] = self._latest_update_step
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with weights and average where training is resumed; else keep the average, which is loaded already."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            self._latest_update_step = checkpoint.get("averaging_step", self._latest_update_step)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averaged weights: their closed form, and that fit, test and a resumed run mean the same ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from moeapps.cli import main
+from moeapps.commands.run import run
+from moeapps.training.callbacks import AveragedWeights
+
+TOY = ["--config", "tests/toy.yaml"]
+
+
+def averaging(folder: Path, *others: str) -> list[str]:
+    """Write an overlay that averages with a decay of 0.9, after other callbacks."""
+    average = {"class_path": "moeapps.training.callbacks.AveragedWeights", "init_args": {"decay": 0.9}}
+    callbacks = [*({"class_path": other} for other in others), average]
+    path = folder / "average.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return ["--config", str(path)]
+
+
+class Tape(L.Callback):
+    """Keep the weights after every step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+def test_average_in_the_checkpoint_is_the_closed_form(tmp_path: Path) -> None:
+    overlay = averaging(tmp_path, "test_averaging.Tape")
+    done = run(["fit", *TOY, *overlay, "--trainer.max_epochs", "1", "--test_after_fit", "false"])
+    tape = next(callback for callback in done.trainer.callbacks if isinstance(callback, Tape))
+    path = Path(done.trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    saved = torch.load(path, weights_only=True)["state_dict"]
+
+    assert len(tape.weights) > 3
+    for name in tape.weights[0]:
+        average = tape.weights[0][name]  # the first average is a copy
+        for weights in tape.weights[1:]:
+            average = 0.9 * average + 0.1 * weights[name]
+        torch.testing.assert_close(saved[name], average, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(saved[name], tape.weights[-1][name])
+
+
+def test_the_test_after_fit_and_a_later_test_score_the_same_weights(tmp_path: Path) -> None:
+    assert main(["fit", *TOY, *averaging(tmp_path)]) == 0
+    folder = tmp_path / "runs" / "toy" / "base" / "version_0"
+    after_fit = json.loads((folder / "metrics" / "test.json").read_text())["rows"]
+    assert main(["test", "--run", str(folder), "--trainer.callbacks", "null"]) == 0
+
+    assert json.loads((folder / "metrics" / "test.json").read_text())["rows"] == after_fit
+
+
+def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    constant = ["--model.init_args.schedule", "moeapps.training.optim.Constant"]
+    words = ["fit", *TOY, *averaging(tmp_path), *constant, "--test_after_fit", "false"]
+    runs = tmp_path / "runs" / "toy"
+    half = str(runs / "half" / "version_0" / "checkpoints" / "last.ckpt")
+    assert main([*words, "--trainer.max_epochs", "2", "--name", "whole"]) == 0
+    assert main([*words, "--trainer.max_epochs", "1", "--name", "half"]) == 0
+    assert main([*words, "--trainer.max_epochs", "2", "--name", "rest", "--ckpt_path", half]) == 0
+
+    whole, rest = (
+        torch.load(runs / name / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("whole", "rest")
+    )
+    for part in ("state_dict", "current_model_state"):
+        for name, value in whole[part].items():
+            torch.testing.assert_close(rest[part][name], value)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
+def test_decay_outside_its_range_is_told(decay: float) -> None:
+    with pytest.raises(ValueError, match=f"decay={decay}"):
+        AveragedWeights(decay)
