@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ from torch import Tensor, nn
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from moeapps.commands.run import Cli, import_tasks, quiet
-from moeapps.moe import MoELayer
+from moeapps.moe import MLPExperts, MoELayer
 from moeapps.training.run import write_json
 from moeapps.training.sparse import build_optimizer
+from tasks.image_diffusion.blocks import Block
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.module import ImageDiffusionTask
 
 BASE = ["--config", "configs/promoe.yaml"]
 DENSE = ["--config", "configs/baselines/promoe_dense.yaml"]
-PLAIN = ["--model.init_args.net.init_args.moe", "null", "--model.init_args.aux_losses", "null"]
-RIVALS = {"dense": DENSE, "dit": PLAIN}
+RIVALS = ("dense", "dit")
 GATE = 1.15
 """A step over a step of the dense twin; agreed beforehand."""
 
@@ -60,6 +61,18 @@ def build(words: list[str] | None = None, flags: list[str] | None = None) -> tup
     task = built.model
     assert isinstance(task, ImageDiffusionTask)
     return task.train(), next(iter(built.datamodule.train_dataloader()))
+
+
+def build_rival(name: str, flags: list[str] | None = None) -> ImageDiffusionTask:
+    """Return the dense twin, or for ``dit`` the same with timm's Mlp in the place of its one expert."""
+    task = build(DENSE, flags)[0]
+    if name == "dit":
+        for block in task.net.blocks:
+            if isinstance(block, Block) and isinstance(block.mlp, MoELayer):
+                bank = block.mlp.experts
+                assert isinstance(bank, MLPExperts)
+                block.mlp = Mlp(bank.in_dim, bank.hidden_dim, act_layer=partial(nn.GELU, approximate="tanh"))
+    return task
 
 
 def train_step(task: ImageDiffusionTask, batch: ImageBatch) -> Work:
@@ -225,9 +238,8 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
     ours = train_step(task, batch)
     ratios: dict[str, Any] = {}
     with Progress(transient=True) as progress:
-        for name, words in progress.track(RIVALS.items(), description="steps"):
-            rival = build(words, flags)[0]
-            values = paired_ratios(ours, train_step(rival, batch), pairs=pairs)
+        for name in progress.track(RIVALS, description="steps"):
+            values = paired_ratios(ours, train_step(build_rival(name, flags), batch), pairs=pairs)
             ratios[name] = {"ratio": round(statistics.median(values), 3), "pairs": [round(v, 3) for v in values]}
     samples = max(3, pairs // 2)
     parts = shares(task, batch, samples=samples)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe.backends import Backend, run
-from moeapps.moe.experts import Experts
+from moeapps.moe.experts import BankPart, Experts, FeedForward
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
@@ -99,6 +99,18 @@ def _run(work: Work, routing: Routing) -> Tensor:
     return run(work.experts, work.x, routing.plan, side=work.side, backend=work.backend, weight_at=work.weight_at)
 
 
+def _apart(work: Work, routing: Routing, stack: FeedForward) -> Tensor:
+    """The routed experts by a backend; to them the shared ones, each by two plain products over all rows."""
+    routed, shared = stack.split(routing.num_experts)
+    y_No = run(BankPart(routed), work.x, routing.plan, backend=work.backend, weight_at=work.weight_at)
+    given = routing.shared_weight_NS is not None or work.token_mask is not None
+    weights = _shared_weight(routing, work, y_No.dtype).to(y_No.dtype).unsqueeze(-1).unbind(1) if given else ()
+    for s in range(work.num_shared):
+        y_So = shared.one(s, work.x)
+        y_No = torch.addcmul(y_No, weights[s], y_So) if given else y_No + y_So
+    return y_No
+
+
 def _dense_weight(routing: DenseRouting, work: Work) -> Tensor:
     """Weights [..., N, E + S] over the whole bank."""
     if work.num_shared == 0:
@@ -144,11 +156,17 @@ class Combiner(nn.Module):
 class Sum(Combiner):
     r"""The weighted sum :math:`y_n = \sum_m w_m E_m(x_n)` over a row's experts, the shared ones included.
 
+    Args:
+        shared: how shared experts are computed beside sparsely routed ones: ``joined`` to their assignments, or
+            ``apart``, without bringing rows to them and back (faster where every row is small; banks that are not
+            stacked, side inputs and weights at the input are joined all the same).
+
     Shape:
         [N, o]; [G, N, o] for a dense routing with gates; [num_targets, o] for a routing with targets.
 
     Raises:
-        ValueError: if the routing was made for another number of rows, or does not fit the options of the layer.
+        ValueError: if the routing was made for another number of rows, or does not fit the options of the layer; for
+            another value of ``shared``.
 
     Example:
         >>> from moeapps.moe import ConstantScore, Dense, MLPExperts, MoELayer, Router
@@ -157,9 +175,19 @@ class Sum(Combiner):
         torch.Size([3, 8])
     """
 
+    def __init__(self, *, shared: Literal["joined", "apart"] = "joined") -> None:
+        super().__init__()
+        if shared not in ("joined", "apart"):
+            raise ValueError(f"shared={shared!r}, but it must be 'joined' or 'apart'.")
+        self.shared = shared
+
     def forward(self, work: Work, routing: AnyRouting) -> Tensor:
         """The weighted sum."""
         if isinstance(routing, Routing):
+            plain = not work.side and work.weight_at == "output" and not work.per_expert
+            stack = work.experts.feed_forward() if self.shared == "apart" and work.num_shared and plain else None
+            if stack is not None and routing.target_M is None:
+                return _apart(work, routing, stack)
             return _run(work, with_shared(routing, work))
         if isinstance(routing, DenseRouting):
             y_NEo, weight = _every(work, _dense_weight(routing, work))

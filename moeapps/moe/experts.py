@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -65,10 +65,51 @@ class FeedForward:
             outputs.append(a_RF @ w_out[e] if b_out is None else torch.addmm(b_out[e], a_RF, w_out[e]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def one(self, expert: int, x_ND: Tensor) -> Tensor:
+        """Apply one expert to all rows, (N, D) -> (N, O)."""
+        h_NH = _product(x_ND, self.w_in, self.b_in, expert)
+        return _product(self.hidden(h_NH), self.w_out, self.b_out, expert)
+
+    def split(self, first: int) -> tuple[FeedForward, FeedForward]:
+        """Cut the bank in two, by reference: the first experts, and the others."""
+        sizes = [first, self.w_in.shape[0] - first]
+        stacks = [self.w_in, self.b_in, self.w_out, self.b_out]
+        halves = [(None, None) if stack is None else stack.split(sizes) for stack in stacks]
+        one, two = (replace(self, w_in=a, b_in=b, w_out=c, b_out=d) for a, b, c, d in zip(*halves, strict=True))
+        return one, two
+
     def every(self, x: Tensor) -> Tensor:
         """Apply every expert to every row of ``x``, (N, D) or (E, N, D), by two batched products; gives (N, E, O)."""
         h_ENH = _batched(_expand(x, self.w_in.shape[0]), self.w_in, self.b_in)
         return _batched(self.hidden(h_ENH), self.w_out, self.b_out).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class BankPart:
+    """Some experts of a stacked bank, by reference: what a backend needs of a bank.
+
+    Attributes:
+        ffn: their weights, a slice of the bank's.
+    """
+
+    ffn: FeedForward
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the part."""
+        return self.ffn.w_in.shape[0]
+
+    def feed_forward(self) -> FeedForward:
+        """The weights."""
+        return self.ffn
+
+    def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
+        """Apply each expert to its own rows; see ``Experts.grouped``."""
+        return self.ffn.grouped(x_MD, _host(counts))
+
+    def every(self, x: Tensor, *side: Tensor) -> Tensor:
+        """Apply every expert to every row; see ``Experts.every``."""
+        return self.ffn.every(x)
 
 
 class Experts(nn.Module):
@@ -419,6 +460,10 @@ def _segments(x_MD: Tensor, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
     if not any(counts):
         return [(0, x_MD)]
     return [(e, x_RD) for e, x_RD in enumerate(x_MD.split(list(counts))) if counts[e]]
+
+
+def _product(x_NI: Tensor, w: Tensor, b: Tensor | None, expert: int) -> Tensor:
+    return x_NI @ w[expert] if b is None else torch.addmm(b[expert], x_NI, w[expert])
 
 
 def _host(counts: Sequence[int] | Tensor) -> Sequence[int]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from moeapps.moe import GLUExperts, LayerFactory, MoELayer
+from moeapps.moe import GLUExperts, LayerFactory, MoELayer, Sum
 from tasks.image_diffusion import routers
 
 
@@ -34,6 +34,6 @@ def dsmoe(
     def build(dim: int) -> MoELayer:
         # A gated expert of width 2F is the sum of two of width F, so shared experts of equal width make one wide one.
         bank = GLUExperts(num_experts + parts, dim, round(width * dim), activation="silu")
-        return MoELayer(make_router(dim), bank, num_shared=parts)
+        return MoELayer(make_router(dim), bank, num_shared=parts, combiner=Sum(shared="apart"))
 
     return build

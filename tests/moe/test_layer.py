@@ -534,3 +534,37 @@ def test_the_core_loads_torch_and_neither_lightning_nor_torchmetrics() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("choose", "columns"),
+    [(TopK(2), E), (TopP(0.7), E), (ExpertChoice(1.0), E), (GatedShared(TopK(2), 2), E + 2)],
+    ids=["top_k", "top_p", "expert_choice", "gated_shared"],
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_experts_apart_are_the_joined_ones(choose: nn.Module, columns: int, gated: bool, masked: bool) -> None:
+    joined = layer_of(copy.deepcopy(choose), columns=columns, num_shared=2)
+    if gated:
+        joined.experts = GLUExperts(E + 2, D, 8, bias=True).double()
+    apart = copy.deepcopy(joined)
+    apart.combiner = Sum(shared="apart")
+    x, mask = rows(3, 5, D), torch.rand(3, 5) < 0.6 if masked else None
+    found = [layer(x, token_mask=mask) for layer in (joined, apart)]
+    torch.testing.assert_close(found[1], found[0])
+    grads = [
+        torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], allow_unused=True)
+        for y, layer in zip(found, (joined, apart), strict=True)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_shared_experts_apart_need_a_stacked_bank_and_a_known_name() -> None:
+    bank = ModuleExperts([nn.Linear(D, D) for _ in range(3)])
+    layer = MoELayer(Router(LinearScore(D, 2), TopK(1)), bank, num_shared=1, combiner=Sum(shared="apart"))
+    twin = MoELayer(layer.router, bank, num_shared=1)
+    x = torch.randn(4, D)
+    assert torch.equal(layer(x), twin(x))
+    with pytest.raises(ValueError, match="'joined' or 'apart'"):
+        Sum(shared="beside")

@@ -18,7 +18,7 @@ from moeapps.moe.backends.segments import segments, segments_refusal
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import Experts, FeedForward
+    from moeapps.moe.experts import BankPart, Experts, FeedForward
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
 Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]
@@ -49,7 +49,7 @@ _ELSEWHERE = Thresholds(work=float("inf"), shared_work=float("inf"), stack_bytes
 
 @runs_eagerly
 def run(
-    experts: Experts,
+    experts: Experts | BankPart,
     x_ND: Tensor,
     plan: Plan,
     *,
@@ -123,7 +123,7 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
     return next((name for name in preferred if _refusal(name, ffn, x_ND) is None), "loop")
 
 
-def _check(experts: Experts, x_ND: Tensor, plan: Plan, backend: str, weight_at: str) -> None:
+def _check(experts: Experts | BankPart, x_ND: Tensor, plan: Plan, backend: str, weight_at: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}.")
     if weight_at not in ("output", "input"):

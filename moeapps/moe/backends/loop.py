@@ -9,11 +9,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import Experts
+    from moeapps.moe.experts import BankPart, Experts
 
 
 def loop(
-    experts: Experts, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
+    experts: Experts | BankPart, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
 ) -> Tensor:
     """Compute the weighted sum of the chosen experts with ordinary operations.
 

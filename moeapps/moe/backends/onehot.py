@@ -10,11 +10,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import Experts
+    from moeapps.moe.experts import BankPart, Experts
 
 
 def onehot(
-    experts: Experts, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
+    experts: Experts | BankPart, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
 ) -> Tensor:
     """Compute the weighted sum as a chain of dense products, O(M E) work and memory; for tests alone.
 

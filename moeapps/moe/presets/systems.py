@@ -11,7 +11,7 @@ from torch import nn
 
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend
-from moeapps.moe.combine import Stack
+from moeapps.moe.combine import Stack, Sum
 from moeapps.moe.experts import GLUExperts, MLPExperts, ModuleExperts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
@@ -186,7 +186,7 @@ def promoe(
         fixed = None if unconditional_group is None else (unconditional_group,)
         whole = ConditionalSplit(inner, fixed) if conditional_split else inner
         bank = MLPExperts(whole.num_experts + num_shared, dim, int(expansion * dim), activation="gelu_tanh")
-        return MoELayer(whole, bank, num_shared=num_shared, backend=backend)
+        return MoELayer(whole, bank, num_shared=num_shared, combiner=Sum(shared="apart"), backend=backend)
 
     return build
 
