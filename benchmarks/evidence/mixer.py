@@ -218,9 +218,13 @@ GRID = Grid(
         "families; six. The mixture has four experts at every level.",
     ),
     data_seed_flags=("--data.init_args.seed", "--data.init_args.source.init_args.data_seed"),
-    settings_tried=2,
-    choice="Sizes, rates and the schedule of gate fits are those of a first run with seed 0; only the last share of "
-    "roll-out steps was shortened after it, for time.",
+    settings_tried=12,
+    choice="Sizes and the schedule of gate fits are those of a first run with seed 0. In a first grid (rate cut twice "
+    "to 0.4, 80 rounds, 5 per cent of roll-out steps) the error of robust (ours) equalled that of one meta-learner, "
+    "even where its partition was perfect: it was undertrained. Then ten settings were tried on new initial conditions "
+    "of the seen families with data seeds 101 and 102: rate constant, cut twice, cosine; twice the rate; 80, 120, 160, "
+    "200 rounds; three context steps to nine of weights; 0, 5, 15, 30 per cent of roll-outs. Cosine, 120 rounds and 15 "
+    "per cent were the cheapest with a relative error below 0.01. The cells of the first grid were discarded.",
     show=(
         MSE,
         RELATIVE,
