@@ -148,7 +148,7 @@ DISPATCH = (
         "results depend on the sort's implementation to the last bit",
     ),
     _core(
-        "experts.py",
+        "feed_forward.py",
         "two experts swap their second layers",
         "w_in, w_out = self.w_in.unbind(0), self.w_out.unbind(0)",
         "w_in, w_out = self.w_in.unbind(0), self.w_out.roll(1, 0).unbind(0)",
@@ -156,7 +156,7 @@ DISPATCH = (
         "each row gets half of another expert",
     ),
     _core(
-        "experts.py",
+        "feed_forward.py",
         "the gated unit activates the wrong half",
         "return self.activation.function(gate) * up",
         "return self.activation.function(up) * gate",

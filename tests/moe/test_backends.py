@@ -16,7 +16,8 @@ from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend, choose_backend, run, sort_assignments
 from moeapps.moe.backends.dense import is_dense
 from moeapps.moe.backends.segments import segments
-from moeapps.moe.experts import Experts, GLUExperts, MLPExperts, ModuleExperts
+from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.routing import Routing
 
 N, D, F, E, K = 11, 8, 16, 5, 2

@@ -18,7 +18,8 @@ from moeapps.moe.backends.segments import segments, segments_refusal
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import Experts, FeedForward
+    from moeapps.moe.experts import Experts
+    from moeapps.moe.feed_forward import FeedForward
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
 Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]

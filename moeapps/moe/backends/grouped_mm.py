@@ -18,7 +18,7 @@ from moeapps.moe.backends.loop import combine, weigh
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import FeedForward
+    from moeapps.moe.feed_forward import FeedForward
 
 _ALIGNMENT = 16  # bytes
 

@@ -32,7 +32,7 @@ from moeapps.moe.backends.chunks import Chunk, accumulate, accumulate_bias, grad
 from moeapps.moe.backends.loop import combine, weigh
 from moeapps.moe.backends.memory import empty, scratch
 from moeapps.moe.backends.threads import expert_shares, is_observed, run_shares
-from moeapps.moe.experts import FeedForward
+from moeapps.moe.feed_forward import FeedForward
 
 if TYPE_CHECKING:
     from moeapps.moe.activation import Activation
