@@ -30,6 +30,8 @@ class Experts(nn.Module):
         in_dim: Width of a row that goes in.
         out_dim: Width of a row that comes out.
         supports_grouped: False where an expert must see all rows (batch statistics); such a bank needs a dense router.
+        batched: True where ``every`` is a few batched products of small experts. A compiled graph, which cannot cut
+            rows by data, then runs every expert on every row; where it is False the graph breaks at the dispatch.
 
     Example:
         >>> isinstance(MLPExperts(4, dim=8, hidden_dim=16), Experts)
@@ -37,6 +39,7 @@ class Experts(nn.Module):
     """
 
     supports_grouped: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
