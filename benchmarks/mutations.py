@@ -56,10 +56,10 @@ ROUTERS = (
         "balancing changes the function of the network, not only the choice",
     ),
     _core(
-        "routers/choose.py",
+        "routers/choose_top_p.py",
         "top-p leaves out the expert that crosses p",
-        "before_NK = nn.functional.pad(weight_NK.detach().cumsum(-1)[:, :-1], (1, 0))",
-        "before_NK = weight_NK.detach().cumsum(-1)",
+        "return nn.functional.pad(sorted_NK.detach().cumsum(-1)[:, :-1], (1, 0))",
+        "return sorted_NK.detach().cumsum(-1)",
         "test_choosers.py",
         "the chosen set does not reach p, and may be empty",
     ),
@@ -141,8 +141,8 @@ DISPATCH = (
     _core(
         "backends/plan.py",
         "the sort is not stable",
-        "order_M = torch.sort(routing.expert_M.to(_key_dtype(num_experts)), stable=True).indices[:num_real]",
-        "order_M = total - 1 - torch.sort(routing.expert_M.to(_key_dtype(num_experts)).flip(0), stable=True).indices\n"
+        "order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices[:num_real]",
+        "order_M = total - 1 - torch.sort(routing.expert_M.to(key_dtype(num_experts)).flip(0), stable=True).indices\n"
         "        order_M = order_M[:num_real]",
         "test_backends.py",
         "results depend on the sort's implementation to the last bit",
