@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.backends import Backend, run
+from moeapps.moe.backends import Backend, apply
 from moeapps.moe.experts import Experts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
@@ -96,7 +96,7 @@ def _run(work: Work, routing: Routing) -> Tensor:
         raise ValueError(
             "per_expert=True gives each expert its own rows, which a sparse routing cannot use; use Dense."
         )
-    return run(work.experts, work.x, routing.plan, side=work.side, backend=work.backend, weight_at=work.weight_at)
+    return apply(work.experts, work.x, routing, side=work.side, backend=work.backend, weight_at=work.weight_at)
 
 
 def _dense_weight(routing: DenseRouting, work: Work) -> Tensor:
