@@ -18,6 +18,7 @@ import argparse
 import fnmatch
 import json
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.core_cases import EXPERT_KINDS, Mode, dense_step, make_bank, padded_step, paired_ratios, products_step
+from benchmarks.core_cases import (
+    EXPERT_KINDS,
+    Mode,
+    dense_step,
+    make_bank,
+    median_ms,
+    padded_step,
+    paired_ratios,
+    products_step,
+)
 from benchmarks.core_peers import measure_peers
 from benchmarks.core_rows import BACKENDS, Row, all_rows, peer_rows, regime_rows, special_rows
 from moeapps.training.run import write_json
@@ -55,24 +65,31 @@ def explain(row: Row, pairs: int) -> None:
         return
     for backend in BACKENDS[1:]:
         try_row(row, backend, row.measure(pairs, backend))
-    mode: Mode = "forward" if row.mode == "forward" else "fwd+bwd"
-    if row.expert not in EXPERT_KINDS or row.unit != "x dense" or row.dtype != "float32" or row.threads > 1:
-        return
-    dense = dense_step(row.size, row.expert, mode)
-    try_row(row, "padded", paired_ratios(padded_step(row.size, row.expert, mode), dense, pairs=pairs))
-    bare = sorted(paired_ratios(products_step(row.size, row.expert, mode), dense, pairs=pairs))[pairs // 2]
-    with torch.device("meta"):
-        weights = sum(p.numel() * p.element_size() for p in make_bank(row.size, row.expert).parameters())
-    row.reason = (
-        f"products of {row.size.rows_per_expert} rows alone, without dispatch, activation or combination, take "
-        f"{bare:.2f} x the dense network; the bank's weights are {weights / 2**20:.0f} MiB, read once forward and once "
-        "backward, and gradients as large are written."
-    )
+    if row.unit == "x dense" and row.expert in EXPERT_KINDS:
+        dtype: torch.dtype = getattr(torch, row.dtype)
+        mode: Mode = "forward" if row.mode == "forward" else "fwd+bwd"
+        dense = dense_step(row.size, row.expert, mode, dtype=dtype)
+        if dtype == torch.float32 and row.threads == 1:
+            try_row(row, "padded", paired_ratios(padded_step(row.size, row.expert, mode), dense, pairs=pairs))
+        bare = products_step(row.size, row.expert, mode, dtype)
+        torch.set_num_threads(row.threads)
+        ratio = statistics.median(paired_ratios(bare, dense, pairs=pairs, threads=row.threads))
+        torch.set_num_threads(1)
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in make_bank(row.size, row.expert).parameters()) * dtype.itemsize
+        row.reason = (
+            f"products of {row.size.rows_per_expert} rows alone, without dispatch, activation or combination, take "
+            f"{ratio:.2f} x the dense network; the bank's weights are {weights / 2**20:.0f} MiB, read once forward and "
+            "once backward, and gradients as large are written"
+        )
+    elif row.unit == "ms":
+        bare_ms = median_ms(products_step(row.size, row.expert, "forward"), samples=50)
+        row.reason = f"the products of the chosen experts alone take {bare_ms:.2f} ms; the rest is calls of Python"
 
 
 def try_row(row: Row, name: str, values: list[float]) -> None:
     """Note another way that was tried."""
-    row.tried.append({"way": name, "ratio": round(sorted(values)[len(values) // 2], 4)})
+    row.tried.append({"way": name, "ratio": round(statistics.median(values), 4)})
 
 
 def complaints(report: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -124,7 +124,8 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """The row as plain values."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("measure", "size")}
+        names = [f.name for f in fields(self) if f.name not in ("measure", "size")]
+        plain = {name: getattr(self, name) for name in names}
         return {"name": self.name, **plain, **asdict(self.size), "ok": self.ok}
 
 
@@ -281,8 +282,9 @@ def _routing_share(pairs: int, _: Backend) -> list[float]:
     return paired_ratios(step(routing, gate, "fwd+bwd"), step(whole, parameters, "fwd+bwd"), pairs=pairs)
 
 
-def _single_call(pairs: int, _: Backend) -> list[float]:
+def _single_call(pairs: int, backend: Backend) -> list[float]:
     """Milliseconds of one forward call of a layer on one row."""
     layer, x_ND = _layer(Size(1, 8, 2)), torch.randn(1, 256)
+    layer.backend = backend
     with torch.no_grad():
         return [median_ms(lambda: layer(x_ND), samples=50) for _ in range(pairs)]

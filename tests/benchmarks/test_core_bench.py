@@ -116,6 +116,8 @@ def test_rows_that_do_not_apply_say_why() -> None:
 
     assert row.ok is None
     assert row.as_json()["note"].startswith("n/a")
+    assert row.as_json()["ratio"] is None
+    assert core.summary([row.as_json()])["gates"] == "0 of 0"
 
 
 def test_an_unknown_row_is_an_error() -> None:
