@@ -17,12 +17,12 @@ def test_the_headline_pair_has_five_data_seeds_of_three_model_seeds_each() -> No
     assert {d: sum(data == d for _, data in pairs) for _, d in pairs} == dict.fromkeys(range(1, 6), 3)
     assert [d for _, d in GRID.pairs("home", "ple")] == [1, 2, 3, 4, 5]
     assert len(GRID.pairs("home_ml100k", "mmoe_ml100k")) == 8
-    assert len(GRID.cells()) <= 140
+    assert len(GRID.cells()) <= 150
 
 
 def test_every_claim_of_the_card_is_tested_with_a_margin_set_beforehand() -> None:
-    assert {claim.id[:2] for claim in GRID.claims} == {f"C{i}" for i in range(1, 8)}
-    assert not [claim.id for claim in GRID.claims if claim.untested]
+    assert {claim.id[:2] for claim in GRID.claims} == {f"C{i}" for i in range(1, 9)}
+    assert not [claim.id for claim in GRID.claims if claim.untested]  # C8 is ours: layer norm, chosen by the search
     assert {claim.margin for claim in GRID.claims if claim.id[:2] in ("C5", "C6")} == {0.005}
     assert {claim.margin for claim in GRID.claims if claim.id[:2] == "C4"} == {0.0}
     assert [claim.id for claim in GRID.claims if not claim.clustered] == ["C6a", "C6b"]
