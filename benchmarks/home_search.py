@@ -160,7 +160,9 @@ def key(name: str, model: str, lr: float, seed: int) -> str:
 
 def alike(one: str, other: str, model: str) -> bool:
     """Whether two settings train the same network of this kind on the same data."""
-    a, b = (replace(SETTINGS[name], text="", **{"mmoe" if model == "home" else "home": {}}) for name in (one, other))
+    own = (replace(SETTINGS[name], text="") for name in (one, other))
+    # What the other network is given does not matter to this one.
+    a, b = (replace(setting, mmoe={}) if model == "home" else replace(setting, home={}) for setting in own)
     return a == b
 
 
