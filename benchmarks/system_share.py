@@ -47,7 +47,14 @@ def systems() -> list[str]:
 
 
 def build(system: str, flags: list[str] | None = None) -> tuple[BaseTask, Any]:
-    """Return a freshly initialised task and the first training batch of its data."""
+    """Return a freshly initialised task and the first training batch of its data.
+
+    It stays in this file, which ``--before`` runs against the code of commits that know no newer module.
+
+    Args:
+        system: name of a base config.
+        flags: further flags of ``moeapps fit``.
+    """
     words = ["--config", f"configs/{system}.yaml", "--trainer.callbacks", "null", *(flags or [])]
     quiet()
     import_tasks(words)
