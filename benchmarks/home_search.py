@@ -74,6 +74,8 @@ def rates(factor: float) -> dict[str, dict[str, float]]:
     return {**known, "interaction": {task: rate * factor for task, rate in known["interaction"].items()}}
 
 
+ALONE = {"weights": (0.2, 0.3, 1.0)}
+LAYER = {"norm": "layer"}
 SETTINGS: dict[str, Setting] = {
     "base": Setting("the setting of the evidence"),
     "long": Setting("twice the epochs", epochs=8),
@@ -85,18 +87,16 @@ SETTINGS: dict[str, Setting] = {
     "conflict": Setting("categories want opposite things (rho -0.8)", source={"rho": -0.8}),
     "agree": Setting("categories want the same (rho 0.8)", source={"rho": 0.8}),
     "categories": Setting("tasks of a category nearly alike", source={"weights": (0.2, 1.0, 0.3)}),
-    "alone": Setting("tasks nearly unrelated", source={"weights": (0.2, 0.3, 1.0)}),
+    "alone": Setting("tasks nearly unrelated", source=ALONE),
     "alone_conflict": Setting("unrelated tasks, opposite categories", source={"weights": (0.0, 0.7, 0.7), "rho": -0.8}),
     "heavy_tails": Setting("log-normal features", source={"heavy_tails": 0.5}),
     "noisy": Setting("a fifth of the labels drawn from the base rate", source={"label_noise": 0.2}),
     "large_batch": Setting("four times the batch, twice the epochs", epochs=8, batch_size=2048),
     "decay": Setting("a hundred times the weight decay", weight_decay=1e-2),
     "no_feature_gates": Setting("HoME without feature-gates", home={"feature_gates": 0, "width": 77}),
-    "layer_norm": Setting("HoME with layer norm", home={"norm": "layer"}),
+    "layer_norm": Setting("HoME with layer norm", home=LAYER),
     "plain_experts": Setting("HoME with plain ReLU experts", home={"norm": "none", "activation": "relu"}),
 }
-ALONE = {"weights": (0.2, 0.3, 1.0)}
-LAYER = {"norm": "layer"}
 # After the first seed: layer norm in place of batch norm gained most, so it is tried with other data, and against an
 # MMoE that has it too.
 SETTINGS |= {

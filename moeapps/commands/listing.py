@@ -54,11 +54,9 @@ def overlays() -> dict[str, list[str]]:
 def all_configs() -> list[str]:
     """Return the paths of all configs, base configs first."""
     folder = config_folder()
-    return [] if folder is None else [os.path.relpath(path) for path in _yaml_files(folder)]
-
-
-def _yaml_files(folder: Path) -> list[Path]:
-    return [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+    if folder is None:
+        return []
+    return [os.path.relpath(path) for pattern in ("*.yaml", "*/*.yaml") for path in sorted(folder.glob(pattern))]
 
 
 def first_comment(path: Path) -> str:
@@ -102,8 +100,9 @@ def main(args: list[str]) -> int:
             print(_wrapped(f"{group}/", names))
             continue
         for system in found:
-            shown = [path.name.removeprefix(f"{system.name}_") for path in overlays_of(system.name)]
-            print(_wrapped("baselines/", [f"{system.name}_*: {shown[0]}", *shown[1:]]) if shown else "", end="\n")
+            shown = [overlay.name.removeprefix(f"{system.name}_") for overlay in overlays_of(system.name)]
+            if shown:
+                print(_wrapped("baselines/", [f"{system.name}_*: {shown[0]}", *shown[1:]]))
     print("\nmoeapps list SYSTEM says what its baselines are.")
     return 0
 
