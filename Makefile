@@ -48,8 +48,8 @@ format: setup  ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup  ## the core against the dense roof; fails when a gate is missed (run on an idle machine)
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.core --json benchmarks/results/core.json
+bench: setup  ## the core against the dense roof, PEERS=1: and other projects (45 + 25 minutes on an idle machine)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.core --json benchmarks/results/core.json $(if $(PEERS),--peers)
 
 evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)

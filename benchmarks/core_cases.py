@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work that the core benchmark measures, and how it is measured: paired, in alternating order, by CPU time.
 
-Shape legend: N rows, E experts, K chosen per row, M = N K assignments, D width, F = 4 D hidden width.
+Shape legend: N rows, E experts, K chosen per row, M = N K assignments, D width, F hidden width (4 D unless said).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from moeapps.moe.backends import Backend, run, sort_assignments
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.normalised import NormalisedExperts
 from moeapps.moe.routing import Routing
+from tasks.dynamics.experts import GEPSExperts
 
-Mode = Literal["forward", "fwd+bwd"]
+Mode = Literal["forward", "fwd+bwd", "saved"]
 Spread = Literal["uniform", "zipf", "top_p"]
 
 # name -> (bank class, activation, bias)
@@ -30,17 +32,25 @@ EXPERT_KINDS: dict[str, tuple[Any, str, bool]] = {
     "swiglu": (GLUExperts, "silu", False),
     "gelu-mlp-bias": (MLPExperts, "gelu", True),
 }
+FIELDS, NORMALISED = "geps-fields", "normalised-every"
+CONTEXT, FIELD_WIDTH = 16, 24  # of configs/mixer.yaml
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Rows N, experts E, chosen per row K, width D."""
+    """Rows N, experts E, chosen per row K, width D, hidden width F (None: 4 D)."""
 
     n: int
     e: int
     k: int
     d: int = 256
+    f: int | None = None
+
+    @property
+    def hidden(self) -> int:
+        """F."""
+        return 4 * self.d if self.f is None else self.f
 
     @property
     def rows_per_expert(self) -> int:
@@ -91,9 +101,9 @@ def make_routing(size: Size, spread: Spread = "uniform", dtype: torch.dtype = to
 
 
 def make_bank(size: Size, kind: str, dtype: torch.dtype = torch.float32) -> Experts:
-    """A bank of E experts of hidden width 4 D."""
+    """A bank of E experts of hidden width F."""
     bank, activation, bias = EXPERT_KINDS[kind]
-    experts: Experts = bank(size.e, size.d, 4 * size.d, activation=activation, bias=bias)
+    experts: Experts = bank(size.e, size.d, size.hidden, activation=activation, bias=bias)
     return experts.to(dtype)
 
 
@@ -108,6 +118,10 @@ def moe_step(
 ) -> Callable[[], object]:
     """One call of a bank under a given routing, sorting included; gradients of x, weights and all parameters."""
     torch.manual_seed(0)
+    if kind == NORMALISED:
+        return every_step(size, mode)
+    if kind == FIELDS:
+        return fields_step(size, mode, backend)
     experts, routing = make_bank(size, kind, dtype), make_routing(size, spread, dtype)
     x_ND = torch.randn(size.n, size.d, dtype=dtype, requires_grad=True)
     inputs = [x_ND, routing.weight_M, *experts.parameters()]
@@ -117,9 +131,91 @@ def moe_step(
 def dense_step(size: Size, kind: str, mode: Mode, *, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """One call of the dense roof of equal active FLOPs; gradients of x and all parameters."""
     torch.manual_seed(0)
-    network = DenseNetwork(kind, size.d, size.k * 4 * size.d).to(dtype)
+    if kind == NORMALISED:
+        return wide_step(size, mode)
+    if kind == FIELDS:
+        return fields_step(Size(size.n, 1, 1, size.d), mode, "auto")
+    network = DenseNetwork(kind, size.d, size.k * size.hidden).to(dtype)
     x_ND = torch.randn(size.n, size.d, dtype=dtype, requires_grad=True)
     return step(lambda: network(x_ND), [x_ND, *network.parameters()], mode)
+
+
+def every_step(size: Size, mode: Mode) -> Callable[[], object]:
+    """Experts normalised over the batch (HoME): all of them on all rows; F is the output width."""
+    bank, x_ND = NormalisedExperts(size.e, size.d, size.hidden), torch.randn(size.n, size.d, requires_grad=True)
+    return step(lambda: bank.every(x_ND), [x_ND, *bank.parameters()], mode)
+
+
+def wide_step(size: Size, mode: Mode) -> Callable[[], object]:
+    """One dense layer with batch norm as wide as all experts of ``every_step`` together."""
+    width = size.e * size.hidden
+    net = nn.Sequential(nn.Linear(size.d, width, bias=False), nn.BatchNorm1d(width), nn.SiLU())
+    x_ND = torch.randn(size.n, size.d, requires_grad=True)
+    return step(lambda: net(x_ND), [x_ND, *net.parameters()], mode)
+
+
+def fields_step(size: Size, mode: Mode, backend: Backend) -> Callable[[], object]:
+    """Stacked vector fields (MixER), each row to one of E; of one expert it is the dense field of the same size."""
+    piece = CONTEXT // 4
+    bank = GEPSExperts(size.d, size.e, piece * size.e, width=FIELD_WIDTH)
+    x_ND, context = torch.randn(size.n, size.d, requires_grad=True), torch.randn(size.n, piece * size.e)
+    routing = make_routing(size)
+
+    def compute() -> Tensor:
+        if size.e == 1:
+            return bank.every(x_ND, context)
+        return run(bank, x_ND, sort_assignments(routing), side=(context,), backend=backend)
+
+    return step(compute, [x_ND, *bank.parameters()], mode)
+
+
+def padded_step(size: Size, kind: str, mode: Mode) -> Callable[[], object]:
+    """Another way to compute the same: pad every expert to the fullest one, then two batched products."""
+    torch.manual_seed(0)
+    experts, routing = make_bank(size, kind), make_routing(size)
+    ffn = experts.feed_forward()
+    assert ffn is not None
+    x_ND = torch.randn(size.n, size.d, requires_grad=True)
+
+    def compute() -> Tensor:
+        plan = sort_assignments(routing)
+        most, expert_M = max(plan.counts), plan.expert_M()
+        start_E = plan.counts_E().cumsum(0) - plan.counts_E()
+        place_M = expert_M * most + torch.arange(plan.num_assignments) - start_E[expert_M]
+        x_MD = x_ND.index_select(0, plan.row_M)
+        x_ECD = x_MD.new_zeros(size.e * most, size.d).index_copy(0, place_M, x_MD).view(size.e, most, size.d)
+        y_ECD = ffn.every(x_ECD).transpose(0, 1).flatten(0, 1)
+        y_MD = y_ECD.index_select(0, place_M) * plan.weight_M.unsqueeze(1)
+        return y_MD.new_zeros(size.n, size.d).index_add(0, plan.target_M, y_MD)
+
+    return step(compute, [x_ND, routing.weight_M, *experts.parameters()], mode)
+
+
+def products_step(size: Size, kind: str, mode: Mode, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """The matrix products of the experts alone, into memory that is there: what no dispatch can undercut."""
+    torch.manual_seed(0)
+    ffn = make_bank(size, kind, dtype).feed_forward()
+    assert ffn is not None
+    counts = make_routing(size).counts().tolist()
+    num, wide, narrow = sum(counts), ffn.w_in.shape[2], ffn.w_out.shape[1]
+    x_MD, h_MH, a_MF, y_MD = (torch.randn(num, width, dtype=dtype) for width in (size.d, wide, narrow, size.d))
+    w_in, w_out = ffn.w_in.detach(), ffn.w_out.detach()
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+
+    def work() -> None:
+        start = 0
+        for e, count in enumerate(counts):
+            rows = slice(start, start + count)
+            start += count
+            torch.mm(x_MD[rows], w_in[e], out=h_MH[rows])
+            torch.mm(a_MF[rows], w_out[e], out=y_MD[rows])
+            if mode == "fwd+bwd":
+                torch.mm(y_MD[rows], w_out[e].t(), out=a_MF[rows])
+                torch.mm(a_MF[rows].t(), y_MD[rows], out=dw_out[e])
+                torch.mm(h_MH[rows], w_in[e].t(), out=x_MD[rows])
+                torch.mm(x_MD[rows].t(), h_MH[rows], out=dw_in[e])
+
+    return work
 
 
 def step(compute: Callable[[], Tensor], inputs: Sequence[Tensor], mode: Mode) -> Callable[[], object]:

@@ -56,12 +56,28 @@ ROUTERS = (
         "balancing changes the function of the network, not only the choice",
     ),
     _core(
-        "routers/choose.py",
+        "routers/choose_top_p.py",
         "top-p leaves out the expert that crosses p",
-        "before_NK = nn.functional.pad(weight_NK.detach().cumsum(-1)[:, :-1], (1, 0))",
-        "before_NK = weight_NK.detach().cumsum(-1)",
+        "return nn.functional.pad(sorted_NK.detach().cumsum(-1)[:, :-1], (1, 0))",
+        "return sorted_NK.detach().cumsum(-1)",
         "test_choosers.py",
         "the chosen set does not reach p, and may be empty",
+    ),
+    _core(
+        "routers/choose_top_p.py",
+        "recomputation chooses by the moved threshold",
+        "threshold = self.used if self.training and is_recomputed() else self.threshold",
+        "threshold = self.threshold",
+        "test_budget.py",
+        "gradients under checkpointing belong to other experts than the output",
+    ),
+    _core(
+        "routers/choose_top_p.py",
+        "the budget counts masked rows",
+        "real_NK = (index_NK < num_experts) & rows_N.unsqueeze(-1)",
+        "real_NK = index_NK < num_experts",
+        "test_budget.py",
+        "padding decides how many experts real rows get",
     ),
     _core(
         "routers/chooser.py",
@@ -141,14 +157,14 @@ DISPATCH = (
     _core(
         "backends/plan.py",
         "the sort is not stable",
-        "order_M = torch.sort(routing.expert_M.to(_key_dtype(num_experts)), stable=True).indices[:num_real]",
-        "order_M = total - 1 - torch.sort(routing.expert_M.to(_key_dtype(num_experts)).flip(0), stable=True).indices\n"
+        "order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices[:num_real]",
+        "order_M = total - 1 - torch.sort(routing.expert_M.to(key_dtype(num_experts)).flip(0), stable=True).indices\n"
         "        order_M = order_M[:num_real]",
         "test_backends.py",
         "results depend on the sort's implementation to the last bit",
     ),
     _core(
-        "experts.py",
+        "feed_forward.py",
         "two experts swap their second layers",
         "w_in, w_out = self.w_in.unbind(0), self.w_out.unbind(0)",
         "w_in, w_out = self.w_in.unbind(0), self.w_out.roll(1, 0).unbind(0)",
@@ -156,7 +172,7 @@ DISPATCH = (
         "each row gets half of another expert",
     ),
     _core(
-        "experts.py",
+        "feed_forward.py",
         "the gated unit activates the wrong half",
         "return self.activation.function(gate) * up",
         "return self.activation.function(up) * gate",
@@ -186,6 +202,22 @@ DISPATCH = (
         "dot_R.sub_(torch.mv(g_RO",
         "test_backends.py",
         "the router learns something slightly wrong",
+    ),
+    _core(
+        "backends/static.py",
+        "undefined rows of a grouped product reach the weights",
+        "        x_MD = weigh(x_MD, weight_M)\n    x_MD = x_MD.where(real_M1, 0)",
+        "        x_MD = weigh(x_MD.where(real_M1, 0), weight_M)\n    x_MD = x_MD + 0",
+        "test_static.py",
+        "gradients of sentinels are nan now and then, on CUDA alone",
+    ),
+    _core(
+        "backends/static.py",
+        "the compiled router learns from the wrong assignments",
+        "torch.zeros_like(weight_M).index_copy_(0, static.plan.order_M, dsorted_M)",
+        "torch.zeros_like(weight_M).index_copy_(0, torch.arange(len(dsorted_M)), dsorted_M)",
+        "test_static.py test_compile.py",
+        "a compiled layer trains to something else than a plain one",
     ),
     _core(
         "combine.py",

@@ -31,13 +31,12 @@ from torch_geometric.data import Batch
 
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
-from moeapps.commands.run import Cli, import_tasks, quiet
+from benchmarks.system_share import build as build_system
 from moeapps.training.run import write_json
 from tasks.point_cloud.attention import PatchAttention
 from tasks.point_cloud.module import PointCloudTask
 from tasks.point_cloud.sparse_conv import NeighbourTable, SubmanifoldConv3d, submanifold_conv
 
-BASE = ["--config", "configs/point_moe.yaml"]
 RIVALS = {"dense": "configs/baselines/point_moe_dense.yaml", "ptv3": "configs/baselines/point_moe_ptv3.yaml"}
 GATE = 1.25
 """A step over a step of the dense twin; agreed beforehand."""
@@ -50,15 +49,9 @@ Work = Callable[[], object]
 
 def build(overlay: str | None = None, flags: list[str] | None = None) -> tuple[PointCloudTask, Batch]:
     """Return a freshly initialised task and the first training batch of its data."""
-    words = [*BASE, *(["--config", overlay] if overlay else []), "--trainer.callbacks", "null", *(flags or [])]
-    quiet()
-    import_tasks(words)
-    built = Cli(words, run=False)
-    built.datamodule.prepare_data()
-    built.datamodule.setup("fit")
-    task = built.model
+    task, batch = build_system("point_moe", [*(["--config", overlay] if overlay else []), *(flags or [])])
     assert isinstance(task, PointCloudTask)
-    return task.train(), next(iter(built.datamodule.train_dataloader()))
+    return task, batch
 
 
 def train_step(task: PointCloudTask, batch: Batch) -> Work:

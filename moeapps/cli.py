@@ -8,6 +8,7 @@ needs them. The training commands live in ``moeapps/commands/run.py``, each furt
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,9 +72,29 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if first not in COMMANDS:
         return _unknown(first, words, program)
+    if first in RUN_COMMANDS and (complaint := _missing_config(words[1:])):
+        print(complaint, file=sys.stderr)
+        return 2
     _extend_path()
     command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
     return command(words if first in RUN_COMMANDS else words[1:])
+
+
+def _missing_config(words: Sequence[str]) -> str | None:
+    """Say which ``--config`` file is not there, before anything slow is imported; None where all are."""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        path = value if equals else following
+        # Anything with a line break or a brace is YAML in place of a file, which the parser takes as well.
+        if name not in ("-c", "--config") or Path(path).is_file() or any(sign in path for sign in "\n{:"):
+            continue
+        from moeapps.commands.listing import all_configs
+
+        known = {Path(config).name: config for config in reversed(all_configs())}  # base configs win
+        close = difflib.get_close_matches(Path(path).name, known, n=1)
+        hint = f"did you mean {known[close[0]]}? " if close else ""
+        return f"error: there is no config file {path!r}; {hint}`moeapps list` shows all configs"
+    return None
 
 
 def _unknown(first: str, words: list[str], program: str) -> int:

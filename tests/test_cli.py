@@ -178,6 +178,8 @@ def test_wrong_flags_exit_with_2_and_a_short_text(
 
 WRONG_YAML = [
     ("model: {init_args: {net: {init_args: {widht: 4}}}}", ["model.net: unknown option 'widht'", "width"]),
+    ("model: {init_args: {net: {init_args: {moe: {init_args: {topk: 1}}}}}}",
+     ["model.net.moe: unknown option 'topk' of point_moe", "did you mean 'top_k'", "num_experts"]),
     ("model: {init_args: {optimizer: {groups: [{patern: x}]}}}", ["ParamGroup", "did you mean 'pattern'"]),
     ("modle: {init_args: {net: 4}}", ["unknown key 'modle'", "did you mean 'model'"]),
     ("trainer: {max_epoch: 4}", ["unknown key 'trainer.max_epoch'", "max_epochs"]),
@@ -200,6 +202,21 @@ def test_wrong_yaml_exits_with_2_and_a_short_text(
     message = capsys.readouterr().err.split("error:")[-1]
     assert all(part in message for part in texts), message
     assert len(message.splitlines()) <= 8
+
+
+def test_a_missing_config_file_is_told_before_anything_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "configs/pointmoe.yaml"]) == 2
+    assert "did you mean configs/point_moe.yaml?" in capsys.readouterr().err
+    assert main(["fit", "--config=configs/nothing_like_it.yaml"]) == 2
+    assert "there is no config file 'configs/nothing_like_it.yaml'" in capsys.readouterr().err
+
+
+def test_list_of_a_system_says_what_each_baseline_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "mixer"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list(Path("configs/baselines").glob("mixer_*.yaml")))
+    assert all(line.split()[0].startswith("configs/baselines/mixer_") and len(line.split()) > 3 for line in lines)
+    assert main(["list", "mixr"]) == 2
 
 
 def test_no_config_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:

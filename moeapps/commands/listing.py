@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +38,7 @@ def systems() -> list[System]:
     folder = config_folder()
     found = []
     for path in sorted(folder.glob("*.yaml")) if folder is not None else []:
-        with path.open(encoding="utf-8") as lines:
-            first = lines.readline().strip()
-        found.append(System(path.stem, os.path.relpath(path), first.lstrip("# ") if first.startswith("#") else ""))
+        found.append(System(path.stem, os.path.relpath(path), first_comment(path)))
     return found
 
 
@@ -51,17 +51,68 @@ def overlays() -> dict[str, list[str]]:
     return groups
 
 
+def all_configs() -> list[str]:
+    """Return the paths of all configs, base configs first."""
+    folder = config_folder()
+    if folder is None:
+        return []
+    return [os.path.relpath(path) for pattern in ("*.yaml", "*/*.yaml") for path in sorted(folder.glob(pattern))]
+
+
+def first_comment(path: Path) -> str:
+    """Return the first comment line of a config, which says what it is; "" without one."""
+    with path.open(encoding="utf-8") as lines:
+        first = lines.readline().strip()
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def overlays_of(system: str) -> list[System]:
+    """Return the baselines of one system, each with its first comment line."""
+    folder = config_folder()
+    paths = [] if folder is None else sorted((folder / "baselines").glob(f"{system}_*.yaml"))
+    return [System(path.stem, os.path.relpath(path), first_comment(path)) for path in paths]
+
+
+def _wrapped(title: str, words: list[str]) -> str:
+    """Names in lines of at most 100 columns, under a title."""
+    return textwrap.fill(", ".join(words), 100, initial_indent=f"  {title:<14}", subsequent_indent=" " * 16)
+
+
 def main(args: list[str]) -> int:
     """Print systems and overlays; ``-h`` explains."""
     if args and args[0] in ("-h", "--help"):
-        print("usage: moeapps list\n\nShow the systems (base configs) and the overlays that can follow them.")
+        print(
+            "usage: moeapps list [SYSTEM]\n\nShow the systems (base configs) and the overlays that can follow them; "
+            "with a SYSTEM,\nits rivals and controls with a line each."
+        )
         return 0
+    if args:
+        return _one(args[0])
     found = systems()
     if not found:
         print("no configs found: run this in a checkout, or give your own file to `moeapps fit --config FILE`")
         return 1
     for system in found:
         print(f"{system.config:<32}{system.summary}")
+    print("\noverlays, given as a further --config configs/GROUP/NAME.yaml:")
     for group, names in overlays().items():
-        print(f"\noverlays configs/{group}/: " + ", ".join(names))
+        if group != "baselines":
+            print(_wrapped(f"{group}/", names))
+            continue
+        for system in found:
+            shown = [overlay.name.removeprefix(f"{system.name}_") for overlay in overlays_of(system.name)]
+            if shown:
+                print(_wrapped("baselines/", [f"{system.name}_*: {shown[0]}", *shown[1:]]))
+    print("\nmoeapps list SYSTEM says what its baselines are.")
+    return 0
+
+
+def _one(name: str) -> int:
+    """Print the baselines of one system."""
+    known = [system.name for system in systems()]
+    if name not in known:
+        print(f"error: no system {name!r}; there are: {', '.join(known)}", file=sys.stderr)
+        return 2
+    for overlay in overlays_of(name):
+        print(f"{overlay.config:<54}{overlay.summary}")
     return 0

@@ -112,6 +112,12 @@ def _explain_one(complaint: Complaint, parser: LightningArgumentParser, raw: dic
     if match := re.match(r"Option '([^']+)' is not accepted", text):
         owner, allowed = _allowed_at(complaint.keys, match[1], raw)
         return [f"{at}unknown option {match[1]!r}{f' of {owner}' if owner else ''}", *_suggest(match[1], allowed)]
+    if match := re.search(r"expects a function or a callable class: Option '([^']+)' is not accepted", text):
+        named = re.search(r"class_path='([\w.]+)'", text[match.end() :])
+        target = _class_of({"class_path": named[1]}) if named else None
+        allowed = option_names(target) if target is not None else []
+        owner = f" of {named[1].rpartition('.')[2]}" if named else ""
+        return [f"{at}unknown option {match[1]!r}{owner}", *_suggest(match[1], allowed)]
     if match := re.match(r"(?:Subcommand '\w+'|Group '\w+') does not accept option '([^']+)'", text):
         return _unknown_key(match[1], parser)
     if match := re.match(r"unrecognized arguments: --([\w.+-]+)", text):

@@ -61,6 +61,9 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
     file = path if path.suffix == ".json" else newest_version(path) / "metrics" / f"{stage}.json"
     folder = path.parent.parent if path.suffix == ".json" else file.parents[1]
     if not file.is_file():
+        names = sorted({str(inside.parents[2]) for inside in path.glob(f"*/*/metrics/{stage}.json")})
+        if names:
+            raise ValueError(f"{path} is the folder of a system; give its runs: {' '.join(names)}")
         raise ValueError(f"{folder} has no metrics/{stage}.json; make it with: moeapps test --run {folder}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

@@ -109,10 +109,13 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
         metric: name of the metric; None takes the main metric of the first run.
 
     Raises:
-        ValueError: no run, or a run without the metric.
+        ValueError: no run, runs of several systems, or a run without the metric.
     """
     if not runs:
         raise ValueError("no run given; name at least one run folder")
+    systems = sorted({str(run.header.get("system")) for run in (*runs, *baseline)})
+    if len(systems) > 1:
+        raise ValueError(f"the runs are of several systems ({', '.join(systems)}), which share no domains; give one's")
     every = [*runs, *(run for run in baseline if run.path not in {other.path for other in runs})]
     chosen = metric or str(runs[0].header.get("main_metric") or next(iter(runs[0].values)))
     for run in every:

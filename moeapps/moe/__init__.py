@@ -29,7 +29,6 @@ from moeapps.moe.experts import (
     Experts,
     GLUExperts,
     MLPExperts,
-    ModuleExperts,
 )
 from moeapps.moe.joined import (
     JoinedExperts,
@@ -49,6 +48,9 @@ from moeapps.moe.losses import (
     MutualInformationLoss,
     SwitchBalance,
     ZLoss,
+)
+from moeapps.moe.module_experts import (
+    ModuleExperts,
 )
 from moeapps.moe.normalised import (
     NormalisedExperts,

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.backends import Backend, run
-from moeapps.moe.experts import BankPart, Experts, FeedForward
+from moeapps.moe.backends import Backend, apply
+from moeapps.moe.experts import Experts
+from moeapps.moe.feed_forward import BankPart, FeedForward
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
@@ -96,13 +97,13 @@ def _run(work: Work, routing: Routing) -> Tensor:
         raise ValueError(
             "per_expert=True gives each expert its own rows, which a sparse routing cannot use; use Dense."
         )
-    return run(work.experts, work.x, routing.plan, side=work.side, backend=work.backend, weight_at=work.weight_at)
+    return apply(work.experts, work.x, routing, side=work.side, backend=work.backend, weight_at=work.weight_at)
 
 
 def _apart(work: Work, routing: Routing, stack: FeedForward) -> Tensor:
     """The routed experts by a backend; to them the shared ones, each by two plain products over all rows."""
     routed, shared = stack.split(routing.num_experts)
-    y_No = run(BankPart(routed), work.x, routing.plan, backend=work.backend, weight_at=work.weight_at)
+    y_No = apply(BankPart(routed), work.x, routing, backend=work.backend, weight_at=work.weight_at)
     given = routing.shared_weight_NS is not None or work.token_mask is not None
     weights = _shared_weight(routing, work, y_No.dtype).to(y_No.dtype).unsqueeze(-1).unbind(1) if given else ()
     for s in range(work.num_shared):

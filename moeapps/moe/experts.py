@@ -13,103 +13,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.activation import Activation, ActivationName, resolve_activation
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """The stacked weights of a two-layer bank, all that a fast backend has to know.
-
-    Attributes:
-        w_in: (E, D, H) with H = F, or 2F (gate | up) when ``gated``.
-        b_in: (E, H) or None.
-        w_out: (E, F, O).
-        b_out: (E, O) or None.
-        activation: Elementwise function; applied to the gate half when ``gated``.
-        gated: Whether the hidden state is ``f(gate) * up``.
-    """
-
-    w_in: Tensor
-    b_in: Tensor | None
-    w_out: Tensor
-    b_out: Tensor | None
-    activation: Activation
-    gated: bool
-
-    def hidden(self, h: Tensor) -> Tensor:
-        """Turn pre-activations (..., H) into what the second layer reads (..., F)."""
-        if not self.gated:
-            return self.activation.function(h)
-        gate, up = h.chunk(2, dim=-1)
-        return self.activation.function(gate) * up
-
-    def grouped(self, x_MD: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply expert e to its ``counts[e]`` rows of ``x_MD`` (M, D), sorted by expert; gives (M, O).
-
-        The stacks are unbound once. Indexing ``w[e]`` in the loop would allocate a gradient of the whole stack for each
-        expert in backward, which costs O(E^2 D F).
-        """
-        w_in, w_out = self.w_in.unbind(0), self.w_out.unbind(0)
-        b_in = self.b_in.unbind(0) if self.b_in is not None else None
-        b_out = self.b_out.unbind(0) if self.b_out is not None else None
-        outputs = []
-        for e, x_RD in _segments(x_MD, counts):
-            h_RH = x_RD @ w_in[e] if b_in is None else torch.addmm(b_in[e], x_RD, w_in[e])
-            a_RF = self.hidden(h_RH)
-            outputs.append(a_RF @ w_out[e] if b_out is None else torch.addmm(b_out[e], a_RF, w_out[e]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def one(self, expert: int, x_ND: Tensor) -> Tensor:
-        """Apply one expert to all rows, (N, D) -> (N, O)."""
-        h_NH = _product(x_ND, self.w_in, self.b_in, expert)
-        return _product(self.hidden(h_NH), self.w_out, self.b_out, expert)
-
-    def split(self, first: int) -> tuple[FeedForward, FeedForward]:
-        """Cut the bank in two, by reference: the first experts, and the others."""
-        sizes = [first, self.w_in.shape[0] - first]
-        stacks = [self.w_in, self.b_in, self.w_out, self.b_out]
-        halves = [(None, None) if stack is None else stack.split(sizes) for stack in stacks]
-        one, two = (replace(self, w_in=a, b_in=b, w_out=c, b_out=d) for a, b, c, d in zip(*halves, strict=True))
-        return one, two
-
-    def every(self, x: Tensor) -> Tensor:
-        """Apply every expert to every row of ``x``, (N, D) or (E, N, D), by two batched products; gives (N, E, O)."""
-        h_ENH = _batched(_expand(x, self.w_in.shape[0]), self.w_in, self.b_in)
-        return _batched(self.hidden(h_ENH), self.w_out, self.b_out).transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class BankPart:
-    """Some experts of a stacked bank, by reference: what a backend needs of a bank.
-
-    Attributes:
-        ffn: their weights, a slice of the bank's.
-    """
-
-    ffn: FeedForward
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of the part."""
-        return self.ffn.w_in.shape[0]
-
-    def feed_forward(self) -> FeedForward:
-        """The weights."""
-        return self.ffn
-
-    def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
-        """Apply each expert to its own rows; see ``Experts.grouped``."""
-        return self.ffn.grouped(x_MD, _host(counts))
-
-    def every(self, x: Tensor, *side: Tensor) -> Tensor:
-        """Apply every expert to every row; see ``Experts.every``."""
-        return self.ffn.every(x)
+from moeapps.moe.activation import ActivationName, resolve_activation
+from moeapps.moe.feed_forward import FeedForward, counts_on_host
 
 
 class Experts(nn.Module):
@@ -120,6 +30,8 @@ class Experts(nn.Module):
         in_dim: Width of a row that goes in.
         out_dim: Width of a row that comes out.
         supports_grouped: False where an expert must see all rows (batch statistics); such a bank needs a dense router.
+        batched: True where ``every`` is a few batched products of small experts. A compiled graph, which cannot cut
+            rows by data, then runs every expert on every row; where it is False the graph breaks at the dispatch.
 
     Example:
         >>> isinstance(MLPExperts(4, dim=8, hidden_dim=16), Experts)
@@ -127,6 +39,7 @@ class Experts(nn.Module):
     """
 
     supports_grouped: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -269,7 +182,7 @@ class _StackedExperts(Experts):
     def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
         """Apply each expert to its own rows; see ``Experts.grouped``."""
         _no_side(self, side)
-        return self.feed_forward().grouped(x_MD, _host(counts))
+        return self.feed_forward().grouped(x_MD, counts_on_host(counts))
 
     def every(self, x: Tensor, *side: Tensor) -> Tensor:
         """Apply every expert to every row; see ``Experts.every``."""
@@ -358,128 +271,6 @@ class GLUExperts(_StackedExperts):
         bias: bool = False,
     ) -> None:
         super().__init__(num_experts, dim, hidden_dim, out_dim=out_dim, activation=activation, bias=bias, gated=True)
-
-
-class ModuleExperts(Experts):
-    """Experts that are modules of any kind, unlike each other if need be (vector fields, frozen specialists).
-
-    Each module maps a row tensor (R, ...) and its side inputs (R, ...) to (R, O).
-
-    Args:
-        modules: The experts. The same object may not appear twice.
-        in_dim: Width of a row; None takes it from the first ``nn.Linear`` of the first expert.
-        out_dim: Width of an output row; None takes it from the last ``nn.Linear`` of the first expert.
-        row_dims: Dimensions of one row: 1 for vectors, 3 for images.
-        flops_per_row: Forward operations of one expert on one row; None counts the ``nn.Linear`` layers, two per
-            weight, averaged over the experts.
-
-    Raises:
-        ValueError: If the list is empty, an expert appears twice, or a width is neither given nor found.
-
-    Example:
-        >>> experts = ModuleExperts([nn.Linear(8, 6), nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 6))])
-        >>> experts.every(torch.zeros(5, 8)).shape
-        torch.Size([5, 2, 6])
-    """
-
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        *,
-        in_dim: int | None = None,
-        out_dim: int | None = None,
-        row_dims: int = 1,
-        flops_per_row: int | None = None,
-    ) -> None:
-        if not modules:
-            raise ValueError("ModuleExperts got an empty list; give it at least one module.")
-        if len({id(m) for m in modules}) != len(modules):
-            raise ValueError("ModuleExperts got the same module twice; give each expert a module of its own (copy it).")
-        linears = [m for m in modules[0].modules() if isinstance(m, nn.Linear)]
-        if (in_dim is None or out_dim is None) and not linears:
-            raise ValueError("the experts have no nn.Linear to read their widths from; pass in_dim and out_dim.")
-        super().__init__(
-            len(modules),
-            linears[0].in_features if in_dim is None else in_dim,
-            linears[-1].out_features if out_dim is None else out_dim,
-        )
-        self.experts = nn.ModuleList(modules)
-        self.row_dims = row_dims
-        self._flops_per_row = flops_per_row
-
-    @property
-    def flops_per_row(self) -> int:
-        """Forward operations on one row, as given, or counted over the linear layers and averaged over the experts."""
-        if self._flops_per_row is not None:
-            return self._flops_per_row
-        weights = sum(m.weight.numel() for m in self.experts.modules() if isinstance(m, nn.Linear))
-        return 2 * weights // self.num_experts
-
-    def reset_parameters(self) -> None:
-        """Call ``reset_parameters`` of every submodule that has it."""
-        for module in self.experts.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-
-    def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
-        """Apply each expert to its own rows; see ``Experts.grouped``.
-
-        An expert without rows is not called (many networks refuse an empty batch), yet its parameters get gradients
-        that are exactly zero, as those of a stacked bank do.
-        """
-        counts = _host(counts)
-        outputs = []
-        start = 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            rows = slice(start, start + count)
-            start += count
-            if count:
-                outputs.append(expert(x_MD[rows], *(s[rows] for s in side)))
-        y_MO = torch.cat(outputs) if outputs else x_MD.new_zeros(0, self.out_dim)
-        idle = [e for e, count in zip(self.experts, counts, strict=True) if not count]
-        return _with_zero_gradients(y_MO, idle)
-
-    def every(self, x: Tensor, *side: Tensor) -> Tensor:
-        """Apply every expert to every row; see ``Experts.every``. Rows have ``row_dims`` dimensions."""
-        own_view = x.dim() == self.row_dims + 2
-        return torch.stack([m(x[e] if own_view else x, *side) for e, m in enumerate(self.experts)], dim=1)
-
-    def _keep(self, ids: list[int]) -> None:
-        self.experts = nn.ModuleList([copy.deepcopy(self.experts[i]) for i in ids])
-
-
-def _with_zero_gradients(y: Tensor, modules: Iterable[nn.Module]) -> Tensor:
-    """Connect the parameters of idle modules to ``y`` through empty sums, whose gradient is exactly zero."""
-    idle = [p.reshape(-1)[:0].sum().to(y.dtype) for m in modules for p in m.parameters() if p.requires_grad]
-    return y + torch.stack(idle).sum() if idle else y
-
-
-def _segments(x_MD: Tensor, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """(expert, its rows) of every busy expert; expert 0 with no rows when all are idle, so that gradients exist."""
-    if not any(counts):
-        return [(0, x_MD)]
-    return [(e, x_RD) for e, x_RD in enumerate(x_MD.split(list(counts))) if counts[e]]
-
-
-def _product(x_NI: Tensor, w: Tensor, b: Tensor | None, expert: int) -> Tensor:
-    return x_NI @ w[expert] if b is None else torch.addmm(b[expert], x_NI, w[expert])
-
-
-def _host(counts: Sequence[int] | Tensor) -> Sequence[int]:
-    return counts.tolist() if isinstance(counts, Tensor) else counts
-
-
-def _expand(x: Tensor, num_experts: int) -> Tensor:
-    """(N, D) seen by all experts, or (E, N, D) as it is, as (E, N, D) without a copy."""
-    return x if x.dim() == 3 else x.expand(num_experts, *x.shape)
-
-
-def _batched(x_END: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x[e] @ weight[e] + bias[e]`` for every expert."""
-    if bias is None:
-        return torch.bmm(x_END, weight)
-    return torch.baddbmm(bias.unsqueeze(1), x_END, weight)
 
 
 def _no_side(experts: Experts, side: tuple[Tensor, ...]) -> None:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.record import Record
-from moeapps.moe.routers.choose import GatedShared, TopP
+from moeapps.moe.routers.choose import GatedShared
+from moeapps.moe.routers.choose_top_p import TopP
 from moeapps.moe.routers.chooser import RowChooser
 from moeapps.moe.routing import DenseRouting, Routing
 

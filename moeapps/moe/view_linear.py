@@ -35,7 +35,10 @@ def view_linear(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tens
         dtype = torch.get_autocast_dtype(device)
         x_VND, weight_BDO = x_VND.to(dtype), weight_BDO.to(dtype)
     with torch.autocast(device, enabled=False):
-        if not torch.is_grad_enabled():  # also where products are counted: torch's counter misses those into a buffer
+        # A compiler differentiates by itself; without gradients there is nothing to keep.
+        if (
+            torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        ):  # also where products are counted: torch's counter misses those into a buffer
             return _plain(x_VND, weight_BDO, reads)
         y: Tensor = _ViewLinear.apply(x_VND, weight_BDO, tuple(reads))
         return y

@@ -47,9 +47,13 @@ def unit_cells(matrix: Matrix) -> Cells:
 
 def difference_cells(matrix: Matrix) -> Cells:
     """Return the paired differences to the baseline."""
-    words = {True: "better", False: "worse", None: "open"}
+    # Test units of one run say nothing about another training run, so one run is never called better.
+    words = {
+        "seeds": {True: "better", False: "worse", None: "open"},
+        "units": {True: "ahead (one seed)", False: "behind (one seed)", None: "open"},
+    }
     rows = [
-        [d.variant, d.column, _interval(d.interval, signed=True), f"{d.interval.n} {d.over}", words[d.better]]
+        [d.variant, d.column, _interval(d.interval, signed=True), f"{d.interval.n} {d.over}", words[d.over][d.better]]
         for d in matrix.differences
     ]
     return ["variant", "column", "difference [95 %]", "pairs", "verdict"], rows

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeapps.moe.experts import Experts, ModuleExperts
+from moeapps.moe.experts import Experts
 from moeapps.moe.joined import JoinedExperts
+from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
 from moeapps.training.task import BaseTask

@@ -284,6 +284,8 @@ class DynamicsTask(BaseTask):
             )
 
     def _log_step(self, loss: Tensor, num: int) -> None:
+        if int(self.inner_step) % cast(Any, self.trainer).log_every_n_steps:
+            return  # a step takes milliseconds, of which keeping its numbers would be a tenth
         self.log_train("loss", loss, num, prog_bar=True)
         self.log_train("skipped", self.skipped.float(), num)
         self.log_train("lr", torch.tensor(float(self.trainer.optimizers[1].param_groups[0]["lr"])), num)

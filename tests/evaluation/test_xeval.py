@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ def write_run(
     seed: int = 0,
     units: dict[str, Any] | None = None,
     direction: str = "max",
+    system: str = "toy",
 ) -> Path:
     rows = [
         {"domain": d, "role": r, "metric": m, "value": x if m == "acc" else 1.0, "n": 4, "direction": direction}
         for (d, r), x in zip(ROLES.items(), values, strict=True)
         for m in ("loss", "acc")
     ]
-    header = {"system": "toy", "name": variant, "seed": seed, "main_metric": "acc"}
+    header = {"system": system, "name": variant, "seed": seed, "main_metric": "acc"}
     (folder / "metrics").mkdir(parents=True)
     text = json.dumps({"header": header, "rows": rows, "units": units or {}})
     (folder / "metrics" / "test.json").write_text(text)
@@ -90,6 +92,9 @@ def test_differences_of_one_pair_of_runs_are_over_test_units(tmp_path: Path) -> 
     assert [d.column for d in matrix.differences] == ["u"]  # "a" has other units, so nothing can be paired
     difference = matrix.differences[0]
     assert difference.interval.mean == 0.75
+    # All units may agree: another training run might still not, so the word "better" is kept for seeds.
+    sure = dataclasses.replace(matrix, differences=[dataclasses.replace(difference, better=True)])
+    assert "| ahead (one seed) |" in markdown(sure)
     assert difference.over == "units"
     assert matrix.rows[0].intervals["u"].mean == 0.75
 
@@ -122,6 +127,11 @@ def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     ("make", "text"),
     [
         (lambda p: ["xeval", str(p / "nothing")], "moeapps test --run"),
+        (lambda p: ["xeval", str(write_run(p / "toy" / "moe" / "version_0", [1] * 5).parents[1])], "toy/moe"),
+        (
+            lambda p: ["xeval", str(write_run(p / "r", [1] * 5)), str(write_run(p / "s", [1] * 5, system="other"))],
+            "several systems (other, toy)",
+        ),
         (lambda p: ["xeval", str(write_run(p / "r", [1, 1, 1, 1, 1])), "--metric", "f1"], "has no metric 'f1'"),
         (lambda p: ["xeval", str(write_run(p / "r", [1, 1, 1, 1, 1])), "--baseline",
                     str(write_run(p / "x", [1, 1, 1, 1, 1], variant="x")),

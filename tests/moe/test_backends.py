@@ -16,7 +16,8 @@ from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend, choose_backend, run, sort_assignments
 from moeapps.moe.backends.dense import is_dense
 from moeapps.moe.backends.segments import segments
-from moeapps.moe.experts import Experts, GLUExperts, MLPExperts, ModuleExperts
+from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.routing import Routing
 
 N, D, F, E, K = 11, 8, 16, 5, 2
@@ -268,6 +269,18 @@ def test_segments_skips_products_nobody_asked_for(frozen: tuple[str, ...], fixed
 
     assert calls.count("mm", "addmm") == products
     assert all((p.grad is None) == (name in frozen) for name, p in experts.named_parameters())
+
+
+@pytest.mark.parametrize("backend", ["segments", "loop"])
+def test_experts_without_rows_cost_no_product(backend: Backend) -> None:
+    experts, x_ND, routing = case("mlp", "empty_experts", torch.float32)
+    busy = int((routing.counts() > 0).sum())
+
+    with Calls() as calls:
+        run(experts, x_ND, sort_assignments(routing), backend=backend).sum().backward()
+
+    assert 0 < busy < E
+    assert calls.count("mm", "addmm") == 6 * busy
 
 
 def test_segments_stores_nothing_when_gradients_are_off() -> None:

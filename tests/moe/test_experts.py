@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeapps.moe.experts import Experts, GLUExperts, MLPExperts, ModuleExperts
+from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.normalised import NormalisedExperts
 
 E, D, H = 4, 6, 10

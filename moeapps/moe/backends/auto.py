@@ -15,10 +15,13 @@ from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
 from moeapps.moe.backends.segments import segments, segments_refusal
+from moeapps.moe.backends.static import every_expert, grouped_mm_static, segments_static
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import BankPart, Experts, FeedForward
+    from moeapps.moe.experts import Experts
+    from moeapps.moe.feed_forward import BankPart, FeedForward
+    from moeapps.moe.routing import Routing
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
 Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]
@@ -47,6 +50,71 @@ THRESHOLDS: dict[str, Thresholds] = {"cpu": Thresholds(work=2e7, shared_work=4e6
 _ELSEWHERE = Thresholds(work=float("inf"), shared_work=float("inf"), stack_bytes=float("inf"))
 
 
+def apply(
+    experts: Experts | BankPart,
+    x_ND: Tensor,
+    routing: Routing,
+    *,
+    side: tuple[Tensor, ...] = (),
+    backend: Backend = "auto",
+    weight_at: Literal["output", "input"] = "output",
+) -> Tensor:
+    """Apply a bank to a sparse routing: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
+
+    Usually that is ``run`` with the plan of the routing, which takes the counts to the host once. Two cases do without
+    the host (``static``): a traced call (``torch.compile(fullgraph=True)``, ``torch.export``), whose graph must not
+    depend on what was routed, and bfloat16 on CUDA, where waiting for the counts would leave the device idle.
+
+    Args:
+        experts: The bank.
+        x_ND: Rows (N, D); for ``ModuleExperts`` (N, ...).
+        routing: The routing of these rows.
+        side: Further inputs with N rows each.
+        backend: As for ``run``.
+        weight_at: As for ``run``.
+
+    Returns:
+        (num_targets, O).
+
+    Raises:
+        ValueError: As ``run`` does.
+
+    Example:
+        >>> from moeapps.moe import LinearScore, MLPExperts, Router, TopK
+        >>> x_ND = torch.randn(5, 8)
+        >>> apply(MLPExperts(4, 8, 16), x_ND, Router(LinearScore(8, 4), TopK(2))(x_ND)).shape
+        torch.Size([5, 8])
+    """
+    if torch.compiler.is_compiling() or x_ND.is_cuda:
+        _check(experts, x_ND, routing, backend, weight_at)
+        y = _apply_static(experts, x_ND, routing, side, backend, weight_at == "input")
+        if y is not None:
+            return y
+    return run(experts, x_ND, routing.plan, side=side, backend=backend, weight_at=weight_at)
+
+
+def _apply_static(
+    experts: Experts | BankPart,
+    x_ND: Tensor,
+    routing: Routing,
+    side: tuple[Tensor, ...],
+    backend: Backend,
+    at_input: bool,
+) -> Tensor | None:
+    """The output without a look at the routing on the host, or None where that is not possible or not worth it."""
+    traced, exported = torch.compiler.is_compiling(), torch.compiler.is_exporting()
+    ffn = None if side else experts.feed_forward()
+    if ffn is not None:
+        ffn, x_ND = _autocast(ffn, x_ND)
+        if backend in ("auto", "grouped_mm") and x_ND.is_cuda and grouped_mm_refusal(ffn, x_ND) is None:
+            return grouped_mm_static(ffn, x_ND, routing, at_input=at_input)
+        if traced and backend in ("auto", "segments") and ffn.activation.tabulated:
+            return segments_static(ffn, x_ND, routing, at_input=at_input)
+    if exported or (traced and experts.batched and backend == "auto"):
+        return every_expert(experts, x_ND, routing, side=side, at_input=at_input)
+    return None
+
+
 @runs_eagerly
 def run(
     experts: Experts | BankPart,
@@ -57,11 +125,10 @@ def run(
     backend: Backend = "auto",
     weight_at: Literal["output", "input"] = "output",
 ) -> Tensor:
-    """Apply a bank to the assignments of a plan: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
+    """Apply a bank to the assignments of a plan; see ``apply``, which calls this.
 
     Under autocast a stacked bank computes in the autocast dtype, like ``nn.Linear``; float64 stays float64. Under
-    ``torch.compile`` the graph breaks here (``fullgraph=True`` is not possible) and nothing is compiled again when the
-    routing changes.
+    ``torch.compile`` the graph breaks here, and nothing is compiled again when the routing changes.
 
     Args:
         experts: The bank.
@@ -123,7 +190,7 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
     return next((name for name in preferred if _refusal(name, ffn, x_ND) is None), "loop")
 
 
-def _check(experts: Experts | BankPart, x_ND: Tensor, plan: Plan, backend: str, weight_at: str) -> None:
+def _check(experts: Experts | BankPart, x_ND: Tensor, plan: Plan | Routing, backend: str, weight_at: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}.")
     if weight_at not in ("output", "input"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import FeedForward
+    from moeapps.moe.feed_forward import FeedForward
 
 
 def is_dense(plan: Plan) -> bool:

@@ -18,7 +18,7 @@ from moeapps.moe.backends.loop import combine, weigh
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import FeedForward
+    from moeapps.moe.feed_forward import FeedForward
 
 _ALIGNMENT = 16  # bytes
 
@@ -58,14 +58,15 @@ def grouped_mm(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = F
     if at_input:
         x_MD = weigh(x_MD, plan.weight_M)
     expert_M = plan.expert_M() if ffn.b_in is not None or ffn.b_out is not None else None
-    h_MH = _grouped_linear(x_MD, ffn.w_in, ffn.b_in, offs_E, expert_M)
-    y_MO = _grouped_linear(ffn.hidden(h_MH), ffn.w_out, ffn.b_out, offs_E, expert_M)
+    h_MH = grouped_linear(x_MD, ffn.w_in, ffn.b_in, offs_E, expert_M)
+    y_MO = grouped_linear(ffn.hidden(h_MH), ffn.w_out, ffn.b_out, offs_E, expert_M)
     return combine(y_MO if at_input else weigh(y_MO, plan.weight_M), plan)
 
 
-def _grouped_linear(
+def grouped_linear(
     x_MI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offs_E: Tensor, expert_M: Tensor | None
 ) -> Tensor:
+    """``x W[e] + b[e]`` for rows sorted by expert, which ends at ``offs_E[e]``; later rows are undefined."""
     y_MO: Tensor = functional.grouped_mm(x_MI, weight_EIO, offs=offs_E)
     if bias_EO is None or expert_M is None:
         return y_MO

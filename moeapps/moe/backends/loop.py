@@ -9,7 +9,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
-    from moeapps.moe.experts import BankPart, Experts
+    from moeapps.moe.experts import Experts
+    from moeapps.moe.feed_forward import BankPart
 
 
 def loop(

@@ -23,6 +23,7 @@ class Plan:
     """Assignments sorted by expert, in routing order within an expert; sentinels ("no work") are gone.
 
     Attributes:
+        order_M: int64, place in the routing of each sorted assignment.
         row_M: int64, row of the input that each sorted assignment reads.
         target_M: int64, row of the output that it adds to.
         weight_M: Its weight, differentiable with respect to the routing's weight.
@@ -39,6 +40,7 @@ class Plan:
         10
     """
 
+    order_M: Tensor
     row_M: Tensor
     target_M: Tensor
     weight_M: Tensor
@@ -91,7 +93,7 @@ def sort_assignments(routing: Routing) -> Plan:
     if num_experts == 1 and num_real == total:
         order_M = torch.arange(total, device=routing.expert_M.device)
     else:
-        order_M = torch.sort(routing.expert_M.to(_key_dtype(num_experts)), stable=True).indices[:num_real]
+        order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices[:num_real]
     row_M = order_M.div(top_k, rounding_mode="floor") if top_k else routing.row_M.index_select(0, order_M)
     target_M = row_M if routing.target_M is None else routing.target_M.index_select(0, order_M)
     inverse_NK = None
@@ -100,6 +102,7 @@ def sort_assignments(routing: Routing) -> Plan:
         inverse[order_M] = torch.arange(total, device=order_M.device)
         inverse_NK = inverse.view(-1, top_k)
     return Plan(
+        order_M=order_M,
         row_M=row_M,
         target_M=target_M,
         weight_M=routing.weight_M.index_select(0, order_M),
@@ -121,7 +124,7 @@ def _counts(expert_M: Tensor, num_experts: int) -> list[int]:
     return counts[:num_experts]
 
 
-def _key_dtype(num_experts: int) -> torch.dtype:
+def key_dtype(num_experts: int) -> torch.dtype:
     """Smallest integer type that holds the ids 0 .. num_experts (the sentinel included)."""
     if num_experts <= torch.iinfo(torch.uint8).max:
         return torch.uint8

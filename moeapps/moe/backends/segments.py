@@ -32,7 +32,7 @@ from moeapps.moe.backends.chunks import Chunk, accumulate, accumulate_bias, grad
 from moeapps.moe.backends.loop import combine, weigh
 from moeapps.moe.backends.memory import empty, scratch
 from moeapps.moe.backends.threads import expert_shares, is_observed, run_shares
-from moeapps.moe.experts import FeedForward
+from moeapps.moe.feed_forward import FeedForward
 
 if TYPE_CHECKING:
     from moeapps.moe.activation import Activation
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Static:
+class Static:
     """What the function needs besides the tensors it is differentiated by."""
 
     activation: Activation
@@ -72,7 +72,7 @@ def segments(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = Fal
     Returns:
         (targets, O).
     """
-    static = _Static(ffn.activation, ffn.gated, plan, at_input, torch.is_grad_enabled())
+    static = Static(ffn.activation, ffn.gated, plan, at_input, torch.is_grad_enabled())
     weight_M = plan.weight_M.to(x_ND.dtype)
     y: Tensor = _Segments.apply(x_ND, weight_M, ffn.w_in, ffn.b_in, ffn.w_out, ffn.b_out, static)
     return y
@@ -90,11 +90,12 @@ class _Segments(torch.autograd.Function):
         b_in: Tensor | None,
         w_out: Tensor,
         b_out: Tensor | None,
-        static: _Static,
+        static: Static,
     ) -> Tensor:
         keep = static.grad_enabled and any(ctx.needs_input_grad)
         ffn = FeedForward(w_in, b_in, w_out, b_out, static.activation, static.gated)
-        y_TO, h_MH = _forward(x_ND, weight_M, ffn, static, keep)
+        h_MH = empty(x_ND, (static.plan.num_assignments, w_in.shape[2])) if keep else None
+        y_TO = compute_forward(x_ND, weight_M, ffn, static, h_MH)
         if keep:
             ctx.save_for_backward(x_ND, weight_M, w_in, b_in, w_out, b_out, h_MH)
             ctx.static = static
@@ -108,27 +109,26 @@ class _Segments(torch.autograd.Function):
         needs = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             return *_differentiable_backward(x_ND, weight_M, ffn, static, needs, grad_TO), None
-        return *_Backward(x_ND, weight_M, ffn, static, needs).run(grad_TO, h_MH), None
+        return *Backward(x_ND, weight_M, ffn, static, needs).run(grad_TO, h_MH), None
 
 
-def _scratch(static: _Static, use: str, like: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _scratch(static: Static, use: str, like: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Memory kept from call to call; fresh memory where a module of the user's runs in between."""
     if static.activation.tabulated:
         return scratch(use, like, shapes)
     return [like.new_empty(shape) for shape in shapes]
 
 
-def _shares(static: _Static, like: Tensor) -> list[range]:
+def _shares(static: Static, like: Tensor) -> list[range]:
     """Experts of each thread; all on one where the work cannot be handed to others."""
     alone = like.device.type != "cpu" or not static.activation.tabulated or is_observed()
     return expert_shares(static.plan.counts, 1 if alone else torch.get_num_threads())
 
 
-def _forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, keep: bool) -> tuple[Tensor, Tensor]:
-    """Output (targets, O) and the pre-activations (M, H); none of those unless ``keep``."""
+def compute_forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: Static, h_MH: Tensor | None) -> Tensor:
+    """Output (targets, O); the pre-activations go into the first M rows of ``h_MH``, where they are to be kept."""
     plan = static.plan
     (y_MO,) = _scratch(static, "rows", x_ND, [(plan.num_assignments, ffn.w_out.shape[2])])
-    h_MH = empty(x_ND, (plan.num_assignments if keep else 0, ffn.w_in.shape[2]))
     w_in, w_out = ffn.w_in.unbind(0), ffn.w_out.unbind(0)
     b_in = None if ffn.b_in is None else ffn.b_in.unbind(0)
     b_out = None if ffn.b_out is None else ffn.b_out.unbind(0)
@@ -136,23 +136,24 @@ def _forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, 
     def work(share: range) -> None:
         chunks = make_chunks(plan.counts, share, ffn.w_in.shape[2])
         size = max((chunk.size for chunk in chunks), default=0)
-        widths = (ffn.w_in.shape[1], ffn.w_out.shape[1], 0 if keep else ffn.w_in.shape[2])
+        widths = (ffn.w_in.shape[1], ffn.w_out.shape[1], ffn.w_in.shape[2] if h_MH is None else 0)
         x_buffer, a_buffer, h_buffer = _scratch(static, "chunk", x_ND, [(size, width) for width in widths])
         for chunk in chunks:
             x_CD = torch.index_select(x_ND, 0, plan.row_M[chunk.rows], out=x_buffer[: chunk.size])
             if static.at_input:
                 x_CD.mul_(weight_M[chunk.rows].unsqueeze(1))
-            h_CH, a_CF = h_MH[chunk.rows] if keep else h_buffer[: chunk.size], a_buffer[: chunk.size]
+            h_CH = h_buffer[: chunk.size] if h_MH is None else h_MH[chunk.rows]
+            a_CF = a_buffer[: chunk.size]
             linear_out(x_CD, w_in, b_in, h_CH, chunk)
             _activate(static, h_CH, a_CF)
             linear_out(a_CF, w_out, b_out, y_MO[chunk.rows], chunk)
 
     run_shares(work, _shares(static, x_ND))
     weight = None if static.at_input else weight_M
-    return _scatter(y_MO, weight, plan.target_M, plan.num_targets, plan.inverse_NK), h_MH
+    return _scatter(y_MO, weight, plan.target_M, plan.num_targets, plan.inverse_NK)
 
 
-def _activate(static: _Static, h_CH: Tensor, a_CF: Tensor) -> None:
+def _activate(static: Static, h_CH: Tensor, a_CF: Tensor) -> None:
     """Write what the second layer reads into ``a_CF``."""
     if not static.gated:
         static.activation.forward_out(h_CH, a_CF)
@@ -186,7 +187,7 @@ class _Buffers(NamedTuple):
     dh_CH: Tensor
 
     @classmethod
-    def of(cls, ffn: FeedForward, static: _Static, like: Tensor, size: int) -> _Buffers:
+    def of(cls, ffn: FeedForward, static: Static, like: Tensor, size: int) -> _Buffers:
         """Take the memory for chunks of up to ``size`` rows."""
         (d, h), (f, o) = ffn.w_in.shape[1:], ffn.w_out.shape[1:]
         widths = [d, o, f, f, f, f, h] if ffn.gated else [d, o, f, f, f]
@@ -200,12 +201,10 @@ class _Buffers(NamedTuple):
         return _Buffers(*(buffer[:size] for buffer in self))
 
 
-class _Backward:
+class Backward:
     """One backward pass: buffers of the gradients that are asked for, and the work of one chunk."""
 
-    def __init__(
-        self, x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, needs: Sequence[bool]
-    ) -> None:
+    def __init__(self, x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: Static, needs: Sequence[bool]) -> None:
         plan = static.plan
         self.static, self.plan, self.ffn, self.x_ND, self.weight_M = static, plan, ffn, x_ND, weight_M
         self.need_x, need_weight, need_w_in, need_b_in, need_w_out, need_b_out = needs
@@ -298,7 +297,7 @@ class _Backward:
 
 
 def _differentiable_backward(
-    x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: _Static, needs: Sequence[bool], grad_TO: Tensor
+    x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: Static, needs: Sequence[bool], grad_TO: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The same gradients through ordinary operations, so that they can be differentiated again."""
     plan = static.plan

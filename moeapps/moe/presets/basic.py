@@ -89,6 +89,7 @@ def top_p_router(
     renormalise: bool = False,
     null_mass: NullMass = "lost",
     jitter: float = 0.0,
+    budget: float | None = None,
 ) -> RouterFactory:
     """A linear router that gives each row as many experts as it takes to reach a probability.
 
@@ -100,6 +101,7 @@ def top_p_router(
         renormalise: see :class:`TopP`.
         null_mass: see :class:`TopK`.
         jitter: half width of the multiplicative noise on what the router reads.
+        budget: mean number of real experts per row to hold by moving the probability; see :class:`TopP`.
 
     Example:
         >>> top_p_router(num_experts=3)(8).num_experts
@@ -107,7 +109,9 @@ def top_p_router(
     """
 
     def build(dim: int) -> Router:
-        choose = TopP(top_p, num_null=num_null, max_k=max_k, renormalise=renormalise, null_mass=null_mass)
+        choose = TopP(
+            top_p, num_null=num_null, max_k=max_k, renormalise=renormalise, null_mass=null_mass, budget=budget
+        )
         return Router(LinearScore(dim, num_experts + num_null), choose, noise=Jitter(jitter) if jitter else None)
 
     return build

@@ -12,9 +12,10 @@ from torch import nn
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Stack, Sum
-from moeapps.moe.experts import GLUExperts, MLPExperts, ModuleExperts
+from moeapps.moe.experts import GLUExperts, MLPExperts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
+from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.presets.basic import top_k_router
 from moeapps.moe.routers import (
     ConditionalSplit,

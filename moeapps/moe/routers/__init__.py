@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from moeapps.moe.routers.capacity import Capacity
-from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK, TopP
+from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK
 from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
 from moeapps.moe.routers.choose_dense import Dense, DenseToSparse, Slots
+from moeapps.moe.routers.choose_top_p import TopP
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
 from moeapps.moe.routers.fitted import FittedRouter

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers by row: each row takes its own experts - top-k, top-p - with the weighings that are legal there."""
+"""Choosers by row: each row takes its own k experts, with the weighings that are legal there; top-p is next door."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ class TopK(RowChooser):
         [1, 2]
     """
 
+    kept_float32: ClassVar[tuple[str, ...]] = ("bias",)
     bias: Tensor | None
 
     def __init__(
@@ -105,14 +105,6 @@ class TopK(RowChooser):
         if self.renormalise:
             weight_NK = normalised(weight_NK, self._counted(index_NK, None))
         return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, None, probs_NX)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the bias in float32 when the model is cast: its steps are smaller than half precision resolves."""
-        kept = self.bias
-        super()._apply(fn, recurse)
-        if kept is not None and self.bias is not None and self.bias.dtype != torch.float32:
-            self.bias = kept.to(self.bias.device)
-        return self
 
     def extra_repr(self) -> str:
         """The settings, for the printed module."""
@@ -210,66 +202,6 @@ class GroupLimitedTopK(TopK):
         return masked_NE
 
 
-class TopP(RowChooser):
-    r"""Each row takes the smallest set of experts whose probabilities reach p, best first.
-
-    Column j in descending order is taken iff :math:`\sum_{i<j} p_i < p`, so the one that crosses p is included, at
-    least one is taken, and p = 1 takes all. A row takes at most :math:`\lfloor p X \rfloor + 1` of X columns (reached
-    by uniform probabilities); that is the static K, and the rest of a row is padded with sentinels.
-
-    Args:
-        p: in (0, 1].
-        num_null: null experts, whose logits are the last columns.
-        max_k: never take more than this many.
-        renormalise: divide the weights by the sum over the chosen; otherwise a weight is its probability.
-        null_mass: as in :class:`TopK`.
-
-    Raises:
-        ValueError: if p is not in (0, 1] or ``max_k`` is below 1.
-
-    Source: Harder Tasks Need More Experts (moe-core card 2.10): weights as they are; UniMoE-Audio (its card, 2.4): with
-        null experts, renormalised over the chosen ones, nulls included.
-
-    Example:
-        >>> choose = TopP(0.7)
-        >>> _ = choose.bind(3)
-        >>> choose(torch.tensor([[0.6, 0.3, 0.1], [0.9, 0.05, 0.05]]).log()).counts().tolist()
-        [2, 1, 0]
-    """
-
-    def __init__(
-        self,
-        p: float,
-        *,
-        num_null: int = 0,
-        max_k: int | None = None,
-        renormalise: bool = False,
-        null_mass: NullMass = "lost",
-    ) -> None:
-        super().__init__()
-        self._check_null(num_null, null_mass)
-        if not 0 < p <= 1 or (max_k is not None and max_k < 1):
-            raise ValueError(f"p={p}, max_k={max_k}: use 0 < p <= 1, and max_k >= 1 or None.")
-        self.p, self.max_k, self.renormalise = p, max_k, renormalise
-
-    def pick(self, logits_NX: Tensor) -> Picked:
-        """The smallest sets that reach p."""
-        probs_NX = logits_NX.softmax(-1)
-        num = probs_NX.shape[-1]
-        k = min(num, int(self.p * num) + 1, num if self.max_k is None else self.max_k)
-        index_NK = torch.sort(logits_NX.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
-        weight_NK = probs_NX.gather(-1, index_NK)
-        before_NK = nn.functional.pad(weight_NK.detach().cumsum(-1)[:, :-1], (1, 0))
-        taken_NK = before_NK < self.p if self.p < 1 else torch.ones_like(before_NK, dtype=torch.bool)
-        if self.renormalise:
-            weight_NK = normalised(weight_NK, self._counted(index_NK, taken_NK))
-        return Picked(index_NK, weight_NK, taken_NK, probs_NX)
-
-    def extra_repr(self) -> str:
-        """The settings, for the printed module."""
-        return f"p={self.p}, num_null={self.num_null}, max_k={self.max_k}, renormalise={self.renormalise}"
-
-
 class GatedShared(Chooser):
     r"""Weigh routed and shared experts by one softmax over the chosen and the shared logits.
 
@@ -320,6 +252,7 @@ class GatedShared(Chooser):
         chosen_NK = routable_NX.gather(-1, picked.index_NK)
         if picked.taken_NK is not None:
             chosen_NK = chosen_NK.where(picked.taken_NK, float("-inf"))
+        self.choose.observe(picked, token_mask)
         gate = torch.cat([chosen_NK, shared_NS], -1).softmax(-1)
         mass_N1 = gate[:, : chosen_NK.shape[-1]].sum(-1, keepdim=True)
         picked = replace(picked, weight_NK=picked.weight_NK * mass_N1)

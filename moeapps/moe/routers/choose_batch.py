@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moeapps.moe.routers.chooser import Chooser, pairs_to_routing
+from moeapps.moe.routers.chooser import Chooser, is_recomputed, pairs_to_routing
 from moeapps.moe.routing import Routing
 
 BatchWeighing = Literal["softmax", "sigmoid", "identity"]
@@ -189,7 +189,7 @@ class Threshold(Chooser):
         per_column = self.capacity_factor / (score_NE.shape[1] if self.scope == "expert" else 1)
         c = min(flat.shape[0], max(1, int(score_NE.shape[0] * per_column)))
         order = torch.sort(flat, dim=0, descending=True, stable=True)
-        if flat.shape[0] and torch._C._current_graph_task_id() == -1:
+        if flat.shape[0] and not is_recomputed():
             last = order.values[c - 1].to(self.threshold.dtype)
             moved = self.decay * self.threshold + (1 - self.decay) * last
             self.threshold.copy_(moved.where(last.isfinite(), self.threshold))

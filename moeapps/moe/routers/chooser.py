@@ -8,8 +8,9 @@ Ties go to the lowest index.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +171,17 @@ def pairs_to_routing(taken_NE: Tensor, weight_NE: Tensor, logits_NE: Tensor, pro
     )
 
 
+def is_recomputed() -> bool:
+    """Whether a backward pass is under way, so that this forward repeats one that has been seen (checkpointing)."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class RowChooser(Chooser):
     """Base of choosers by row; a subclass says in ``pick`` what each row takes.
+
+    Attributes:
+        kept_float32: buffers that stay in float32 when the model is cast: they move by less than half precision
+            resolves.
 
     Example:
         >>> from moeapps.moe import TopP
@@ -180,16 +190,31 @@ class RowChooser(Chooser):
     """
 
     by_row: ClassVar[bool] = True
+    kept_float32: ClassVar[tuple[str, ...]] = ()
     null_mass: NullMass = "lost"
 
     def pick(self, logits_NX: Tensor) -> Picked:
         """Columns, weights and probabilities, from the logits of routed and null experts [N, E + num_null]."""
         raise NotImplementedError
 
+    def observe(self, picked: Picked, token_mask: Tensor | None) -> None:
+        """See what was picked, once per call and after the choice; for choosers with a memory."""
+
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
         """The routing of what ``pick`` gives."""
         picked, all_real = self.pick(logits_NX), self.num_null == 0
+        self.observe(picked, token_mask)
         return rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=logits_NX)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Cast and move all but the dtype of ``kept_float32``."""
+        kept = {name: self._buffers.get(name) for name in self.kept_float32}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers.get(name)
+            if before is not None and after is not None and after.dtype != torch.float32:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     def _check_null(self, num_null: int, null_mass: NullMass) -> None:
         if num_null < 0 or null_mass not in ("lost", "redistributed"):

@@ -38,6 +38,7 @@ class MetaExperts(Experts):
         ValueError: a context that cannot be divided among the experts, or a size below 1.
     """
 
+    batched: ClassVar[bool] = True
     num_inputs: ClassVar[int] = 1  # states that make a row: the state, or the model's and the observed one
 
     def __init__(
