@@ -325,7 +325,13 @@ def class_supervised(*, num_experts: int = 6) -> RouterFactory:
     Args:
         num_experts: E, also the number of super-classes (more wrap around).
     """
-    return lambda dim: Router(PooledScore(dim, num_experts), TopK(1, weighing="ones"))
+
+    def build(dim: int) -> Router:
+        router = Router(PooledScore(dim, num_experts), TopK(1, weighing="ones"))
+        router.pool = "group"  # rows do not compete, but all of an image decide together
+        return router
+
+    return build
 
 
 # --- guided by clusters -----------------------------------------------------------------------------------------------

@@ -29,7 +29,12 @@ FACTORIES: dict[str, RouterFactory] = {
     "k_means": routers.k_means(num_experts=E),
     "random": random_router(num_experts=E, top_k=1),
 }
-POOLS = {"expert_choice": "group", "expert_choice_batch": "batch", "diffmoe_batch": "batch"}
+POOLS = {
+    "expert_choice": "group",
+    "expert_choice_batch": "batch",
+    "diffmoe_batch": "batch",
+    "class_supervised": "group",
+}
 
 
 def rival(name: str, *, split: bool = True):
