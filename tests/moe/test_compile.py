@@ -85,6 +85,23 @@ def split() -> Case:
     return Case(presets.promoe(num_experts=E)(D), {"x": torch.randn(N, D), "group": group})
 
 
+def split_masked() -> Case:
+    """The same with two experts a row and two shared ones apart from the dispatch, weighed by a mask."""
+    case, rows = split(), torch.arange(N)
+    case.layer = presets.promoe(num_experts=E, top_k=2, num_shared=2)(D)
+    case.inputs["token_mask"] = rows % 5 != 0
+    return case
+
+
+def split_by_expert() -> Case:
+    """ProMoE-EC: in each sample of four rows each expert takes its best; the second sample is unconditional."""
+    sample = torch.arange(N) // 4
+    return Case(
+        presets.promoe(num_experts=E, by_expert=True)(D),
+        {"x": torch.randn(N, D), "group": sample.where(sample != 1, -2)},
+    )
+
+
 def unimoe() -> Case:
     """Top-p with null experts and shared experts of another width: two banks, sentinels in both."""
     return Case(presets.unimoe_audio(num_experts=E, jitter=0.0)(D), {"x": torch.randn(N, D)})
@@ -102,6 +119,8 @@ CHOOSERS: dict[str, Callable[[], Case]] = {
     "top_p": lambda: layer_case(TopP(0.6), MLPExperts(E, D, 12)),
     "budget": lambda: layer_case(TopP(0.6, budget=2.0, decay=0.0), MLPExperts(E, D, 12)),
     "split": split,
+    "split_masked": split_masked,
+    "split_by_expert": split_by_expert,
     "expert_choice": lambda: layer_case(ExpertChoice(1.0), GLUExperts(E, D, 12)),
     "null_and_shared": unimoe,
     "stack": lambda: layer_case(TopK(2), MLPExperts(E, D, 12), combiner=Stack()),
