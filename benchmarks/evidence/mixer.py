@@ -42,6 +42,7 @@ VARIANTS = {
     "soft": variant("soft"),
     "hard_em": variant("hard_em"),
     "oracle": variant("oracle"),
+    "robust_cold": variant(flags=(f"{NET}gate.init_args.warmup=0",)),
     "robust_zeros": variant(flags=ZEROS),
     "robust_eight": variant(flags=(f"{NET}num_experts=8", f"{NET}context_dim=32")),
     "coda": variant("coda", pairs=2),
@@ -134,6 +135,14 @@ GATES = (
         rule="non-inferiority",
         margin=TIE,
     ),
+    Claim(
+        "C2q",
+        "Experts drawn at random before the first fit: robust (ours) recovers families better than without.",
+        ARI,
+        "higher",
+        "robust",
+        "robust_cold",
+    ),
 )
 ONE_FAMILY = (
     lower(
@@ -218,13 +227,17 @@ GRID = Grid(
         "families; six. The mixture has four experts at every level.",
     ),
     data_seed_flags=("--data.init_args.seed", "--data.init_args.source.init_args.data_seed"),
-    settings_tried=20,
-    choice="Chosen so far on new initial conditions of the seen families with data seeds 101 to 103: rate constant, "
-    "cut twice, cosine, also for contexts; 0.005, 0.01, 0.02; 80 to 200 rounds; 6 + 6 or 3 + 9 steps on contexts and "
-    "weights; 0 to 30 per cent of roll-outs; width 12, 16, 24. Three first grids were discarded. 80 rounds with the "
-    "rate cut twice: perfect partitions, yet the error of one meta-learner. 120 rounds with a cosine: the same from "
-    "better networks. Width 12, 3 + 9 steps, rate 0.01: lower errors with seeds 101 to 103, but partitions were lost "
-    "(median adjusted Rand index 0.65), as contexts take too few steps before the weights fit without them.",
+    settings_tried=36,
+    choice="Chosen on new initial conditions of the seen families and on partitions with data seeds 101 to 112: rate "
+    "constant, cut twice, cosine, also for contexts; 0.005, 0.01, 0.02; 80 to 200 rounds; proximal weight 1, 10; 6 + 6 or 3 + 9 steps on "
+    "contexts and weights; 0 to 30 per cent of roll-outs; width 12, 16, 24; a fit every one or two steps. Three first "
+    "grids were discarded. 80 rounds with the rate cut twice: perfect partitions, yet the error of one meta-learner. "
+    "120 rounds with a cosine: the same from better networks. Width 12, 3 + 9 steps, rate 0.01: lower errors, but "
+    "partitions were lost (median adjusted Rand index 0.65): an expert trains its own piece of the contexts alone, so "
+    "that clusters confirm the experts they were sent to by chance. Faster contexts, more fits, no hysteresis and a "
+    "slower start of the weights mended some seeds and not others; ten rounds with experts drawn at random before "
+    "the first fit mended all six that were tried (101, 102, 103, 105, 106, 111), as did the mean of all experts (105, "
+    "111).",
     show=(
         MSE,
         RELATIVE,

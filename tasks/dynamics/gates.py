@@ -47,8 +47,12 @@ def robust(
     max_rounds: int = 20,
     hysteresis: float = 0.1,
     freeze_after: int | None = 100,
+    warmup: int = 0,
 ) -> GateFactory:
     """Our variant: K-means++ restarts beside the warm start, optimal match, hysteresis, freeze; never gives up.
+
+    An expert reads a piece of the context of its own, so only the chosen expert's piece is trained and contexts cluster
+    by expert, whatever the families are. ``warmup`` breaks that circle.
 
     Args:
         noise: standard deviation added to the contexts before the fit.
@@ -56,11 +60,12 @@ def robust(
         max_rounds: K-means rounds.
         hysteresis: share by which a restart must beat the old partition.
         freeze_after: equal partitions in a row after which it stays; None never freezes.
+        warmup: number of the first fit that is made; before it, environments go to experts drawn at random.
     """
 
     def build(context_dim: int, num_experts: int) -> FittedRouter:
         partition = RobustKMeans(restarts, max_rounds, hysteresis, freeze_after)
-        return FittedRouter(context_dim, num_experts, partition, noise=noise)
+        return FittedRouter(context_dim, num_experts, partition, noise=noise, warmup=warmup)
 
     return build
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeapps.moe import FittedRouter, MoELayer, Router, Routing
 from moeapps.moe.routing import AnyRouting
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import ExpertsFactory
+from tasks.dynamics.experts import ExpertsFactory, MetaExperts
 from tasks.dynamics.gates import GateFactory
 from tasks.dynamics.modulation import SelfModulation, taylor
 from tasks.dynamics.solvers import Field, Method, solve
@@ -211,6 +211,11 @@ class FieldMixER(MixER):
             num_rows: states per environment.
             anchor_Ed: contexts about which the field is expanded, if any.
         """
+        modulated = anchor_Ed is not None and self.modulation is not None
+        bank = self.layer.experts
+        if not modulated and isinstance(routing, Routing) and isinstance(bank, MetaExperts):
+            networks = bank.bind(context_Ed, routing.expert_M, routing.weight_M)
+            return lambda t, x: networks(x)
         rows = routing.repeat_rows(num_rows)  # type: ignore[union-attr]
 
         def spread(context: Tensor) -> Tensor:

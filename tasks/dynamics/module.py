@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
@@ -95,11 +96,11 @@ class DynamicsTask(BaseTask):
         facts: from the data module: ``domains``, ``num_environments``, ``state_dim`` and ``kind``.
         alternation: steps on contexts and weights.
         gate_every: steps between two fits of a fitted gate; without effect on other gates.
-        context_lr: Adam's step size for the contexts.
+        context_lr: Adam's step size for the contexts, under the same schedule.
         adaptation: how new environments get a context; None means `TryExperts`.
         aux_losses: losses on the routing.
         optimizer: Adam's numbers for the weights (decay is decoupled; published: AdaBelief, no decay).
-        schedule: learning-rate schedule of the weights.
+        schedule: learning-rate schedule of contexts and weights, each over its own steps.
 
     Raises:
         ValueError: ``facts`` lacks an entry, or the data is of another kind than the network.
@@ -191,8 +192,7 @@ class DynamicsTask(BaseTask):
             total = total + aux.weight * value
             self.log_train(f"aux/{aux.name}", value, len(batch.x))
         self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
-        if phase == "model":
-            cast(Any, self.lr_schedulers()).step()
+        cast(list[LRScheduler], self.lr_schedulers())[phase == "model"].step()
         self._log_step(loss, len(batch.x))
         return loss.detach()
 
@@ -291,15 +291,17 @@ class DynamicsTask(BaseTask):
         self.log_train("lr", torch.tensor(float(self.trainer.optimizers[1].param_groups[0]["lr"])), num)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam for the contexts, and AdamW with its groups and schedule for weights and gate."""
+        """Return Adam for the contexts, and AdamW with its groups for weights and gate, each with the schedule."""
         context = torch.optim.Adam([self.net.contexts], lr=self.context_lr)
         self.net.contexts.requires_grad_(False)  # not for the groups of the weights
         model = build_adamw(self, self.optimizer_config)
         self.net.contexts.requires_grad_(True)
-        options, steps = self.alternation, int(self.trainer.estimated_stepping_batches)
-        share = options.model_steps / (options.context_steps + options.model_steps)
-        scheduler = self.schedule(model, max(1, round(share * steps)))
-        return cast(OptimizerLRScheduler, ([context, model], [{"scheduler": scheduler, "interval": "step"}]))
+        phases = [self.phase(step) for step in range(int(self.trainer.estimated_stepping_batches))]
+        lengths = {context: phases.count("context"), model: phases.count("model")}
+        schedulers = [
+            {"scheduler": self.schedule(each, max(1, steps)), "interval": "step"} for each, steps in lengths.items()
+        ]
+        return cast(OptimizerLRScheduler, ([context, model], schedulers))
 
     # Fitted gates -------------------------------------------------------------------------------------------------
 

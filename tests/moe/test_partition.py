@@ -193,6 +193,44 @@ def test_state_survives_a_round_trip_and_the_next_fit_is_the_same() -> None:
             assert torch.equal(value, states[1][key]), key
 
 
+def test_until_the_warm_up_ends_rows_in_training_go_anywhere_and_no_gate_is_fitted() -> None:
+    features, truth = blobs()
+    losses = losses_of(truth, torch.arange(E))
+    router = FittedRouter(D, E, RobustKMeans(), warmup=3)
+    unfitted = router.score.weight.clone()
+
+    for early in (True, True, False):
+        drawn = torch.stack([router(features).expert_M for _ in range(50)])
+        share = torch.stack([(drawn == e).float().mean(0) for e in range(E)])
+        assert share.sub(1 / E).abs().max() < 0.3  # each row meets each expert; a gate would give shares of 0 and 1
+        assert torch.equal(router.eval()(features).expert_M, router(features).expert_M)  # no chance in evaluation
+        router.train()
+        assert router.needs_losses is not early
+        assert router.fit(features, None if early else losses) is not early
+        assert torch.equal(router.score.weight, unfitted) is early
+    assert torch.equal(router(features).expert_M, truth)
+
+
+def test_after_a_warm_up_the_gate_is_what_it_would_be_without() -> None:
+    features, truth = blobs()
+    gates = []
+    for warmup in (0, 2):
+        router = FittedRouter(D, E, RobustKMeans(), warmup=warmup)
+        if warmup:
+            router.fit(features)
+        torch.manual_seed(1)
+        router.fit(features, losses_of(truth, torch.arange(E)))
+        gates.append(router.score.weight)
+    assert torch.equal(*gates)
+
+
+def test_a_warm_up_gives_masked_rows_no_work() -> None:
+    router = FittedRouter(D, E, RobustKMeans(), warmup=9)
+
+    routing = router(torch.randn(5, D), token_mask=torch.tensor([True, False, True, False, True]))
+    assert (routing.expert_M == E).tolist() == [False, True, False, True, False]
+
+
 def test_wrong_use_is_told() -> None:
     with pytest.raises(ValueError, match="3 rows cannot be divided among 4 experts"):
         RobustKMeans()(torch.zeros(3, 2), torch.zeros(3, 4))
@@ -200,6 +238,8 @@ def test_wrong_use_is_told() -> None:
         FittedRouter(2, 2, LowestLoss()).fit(torch.zeros(3, 2), torch.zeros(3, 3))
     with pytest.raises(ValueError, match="noise=-1"):
         FittedRouter(2, 2, LowestLoss(), noise=-1)
+    with pytest.raises(ValueError, match="warmup=-1"):
+        FittedRouter(2, 2, LowestLoss(), warmup=-1)
     for kind, numbers in ((PublishedKMeans, {"max_rounds": 1}), (RobustKMeans, {"restarts": 0})):
         with pytest.raises(ValueError, match="use"):
             kind(**numbers)

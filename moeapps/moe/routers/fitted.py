@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch import Tensor
 from moeapps.moe.routers.choose import TopK
 from moeapps.moe.routers.partition import Partition
 from moeapps.moe.routers.router import Router
-from moeapps.moe.routers.score import LinearScore
+from moeapps.moe.routers.score import Features, LinearScore
+from moeapps.moe.routing import Routing
 
 
 class FittedRouter(Router):
@@ -18,19 +21,23 @@ class FittedRouter(Router):
 
     Call :meth:`fit` every few steps (the callback ``RouterFit`` does). Without it the router is a frozen random gate.
 
+    Features that are trained through the experts they are sent to tend to cluster by expert, so that a first partition
+    made by chance confirms itself. With ``warmup`` every expert sees every row before the first partition is made.
+
     Args:
         dim: width of the features.
         num_experts: E.
         partition: says which row belongs to which expert.
         noise: standard deviation added to the features before the fit.
+        warmup: number of the first fit that is made; before it, rows in training mode go to experts drawn at random.
 
     Shape:
         features [N, dim] -> a routing with one expert of weight 1 per row; ties go to the lowest index.
 
     Raises:
-        ValueError: noise below 0, or losses that do not fit the features and experts (in ``fit``).
+        ValueError: noise or warmup below 0, or losses that do not fit the features and experts (in ``fit``).
 
-    Source: MixER (mixer-dsr card 2.1 and 3.2, G6).
+    Source: MixER (mixer-dsr card 2.1 and 3.2, G6); ``warmup`` is ours.
 
     Example:
         >>> from moeapps.moe import FittedRouter, LowestLoss
@@ -42,26 +49,54 @@ class FittedRouter(Router):
     """
 
     score: LinearScore
+    calls: Tensor
 
-    def __init__(self, dim: int, num_experts: int, partition: Partition, *, noise: float = 1e-4) -> None:
-        if not noise >= 0:
-            raise ValueError(f"noise={noise}, but it must be 0 or more.")
+    def __init__(
+        self, dim: int, num_experts: int, partition: Partition, *, noise: float = 1e-4, warmup: int = 0
+    ) -> None:
+        if not noise >= 0 or warmup < 0:
+            raise ValueError(f"noise={noise} and warmup={warmup}, but both must be 0 or more.")
         score = LinearScore(dim, num_experts, bias=True).requires_grad_(False)
         super().__init__(score, TopK(1, weighing="ones"))
         self.partition = partition
-        self.noise_std = noise
+        self.noise_std, self.warmup = noise, warmup
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the next fit reads the losses."""
+        return int(self.calls) + 1 >= self.warmup and self.partition.needs_losses
+
+    def forward(
+        self,
+        features: Features,
+        *,
+        state: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> Routing:
+        """The routing of these rows; see :class:`RouterBase`."""
+        routing = super().forward(features, state=state, token_mask=token_mask, group=group)
+        assert isinstance(routing, Routing)
+        if not self.training or int(self.calls) >= self.warmup:
+            return routing
+        drawn_M = torch.randint(self.num_experts, routing.expert_M.shape, device=routing.expert_M.device)
+        return replace(routing, expert_M=drawn_M.where(routing.expert_M < self.num_experts, self.num_experts))
 
     @torch.no_grad()
     def fit(self, features: Tensor, losses: Tensor | None = None) -> bool:
-        """Partition the rows and fit the gate to it; tell whether that was done (or abandoned).
+        """Partition the rows and fit the gate to it; tell whether that was done (or abandoned, or is too early).
 
         Args:
             features: [N, dim].
-            losses: [N, E], loss of row n under expert e alone; None where ``partition.needs_losses`` is False.
+            losses: [N, E], loss of row n under expert e alone; None where ``needs_losses`` is False.
         """
         wanted = (features.shape[0], self.num_experts)
         if losses is not None and tuple(losses.shape) != wanted:
             raise ValueError(f"losses are {tuple(losses.shape)}, but they must be {wanted}: rows by experts.")
+        self.calls += 1
+        if int(self.calls) < self.warmup:
+            return False
         labels_N = self.partition(features.detach(), losses)
         if labels_N is None:
             return False

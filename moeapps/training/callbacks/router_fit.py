@@ -76,7 +76,7 @@ class RouterFit(L.Callback):
             start = time.perf_counter()
             for name, router in self._routers.items():
                 if trainer.is_global_zero:
-                    needed = router.partition.needs_losses
+                    needed = router.needs_losses
                     features, losses = cast(GivesRoutingLosses, pl_module).routing_losses(name, needed=needed)
                     router.fit(features, losses)
                 if trainer.world_size > 1:

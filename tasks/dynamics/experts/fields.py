@@ -8,6 +8,7 @@ an expert reads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,18 @@ class GEPSExperts(MetaExperts):
         """Forward operations of one expert on one row."""
         m = self.piece_dim
         return sum(2 * (n_in * n_out + n_in * m + 2 * m * n_out) for n_in, n_out in self.sizes)
+
+    def bind(self, context_Ec: Tensor, expert_E: Tensor, weight_E: Tensor) -> Callable[[Tensor], Tensor]:
+        """A perceptron per environment, the context multiplied into its weights; see :meth:`MetaExperts.bind`."""
+        piece_E1m = self._piece(context_Ec, expert_E)[:, None]
+        layers = []
+        for i in range(len(self.sizes)):
+            root, down, up, bias = (
+                self.stacks()[f"{name}{i}"].index_select(0, expert_E) for name in ("root", "down", "up", "bias")
+            )
+            adapt, lift = up.chunk(2, 1)
+            layers.append((torch.baddbmm(root, down * piece_E1m, adapt), torch.baddbmm(bias, piece_E1m, lift)))
+        return _perceptron(layers, weight_E)
 
     def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
         """The perceptrons of all blocks."""
@@ -162,6 +175,16 @@ class CoDAExperts(MetaExperts):
     def flops_per_row(self) -> int:
         """Forward operations of one expert on one row."""
         return sum(2 * (1 + self.piece_dim) * (n_in + 1) * n_out for n_in, n_out in self.sizes)
+
+    def bind(self, context_Ec: Tensor, expert_E: Tensor, weight_E: Tensor) -> Callable[[Tensor], Tensor]:
+        """A perceptron per environment with the weights of its context; see :meth:`MetaExperts.bind`."""
+        factor_Ef = F.pad(self._piece(context_Ec, expert_E), (1, 0), value=1.0)
+        layers = []
+        for i, (n_in, n_out) in enumerate(self.sizes):
+            own = self.stacks()[f"weight{i}"].index_select(0, expert_E)
+            whole = torch.einsum("ef,efio->eio", factor_Ef, own.view(len(own), -1, n_in + 1, n_out))
+            layers.append((whole[:, :n_in], whole[:, n_in:]))
+        return _perceptron(layers, weight_E)
 
     def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
         """The perceptrons of all blocks."""
@@ -325,3 +348,17 @@ class PlainExperts(MetaExperts):
             if i + 1 < len(self.sizes):
                 h = F.silu(h)
         return h
+
+
+def _perceptron(layers: list[tuple[Tensor, Tensor]], weight_E: Tensor) -> Callable[[Tensor], Tensor]:
+    """Perceptrons with weights [E, in, out] and biases [E, 1, out]; the last layer takes the factor of the output."""
+    weight_E11 = weight_E[:, None, None]
+    last = [part * weight_E11 for part in layers[-1]]
+
+    def apply(x_ERD: Tensor) -> Tensor:
+        h = x_ERD
+        for weight, bias in layers[:-1]:
+            h = F.silu(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(last[1], h, last[0])
+
+    return apply

@@ -294,3 +294,31 @@ def test_contexts_that_cannot_be_divided_are_refused() -> None:
     for wrong in ({"order": 3}, {"pool": 0}, {"neighbours": "far"}):
         with pytest.raises(ValueError, match="use order 0, 1 or 2"):
             SelfModulation(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [GEPSExperts, CoDAExperts, NCFExperts, PlainExperts])
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_experts_bound_to_contexts_are_the_bank_row_by_row_and_so_are_all_gradients(
+    kind: type[MetaExperts], num_experts: int
+) -> None:
+    made = kind(D, num_experts, 6, same_init=False).double()
+    if made.shift is not None:
+        made.shift.data.normal_()
+    context = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    expert = torch.tensor([2, 0, 2, 2, 0]) % num_experts  # of three experts one idles
+    x = torch.randn(5, 4, D, dtype=torch.float64, requires_grad=True)
+
+    bound = made.bind(context, expert, weight)(x)
+
+    order = expert.argsort(stable=True)
+    sizes = (4 * torch.bincount(expert, minlength=num_experts)).tolist()
+    sorted_rows = made.grouped(x[order].flatten(0, 1), sizes, context[order].repeat_interleave(4, 0))
+    plain = torch.empty_like(x).index_copy(0, order, sorted_rows.view(5, 4, D)) * weight[:, None, None]
+    torch.testing.assert_close(bound, plain)
+    wanted = [x, context, weight, *made.parameters()]
+    slopes = [torch.autograd.grad(y.sin().sum(), wanted, allow_unused=True) for y in (bound, plain)]
+    for one, two in zip(*slopes, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two)

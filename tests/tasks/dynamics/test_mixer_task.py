@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeapps.moe import DenseRouting, RobustKMeans, Routing
-from moeapps.training.optim import Steps
+from moeapps.training.optim import Cosine, Steps
 from tasks.dynamics import gates
 from tasks.dynamics.adaptation import Adaptation, FromZeros, TryExperts
 from tasks.dynamics.cavia import CaviaTask
@@ -306,6 +306,23 @@ def test_step_schedule_multiplies_at_its_shares() -> None:
     assert rates == pytest.approx([1, 1, 1, 0.4, 0.4, 0.4, 0.16, 0.16, 0.16])
     with pytest.raises(ValueError, match="must lie in"):
         Steps([1.0])
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(DynamicsTask, (6, 4)), (CaviaTask, (1, 10))])
+def test_contexts_and_weights_reach_the_end_of_the_schedule_with_their_own_last_step(
+    kind: type[DynamicsTask], steps: tuple[int, int]
+) -> None:
+    made = kind(net=lambda d, e: network(gates.single(), num_experts=1), facts=FACTS, schedule=Cosine())
+    made._trainer = cast(Any, Machine())  # ten steps, of which the first six are on contexts, except in CAVIA
+
+    optimizers, schedulers = cast(Any, made.configure_optimizers())
+
+    for optimizer, scheduler, count in zip(optimizers, schedulers, steps, strict=True):
+        for _ in range(count):
+            assert optimizer.param_groups[0]["lr"] > 0
+            optimizer.step()
+            scheduler["scheduler"].step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_data_of_another_kind_and_wrong_numbers_are_refused() -> None:
