@@ -239,7 +239,12 @@ GRID = Grid(
     "not others; ten rounds with experts drawn at random before the first fit mended all six that were tried "
     "(101, 102, 103, 105, 106, 111), as did the mean of all experts (105, 111). Then 300 rounds instead of 160, "
     "once a step had become cheaper: one meta-learner of width 12 has 1.0 and 1.5 times the mixture's mean "
-    "squared error (seeds 105, 103), of width 8 2.1 and 2.8 times (105, 102); hence 8.",
+    "squared error (seeds 105, 103), of width 8 2.1 and 2.8 times (105, 102); hence 8. What is left of the mean "
+    "errors lies in the double well, whose initial conditions straddle its separatrix: with seed 105 one of its "
+    "80 test trajectories runs into the saddle and carries 0.065 of its mean relative error of 0.068, while the "
+    "median trajectory has 0.0004 and training trajectories 0.0015. Wider experts (12, 16, 24), twice the roll- "
+    "outs (60 per cent), more rounds and a weaker proximal term moved that trajectory (relative error 5 to 11) "
+    "and did not bring it down.",
     show=(
         MSE,
         RELATIVE,
