@@ -112,10 +112,39 @@ def moe_calls(task: BaseTask, batch: Any) -> list[Work]:
 
     layers = [module for module in task.modules() if isinstance(module, MoELayer)]
     handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
+    banks = [layer.experts for layer in layers if hasattr(layer.experts, "bind")]
+    for bank in banks:
+        remember_solves(bank, found)
     loss_of(task, batch)
     for handle in handles:
         handle.remove()
+    for bank in banks:
+        del bank.bind  # the method of the class is back
     return found
+
+
+def remember_solves(bank: Any, found: list[Work]) -> None:
+    """Have a bank that is bound once per solve (MixER's) add the work of each: binding, and all evaluations."""
+    bind = bank.bind
+
+    def remember(*args: Tensor) -> Callable[[Tensor], Tensor]:
+        again, states, bound = fixed(args), [], bind(*args)
+        wanted = [t for t in (*again, *bank.parameters()) if t.requires_grad]
+
+        def evaluate(x: Tensor) -> Tensor:
+            states.append(fixed(x))
+            y: Tensor = bound(x)
+            return y
+
+        def work() -> None:
+            network = bind(*again)
+            y = torch.cat([network(x).flatten() for x in states])
+            torch.autograd.grad(y, [*states, *wanted], torch.ones_like(y), allow_unused=True)
+
+        found.append(work)
+        return evaluate
+
+    bank.bind = remember
 
 
 def share(system: str, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import resource
@@ -20,7 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 from moeapps import cli
 from moeapps.cli import COMMANDS, main
 from moeapps.commands import doctor
-from moeapps.commands.run import Cli, expand_run, run
+from moeapps.commands.run import Cli, expand_run, run, usage
 from moeapps.training.callbacks import TipFilter
 from moeapps.training.precedence import differences, insert_config
 from tests.toy import Holder
@@ -75,6 +76,21 @@ def test_fit_help_builds_only_the_parser_of_fit(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "--test_after_fit" in text
     assert "--system" in text
+
+
+@pytest.mark.parametrize("command", sorted(cli.RUN_COMMANDS))
+def test_help_begins_with_what_is_typed_and_its_examples_exist(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+
+    text = capsys.readouterr().out
+    assert text.index("--model ") < text.index("--trainer ")
+    words = usage(command).split()
+    assert text.split()[: len(words) + 1] == ["usage:", *words]
+    assert all(Path(word).is_file() for word in words if word.startswith("configs/"))
+    for module, _, name in (word.rpartition(".") for word in words if word.startswith("tasks.")):
+        assert hasattr(importlib.import_module(module), name)
 
 
 def test_help_of_a_task_class_shows_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,34 @@ _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=N
 log = logging.getLogger("moeapps")
 
 
+DESCRIPTIONS = {
+    "fit": "Train, then test the best checkpoint on seen, validation and unseen domains.",
+    "validate": "Score a checkpoint on the validation data of every domain.",
+    "test": "Score a checkpoint on the test data of every domain; metrics/test.json of the run is written anew.",
+    "predict": "Write what a checkpoint says about the test data to the folder predictions of the run.",
+}
+
+
+def usage(command: str) -> str:
+    """Return the first lines of a command's help: what is typed most, before the list of all options."""
+    if command != "fit":
+        return f"""moeapps {command} --run runs/SYSTEM/NAME [--OPTION VALUE ...]
+       moeapps {command} --config FILE [--config OVERLAY ...] --ckpt_path FILE
+
+  moeapps {command} --run runs/home/base                              the newest version, its best checkpoint
+  moeapps {command} --run runs/home/base --data.init_args.batch_size 64    any option can be a flag"""
+    return """lightning fit --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
+
+  lightning fit --config configs/home.yaml                                               train and test HoME
+  lightning fit --config configs/home.yaml --config configs/baselines/home_mmoe.yaml     a rival: an overlay
+  lightning fit --config configs/home.yaml --name short --trainer.max_epochs 1           any option can be a flag
+  lightning fit --config configs/home.yaml --print_config                                every option and its value
+  lightning fit --run runs/home/base --trainer.max_epochs 9                              go on with a run
+  lightning fit --model.help tasks.recommendation.module.RankingTask                     what an option means
+
+  moeapps list                                                                           systems and overlays"""
+
+
 class Cli(LightningCLI):
     """The parser and runner of one training command.
 
@@ -77,8 +105,18 @@ class Cli(LightningCLI):
         wanted = _SUBCOMMAND.get()
         return {name: skip for name, skip in LightningCLI.subcommands().items() if wanted in (None, name)}
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Model and data first, as in our files; the trainer's many options after them."""
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own options and hand the data module's facts to the model."""
+        command = _SUBCOMMAND.get()
+        if command is not None:
+            parser.usage, parser.description = usage(command), DESCRIPTIONS[command]
         parser.add_argument("--system", type=str, default="custom", help="Name of the system: runs/<system>/...")
         parser.add_argument(
             "--name", type=str, default="base", help="Name of the variant: runs/<system>/<name>/version_k."

@@ -2,7 +2,7 @@
 """One masked bank of experts for every multi-task network: levels of experts, gates over them, a tower per task.
 
 What tells MMoE, CGC, PLE, AdaTT, STEM and HoME apart is who reads what and who sees whom: a `LevelPlan` of plain
-tables. The plans are in ``presets.py``; here is the one network that runs any of them.
+tables. The plans are in ``presets``; here is the one network that runs any of them.
 
 Shape legend: N rows, S states, d width of a state, V views, E experts, G gates, o width of an expert, T tasks.
 """
