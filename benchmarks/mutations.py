@@ -130,8 +130,8 @@ ROUTERS = (
     _core(
         "routers/combinators.py",
         "fixed rows are routed all the same",
-        "expert_M=fixed_M.where(here_M, expert_M),",
-        "expert_M=expert_M,",
+        "expert_M = fixed_N[row_M].where(here_M, expert_M)",
+        "expert_M = expert_M.clone()",
         "test_routers.py",
         "unconditional rows do no work, or that of a routed expert",
     ),

@@ -185,7 +185,7 @@ class Sum(Combiner):
     def forward(self, work: Work, routing: AnyRouting) -> Tensor:
         """The weighted sum."""
         if isinstance(routing, Routing):
-            plain = not work.side and work.weight_at == "output" and not work.per_expert
+            plain = len(work.side) == 0 and work.weight_at == "output" and not work.per_expert
             stack = work.experts.feed_forward() if self.shared == "apart" and work.num_shared and plain else None
             if stack is not None and routing.target_M is None:
                 return _apart(work, routing, stack)

@@ -9,7 +9,7 @@ import torch
 from benchmarks import system_share
 
 pytestmark = pytest.mark.medium
-CALLS = {"point_moe": 6, "home": 2, "mixer": 1}  # a layer per block; two levels; one solve
+CALLS = {"point_moe": 6, "home": 2, "mixer": 1, "promoe": 1}  # blocks; levels; a solve; a block of two
 
 
 @pytest.mark.parametrize("system", CALLS)
