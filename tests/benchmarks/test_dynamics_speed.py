@@ -51,3 +51,14 @@ def test_a_missed_gate_is_an_exit_status(
     assert speed.main(["--json", str(tmp_path / "a.json"), "--pairs", "3"]) == status
     rows = json.loads((tmp_path / "a.json").read_text())["over_torchdiffeq_rk4"]
     assert {row["at_equal_error"] for row in rows.values()} == {ratios[1] * 1.1**0.25}
+
+
+def test_the_readme_states_the_committed_ratios() -> None:
+    rows = json.loads(Path("benchmarks/results/dynamics_speed.json").read_text(encoding="utf-8"))[
+        "over_torchdiffeq_rk4"
+    ]
+    text = Path("tasks/dynamics/README.md").read_text(encoding="utf-8")
+
+    assert f"takes {rows['mixture, forward']['at_equal_error']:.2f} of the CPU" in text
+    assert f"{rows['mixture, fwd+bwd']['at_equal_error']:.2f} with the backward pass" in text
+    assert all(row["ok"] and len(row["pairs"]) == 9 for row in rows.values())
