@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from benchmarks import promoe_speed as speed
@@ -40,3 +43,11 @@ def test_parts_of_the_mixtures_are_named_and_the_report_is_whole() -> None:
     assert report["step_over"]["dense"]["gate"] == speed.GATE == 1.15
     assert report["tokens"] == report["images"] * 16
     speed.show(report)
+
+
+def test_the_readme_states_the_committed_step() -> None:
+    step = json.loads(Path("benchmarks/results/promoe_speed.json").read_text(encoding="utf-8"))["step_over"]["dense"]
+
+    assert step["ok"]
+    assert len(step["pairs"]) == 9
+    assert f"costs {step['ratio']:.2f} times the dense twin's" in Path("tasks/image_diffusion/README.md").read_text()
