@@ -213,7 +213,7 @@ class FieldMixER(MixER):
         """
         modulated = anchor_Ed is not None and self.modulation is not None
         bank = self.layer.experts
-        if not modulated and isinstance(routing, Routing) and isinstance(bank, MetaExperts):
+        if not modulated and isinstance(bank, MetaExperts) and isinstance(routing, Routing) and self._one_each(routing):
             networks = bank.bind(context_Ed, routing.expert_M, routing.weight_M)
             return lambda t, x: networks(x)
         rows = routing.repeat_rows(num_rows)  # type: ignore[union-attr]
@@ -230,6 +230,10 @@ class FieldMixER(MixER):
             return taylor(lambda c: self.layer(x, routing=rows, side=(spread(c),)), context, anchor, order)
 
         return expanded
+
+    def _one_each(self, routing: Routing) -> bool:
+        """Whether every environment has exactly one expert, none dropped."""
+        return routing.top_k == 1 and bool((routing.expert_M < self.num_experts).all())
 
     def _one_ahead(
         self, data: Trajectories, context_Ed: Tensor, routing: AnyRouting, anchor_Ed: Tensor | None

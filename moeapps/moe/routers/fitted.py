@@ -78,7 +78,7 @@ class FittedRouter(Router):
         """The routing of these rows; see :class:`RouterBase`."""
         routing = super().forward(features, state=state, token_mask=token_mask, group=group)
         assert isinstance(routing, Routing)
-        if not self.training or int(self.calls) >= self.warmup:
+        if not (self.warmup and self.training) or int(self.calls) >= self.warmup:  # no warm-up, no look at the device
             return routing
         drawn_M = torch.randint(self.num_experts, routing.expert_M.shape, device=routing.expert_M.device)
         return replace(routing, expert_M=drawn_M.where(routing.expert_M < self.num_experts, self.num_experts))

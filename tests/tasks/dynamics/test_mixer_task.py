@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeapps.moe import DenseRouting, RobustKMeans, Routing
+from moeapps.moe import Capacity, DenseRouting, LinearScore, RobustKMeans, Router, Routing, TopK
 from moeapps.training.optim import Cosine, Steps
 from tasks.dynamics import gates
 from tasks.dynamics.adaptation import Adaptation, FromZeros, TryExperts
@@ -163,6 +163,24 @@ def test_oracle_gate_recovers_the_families_and_a_table_of_environments_gives_eac
     assert torch.equal(net.best_experts(net.contexts, net.group(data)), data.family)
     own = network(gates.by_group(), num_experts=E, route_by="environment", experts=partial(PlainExperts, width=8))
     assert torch.equal(own.best_experts(own.contexts, own.group(data)), data.env)
+
+
+@pytest.mark.parametrize(("top_k", "capacity"), [(1, None), (2, None), (1, 0.5)])
+def test_a_field_is_the_layer_whatever_the_gate_gives(top_k: int, capacity: float | None) -> None:
+    def gate(context_dim: int, num_experts: int) -> Router:
+        limit = None if capacity is None else Capacity(capacity, minimum=1)
+        return Router(LinearScore(context_dim, num_experts), TopK(top_k), capacity=limit)
+
+    net, data = network(gate), spirals()
+    routing = net.route(net.contexts, net.group(data))
+    assert isinstance(routing, Routing)
+    x = torch.randn(E, N, D)
+
+    field = net.field(net.contexts, routing, N)(torch.zeros(E), x)
+
+    side = (net.contexts[:, None].expand(-1, N, -1),)
+    torch.testing.assert_close(field, net.layer(x, routing=routing.repeat_rows(N), side=side))
+    assert (routing.expert_M == K).any() == (capacity is not None)  # a sentinel is what capacity drops
 
 
 def test_forced_routing_weighs_as_the_gate_would() -> None:
