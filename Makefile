@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## make .venv with the tested versions (about 5 minutes, 6 GB)
+setup: $(STAMP)  ## make .venv with the tested versions (about 5 minutes, 7 GB)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moeapps needs Python >= 3.11, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
@@ -30,7 +30,7 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
 
-test: setup  ## everything required (what CI runs; under 15 minutes)
+test: setup  ## all but test-slow (what CI runs; under 15 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest --fail-on-skip --doctest-modules moeapps tests
 
 test-fast: setup  ## the laws only, while you work (under 3 minutes)

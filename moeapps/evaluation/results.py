@@ -64,6 +64,10 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
         names = sorted({str(inside.parents[2]) for inside in path.glob(f"*/*/metrics/{stage}.json")})
         if names:
             raise ValueError(f"{path} is the folder of a system; give its runs: {' '.join(names)}")
+        if not path.exists():
+            raise ValueError(
+                f"there is no run {path}; train and test it first: lightning fit --config FILE --name NAME"
+            )
         raise ValueError(f"{folder} has no metrics/{stage}.json; make it with: moeapps test --run {folder}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

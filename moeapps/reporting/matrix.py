@@ -109,7 +109,7 @@ def _titles(matrix: Matrix) -> list[str]:
     return [
         f"{matrix.metric} ({better})",
         "means over seeds [95 %]",
-        "means over test units [95 %]",
+        "means over test units, each scored alone [95 %]",
         f"difference to {_baseline(matrix)}",
     ]
 

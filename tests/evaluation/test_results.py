@@ -30,3 +30,8 @@ def test_a_run_that_was_not_tested_says_how_to_test_it(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"moeapps test --run .*version_0"):
         read_results(tmp_path)
+
+
+def test_a_run_that_does_not_exist_is_not_to_be_tested_but_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no run .*nowhere; train and test it first: lightning fit"):
+        read_results(tmp_path / "nowhere")

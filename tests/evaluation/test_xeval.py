@@ -126,7 +126,8 @@ def test_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda p: ["xeval", str(p / "nothing")], "moeapps test --run"),
+        (lambda p: ["xeval", str(p / "nothing")], "there is no run"),
+        (lambda p: ["xeval", str([p / "bare", (p / "bare").mkdir()][0])], "moeapps test --run"),
         (lambda p: ["xeval", str(write_run(p / "toy" / "moe" / "version_0", [1] * 5).parents[1])], "toy/moe"),
         (
             lambda p: ["xeval", str(write_run(p / "r", [1] * 5)), str(write_run(p / "s", [1] * 5, system="other"))],

@@ -173,8 +173,9 @@ class RoutingMonitor(L.Callback):
             name, expert, share = found[0]
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             log.warning(
-                "expert %d of %s%s got %.2g of the mean load in an evaluation: it has collapsed; balance the router "
-                "(aux_losses, BiasBalancing) or use fewer experts", expert, name, more, share,
+                "expert %d of %s%s got %.2g of the mean load in an evaluation: it does next to nothing. If that lasts "
+                "beyond the first steps, balance the router (aux_losses, BiasBalancing) or use fewer experts",
+                expert, name, more, share,
             )  # fmt: skip
             self._warned = True
 
