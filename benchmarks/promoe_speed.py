@@ -157,7 +157,7 @@ def routing_losses(task: ImageDiffusionTask) -> Work:
 def optimizer_step(task: ImageDiffusionTask) -> Work:
     """Clipping and AdamW on a copy of the parameters."""
     copies = [nn.Parameter(p.detach().clone()) for p in task.parameters()]
-    optimizer = torch.optim.AdamW(copies)
+    optimizer = torch.optim.AdamW(copies, fused=task.optimizer_config.fused)
     for copy in copies:
         copy.grad = torch.randn_like(copy)
 

@@ -174,6 +174,8 @@ def over_before(system: str, ref: str, pairs: int) -> dict[str, Any]:
         tree = Path(folder) / "before"
         subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), ref], check=True)
         try:
+            if not (tree / "configs" / f"{system}.yaml").exists():
+                return {"before": ref, "over_before": None, "note": f"not there at {ref}"}
             ratios = [step_elsewhere(system, ROOT) / step_elsewhere(system, tree) for _ in range(max(3, pairs // 3))]
         finally:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True)
@@ -193,7 +195,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     """Print the report as a table."""
     table = Table("system", "CPU ms per step", "calls of MoE layers", "their share", "over the step before")
     for system, row in rows.items():
-        before = f"{row['over_before']:.3f}" if "over_before" in row else ""
+        before = row.get("note", "") if row.get("over_before") is None else f"{row['over_before']:.3f}"
         table.add_row(system, f"{row['step_ms']:.1f}", str(row["moe_calls"]), f"{row['moe_share']:.0%}", before)
     Console(highlight=False).print(table)
 
@@ -212,16 +214,16 @@ def main(args: list[str] | None = None) -> int:
     if options.only_step:
         print(median_ms(train_step(*build(options.only_step)), samples=9))
         return 0
+    from benchmarks.core import machine
+
+    command = "python -m benchmarks.system_share" + (f" --before {options.before}" if options.before else "")
     rows = {}
     for system in track(systems(), description="systems", transient=True):
         rows[system] = share(system, options.pairs)
         if options.before:
             rows[system] |= over_before(system, options.before, options.pairs)
-    from benchmarks.core import machine
-
-    command = "python -m benchmarks.system_share" + (f" --before {options.before}" if options.before else "")
+        write_json(options.json, {"command": command, "machine": machine(), "threads": 1, "systems": rows})
     show(rows)
-    write_json(options.json, {"command": command, "machine": machine(), "threads": 1, "systems": rows})
     return 0 if all(row.get("ok", True) for row in rows.values()) else 1
 
 

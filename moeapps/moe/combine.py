@@ -197,7 +197,7 @@ class Sum(Combiner):
 
     @staticmethod
     def _slots(work: Work, routing: SlotRouting) -> Tensor:
-        """One run of the bank over all slots, followed by all rows for the shared experts."""
+        """Each expert on its own slots; where experts are shared, one run over all slots and one over all rows."""
         if work.side or work.weight_at == "input" or work.per_expert or work.x.ndim != 2:
             raise ValueError(
                 "a SlotRouting mixes rows [N, d]: it takes no side inputs, no weight_at='input' and no per_expert."
@@ -205,14 +205,20 @@ class Sum(Combiner):
         num_rows, num_experts, num_slots = routing.dispatch.shape
         if work.x.shape[0] != num_rows:
             raise ValueError(f"x has {work.x.shape[0]} rows, but the routing was made for {num_rows}; route this x.")
-        total = num_experts * num_slots
-        slots_Sd = torch.einsum("nes,nd->esd", routing.dispatch.to(work.x.dtype), work.x).flatten(0, 1)
-        row_M = torch.arange(total, device=slots_Sd.device)
-        own = Routing(row_M, row_M // num_slots, torch.ones_like(slots_Sd[:, 0]), total, num_experts + work.num_shared)
-        y_So = _run(replace(work, x=slots_Sd), own)
-        y_No = torch.einsum("nes,eso->no", routing.combine.to(y_So.dtype), y_So.unflatten(0, (num_experts, num_slots)))
+        slots_ESd = torch.einsum("nes,nd->esd", routing.dispatch.to(work.x.dtype), work.x)
         if work.num_shared == 0:
-            return y_No
+            y_SEo = work.experts.every(slots_ESd)
+            return torch.einsum("nes,seo->no", routing.combine.to(y_SEo.dtype), y_SEo)
+        row_M = torch.arange(num_experts * num_slots, device=slots_ESd.device)
+        own = Routing(
+            row_M,
+            row_M // num_slots,
+            torch.ones_like(slots_ESd[..., 0]).flatten(),
+            len(row_M),
+            work.experts.num_experts,
+        )
+        y_So = _run(replace(work, x=slots_ESd.flatten(0, 1)), own)
+        y_No = torch.einsum("nes,eso->no", routing.combine.to(y_So.dtype), y_So.unflatten(0, (num_experts, num_slots)))
         none_M = row_M[:0]
         empty = Routing(none_M, none_M, routing.combine.flatten()[:0], num_rows, num_experts)
         shared = replace(empty, shared_weight_NS=routing.shared_weight_NS)

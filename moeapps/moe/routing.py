@@ -268,8 +268,7 @@ class SlotRouting:
         combine: float [N, E, S]; rows sum to 1 over (E, S) in soft MoE.
         shared_weight_NS: weight [N, shared] of the always-on shared experts; None means 1 each.
         state: memory of a recurrent router.
-        logits_NE: [N, E], the logsumexp over the slots of each expert.
-        probs_NE: [N, E], ``combine`` summed over the slots.
+        logits_NES: [N, E, S], one per row and slot, before any mask.
         features_ND: what was routed on, not detached.
 
     Raises:
@@ -287,8 +286,7 @@ class SlotRouting:
     combine: Tensor
     shared_weight_NS: Tensor | None = None
     state: Any = None
-    logits_NE: Tensor | None = None
-    probs_NE: Tensor | None = None
+    logits_NES: Tensor | None = None
     features_ND: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -296,6 +294,17 @@ class SlotRouting:
             raise ValueError(
                 f"dispatch {tuple(self.dispatch.shape)} and combine {tuple(self.combine.shape)} must both be [N, E, S]."
             )
+
+    @property
+    def logits_NE(self) -> Tensor | None:
+        """[N, E], the logsumexp over the slots of each expert; computed when asked for."""
+        return None if self.logits_NES is None else self.logits_NES.logsumexp(-1)
+
+    @property
+    def probs_NE(self) -> Tensor | None:
+        """[N, E], the softmax over all slots summed over those of each expert; computed when asked for."""
+        logits_NE = self.logits_NE
+        return None if logits_NE is None else logits_NE.softmax(-1)
 
     @property
     def num_rows(self) -> int:

@@ -41,6 +41,8 @@ class OptimizerConfig:
         betas: decay rates of the two moment averages.
         eps: added to the root of the second moment.
         groups: exceptions by name pattern.
+        fused: update each parameter in one pass, on a CPU several times faster where parameters are many and small; it
+            rounds otherwise. None leaves it to torch.
     """
 
     lr: float = 1e-3
@@ -48,6 +50,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     groups: list[ParamGroup] = field(default_factory=list)
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or any(g.lr_mult <= 0 or (g.lr is not None and g.lr <= 0) for g in self.groups):
@@ -93,7 +96,8 @@ def build_adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
     Raises:
         ValueError: see ``parameter_groups``.
     """
-    return AdamW(parameter_groups(module.named_parameters(), config), lr=config.lr, betas=config.betas, eps=config.eps)
+    groups = parameter_groups(module.named_parameters(), config)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
 
 
 class Schedule:

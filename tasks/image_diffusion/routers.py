@@ -31,7 +31,7 @@ from moeapps.moe import (
 from moeapps.moe.routers.choose import Weighing
 from moeapps.moe.routers.choose_batch import BatchWeighing
 from moeapps.moe.routers.chooser import Pool, pairs_to_routing
-from moeapps.moe.routers.router import RouterBase, device_of, full_precision
+from moeapps.moe.routers.router import RouterBase, device_of, full_precision, without_autocast
 from moeapps.moe.routers.score import Features
 
 NORMAL_STD = 0.006
@@ -190,7 +190,7 @@ class DiffMoERouter(RouterBase):
     ) -> CapacityRouting:
         """The routing of these tokens, with the predictor's logits."""
         assert isinstance(features, Tensor)
-        with torch.autocast(device_of(features).type, enabled=False):
+        with without_autocast(device_of(features)):
             read = full_precision(features)
             assert isinstance(read, Tensor)
             logits_NE = self.score.forward(read)

@@ -48,6 +48,23 @@ def test_wrong_numbers_are_told(build: object, text: str) -> None:
         build()
 
 
+def test_the_fused_step_is_the_same_step() -> None:
+    torch.manual_seed(0)
+    modules, x = [net(), net()], torch.randn(5, 2)
+    modules[1].load_state_dict(modules[0].state_dict())
+    optimizers = [
+        build_adamw(m, OptimizerConfig(lr=0.1, fused=fused)) for m, fused in zip(modules, (None, True), strict=True)
+    ]
+    assert [o.param_groups[0]["fused"] for o in optimizers] == [None, True]
+    for _ in range(5):
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            optimizer.zero_grad()
+            sum(layer(x).square().sum() for layer in module.values()).backward()
+            optimizer.step()
+    for plain, fused in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)
+
+
 def rates(schedule: object, steps: int) -> list[float]:
     optimizer = build_adamw(net(), OptimizerConfig(lr=0.1))
     scheduler = schedule(optimizer, steps)

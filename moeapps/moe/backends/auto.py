@@ -156,7 +156,7 @@ def run(
         return loop(experts, x_ND, plan, side=side, at_input=at_input)
     if chosen == "onehot":
         return onehot(experts, x_ND, plan, side=side, at_input=at_input)
-    refusal = _refusal(chosen, ffn, x_ND)
+    refusal = None if backend == "auto" else _refusal(chosen, ffn, x_ND)
     if refusal is not None or ffn is None:
         raise ValueError(f"backend={backend!r} cannot run here: {refusal}; use backend='auto'.")
     compute = {"segments": segments, "grouped_mm": grouped_mm, "dense": dense}[chosen]
@@ -178,7 +178,7 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
     if ffn is None or x_ND.dtype == torch.float64 or is_transformed():
         return "loop"
     thresholds = THRESHOLDS.get(x_ND.device.type, _ELSEWHERE)
-    busy = sum(count > 0 for count in plan.counts)
+    busy = plan.num_experts - plan.counts.count(0)
     work = thresholds.work if torch.get_num_threads() == 1 else thresholds.shared_work
     heavy = (
         plan.num_assignments * ffn.w_in[0].numel() >= work * max(busy, 1)

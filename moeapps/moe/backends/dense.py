@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def is_dense(plan: Plan) -> bool:
     """Whether every row goes once to every expert and returns to itself, so that nothing has to be gathered."""
-    if plan.inverse_NK is None or plan.inverse_NK.shape[1] != plan.num_experts:
+    if plan.top_k != plan.num_experts:
         return False
     if plan.num_experts == 1:
         return True

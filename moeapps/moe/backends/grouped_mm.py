@@ -8,6 +8,7 @@ gradient, so a plan without sentinels is required (its own are gone before any g
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,7 @@ def grouped_mm(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = F
     Returns:
         (targets, O).
     """
-    offs_E = plan.counts_E().cumsum(0).to(torch.int32)
+    offs_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32, device=x_ND.device)
     x_MD = x_ND.index_select(0, plan.row_M)
     if at_input:
         x_MD = weigh(x_MD, plan.weight_M)

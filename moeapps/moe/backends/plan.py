@@ -7,6 +7,7 @@ Shape legend: N rows, M assignments, E experts, K chosen per row; M of a plan co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,7 @@ class Plan:
         counts: Assignments of each expert, E integers on the host; they sum to M.
         num_rows: N, rows of the input.
         num_targets: Rows of the output.
-        inverse_NK: int64 (N, K) or None. Where row n's j-th assignment went in the sorted order; only when every row
-            has exactly K real assignments that return to it.
+        top_k: K when every row has exactly K real assignments that return to it, else None.
 
     Example:
         >>> from moeapps.moe import LinearScore, Router, TopK
@@ -47,7 +47,16 @@ class Plan:
     counts: list[int]
     num_rows: int
     num_targets: int
-    inverse_NK: Tensor | None = None
+    top_k: int | None = None
+
+    @cached_property
+    def inverse_NK(self) -> Tensor | None:
+        """int64 (N, K), where row n's j-th assignment went in the sorted order; None where ``top_k`` is."""
+        if self.top_k is None:
+            return None
+        inverse = torch.empty_like(self.order_M)
+        inverse[self.order_M] = torch.arange(self.num_assignments, device=self.order_M.device)
+        return inverse.view(-1, self.top_k)
 
     @property
     def num_experts(self) -> int:
@@ -96,11 +105,6 @@ def sort_assignments(routing: Routing) -> Plan:
         order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices[:num_real]
     row_M = order_M.div(top_k, rounding_mode="floor") if top_k else routing.row_M.index_select(0, order_M)
     target_M = row_M if routing.target_M is None else routing.target_M.index_select(0, order_M)
-    inverse_NK = None
-    if top_k and routing.target_M is None and num_real == total:
-        inverse = torch.empty_like(order_M)
-        inverse[order_M] = torch.arange(total, device=order_M.device)
-        inverse_NK = inverse.view(-1, top_k)
     return Plan(
         order_M=order_M,
         row_M=row_M,
@@ -109,7 +113,7 @@ def sort_assignments(routing: Routing) -> Plan:
         counts=counts,
         num_rows=routing.num_rows,
         num_targets=routing.num_rows if routing.num_targets is None else routing.num_targets,
-        inverse_NK=inverse_NK,
+        top_k=top_k if routing.target_M is None and num_real == total else None,
     )
 
 

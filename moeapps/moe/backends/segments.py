@@ -136,14 +136,15 @@ def compute_forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: St
     def work(share: range) -> None:
         chunks = make_chunks(plan.counts, share, ffn.w_in.shape[2])
         size = max((chunk.size for chunk in chunks), default=0)
-        widths = (ffn.w_in.shape[1], ffn.w_out.shape[1], ffn.w_in.shape[2] if h_MH is None else 0)
-        x_buffer, a_buffer, h_buffer = _scratch(static, "chunk", x_ND, [(size, width) for width in widths])
+        (d, wide), narrow = ffn.w_in.shape[1:], ffn.w_out.shape[1]
+        widths = (d, wide, 0) if h_MH is None else (d, 0, narrow)
+        x_buffer, h_buffer, a_buffer = _scratch(static, "chunk", x_ND, [(size, width) for width in widths])
         for chunk in chunks:
             x_CD = torch.index_select(x_ND, 0, plan.row_M[chunk.rows], out=x_buffer[: chunk.size])
             if static.at_input:
                 x_CD.mul_(weight_M[chunk.rows].unsqueeze(1))
             h_CH = h_buffer[: chunk.size] if h_MH is None else h_MH[chunk.rows]
-            a_CF = a_buffer[: chunk.size]
+            a_CF = h_CH[:, :narrow] if h_MH is None else a_buffer[: chunk.size]  # in place where h is not kept
             linear_out(x_CD, w_in, b_in, h_CH, chunk)
             _activate(static, h_CH, a_CF)
             linear_out(a_CF, w_out, b_out, y_MO[chunk.rows], chunk)

@@ -102,7 +102,9 @@ class TopK(RowChooser):
             weight_NK = source.gather(-1, index_NK)
         if self.weighing == "topk_softmax":
             weight_NK = _softmax_of(weight_NK, self._counted(index_NK, None))
-        if self.renormalise:
+        if self.renormalise and self.weighing == "softmax" and self.num_null == 0:
+            weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)  # the best of a softmax are never all 0
+        elif self.renormalise:
             weight_NK = normalised(weight_NK, self._counted(index_NK, None))
         return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, None, probs_NX)
 

@@ -190,23 +190,23 @@ class Slots(Chooser):
         self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None
     ) -> SlotRouting:
         """Dispatch and combine [N, E, G S]; masked rows give nothing and read nothing."""
-        num_rows = logits_NX.shape[0]
         logits_NES = logits_NX.unflatten(-1, (self.num_experts, self.slots))
-        if self.num_groups > 1 and group is None:
-            raise ValueError(f"Slots(num_groups={self.num_groups}) needs group=ids; pass them to the layer.")
-        present_NG = logits_NX.new_ones(num_rows, 1, dtype=torch.bool)
-        if self.num_groups > 1 and group is not None:
-            present_NG = group.unsqueeze(-1) == torch.arange(self.num_groups, device=group.device)
-        if token_mask is not None:
-            present_NG = present_NG & token_mask.unsqueeze(-1)
+        combine_NES = logits_NX.softmax(-1).view_as(logits_NES)
+        if self.num_groups == 1 and token_mask is None:
+            return SlotRouting(dispatch=logits_NES.softmax(0), combine=combine_NES, logits_NES=logits_NES)
+        present_NG = self._present(logits_NX, token_mask, group)
         present = present_NG[:, None, :, None]
         wide = logits_NES.unsqueeze(2).expand(-1, -1, self.num_groups, -1)
         possible = present | ~present.any(0, keepdim=True)  # keeps the softmax of an empty group finite
         dispatch = wide.masked_fill(~possible, float("-inf")).softmax(0).where(present, 0)
-        probs_NES = logits_NX.softmax(-1).view_as(logits_NES)
-        return SlotRouting(
-            dispatch=dispatch.flatten(2),
-            combine=probs_NES.unsqueeze(2).where(present, 0).flatten(2),
-            logits_NE=logits_NES.logsumexp(-1),
-            probs_NE=probs_NES.sum(-1),
-        )
+        combine = combine_NES.unsqueeze(2).where(present, 0)
+        return SlotRouting(dispatch=dispatch.flatten(2), combine=combine.flatten(2), logits_NES=logits_NES)
+
+    def _present(self, logits_NX: Tensor, token_mask: Tensor | None, group: Tensor | None) -> Tensor:
+        """Bool [N, G]: which rows each group mixes."""
+        if self.num_groups > 1 and group is None:
+            raise ValueError(f"Slots(num_groups={self.num_groups}) needs group=ids; pass them to the layer.")
+        present_NG = logits_NX.new_ones(logits_NX.shape[0], 1, dtype=torch.bool)
+        if self.num_groups > 1 and group is not None:
+            present_NG = group.unsqueeze(-1) == torch.arange(self.num_groups, device=group.device)
+        return present_NG if token_mask is None else present_NG & token_mask.unsqueeze(-1)

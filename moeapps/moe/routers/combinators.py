@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe.routers.choose_dense import DenseWeighing, allowed_table, dense_weights
-from moeapps.moe.routers.router import Adjust, RouterBase, device_of, full_precision
+from moeapps.moe.routers.router import Adjust, RouterBase, device_of, full_precision, without_autocast
 from moeapps.moe.routers.score import Features, Score
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
 
@@ -183,7 +183,7 @@ class MultiGate(RouterBase):
         group: Tensor | None = None,
     ) -> DenseRouting:
         """Weights [G, N, E]."""
-        with torch.autocast(device_of(features).type, enabled=False):
+        with without_autocast(device_of(features)):
             read = self._per_gate(full_precision(features))
             logits = torch.stack([score(f, group=group) for score, f in zip(self.scores, read, strict=True)])
             if self.adjust is not None:

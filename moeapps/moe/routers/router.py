@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,11 @@ def device_of(features: Features) -> torch.device:
     return features.device if isinstance(features, Tensor) else features[0].device
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off; nothing at all where it is off already, since entering it takes as long as a product."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 class Router(RouterBase):
     r"""Score, then choose: :math:`R = capacity(choose(adjust(noise(score(features)))))`.
 
@@ -113,7 +120,8 @@ class Router(RouterBase):
         super().__init__()
         self.score, self.choose, self.noise, self.capacity = score, choose, noise, capacity
         self.num_experts = choose.bind(score.num_outputs)
-        self.num_shared, self.sparse, self.pool = choose.num_shared, choose.sparse, choose.pool
+        self.num_shared, self.sparse = choose.num_shared, choose.sparse
+        self.pool = max(score.pool, choose.pool, key=get_args(Pool).index)
         self.adjust: Adjust | None = None
         if capacity is not None and not choose.by_row:
             raise ValueError(
@@ -134,7 +142,7 @@ class Router(RouterBase):
         group: Tensor | None = None,
     ) -> AnyRouting:
         """The routing of these rows; see :class:`RouterBase`."""
-        with torch.autocast(device_of(features).type, enabled=False):
+        with without_autocast(device_of(features)):
             read = full_precision(features)
             if self.noise is not None:
                 read = self.noise.on_features(read)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeapps.moe.routers.chooser import Pool
+
 Features = Tensor | tuple[Tensor, ...]
 
 
@@ -22,6 +24,9 @@ class Score(nn.Module):
     Args:
         num_outputs: columns of the logits, at least 1.
 
+    Attributes:
+        pool: what else a row's logits depend on in evaluation; ``row`` means nothing.
+
     Raises:
         ValueError: if ``num_outputs`` is below 1.
 
@@ -29,6 +34,8 @@ class Score(nn.Module):
         >>> Score(4).num_outputs
         4
     """
+
+    pool: Pool = "row"
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moeapps.moe.routers.chooser import Pool
 from moeapps.moe.routers.score import Features, Score
 
 
@@ -89,7 +90,8 @@ class RandomScore(Score):
     """Logits drawn anew at each call: the control that tells whether learned routing matters (THOR's claim).
 
     Training draws from torch's global generator (so seeds, resumption and checkpointing hold); evaluation draws from
-    ``seed``, the same for every call of the same size, so that two evaluations agree.
+    ``seed``, the same for every call of the same size, so that two evaluations agree. What a row gets then depends on
+    its place in the batch, so that ``pool`` is ``batch``.
 
     Args:
         num_experts: columns.
@@ -112,6 +114,7 @@ class RandomScore(Score):
         if per not in ("row", "batch"):
             raise ValueError(f"per={per!r}, but it must be 'row' or 'batch'.")
         self.seed, self.per = seed, per
+        self.pool: Pool = "batch"
 
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
         """Random logits [N, num_experts]."""

@@ -24,7 +24,7 @@ NAMES = [path.stem.removeprefix("promoe_") for path in BASELINES]
 README = Path("tasks/image_diffusion/README.md")
 OTHER_PARAMETERS = {"dense", "domain", "class_supervised"}  # one wide expert; an expert per domain
 OTHER_FLOPS = {"dense_params"}
-POOLS = {"token": "row", "image": "group"}
+POOLS = {"token": "row", "image": "group", "batch": "batch"}
 
 
 def merged(config: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
@@ -108,4 +108,4 @@ def test_the_table_of_rivals_says_what_the_routers_say(nets: dict[str, DiT]) -> 
     assert sorted(told) == sorted(NAMES)
     for name, pool in told.items():
         routers = {layer.router.pool for layer in layers(nets[name])}
-        assert pool == "place" if name == "random" else routers == {POOLS[pool]}, name
+        assert routers == {POOLS[pool]}, name

@@ -34,6 +34,7 @@ POOLS = {
     "expert_choice_batch": "batch",
     "diffmoe_batch": "batch",
     "class_supervised": "group",
+    "random": "batch",
 }
 
 
