@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the ratios of the core and write its table into docs/core.md: ``python -m benchmarks.core_figure``.
 
-Reads benchmarks/results/core.json, as ``make bench`` writes it.
+Reads benchmarks/results/core.json and system_share.json, as ``make bench`` and ``benchmarks.system_share`` write them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from moeapps.training.run import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "core.json"
+SHARES = ROOT / "benchmarks" / "results" / "system_share.json"
 PAGE, FIGURE = ROOT / "docs" / "core.md", ROOT / "docs" / "figures" / "core.png"
 BLOCK = re.compile(r"(<!-- core:begin -->\n).*?(<!-- core:end -->)", re.DOTALL)
 REGIMES = ("R=1024", "R=128", "R=64", "R=64 small", "R=16")
@@ -67,10 +68,21 @@ def block(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(report: dict[str, Any], page: Path) -> None:
+def share_block(shares: dict[str, Any]) -> str:
+    """What the layers take of a training step of each system."""
+    head = "| system | CPU ms per step | calls of MoE layers | their share | step over the one before |"
+    lines = [head, "|---" * 5 + "|"]
+    for system, row in shares["systems"].items():
+        before = row.get("note", "not compared") if row.get("over_before") is None else f"{row['over_before']:.2f}"
+        lines.append(f"| {system} | {row['step_ms']:.0f} | {row['moe_calls']} | {row['moe_share']:.0%} | {before} |")
+    what = "first batch of the default config; forward, backward and AdamW on one thread"
+    return "\n".join([*lines, "", f"`{shares['command']}`: {what}.", "", ""])
+
+
+def write_page(report: dict[str, Any], shares: dict[str, Any], page: Path) -> None:
     """Replace the block between the two marks."""
     text = page.read_text(encoding="utf-8")
-    write_text(page, BLOCK.sub(lambda match: match[1] + block(report) + match[2], text))
+    write_text(page, BLOCK.sub(lambda match: match[1] + block(report) + share_block(shares) + match[2], text))
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -107,7 +119,7 @@ def main() -> int:
     """Draw and write."""
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
     draw(report, FIGURE)
-    write_page(report, PAGE)
+    write_page(report, json.loads(SHARES.read_text(encoding="utf-8")), PAGE)
     return 0
 
 

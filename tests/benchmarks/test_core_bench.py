@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import core, core_figure
+from benchmarks import core, core_figure, system_share
 from benchmarks.core_cases import (
     EXPERT_KINDS,
     FIELDS,
@@ -190,15 +190,15 @@ def test_a_missed_row_lists_what_else_was_tried_and_what_stands_in_the_way() -> 
     assert "products of 8 rows alone" in row.reason
 
 
-def test_a_committed_result_is_complete_and_the_page_shows_it(tmp_path: Path) -> None:
-    if not core.RESULTS.exists():
-        assert "Not measured on this commit" in core_figure.PAGE.read_text()
-        return
-    report = json.loads(core.RESULTS.read_text())
+def test_the_committed_results_are_complete_and_the_page_shows_them(tmp_path: Path) -> None:
+    report = json.loads(core.RESULTS.read_text(encoding="utf-8"))
+    shares = json.loads(core_figure.SHARES.read_text(encoding="utf-8"))
     assert core.complaints(report) == []
+    assert report["summary"] == core.summary(report["rows"])
+    assert set(shares["systems"]) == set(system_share.systems())
     page = tmp_path / "core.md"
     page.write_text(core_figure.PAGE.read_text())
-    core_figure.write_page(report, page)
+    core_figure.write_page(report, shares, page)
     assert page.read_text() == core_figure.PAGE.read_text()
 
 
@@ -209,11 +209,15 @@ def test_the_page_and_the_figure_are_made_from_a_result(tmp_path: Path) -> None:
     page = tmp_path / "core.md"
     page.write_text("a\n<!-- core:begin -->\nold\n<!-- core:end -->\nb\n")
 
-    core_figure.write_page(report, page)
+    row = {"step_ms": 12.3, "moe_calls": 2, "moe_share": 0.25}
+    shares = {"command": "any", "systems": {"a": {**row, "over_before": 0.987}, "b": row}}
+
+    core_figure.write_page(report, shares, page)
     core_figure.draw(report, tmp_path / "core.png")
 
     text = page.read_text()
     assert text.startswith("a\n")
     assert text.endswith("<!-- core:end -->\nb\n")
     assert "| R=16 | 64, 8, 2 | 2.60 | 1.30 | 1.30 | 1.30 | 1.30 |" in text
+    assert "| a | 12 | 2 | 25% | 0.99 |\n| b | 12 | 2 | 25% | not compared |" in text
     assert (tmp_path / "core.png").stat().st_size > 1000
