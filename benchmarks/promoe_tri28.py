@@ -115,8 +115,7 @@ def flat(drawn: Mapping[str, Any]) -> dict[str, float]:
 def draw(run: Path) -> list[dict[str, Any]]:
     """Draw the images of a run again with every sampler, and have them judged."""
     from moeapps.commands.run import Cli, import_tasks, quiet
-    from tasks.image_diffusion.callbacks import training_images
-    from tasks.image_diffusion.evaluator import get_judge
+    from tasks.image_diffusion.evaluator import get_judge, training_images
     from tasks.image_diffusion.judgement import RealImages, judge_images
     from tasks.image_diffusion.samplers import sample
 

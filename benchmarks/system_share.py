@@ -6,7 +6,7 @@ of its MoE layers (routers included where the layer routes) are run again alone,
 that the step gave them; share is their CPU time over that of the step: one thread, median of nine pairs in alternating
 order. With ``--before`` the step of another commit is timed too, by turns with that of this tree, each in a process of
 its own. Writes benchmarks/results/system_share.json; fails when a step costs more than 1.03 times what it did before.
-About five minutes on an idle core, ten with ``--before``.
+About two minutes on an idle core, fifteen with ``--before``.
 """
 
 from __future__ import annotations
@@ -169,14 +169,18 @@ def share(system: str, pairs: int, flags: list[str] | None = None) -> dict[str, 
 
 
 def over_before(system: str, ref: str, pairs: int) -> dict[str, Any]:
-    """The step of this tree over that of another commit: processes by turns, median milliseconds of each."""
+    """The step of this tree over that of another commit: processes in alternating order, the median of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "before"
         subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), ref], check=True)
         try:
             if not (tree / "configs" / f"{system}.yaml").exists():
                 return {"before": ref, "over_before": None, "note": f"not there at {ref}"}
-            ratios = [step_elsewhere(system, ROOT) / step_elsewhere(system, tree) for _ in range(max(3, pairs // 3))]
+            ratios = []
+            for pair in range(pairs):
+                trees = (ROOT, tree) if pair % 2 else (tree, ROOT)
+                ms = {place: step_elsewhere(system, place) for place in trees}
+                ratios.append(ms[ROOT] / ms[tree])
         finally:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True)
     ratio = round(statistics.median(ratios), 4)
