@@ -42,10 +42,18 @@ ROUTERS = (
     _core(
         "routers/choose.py",
         "top-k forgets to renormalise",
-        "        if self.renormalise:\n            weight_NK = normalised(weight_NK, self._counted(index_NK, None))\n",
-        "",
+        "weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)",
+        "pass",
         "test_choosers.py",
         "weights of the chosen no longer sum to 1: every layer shrinks",
+    ),
+    _core(
+        "routers/choose.py",
+        "top-k forgets to renormalise sigmoids and lost null mass",
+        "            weight_NK = normalised(weight_NK, self._counted(index_NK, None))\n",
+        "            pass\n",
+        "test_choosers.py",
+        "weights of sigmoids, or beside null experts, no longer sum to 1",
     ),
     _core(
         "routers/choose.py",
