@@ -283,6 +283,21 @@ def test_experts_without_rows_cost_no_product(backend: Backend) -> None:
     assert calls.count("mm", "addmm") == 6 * busy
 
 
+@pytest.mark.parametrize("activation", [*get_args(ActivationName), nn.Softplus()])
+@pytest.mark.parametrize("bank", [MLPExperts, GLUExperts])
+@pytest.mark.parametrize("weight_at", ["output", "input"])
+def test_segments_gives_the_same_when_it_overwrites_what_nobody_keeps(
+    bank: type[Any], activation: Any, weight_at: WeightAt
+) -> None:
+    experts, x_ND = bank(E, D, F, activation=activation).double(), torch.randn(N, D, dtype=torch.float64)
+    routing = random_routing(dtype=torch.float64)
+
+    with torch.no_grad():
+        found = run(experts, x_ND, sort_assignments(routing), backend="segments", weight_at=weight_at)
+
+    torch.testing.assert_close(found, naive(experts, x_ND, routing, weight_at))
+
+
 def test_segments_stores_nothing_when_gradients_are_off() -> None:
     experts, x_ND, routing = case("mlp", "top_k", torch.float32)
 

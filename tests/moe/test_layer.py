@@ -230,17 +230,22 @@ def test_weighing_the_input_scales_what_the_expert_reads() -> None:
         assert not torch.allclose(layer(x), naive(layer, x))
 
 
-def test_soft_slots_equal_a_loop() -> None:
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_soft_slots_equal_a_loop(num_shared: int) -> None:
     router = Router(CosineScore(D, E * 2, temperature=0.2), Slots(2))
-    layer, x = MoELayer(router, MLPExperts(E + 1, D, 8, activation="tanh"), num_shared=1).double(), rows(9, D)
+    bank = MLPExperts(E + num_shared, D, 8, activation="tanh")
+    layer, x = MoELayer(router, bank, num_shared=num_shared).double(), rows(9, D)
     logits = router.score(x).view(9, E, 2)
     dispatch, combine = logits.softmax(0), logits.flatten(1).softmax(-1).view(9, E, 2)
-    expected = expert(layer, E, x)
+    expected = expert(layer, E, x) if num_shared else torch.zeros_like(x)
     for e in range(E):
         for s in range(2):
             slot = (dispatch[:, e, s, None] * x).sum(0)
             expected = expected + combine[:, e, s, None] * expert(layer, e, slot)
     torch.testing.assert_close(layer(x), expected)
+    routing = layer.route(x)
+    torch.testing.assert_close(routing.logits_NE, logits.exp().sum(-1).log())
+    torch.testing.assert_close(routing.probs_NE, combine.sum(-1))
 
 
 def test_one_expert_with_one_slot_is_the_expert_of_the_mean_for_equal_logits() -> None:
