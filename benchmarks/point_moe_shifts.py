@@ -15,11 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from moeapps.training.run import git_commit, machine, newest_version, versions, write_json
@@ -140,24 +138,17 @@ def load_run(path: Path) -> Trained:
     Raises:
         ShiftError: no such run, no checkpoint, or another task.
     """
-    from moeapps.commands.run import Cli, import_tasks, quiet
+    from moeapps.commands.messages import UsageError
+    from moeapps.commands.trained import build, checkpoint_of, load_weights
 
     folder = newest_version(path)
-    found = [folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-    checkpoint = next((file for file in found if file.is_file()), None)
-    if checkpoint is None or not (folder / "config.yaml").is_file():
-        raise ShiftError(f"{folder} has no config.yaml or no checkpoint; give the folder of a finished run")
-    quiet()
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump({key: config[key] for key in ("system", "name", "model", "data")}, file)
-        file.flush()
-        words = ["--config", file.name]
-        import_tasks(words)
-        cli = Cli(words, run=False)
+    try:
+        checkpoint, cli = checkpoint_of(folder), build(folder)
+    except UsageError as error:
+        raise ShiftError(f"{folder} is not the folder of a finished run: {error}") from error
     if not isinstance(cli.model, PointCloudTask) or not isinstance(cli.datamodule, PointCloudData):
         raise ShiftError(f"{folder} is a run of {type(cli.model).__name__}; give runs of point clouds")
-    cli.model.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"])
+    load_weights(cli.model, checkpoint)
     return Trained(str(cli.config["name"]), folder, cli.model.eval(), cli.datamodule)
 
 

@@ -24,12 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moeapps.training.run import machine, runs_root, write_json, write_text
+from moeapps.training.run import machine, newest_version, runs_root, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "promoe_tri28.json"
@@ -102,8 +101,7 @@ def train(name: str, threads: int) -> dict[str, Any]:
 
 def newest(name: str) -> Path:
     """The folder of the newest run of a variant."""
-    folder = runs_root() / "promoe" / f"tri28_{name}"
-    return max(folder.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    return newest_version(runs_root() / "promoe" / f"tri28_{name}")
 
 
 def flat(drawn: Mapping[str, Any]) -> dict[str, float]:
@@ -114,19 +112,16 @@ def flat(drawn: Mapping[str, Any]) -> dict[str, float]:
 
 def draw(run: Path) -> list[dict[str, Any]]:
     """Draw the images of a run again with every sampler, and have them judged."""
-    from moeapps.commands.run import Cli, import_tasks, quiet
+    from moeapps.commands.trained import build, checkpoint_of, load_weights
     from tasks.image_diffusion.evaluator import get_judge, training_images
     from tasks.image_diffusion.judgement import RealImages, judge_images
     from tasks.image_diffusion.samplers import sample
 
-    words = ["--config", str(run / "config.yaml"), "--trainer.callbacks", "null"]
-    quiet()
-    import_tasks(words)
-    built = Cli(words, run=False)
+    built = build(run)
     data, task = built.datamodule, built.model
     data.prepare_data()
     data.setup("test")
-    task.load_state_dict(torch.load(run / "checkpoints" / "best.ckpt", weights_only=False)["state_dict"])
+    load_weights(task, checkpoint_of(run))
     real = RealImages(training_images(data), training_images(data, "test"), data.domain_names)
     judge, label = get_judge(data, None, images=real.train), real.labels(600)
     rows = []

@@ -9,10 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-# What of a run's config makes its task and data; the rest is about training.
-_KEPT = ("seed_everything", "system", "name", "model", "data")
 
 
 def run_hook(name: str, summary: str, args: list[str], *, weights: bool) -> int:
@@ -76,28 +72,12 @@ def _told(name: str, rest: list[str], run: Path | None, configs: list[Path], ckp
 def _hand_over(
     name: str, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None, weights: bool
 ) -> int:
-    import torch
-    import yaml
-
     from moeapps.commands.messages import UsageError
-    from moeapps.commands.run import Cli, import_tasks, quiet
+    from moeapps.commands.trained import build, checkpoint_of, load_weights
     from moeapps.training.run import newest_version
 
-    quiet()
-    with TemporaryDirectory() as folder:
-        words = [word for path in configs for word in ("--config", str(path))]
-        if run is not None:
-            run = newest_version(run)
-            if not (run / "config.yaml").is_file():
-                raise UsageError(
-                    f"--run {run}: no config.yaml there; give a run folder such as runs/promoe/base/version_0"
-                )
-            held = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-            part = Path(folder) / "config.yaml"
-            part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
-            words = ["--config", str(part), *words]
-        import_tasks(words)
-        built = Cli([*words, "--trainer.logger", "false"], run=False)
+    run = None if run is None else newest_version(run)
+    built = build(run, configs)
     command = built.datamodule.command(name)
     if command is None:
         kind = type(built.datamodule).__name__
@@ -105,20 +85,9 @@ def _hand_over(
             f"{kind} has no command `{name}`; it is for systems that draw images, such as configs/promoe.yaml"
         )
     if weights:
-        path = ckpt or _checkpoint(run)
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        built.model.load_state_dict(state)
+        load_weights(built.model, ckpt or checkpoint_of(run))
         built.model.to(built.trainer.strategy.root_device)
         if "--out" not in [word.split("=")[0] for word in rest] and run is not None:
             rest = [*rest, "--out", str(run / name)]
     code: int = command(rest, built.model)
     return code
-
-
-def _checkpoint(run: Path | None) -> Path:
-    from moeapps.commands.messages import UsageError
-
-    for name in ("best.ckpt", "last.ckpt"):
-        if run is not None and (run / "checkpoints" / name).is_file():
-            return run / "checkpoints" / name
-    raise UsageError(f"--run {run}: no checkpoints/best.ckpt there; name a file with --ckpt_path")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeapps.moe import AuxLoss, ConditionalSplit, PrototypeScore, Record, Routing
+from moeapps.moe.routers.router import without_autocast
 from tasks.image_diffusion.routers import CapacityRouting, ClassTable, superclass_of
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def routing_contrast(
     Source: ProMoE, equation 6 (promoe card 2.3 and 2.4).
     """
     num_experts = len(prototypes_ED)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND.device):
         x_ND, prototypes_ED = x_ND.float(), prototypes_ED.float()
         if group_N is None:
             taken = taken_NE.to(x_ND.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import DenseRouting, RouterBase
+from moeapps.moe.routers.router import without_autocast
 from moeapps.moe.routers.score import Features
 from moeapps.moe.view_linear import view_linear
 
@@ -191,7 +192,7 @@ class StackedGates(RouterBase):
         """Weights [G, N, E]."""
         if not isinstance(features, Tensor) or features.ndim != 3 or self.adjust is not None or token_mask is not None:
             raise ValueError("StackedGates read one tensor of states [S, N, d], without token_mask or adjust hook.")
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             z_SNd = features if features.dtype == torch.float64 else features.float()
             weight_NGE, probs_NGE = self._weights(self._shares(z_SNd))
             if self.mixing == "shuffled":  # batches of training are in random order: any turn will do

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder as its task and data again, with trained weights: for commands and benchmarks that look at a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moeapps.commands.run import Cli
+
+# What of a run's config makes its task and data; the rest is about training.
+_KEPT = ("seed_everything", "system", "name", "model", "data")
+
+
+def build(run: Path | None, configs: Sequence[Path] = ()) -> Cli:
+    """Build task and data from a run's config, from config files, or from both, the files on top.
+
+    Args:
+        run: a run's own folder, runs/<system>/<name>/version_k; None for the files alone.
+        configs: config files.
+
+    Raises:
+        UsageError: the folder has no config.yaml, or a config is wrong.
+    """
+    import yaml
+
+    from moeapps.commands.messages import UsageError
+    from moeapps.commands.run import Cli, import_tasks, quiet
+
+    quiet()
+    with TemporaryDirectory() as folder:
+        words = [word for path in configs for word in ("--config", str(path))]
+        if run is not None:
+            if not (run / "config.yaml").is_file():
+                raise UsageError(
+                    f"--run {run}: no config.yaml there; give a run folder such as runs/promoe/base/version_0"
+                )
+            held = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+            part = Path(folder) / "config.yaml"
+            part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
+            words = ["--config", str(part), *words]
+        import_tasks(words)
+        return Cli([*words, "--trainer.logger", "false"], run=False)
+
+
+def checkpoint_of(run: Path | None) -> Path:
+    """The best checkpoint of a run, else its last.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    from moeapps.commands.messages import UsageError
+
+    for name in ("best.ckpt", "last.ckpt"):
+        if run is not None and (run / "checkpoints" / name).is_file():
+            return run / "checkpoints" / name
+    raise UsageError(f"--run {run}: no checkpoints/best.ckpt there; name a file with --ckpt_path")
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into a model; nothing but tensors is unpickled."""
+    import torch
+
+    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
