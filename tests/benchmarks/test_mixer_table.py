@@ -10,34 +10,32 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import mixer_table
-from benchmarks.evidence.cells import read_cells
 from benchmarks.evidence.mixer import ARI_BAR, GRID, PURITY_BAR, RELATIVE_BAR
+from benchmarks.mixer_table import TABLE
 
-CELLS = read_cells(mixer_table.CELLS, "mixer")
-README = mixer_table.README.read_text(encoding="utf-8")
+CELLS = TABLE.cells()
 CLAIMS = {c["id"]: c for c in json.loads(Path("benchmarks/results/mixer.json").read_text(encoding="utf-8"))["claims"]}
 
 
 def test_the_table_of_the_readme_is_that_of_the_cells() -> None:
-    assert mixer_table.BLOCK.search(README)[0].splitlines()[1:-1] == mixer_table.table(CELLS).splitlines()  # type: ignore[index]
+    assert TABLE.written() == TABLE.markdown(CELLS)
 
 
 def test_every_row_is_a_variant_of_the_grid_and_every_row_has_the_same_pairs() -> None:
-    assert set(mixer_table.ROWS) <= set(GRID.variants)
-    first = mixer_table.medians(CELLS, "seen/mse")
+    assert set(TABLE.rows) <= set(GRID.variants)
+    first = TABLE.averages(CELLS, "seen/mse")
     outlier = {
         cell: replace(result, metrics={**result.metrics, "seen/mse": 9.0}) if cell.variant == "robust" else result
         for cell, result in CELLS.items()
     }
-    second = mixer_table.medians(outlier, "seen/mse")
+    second = TABLE.averages(outlier, "seen/mse")
     assert second["robust"] == 9.0
     assert all(first[name] == second[name] for name in first if name != "robust")
 
 
 def test_without_a_common_pair_of_seeds_nothing_is_written() -> None:
     with pytest.raises(ValueError, match=r"python -m benchmarks\.evidence mixer"):
-        mixer_table.table({cell: result for cell, result in CELLS.items() if cell.variant != "soft"})
+        TABLE.markdown({cell: result for cell, result in CELLS.items() if cell.variant != "soft"})
 
 
 def ratio(claim: str) -> float:
@@ -52,7 +50,7 @@ def test_what_the_readme_concludes() -> None:
     assert min(result.value("partition/ari") for result in robust) == 1.0 >= ARI_BAR
     assert min(result.value("partition/purity") for result in robust) >= PURITY_BAR
     assert f"{statistics.median(result.value('partition/ari') for result in published):.2f}" == "0.53"
-    assert f"{mixer_table.medians(CELLS, 'partition/ari')['switch']:.2f}" == "0.30"
+    assert f"{TABLE.averages(CELLS, 'partition/ari')['switch']:.2f}" == "0.30"
     assert f"{CLAIMS['C2q']['diff_mean']:.2f}" == "0.38"
     assert f"{statistics.median(result.value('seen/relative_mse') for result in robust):.4f}" == "0.0053"
     assert RELATIVE_BAR >= 0.0053
