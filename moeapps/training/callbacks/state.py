@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,8 @@ class InterruptCheckpoint(L.Callback):
             return
         path = folder / "checkpoints" / "interrupted.ckpt"
         trainer.save_checkpoint(path)
-        log.info("interrupted; go on with: moeapps fit --config %s --ckpt_path %s", folder / "config.yaml", path)
+        config = folder / "config.yaml"
+        log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), config, path)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -175,6 +177,14 @@ class SaveRun(SaveConfigCallback):
             "machine": machine(),
             **self.times,
         }
+
+
+def program() -> str:
+    """What to type for this program: its bare name where PATH has it, else as it was called."""
+    called = Path(sys.argv[0])
+    if called.name not in ("moeapps", "lightning"):
+        return "python -m moeapps"
+    return called.name if shutil.which(called.name) else str(called)
 
 
 def _has_run(folder: Path) -> bool:

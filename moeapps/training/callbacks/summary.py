@@ -75,19 +75,26 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
         if name and name.count(".") < depth and size:
             table.add_row("  " * name.count(".") + name, type(module).__name__, f"{size:,}")
     table.add_section()
-    for text, value in (("total", cost.total), ("trainable", cost.trainable), ("active per token", cost.active)):
-        table.add_row(text, "", f"{value:,}")
+    frozen = cost.total - cost.trainable
+    table.add_row("total", f"of which {frozen:,} frozen" if frozen else "", f"{cost.total:,}")
+    table.add_row("active per token", "", f"{cost.active:,}")
     table.add_row("FLOPs per token (forward)", "", f"{cost.flops_per_token:,.0f}")
     if cost.layers:
-        first = cost.layers[0]
-        same = all(
-            (layer.num_experts, round(layer.mean_k, 2)) == (first.num_experts, round(first.mean_k, 2))
-            for layer in cost.layers
-        )
-        kind = f"{first.mean_k:.3g} of {first.num_experts} experts" if same else "several kinds"
-        table.add_row("MoE layers", kind, str(len(cost.layers)))
-        table.add_row("experts in evaluation", choice_of(task), "")
+        table.add_row("MoE layers", experts_of(cost), str(len(cost.layers)))
+        if any(layer.mean_k < layer.num_experts for layer in cost.layers):
+            table.add_row("experts in evaluation", choice_of(task), "")
     return table
+
+
+def experts_of(cost: Cost) -> str:
+    """Say how many experts of a layer work for a token."""
+    kinds = {(layer.num_experts, round(layer.mean_k, 2)) for layer in cost.layers}
+    if all(mean_k == num_experts for num_experts, mean_k in kinds):
+        return "dense: all experts always on"
+    if len(kinds) > 1:
+        return "several kinds"
+    num_experts, mean_k = kinds.pop()
+    return f"{mean_k:.3g} of {num_experts} experts"
 
 
 def choice_of(task: nn.Module) -> str:

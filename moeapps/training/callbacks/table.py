@@ -60,8 +60,12 @@ def score_table(table: ScoreTable, *, main: str = "", width: int = 120) -> Table
         rich.add_row(domain, role, str(n), *(_cell(value) for value in cells))
     rich.add_section()
     for role, means in table.summary().items():
-        rich.add_row(f"mean {role}" if role != "gap" else "gap", "", "", *(_cell(means.get(name)) for name in metrics))
+        rich.add_row(_label(role), "", "", *(_cell(means.get(name)) for name in metrics))
     return rich
+
+
+def _label(role: str) -> str:
+    return "gap: unseen worse by" if role == "gap" else f"mean {role}"
 
 
 def _fitting(table: ScoreTable, main: str, width: int) -> tuple[list[str], list[str]]:
@@ -79,7 +83,7 @@ def _fitting(table: ScoreTable, main: str, width: int) -> tuple[list[str], list[
     for means in summary.values():
         for name in names:
             texts[name].append(_cell(means.get(name)))
-    labels = [*(score.domain for score in table.scores), *(f"mean {role}" for role in summary)]
+    labels = [*(score.domain for score in table.scores), *map(_label, summary)]
     roles, counts = [score.role for score in table.scores], [str(score.n) for score in table.scores]
     room = width - 1 - sum(_COLUMN + max(map(len, column)) for column in (labels, [*roles, "role"], [*counts, "n"]))
     shown: list[str] = []
