@@ -286,21 +286,35 @@ class Grid:
     def definition(self, variant: str, root: Path) -> str:
         """Give 12 hexadecimal digits that change when what a variant's configs and flags say changes.
 
-        Comments and order of keys do not count.
+        Comments and order of keys do not count, nor does what a later config overrides.
 
         Raises:
             GridError: If a config file is missing or is not YAML.
         """
         chosen = self._all[variant]
-        parts: list[Any] = []
+        merged: dict[str, Any] = {}
         for name in (self.config, *chosen.overlays):
             try:
-                parts.append(yaml.safe_load((root / name).read_text(encoding="utf-8")))
+                merged = _overlaid(merged, yaml.safe_load((root / name).read_text(encoding="utf-8")))
             except (OSError, yaml.YAMLError) as error:
                 raise GridError(f"variant {variant!r}: cannot read {name}: {error}") from error
         flags = [self.flags, chosen.flags, self._data_seed_flags(chosen)]
-        text = json.dumps([parts, *flags], sort_keys=True, default=str)
+        text = json.dumps([merged, *flags], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one config over another as the command line does: mappings merge, lists replace, ``name+`` adds to them."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = _overlaid(old, value)
+        elif key.endswith("+") and isinstance(value, list):
+            merged[key] = [*(old or []), *value]
+        else:
+            merged[key] = value
+    return merged
 
 
 def load_grid(system: str) -> Grid:
