@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of a training step of ProMoE: ``python -m benchmarks.promoe_speed --json FILE [--pairs 9]``.
 
-Three questions, each answered by CPU time on one thread, in pairs of alternating order where two things are compared:
+Four questions, each answered by CPU time on one thread, in pairs of alternating order where two things are compared:
 
 * What does a step cost beside the dense twin of equal active FLOPs (one expert that is always on), and beside a plain
   diffusion transformer, which has timm's Mlp there?
 * Which part of the step takes how long? Every part is run again alone, forward and backward, on the very inputs that a
   step gave it; what the parts do not explain is ``rest``.
+* Does a step get cheaper in bfloat16 (autocast, as ``trainer.precision: bf16-mixed`` does)?
 * What does a mixture spend on routing, on the experts' products, and on bringing tokens to experts and back?
 
 Fails (exit status 1) when the step costs more than `GATE` times the dense twin's. About two minutes on one idle core.
@@ -75,15 +76,16 @@ def build_rival(name: str, flags: list[str] | None = None) -> ImageDiffusionTask
     return task
 
 
-def train_step(task: ImageDiffusionTask, batch: ImageBatch) -> Work:
+def train_step(task: ImageDiffusionTask, batch: ImageBatch, *, bf16: bool = False) -> Work:
     """Forward with recording, losses on the routing, backward, clipping and AdamW."""
     optimizer = build_optimizer(task, task.optimizer_config)
 
     def step() -> None:
         optimizer.zero_grad()
-        loss = task.recorded_step(batch, "train").loss
-        for aux in task.aux_losses:
-            loss = loss + aux.weight * aux(task.last_records)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = task.recorded_step(batch, "train").loss
+            for aux in task.aux_losses:
+                loss = loss + aux.weight * aux(task.last_records)
         loss.backward()
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
@@ -241,6 +243,7 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
         for name in progress.track(RIVALS, description="steps"):
             values = paired_ratios(ours, train_step(build_rival(name, flags), batch), pairs=pairs)
             ratios[name] = {"ratio": round(statistics.median(values), 3), "pairs": [round(v, 3) for v in values]}
+    half = paired_ratios(train_step(task, batch, bf16=True), ours, pairs=pairs)
     samples = max(3, pairs // 2)
     parts = shares(task, batch, samples=samples)
     gated = ratios["dense"] | {"gate": GATE, "ok": ratios["dense"]["ratio"] <= GATE}
@@ -250,6 +253,7 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
         "images": len(batch.label),
         "tokens": len(batch.label) * task.net.num_tokens,
         "step_over": {**ratios, "dense": gated},
+        "bf16_over_float32": {"ratio": round(statistics.median(half), 3), "pairs": [round(v, 3) for v in half]},
         "parts": parts,
         "largest": next(iter(parts)),
         "mixtures_ms": mixture_parts(task, batch, samples=samples),
@@ -263,6 +267,7 @@ def show(report: dict[str, Any]) -> None:
     for name, row in report["step_over"].items():
         table.add_row(name, f"{row['ratio']:.2f}", f"{row['gate']:.2f}" if "gate" in row else "")
     console.print(table)
+    console.print(f"a step in bfloat16 over one in float32: {report['bf16_over_float32']['ratio']:.2f}")
     table = Table("part of the step", "CPU ms", "share")
     for name, row in report["parts"].items():
         table.add_row(name, f"{row['ms']:.0f}", f"{row['share']:.0%}")

@@ -20,6 +20,8 @@ STARVING = 0.1
 
 LONG = ("--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=8")
 """Four times the steps."""
+ALL_STEPS = ("--trainer.max_epochs=20", "--trainer.max_steps=1000")
+"""As many steps where an epoch has fewer."""
 
 
 def variant(*names: str, pairs: int = 3, flags: tuple[str, ...] = ()) -> Variant:
@@ -150,8 +152,8 @@ GRID = Grid(
     headline=("promoe", "dense", "tc"),
     ladder=Ladder(
         levels={
-            "ten_classes": Variant(flags=("--data.init_args.seen=[digits]",)),
-            "twenty_classes": Variant(flags=("--data.init_args.seen=[digits,fashion]",)),
+            "ten_classes": Variant(flags=("--data.init_args.seen=[digits]", *ALL_STEPS)),
+            "twenty_classes": Variant(flags=("--data.init_args.seen=[digits,fashion]", *ALL_STEPS)),
             "thirty_classes": Variant(),
         },
         system="promoe",

@@ -41,13 +41,17 @@ def test_parts_of_the_mixtures_are_named_and_the_report_is_whole() -> None:
     assert set(report["mixtures_ms"]) == {"routing", "products of experts", "transport"}
     assert set(report["step_over"]) == {"dense", "dit"}
     assert report["step_over"]["dense"]["gate"] == speed.GATE == 1.15
+    assert len(report["bf16_over_float32"]["pairs"]) == 1
     assert report["tokens"] == report["images"] * 16
     speed.show(report)
 
 
 def test_the_readme_states_the_committed_step() -> None:
-    step = json.loads(Path("benchmarks/results/promoe_speed.json").read_text(encoding="utf-8"))["step_over"]["dense"]
+    report = json.loads(Path("benchmarks/results/promoe_speed.json").read_text(encoding="utf-8"))
+    step, half = report["step_over"]["dense"], report["bf16_over_float32"]
 
     assert step["ok"]
     assert len(step["pairs"]) == 9
-    assert f"costs {step['ratio']:.2f} times the dense twin's" in Path("tasks/image_diffusion/README.md").read_text()
+    told = " ".join(Path("tasks/image_diffusion/README.md").read_text(encoding="utf-8").split())
+    assert f"costs {step['ratio']:.2f} times the dense twin's" in told
+    assert f"one in bfloat16 costs {half['ratio']:.2f} of one in float32" in told
