@@ -165,7 +165,9 @@ def mutual_information(assign_NE: Tensor, labels_N: Tensor) -> Tensor:
         labels_N: int64 [N]; rows with a negative label are left out.
     """
     joint_SE = contingency(assign_NE, labels_N)
-    return _information(joint_SE) / _entropy(joint_SE.sum(1)).clamp_min(_TINY)
+    information, entropy = _information(joint_SE), _entropy(joint_SE.sum(1))
+    # With one label both are 0 up to rounding, and their quotient could be anything.
+    return torch.where(entropy > 1e-12, information / entropy.clamp_min(1e-12), 0.0)
 
 
 @torch.no_grad()
@@ -231,7 +233,7 @@ def _agreement(first_N: Tensor, second_N: Tensor, num_experts: int) -> Tensor:
     pair_N = first_N[kept] * num_experts + second_N[kept]
     joint_EE = torch.bincount(pair_N, minlength=num_experts**2).double().view(num_experts, num_experts)
     total = _entropy(joint_EE.sum(0)) + _entropy(joint_EE.sum(1))
-    return torch.where(total > 0, 2.0 * _information(joint_EE) / total.clamp_min(_TINY), torch.ones_like(total))
+    return torch.where(total > 1e-12, 2.0 * _information(joint_EE) / total.clamp_min(_TINY), torch.ones_like(total))
 
 
 def _work_per_row(routing: Routing) -> Tensor:

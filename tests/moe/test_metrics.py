@@ -94,6 +94,13 @@ def test_mutual_information_equals_scikit_learn(choices) -> None:
     assert metrics.mutual_information(one_hot(expert_N), label_N).item() == pytest.approx(expected)
 
 
+def test_one_label_leaves_nothing_to_tell_whatever_rounding_does() -> None:
+    for seed in range(50):
+        table_LE = torch.zeros(4, 7, dtype=torch.float64)  # experts by label, of which only one was met
+        table_LE[2] = 1000 * torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert metrics.mutual_information(table_LE, torch.arange(4)).item() == 0.0
+
+
 def test_mutual_information_is_one_if_the_expert_tells_the_label_and_zero_if_it_ignores_it() -> None:
     label_N = torch.arange(60) % 3
     assert metrics.mutual_information(one_hot(label_N), label_N).item() == pytest.approx(1.0)
