@@ -44,7 +44,7 @@ ROUTERS = (
         "top-k forgets to renormalise",
         "weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)",
         "pass",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "weights of the chosen no longer sum to 1: every layer shrinks",
     ),
     _core(
@@ -52,7 +52,7 @@ ROUTERS = (
         "top-k forgets to renormalise sigmoids and lost null mass",
         "            weight_NK = normalised(weight_NK, self._counted(index_NK, None))\n",
         "            pass\n",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "weights of sigmoids, or beside null experts, no longer sum to 1",
     ),
     _core(
@@ -60,7 +60,7 @@ ROUTERS = (
         "bias enters the weight",
         'source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX\n            weight_NK',
         "source = self.rank(logits_NX, probs_NX)\n            weight_NK",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "balancing changes the function of the network, not only the choice",
     ),
     _core(
@@ -68,7 +68,7 @@ ROUTERS = (
         "top-p leaves out the expert that crosses p",
         "return nn.functional.pad(sorted_NK.detach().cumsum(-1)[:, :-1], (1, 0))",
         "return sorted_NK.detach().cumsum(-1)",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "the chosen set does not reach p, and may be empty",
     ),
     _core(
@@ -92,7 +92,7 @@ ROUTERS = (
         "padding of a row is computed",
         "counts = torch.ones_like(is_null) if picked.taken_NK is None else picked.taken_NK",
         "counts = torch.ones_like(is_null)",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "top-p takes as many experts as it could ever take",
     ),
     _core(
@@ -100,7 +100,7 @@ ROUTERS = (
         "null experts keep their weight",
         "expert_NK.where(real, num_experts), weight_NK.where(real, 0)",
         "expert_NK.where(real, num_experts), weight_NK",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "sentinels carry weights that importance and metrics add up",
     ),
     _core(
@@ -108,7 +108,7 @@ ROUTERS = (
         "router ignores the token mask",
         "counts = counts if token_mask is None else counts & token_mask.unsqueeze(-1)",
         "counts = counts if token_mask is None else counts & True",
-        "test_choosers.py",
+        "test_choosers.py test_choosers_by_row.py",
         "padding is routed, computed and counted",
     ),
     _core(
@@ -116,7 +116,7 @@ ROUTERS = (
         "ties go to the highest index",
         "found.append(score.argmax(-1, keepdim=True) if",
         "found.append(score.shape[-1] - 1 - score.flip(-1).argmax(-1, keepdim=True) if",
-        "test_choosers.py",
+        "test_choosers_by_row.py",
         "the order of equal scores is no longer defined",
     ),
     _core(
@@ -140,7 +140,7 @@ ROUTERS = (
         "fixed rows are routed all the same",
         "expert_M = fixed_N[row_M].where(here_M, expert_M)",
         "expert_M = expert_M.clone()",
-        "test_routers.py",
+        "test_router_combinators.py",
         "unconditional rows do no work, or that of a routed expert",
     ),
 )
@@ -168,7 +168,7 @@ DISPATCH = (
         "order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices[:num_real]",
         "order_M = total - 1 - torch.sort(routing.expert_M.to(key_dtype(num_experts)).flip(0), stable=True).indices\n"
         "        order_M = order_M[:num_real]",
-        "test_backends.py",
+        "test_backends_work.py",
         "results depend on the sort's implementation to the last bit",
     ),
     _core(
@@ -240,7 +240,7 @@ DISPATCH = (
         "dense gates share the weights of one gate",
         'return torch.einsum("...ne,neo->...no", weight.to(y_NEo.dtype), y_NEo)',
         'return torch.einsum("...ne,neo->...no", weight.to(y_NEo.dtype).flip(0), y_NEo)',
-        "test_layer.py",
+        "test_layer_inputs.py test_layer.py",
         "tasks read each other's gates",
     ),
     _core(
@@ -317,7 +317,7 @@ LOSSES = (
         "global balance never forgets",
         "        self._seen.clear()",
         "        pass",
-        "test_losses.py",
+        "test_losses_modules.py",
         "the load of the first epoch weighs on the last",
     ),
     _core(

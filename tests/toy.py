@@ -24,6 +24,10 @@ from moeapps.training.callbacks import BiasBalancing
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 
+# Words of the command line that name it, and that run one batch of it.
+TOY = ["--config", "tests/toy.yaml"]
+FAST = [*TOY, "--trainer.fast_dev_run", "true"]
+
 
 class ToyData(DomainDataModule):
     """Clusters of two classes in the plane, turned by an angle of the domain's own.

@@ -5,63 +5,17 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeapps.moe import losses
 from moeapps.moe.record import Record
 from moeapps.moe.routers import Capacity, GatedShared, TopK, TopP
 from moeapps.moe.routers.chooser import Chooser
-from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
-
-E, K, N = 4, 2, 48
-
-
-class Holder(nn.Module):
-    """What a loss needs of a layer: a router with a chooser."""
-
-    def __init__(self, choose: nn.Module) -> None:
-        super().__init__()
-        self.router = nn.Module()
-        self.router.choose = choose
-
-
-def record_of(choose: Chooser, logits_NX: Tensor, *, mask: Tensor | None = None, group: Tensor | None = None) -> Record:
-    """The record of a chooser applied to logits."""
-    choose.bind(logits_NX.shape[1])
-    return Record("moe", choose(logits_NX, token_mask=mask), Holder(choose), mask, group)
-
-
-def topk_record(
-    logits_NE: Tensor, k: int, *, mask: Tensor | None = None, group: Tensor | None = None, name: str = "moe"
-) -> Record:
-    """The record of a softmax top-k router written out here, so that most of these tests need no router."""
-    rows, experts = logits_NE.shape
-    probs_NE = logits_NE.softmax(-1)
-    weight_NK, expert_NK = probs_NE.topk(k, -1)
-    if mask is not None:
-        expert_NK = torch.where(mask[:, None], expert_NK, experts)
-        weight_NK = weight_NK * mask[:, None]
-    row_M = torch.arange(rows).repeat_interleave(k)
-    ids_M, weight_M = expert_NK.flatten(), weight_NK.flatten()
-    routing = Routing(row_M, ids_M, weight_M, rows, experts, top_k=k, logits_NE=logits_NE, probs_NE=probs_NE)
-    return Record(name, routing, nn.Identity(), mask, group)
-
-
-def logits(n: int = N, e: int = E, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(n, e, generator=generator, dtype=torch.float64)).requires_grad_()
-
-
-def cyclic_record(k: int, sharp: float, dtype: torch.dtype = torch.float64) -> Record:
-    """Row n prefers experts n, n+1, ... n+k-1 (mod E): load and mean probability are both uniform."""
-    base = torch.zeros(E, dtype=dtype)
-    base[:k] = torch.arange(k, 0, -1, dtype=dtype) * sharp
-    return topk_record(torch.stack([base.roll(n) for n in range(N)]), k)
-
+from moeapps.moe.routing import DenseRouting, Routing
+from tests.moe.losses_common import E, K, N, cyclic_record, logits, record_of, topk_record
 
 # --- switch
 
@@ -320,99 +274,7 @@ def test_gradients_are_finite_where_a_probability_is_zero() -> None:
     assert s.grad[:, [0, 2]].isfinite().all()
 
 
-# --- the modules
-
-MODULES = [
-    losses.SwitchBalance,
-    losses.GlobalBatchBalance,
-    losses.ImportanceLoss,
-    losses.LoadLoss,
-    losses.ZLoss,
-    losses.EntropyLoss,
-    losses.BatchEntropyLoss,
-    losses.MutualInformationLoss,
-]
-
-
-@pytest.mark.parametrize("kind", MODULES)
-def test_module_gives_the_unweighted_mean_over_records(kind) -> None:
-    first, second = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
-    light, heavy = kind(weight=0.0).eval(), kind(weight=100.0).eval()
-    both = heavy([first, second])
-    torch.testing.assert_close(both, (light([first]) + light([second])) / 2)
-    assert both.ndim == 0
-    assert both.requires_grad
-    torch.testing.assert_close(copy.deepcopy(heavy)([first, second]), both)
-
-
-def test_names_are_distinct() -> None:
-    kinds = [kind() for kind in MODULES]
-    apart = [losses.ZLoss(layers="enc.*"), losses.ZLoss(layers="dec.*")]
-    assert len({loss.name for loss in [*kinds, *apart]}) == len(MODULES) + 2
-    assert apart[0].name == "z.enc"
-
-
-def test_layers_pattern_chooses_records() -> None:
-    encoder, decoder = (
-        topk_record(logits(seed=1), K, name="enc.0.moe"),
-        topk_record(logits(seed=2), K, name="dec.0.moe"),
-    )
-    torch.testing.assert_close(losses.ZLoss(layers="enc.*")([encoder, decoder]), losses.z_loss(encoder))
-
-
-def test_module_without_matching_record_says_what_was_recorded() -> None:
-    with pytest.raises(ValueError, match=r"meets no recorded MoE layer \(recorded: \['dec'\]\)"):
-        losses.SwitchBalance(layers="enc*")([topk_record(logits(), K, name="dec")])
-    with pytest.raises(ValueError, match="recorded: none"):
-        losses.SwitchBalance()([])
-
-
-def test_global_balance_uses_the_counts_so_far_and_forgets_at_the_step() -> None:
-    s = logits()
-    halves = [topk_record(part, K) for part in s.split(N // 2)]
-    counts = sum(losses.column_counts(half) for half in halves)
-    module = losses.GlobalBatchBalance()
-
-    first = module(halves[:1])
-    second = module(halves[1:])
-    module.on_optimizer_step()
-    again = module(halves[:1])
-
-    torch.testing.assert_close(first, losses.switch_balance(halves[0]))
-    torch.testing.assert_close(second, losses.switch_balance(halves[1], counts_E=counts))
-    torch.testing.assert_close(again, first)
-
-
-def test_global_balance_gathers_nothing_in_evaluation() -> None:
-    first, second = (topk_record(part, K) for part in logits().split(N // 2))
-    module = losses.GlobalBatchBalance().eval()
-    module([first])
-    torch.testing.assert_close(module([second]), losses.switch_balance(second))
-
-
-def test_global_balance_keeps_layers_apart() -> None:
-    a, b = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
-    expected = (losses.switch_balance(a) + losses.switch_balance(b)) / 2
-    torch.testing.assert_close(losses.GlobalBatchBalance()([a, b]), expected)
-
-
-def test_global_balance_lets_one_sided_micro_batches_be_when_the_step_is_balanced() -> None:
-    one_sided = [torch.zeros(8, 2, dtype=torch.float64), torch.zeros(8, 2, dtype=torch.float64)]
-    one_sided[0][:, 0] = one_sided[1][:, 1] = 1000.0
-    first, second = (topk_record(s, 1) for s in one_sided)
-    module = losses.GlobalBatchBalance()
-    module([first])
-    assert losses.switch_balance(second).item() == pytest.approx(2.0)
-    assert module([second]).item() == pytest.approx(1.0)
-
-
-def test_no_rows_give_zero_with_a_graph() -> None:
-    empty = topk_record(logits(n=0), K, group=torch.zeros(0, dtype=torch.int64))
-    for kind in MODULES:
-        value = kind()([empty])
-        assert value.item() == 0.0, kind
-        assert value.requires_grad, kind
-    assert losses.switch_balance(empty, per_group=True).item() == 0.0
+# --- without logits, and for dense gates
 
 
 def test_one_expert_without_logits_is_balanced() -> None:
@@ -420,52 +282,6 @@ def test_one_expert_without_logits_is_balanced() -> None:
     record = Record("dense", routing, nn.Identity())
     assert losses.switch_balance(record).item() == 1.0
     assert losses.token_entropy(record).item() == 0.0
-
-
-# --- errors
-
-
-def dense_record(**extra: Tensor) -> Record:
-    return Record("gate", DenseRouting(torch.full((3, 2), 0.5), 2, **extra), nn.Identity())
-
-
-def slot_record() -> Record:
-    return Record("soft", SlotRouting(torch.full((3, 2, 1), 1 / 3), torch.full((3, 2, 1), 0.5)), nn.Identity())
-
-
-def bare_record() -> Record:
-    return Record(
-        "random", Routing(torch.arange(3), torch.tensor([0, 1, 0]), torch.ones(3), 3, 2, top_k=1), nn.Identity()
-    )
-
-
-def unmarked_nulls() -> Record:
-    record = record_of(TopK(2, num_null=1), logits())
-    return replace(record, routing=replace(record.routing, null_M=None))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: losses.switch_balance(dense_record()), "DenseRouting, which selects no experts.*ImportanceLoss"),
-        (lambda: losses.switch_balance(slot_record()), "SlotRouting"),
-        (lambda: losses.load_cv2(dense_record()), "DenseRouting"),
-        (lambda: losses.switch_balance(bare_record()), "without probabilities"),
-        (lambda: losses.z_loss(bare_record()), "without logits"),
-        (lambda: losses.switch_balance(topk_record(logits(), K), per_group=True), "without group"),
-        (
-            lambda: losses.switch_balance(topk_record(logits(), K), per_group=True, counts_E=torch.ones(E)),
-            "leave counts_E out",
-        ),
-        (lambda: losses.switch_balance(unmarked_nulls()), "set it in your router"),
-        (lambda: losses.load_cv2(record_of(TopP(0.5), logits())), "no fixed k"),
-        (lambda: losses.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
-        (lambda: losses.SwitchBalance(weight=math.nan), "finite number"),
-    ],
-)
-def test_errors_say_what_to_do(call, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_entropy_and_z_are_defined_for_dense_gates() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of routers: scores, noise, capacity, the order of the stages, precision, and combinators."""
+"""Laws of routers: what a routing carries, precision, noise, capacity, and what is saved."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from moeapps.moe import (
     AttentionScore,
     Capacity,
     ConditionalSplit,
-    ConstantScore,
     CosineScore,
     Dense,
     ExpertChoice,
@@ -25,16 +24,12 @@ from moeapps.moe import (
     Jitter,
     LinearScore,
     MLPExperts,
-    MLPScore,
     MoELayer,
     MultiGate,
     PrototypeScore,
-    RandomScore,
-    RecurrentScore,
     Router,
     RouterBase,
     Routing,
-    Score,
     Slots,
     SumRouters,
     TableScore,
@@ -42,149 +37,7 @@ from moeapps.moe import (
     TopK,
     TopP,
 )
-
-D, E = 5, 4
-
-
-def features(num_rows: int = 12) -> Tensor:
-    return torch.randn(num_rows, D, dtype=torch.float64)
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-SCORES: dict[str, Callable[[], Score]] = {
-    "linear": lambda: LinearScore(D, E),
-    "linear_bias": lambda: LinearScore(D, E, bias=True),
-    "mlp": lambda: MLPScore(D, 7, E),
-    "cosine": lambda: CosineScore(D, E),
-    "cosine_projected": lambda: CosineScore(D, E, proj_dim=3),
-    "prototype": lambda: PrototypeScore(D, E),
-    "table": lambda: TableScore(3, E),
-    "constant": lambda: ConstantScore(E),
-    "random": lambda: RandomScore(E),
-    "recurrent": lambda: RecurrentScore(D, E, state_dim=6),
-}
-
-
-@pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("num_rows", [0, 1, 9])
-def test_every_score_gives_a_logit_per_row_and_column(name: str, num_rows: int) -> None:
-    score = SCORES[name]()
-    out = score(torch.randn(num_rows, D), group=torch.zeros(num_rows, dtype=torch.int64))
-    logits = out[0] if isinstance(out, tuple) else out
-    assert logits.shape == (num_rows, E)
-    assert score.num_outputs == E
-    with pytest.raises(ValueError, match="at least one column"):
-        Score(0)
-
-
-@pytest.mark.parametrize("name", ["linear", "mlp", "cosine", "prototype", "recurrent"])
-def test_a_score_of_one_tensor_refuses_a_tuple(name: str) -> None:
-    with pytest.raises(ValueError, match="reads one tensor"):
-        SCORES[name]()((torch.randn(3, D), torch.randn(3, D)))
-
-
-def test_linear_score_starts_like_a_linear_layer_or_as_told() -> None:
-    bound = 1 / math.sqrt(400)
-    score = LinearScore(400, 50)
-    assert score.weight.abs().max() <= bound
-    assert score.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-    assert LinearScore(400, 50, init_std=0.006).weight.std().item() == pytest.approx(0.006, rel=0.05)
-    assert not LinearScore(400, 50, init_std=0.0).weight.any()
-
-
-def test_least_squares_fit_sorts_separable_contexts() -> None:
-    label = torch.arange(40) % E
-    x = torch.eye(E, D)[label] * 3 + 0.1 * torch.randn(40, D)
-    score = LinearScore(D, E, bias=True)
-    score.fit(x, F.one_hot(label, E).float(), noise=1e-4)
-    assert torch.equal(score(x).argmax(-1), label)
-    augmented = torch.cat([x, torch.ones(40, 1)], -1).double()
-    wanted = torch.linalg.lstsq(augmented, F.one_hot(label, E).double()).solution
-    score.fit(x, F.one_hot(label, E).float())
-    torch.testing.assert_close(torch.cat([score.weight.T, score.bias[None]]).double(), wanted, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="must be"):
-        score.fit(x, torch.zeros(40, E + 1))
-
-
-def test_cosine_scores_ignore_length_and_are_bounded() -> None:
-    x = features()
-    for score in (CosineScore(D, E, temperature=0.5), PrototypeScore(D, E, alpha=2.0)):
-        score = score.double()
-        torch.testing.assert_close(score(x), score(3.7 * x))
-        assert score(x).abs().max() <= 2.0 + 1e-9
-    with torch.no_grad():
-        cosine = CosineScore(D, E).double()
-        cosine.log_scale.fill_(50.0)
-    assert cosine(x).abs().max() <= 100 + 1e-6
-    with pytest.raises(ValueError, match="must be above"):
-        CosineScore(D, E, temperature=0.01)
-
-
-def test_rows_along_orthonormal_prototypes_are_routed_there_with_weight_one() -> None:
-    router = Router(PrototypeScore(D, 2), TopK(1, weighing="identity"))
-    with torch.no_grad():
-        router.score.prototypes.copy_(torch.eye(2, D))
-    routing = router(torch.tensor([[0.0, 4.0, 0, 0, 0], [0.5, 0, 0, 0, 0]]))
-    assert routing.expert_M.tolist() == [1, 0]
-    torch.testing.assert_close(routing.weight_M, torch.ones(2))
-
-
-def test_table_wraps_around_and_says_what_it_needs() -> None:
-    score = TableScore(torch.eye(3))
-    ids = torch.tensor([0, 2, 5, -1])
-    assert score(torch.zeros(4, 1), group=ids).argmax(-1).tolist() == [0, 2, 2, 2]
-    assert not list(score.parameters())
-    assert [p.shape for p in TableScore(7, E).parameters()] == [(7, E)]
-    with pytest.raises(ValueError, match="pass group=ids"):
-        score(torch.zeros(4, 1))
-    with pytest.raises(ValueError, match="needs both sizes"):
-        TableScore(7)
-    with pytest.raises(ValueError, match="num_ids"):
-        TableScore([[0.0, 1.0]], 3)
-
-
-def test_random_scores_differ_in_training_and_repeat_in_evaluation() -> None:
-    score, x = RandomScore(E, seed=3), torch.zeros(500, D)
-    assert not torch.equal(score(x), score(x))
-    score.eval()
-    assert torch.equal(score(x), score(x))
-    counts = Router(RandomScore(E), TopK(1, weighing="ones"))(x).counts()
-    assert counts.min() > 80
-    batch = RandomScore(E, per="batch")
-    assert Router(batch, TopK(1, weighing="ones"))(x).counts().max() == 500
-    with pytest.raises(ValueError, match="'row' or 'batch'"):
-        RandomScore(E, per="layer")
-
-
-def test_attention_score_checks_its_features_and_gives_the_prior_to_the_empty_history() -> None:
-    score = AttentionScore(3, E)
-    with torch.no_grad():
-        score.prior.copy_(torch.arange(E))
-    empty = (torch.randn(2, 5, 3), torch.randn(2, 3), torch.zeros(2, 5))
-    torch.testing.assert_close(score(empty), score.prior.expand(2, -1))
-    none = (torch.randn(2, 0, 3), torch.randn(2, 3), torch.zeros(2, 0))
-    torch.testing.assert_close(score(none), score.prior.expand(2, -1))
-    with pytest.raises(ValueError, match="three tensors"):
-        score(torch.randn(2, 3))
-
-
-def test_recurrent_score_carries_a_state_and_forgets_it_when_its_gates_say_so() -> None:
-    cell = nn.GRUCell(6, 6)
-    first, second = (Router(RecurrentScore(D, E, state_dim=6, cell=cell), TopK(2)).double() for _ in range(2))
-    assert first.score.cell is second.score.cell
-    x = features()
-    memory = first(x).state
-    assert memory.shape == (12, 6)
-    assert memory.requires_grad
-    assert not torch.allclose(second(x, state=memory).logits_NE, second(x).logits_NE)
-    with torch.no_grad():  # update gate "take the new", candidate blind to the past: a memoryless router
-        cell.bias_ih[6:12] = -1e4
-        cell.weight_hh.zero_()
-    torch.testing.assert_close(second(x, state=memory).logits_NE, second(x).logits_NE)
-    with pytest.raises(ValueError, match="GRUCell"):
-        RecurrentScore(D, E, state_dim=7, cell=cell)
-
+from tests.moe.router_common import SCORES, D, E, features
 
 # --- the router -------------------------------------------------------------------------------------------------------
 
@@ -373,137 +226,6 @@ def test_capacity_settings_are_checked() -> None:
         Capacity(1.0)(
             Routing(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.ones(1), 1, E)
         )
-
-
-# --- combinators ------------------------------------------------------------------------------------------------------
-
-
-def test_conditional_split_sends_each_group_where_it_belongs() -> None:
-    inner = Router(PrototypeScore(D, E), TopK(2, weighing="identity")).double()
-    split = ConditionalSplit(inner, fixed_groups=(-1, 7))
-    x, group = features(), torch.tensor([-1, 0, 7, 1, 7, 7, 3, -1, 2, 2, 2, 2])
-    assert split.num_experts == E + 2
-    routing, plain = split(x, group=group), inner(x)
-    dense, rest = routing.assignment(), (group >= 0) & (group < 7)
-    torch.testing.assert_close(dense[rest][:, :E], plain.assignment()[rest])
-    assert dense[group == -1].tolist() == [[0, 0, 0, 0, 1, 0]] * 2
-    assert dense[group == 7].tolist() == [[0, 0, 0, 0, 0, 1]] * 3
-    assert routing.counts()[E:].tolist() == [2, 3]
-    torch.testing.assert_close(routing.probs_NE.sum(-1), torch.ones(12, dtype=torch.float64))
-    torch.testing.assert_close(routing.probs_NE[rest][:, :E], plain.probs_NE[rest])
-    torch.testing.assert_close(routing.logits_NE.softmax(-1), routing.probs_NE)
-    assert torch.logsumexp(routing.logits_NE, -1)[~rest].abs().max() == 0
-    masked = split(x, group=group, token_mask=group != 7)
-    assert masked.counts()[E:].tolist() == [2, 0]
-
-
-def test_conditional_split_over_expert_choice_per_sample() -> None:
-    inner = Router(PrototypeScore(D, E), ExpertChoice(1.0, per="group", weighing="identity")).double()
-    x, group = features(16), torch.tensor([0] * 8 + [-1] * 4 + [5] * 4)
-    routing = ConditionalSplit(inner)(x, group=group)
-    assert routing.counts().tolist() == [2 + 1] * E + [4]
-
-
-def test_conditional_split_says_what_it_needs() -> None:
-    router = Router(LinearScore(D, E), TopK(2))
-    with pytest.raises(ValueError, match="pass group=ids"):
-        ConditionalSplit(router)(torch.randn(3, D))
-    with pytest.raises(ValueError, match="at least one group id"):
-        ConditionalSplit(router, ())
-    with pytest.raises(ValueError, match="pass group=ids"):
-        ConditionalSplit(router, None)(torch.randn(3, D))
-    with pytest.raises(ValueError, match="needs a sparse router"):
-        ConditionalSplit(Router(LinearScore(D, E), Dense()))
-    slots = ConditionalSplit(Router(LinearScore(D, 2 * E), Slots(2)))
-    with pytest.raises(ValueError, match="not of slots"):
-        slots(torch.randn(3, D), group=torch.zeros(3, dtype=torch.int64))
-
-
-@pytest.mark.parametrize(
-    "choose",
-    [
-        TopK(2),
-        TopP(0.6),
-        ExpertChoice(1.0),
-        ExpertChoice(1.0, per="group"),
-        Threshold(1.0),
-        Threshold(2.0, scope="pairs", weighing="identity"),
-    ],
-    ids=lambda choose: type(choose).__name__,
-)
-def test_conditional_split_fits_every_sparse_chooser(choose: nn.Module) -> None:
-    split = ConditionalSplit(Router(LinearScore(D, E), choose).double(), None)
-    x, group = features(12), torch.tensor([0, 0, -1, 3, -4, 3, 7, 7, 7, -1, 0, 0])
-    routing = split(x, group=group)
-    dense, fixed = routing.assignment(), group < 0
-    assert dense[fixed].tolist() == [[0.0] * E + [1.0]] * 3
-    assert (dense[~fixed][:, E] == 0).all()
-    assert dense[~fixed][:, :E].abs().sum() > 0
-    assert split.pool == choose.pool
-    torch.testing.assert_close(routing.probs_NE[~fixed][:, :E], split.conditional(x, group=group).probs_NE[~fixed])
-
-
-def test_gates_equal_separate_dense_routers() -> None:
-    scores = [LinearScore(D, 3).double() for _ in range(2)]
-    allowed = torch.tensor([[True, True, False], [False, True, True]])
-    x = torch.randn(2, 8, D, dtype=torch.float64)
-    gates = MultiGate(scores, allowed=allowed, weighing=["softmax", "sigmoid"])
-    together = gates(x)
-    for g, kind in enumerate(("softmax", "sigmoid")):
-        alone = Router(scores[g], Dense(kind, allowed[g]))(x[g])
-        torch.testing.assert_close(together.weight[g], alone.weight)
-        assert not together.weight[g][:, ~allowed[g]].any()
-    torch.testing.assert_close(gates((x[0], x[1])).weight, together.weight)
-    torch.testing.assert_close(gates(x[0]).weight, gates(torch.stack([x[0], x[0]])).weight)
-    mask = torch.arange(8) < 5
-    assert not gates(x, token_mask=mask).weight[:, 5:].any()
-    assert gates(x, token_mask=mask).counts().tolist() == [5, 5, 5]
-
-
-def test_gates_may_read_widths_of_their_own() -> None:
-    gates = MultiGate([LinearScore(2, 3), LinearScore(6, 3)])
-    assert gates((torch.randn(5, 2), torch.randn(5, 6))).weight.shape == (2, 5, 3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"scores": []}, "at least one gate"),
-        ({"scores": [LinearScore(D, 3), LinearScore(D, 4)]}, "one column per expert"),
-        ({"scores": [LinearScore(D, 2)], "allowed": [[False, False]]}, "every row"),
-        ({"scores": [LinearScore(D, 2)], "allowed": [[True, True], [True, True]]}, r"must be \[1, 2\]"),
-        ({"scores": [LinearScore(D, 2)], "weighing": ["softmax", "softmax"]}, "one per gate"),
-    ],
-)
-def test_gates_are_checked(arguments: dict[str, object], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        MultiGate(**arguments)
-
-
-def test_gates_count_their_features() -> None:
-    gates = MultiGate([LinearScore(D, 2), LinearScore(D, 2)])
-    with pytest.raises(ValueError, match="features for 3 gates"):
-        gates(torch.randn(3, 4, D))
-
-
-def test_a_sum_of_routers_gives_the_sum_of_their_outputs() -> None:
-    x = features()
-    for make in (lambda: TopK(2), lambda: TopP(0.6), lambda: Dense("sigmoid")):
-        parts = [Router(LinearScore(D, E), make()).double() for _ in range(2)]
-        layer = MoELayer(SumRouters(parts), MLPExperts(E, D, 6).double())
-        alone = [MoELayer(part, layer.experts) for part in parts]
-        torch.testing.assert_close(layer(x), sum(one(x) for one in alone))
-
-
-def test_a_sum_of_routers_needs_routers_that_agree() -> None:
-    dense, sparse = Router(LinearScore(D, E), Dense()), Router(LinearScore(D, E), TopK(2))
-    with pytest.raises(ValueError, match="at least two that agree"):
-        SumRouters([dense, sparse])
-    with pytest.raises(ValueError, match="at least two"):
-        SumRouters([dense])
-    batch = [Router(LinearScore(D, E), ExpertChoice(1.0)) for _ in range(2)]
-    with pytest.raises(ValueError, match="these are neither"):
-        SumRouters(batch)(torch.randn(4, D))
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few generated images, and a stand-in for a diffusion model that trains in no time."""
+"""A few generated images, a source bound to domains, and a stand-in for a diffusion model that trains in no time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.datamodule import ImageData
 
 SMALL = {"train_per_class": 6, "val_per_class": 2, "test_per_class": 3, "image_size": 14}
+ALL = {"val_share": 0.0, "test_share": 0.0}  # every image of a user is for training
 
 
 def small_data(cache: Path, **options: Any) -> ImageData:
     """Thirty classes with six training images each, 14 x 14."""
     return ImageData(source=GlyphShapes(**SMALL), cache_dir=cache, **{"batch_size": 9, **options})
+
+
+def bound(source: Any, *seen: str) -> Any:
+    source.bind({"seen": list(seen), "validation": [], "unseen": []})
+    return source
 
 
 class ToyNet(nn.Module):
