@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.table import Column, EvidenceTable
+from benchmarks.evidence_table import Column, EvidenceTable
 
 TABLE = EvidenceTable(
     system="mixer",

@@ -304,7 +304,11 @@ class Grid:
 
 
 def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one config over another as the command line does: mappings merge, lists replace, ``name+`` adds to them."""
+    """Lay one config over another: mappings merge, lists replace, ``name+`` adds to them.
+
+    The command line drops the arguments of a class that another one replaces; here they stay, so that a digest may
+    change where the model does not.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

@@ -195,10 +195,19 @@ def test_summary_of_a_dense_twin_speaks_of_no_choice_and_names_frozen_parameters
     cost = measure_cost(task, ToyData().example_batch())
 
     text = rendered(summary_table(task, cost, 2))
-    assert "dense: all experts always on" in text
+    assert "dense: one expert, always on" in text
     assert "chosen" not in text
     assert f"of which {cost.total - cost.trainable:,} frozen" in text
     assert cost.trainable < cost.total
+
+
+def test_summary_of_a_soft_mixture_says_that_all_experts_work_and_among_which_rows_they_are_weighed() -> None:
+    task = ToyTask(net=ToyNet(point_moe(num_experts=4, top_k=4)), facts=ToyData().facts)
+
+    text = rendered(summary_table(task, measure_cost(task, ToyData().example_batch()), 2))
+    assert "4 of 4 experts" in text
+    assert "chosen for each row by itself" in text
+    assert "dense" not in text
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
     table.add_row("FLOPs per token (forward)", "", f"{cost.flops_per_token:,.0f}")
     if cost.layers:
         table.add_row("MoE layers", experts_of(cost), str(len(cost.layers)))
-        if any(layer.mean_k < layer.num_experts for layer in cost.layers):
+        if any(layer.num_experts > 1 for layer in cost.layers):
             table.add_row("experts in evaluation", choice_of(task), "")
     return table
 
@@ -89,8 +89,8 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
 def experts_of(cost: Cost) -> str:
     """Say how many experts of a layer work for a token."""
     kinds = {(layer.num_experts, round(layer.mean_k, 2)) for layer in cost.layers}
-    if all(mean_k == num_experts for num_experts, mean_k in kinds):
-        return "dense: all experts always on"
+    if all(num_experts == 1 for num_experts, _ in kinds):
+        return "dense: one expert, always on"
     if len(kinds) > 1:
         return "several kinds"
     num_experts, mean_k = kinds.pop()
