@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate of every network of HoME's one-pass evidence: ``python -m benchmarks.home_rates``.
+
+Every network trains once per rate with the very configs of the evidence, but on a log of its own (seed 100). What
+counts is the expected GAUC, mean over all six tasks, on the VALIDATION domain; nothing else is read. All runs are
+written to benchmarks/results/home_rates.json; interrupted, the same command goes on. The best rates are then written
+into the configs by hand, and a test holds them to this file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.evidence.__main__ import ROOT, to_json, write_text
+from benchmarks.evidence.cells import CellResult, describe_machine
+from benchmarks.evidence.grid import Grid, Variant
+from benchmarks.evidence.home import DATA_SEED_FLAGS, SETTING
+from benchmarks.evidence.runner import Failure, Runner
+
+RESULTS = Path(__file__).parent / "results" / "home_rates.json"
+SEED = 100
+RATES = (1e-3, 2e-3, 4e-3)
+MODELS = ("home", "mmoe", "cgc", "ple", "layer_norm", "mmoe_layer_norm", "single_task")
+METRIC = "validation/gauc_expected"
+KEPT = (METRIC, "validation.interaction/gauc_expected", "validation.watch/gauc_expected")
+"""Mean over all tasks, over the rare ones, over the dense ones."""
+
+
+def name(model: str, rate: float) -> str:
+    """Name of a run."""
+    return f"{model}-{rate:g}"
+
+
+def grid() -> Grid:
+    """One variant per network and rate: the setting of the evidence with the rate on top."""
+    variants = {}
+    for model in MODELS:
+        overlays = SETTING if model == "home" else (*SETTING, f"configs/baselines/home_{model}.yaml")
+        for rate in RATES:
+            flags = (f"--model.init_args.optimizer.lr={rate:g}",)
+            variants[name(model, rate)] = Variant(overlays, flags, pairs=1)
+    seeds = ((SEED, SEED),)
+    return Grid("home", "configs/home.yaml", variants, claims=(), seeds=seeds, data_seed_flags=DATA_SEED_FLAGS)
+
+
+def best(runs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The rate with the highest score of every network all of whose rates have run."""
+    done = [model for model in MODELS if all(name(model, rate) in runs for rate in RATES)]
+    return {model: max(RATES, key=lambda rate: runs[name(model, rate)][METRIC]) for model in done}
+
+
+def main(root: Path = ROOT, path: Path = RESULTS) -> int:
+    """Run what is missing, write, print."""
+    runs: dict[str, dict[str, float]] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    console, failures = Console(highlight=False), []
+    rates = grid()
+
+    def finished(result: CellResult) -> None:
+        runs[result.variant] = {**{metric: result.metrics[metric] for metric in KEPT}, "cpu_s": result.cpu_s}
+        about: dict[str, Any] = {
+            **{"command": "python -m benchmarks.home_rates", "machine": describe_machine(), "seed": SEED},
+            **{"rates": RATES, "metric": METRIC, "best": best(runs)},
+        }
+        write_text(path, to_json({**about, "runs": dict(sorted(runs.items()))}))
+        console.print(f"{result.variant}: {runs[result.variant]}")
+
+    def failed(failure: Failure) -> None:
+        failures.append(failure)
+        console.print(f"{failure.cell.stem}: FAILED, {failure.reason}\n{failure.tail}", markup=False)
+
+    wanted = [cell for cell in rates.cells() if cell.variant not in runs]
+    Runner(rates, root, root / "runs" / "evidence" / "home_rates", jobs=1).run(wanted, finished, failed)
+    return min(1, len(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
