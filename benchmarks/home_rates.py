@@ -25,7 +25,7 @@ from benchmarks.evidence.runner import Failure, Runner
 
 RESULTS = Path(__file__).parent / "results" / "home_rates.json"
 SEED = 100
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 MODELS = ("home", "mmoe", "cgc", "ple", "layer_norm", "mmoe_layer_norm", "single_task")
 METRIC = "validation/gauc_expected"
 KEPT = (METRIC, "validation.interaction/gauc_expected", "validation.watch/gauc_expected")

@@ -17,6 +17,8 @@ from benchmarks.evidence.grid import Cell
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
 _SCALARS = ("params_total", "params_active", "flops_per_token")
+_GEOMETRIC = "geometric."
+_ROLES = ("seen", "validation", "unseen")
 
 
 class CellError(ValueError):
@@ -46,6 +48,7 @@ class CellResult:
         cpu_s: CPU seconds of the whole command (all its processes), with one thread.
         machine: Processor and operating system; no host name.
         versions: Versions of Python and packages.
+        roles: Domain -> seen, validation or unseen.
     """
 
     system: str
@@ -66,6 +69,7 @@ class CellResult:
     cpu_s: float = 0.0
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
 
     @property
     def cell(self) -> Cell:
@@ -75,13 +79,30 @@ class CellResult:
     def value(self, metric: str) -> float:
         """Give one metric, or one of ``params_total``, ``params_active``, ``flops_per_token``.
 
+        ``geometric.<role>/<name>`` is the geometric mean over the domains of a role of each domain's own ``<name>``: a
+        domain counts once whatever the size of its errors, where the arithmetic mean is ruled by the worst.
+
         Raises:
             CellError: If the cell has no such number; the text lists what there is.
         """
-        found = getattr(self, metric) if metric in _SCALARS else self.metrics.get(metric)
+        found = getattr(self, metric) if metric in _SCALARS else self._score(metric)
         if found is None:
             raise CellError(f"cell {self.cell.stem} has no finite {metric!r}; it has {', '.join(sorted(self.metrics))}")
         return float(found)
+
+    def has(self, metric: str) -> bool:
+        """Whether there is a score of this name."""
+        return self._score(metric) is not None
+
+    def _score(self, metric: str) -> float | None:
+        if not metric.startswith(_GEOMETRIC):
+            return self.metrics.get(metric)
+        role, _, name = metric.removeprefix(_GEOMETRIC).partition("/")
+        values = [self.metrics.get(f"{domain}/{name}") for domain in self.domains if self.roles.get(domain) == role]
+        known = [value for value in values if value is not None and value >= 0]
+        if not known or len(known) < len(values):
+            return None
+        return 0.0 if 0.0 in known else math.exp(math.fsum(map(math.log, known)) / len(known))
 
 
 def cell_path(folder: Path, cell: Cell) -> Path:
@@ -167,6 +188,7 @@ def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: 
         cpu_s=round(cpu_s, 1),
         machine=describe_machine(),
         versions=dict(header.get("versions", {})),
+        roles={row["domain"]: row["role"] for row in rows if row["role"] in _ROLES},
     )
 
 
