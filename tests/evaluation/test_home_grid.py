@@ -6,11 +6,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from benchmarks.evidence.grid import load_grid
+import yaml
+
+from benchmarks import home_rates
+from benchmarks.evidence.grid import _overlaid, load_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("home")
+
+
+def load(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def test_the_headline_pair_has_five_data_seeds_of_three_model_seeds_each() -> None:
@@ -19,15 +27,44 @@ def test_the_headline_pair_has_five_data_seeds_of_three_model_seeds_each() -> No
     assert {d: sum(data == d for _, data in pairs) for _, d in pairs} == dict.fromkeys(range(1, 6), 3)
     assert [d for _, d in GRID.pairs("home", "ple")] == [1, 2, 3, 4, 5]
     assert len(GRID.pairs("home_ml100k", "mmoe_ml100k")) == 8
-    assert len(GRID.cells()) <= 150
+    assert len(GRID.pairs("once_home", "once_mmoe")) == 8
+    assert len(GRID.cells()) <= 200
 
 
 def test_every_claim_of_the_card_is_tested_with_a_margin_set_beforehand() -> None:
-    assert {claim.id[:2] for claim in GRID.claims} == {f"C{i}" for i in range(1, 9)}
-    assert not [claim.id for claim in GRID.claims if claim.untested]  # C8 is ours: layer norm, chosen by the search
+    assert {claim.id[:2] for claim in GRID.claims} == {f"C{i}" for i in range(1, 10)}
+    assert not [claim.id for claim in GRID.claims if claim.untested]  # C8 and C9 are ours: layer norm, one pass
     assert {claim.margin for claim in GRID.claims if claim.id[:2] in ("C5", "C6")} == {0.005}
     assert {claim.margin for claim in GRID.claims if claim.id[:2] == "C4"} == {0.0}
     assert [claim.id for claim in GRID.claims if not claim.clustered] == ["C6a", "C6b"]
+
+
+def test_each_claim_stays_within_one_regime() -> None:
+    for claim in GRID.claims:
+        assert {name.startswith("once_") for name in claim.variants} == {claim.id.startswith("C9")}, claim.id
+
+
+def test_one_pass_is_the_base_and_each_network_has_the_rate_found_for_it() -> None:
+    base = load(ROOT / GRID.config)
+    assert base["trainer"]["max_epochs"] == 1
+    best = json.loads((ROOT / "benchmarks" / "results" / "home_rates.json").read_text())["best"]
+    assert set(best) == set(home_rates.MODELS)
+    for model, rate in best.items():
+        merged = base
+        for overlay in GRID.variants[f"once_{model}"].overlays:
+            merged = _overlaid(merged, load(ROOT / overlay))
+        assert merged["model"]["init_args"]["optimizer"]["lr"] == rate, model
+
+
+def test_the_rates_are_the_best_of_the_runs_on_the_validation_domain() -> None:
+    found = json.loads(home_rates.RESULTS.read_text(encoding="utf-8"))
+    assert found["best"] == home_rates.best(found["runs"])
+    assert set(found["runs"]) == {home_rates.name(m, r) for m in home_rates.MODELS for r in home_rates.RATES}
+    assert {metric.split("/")[0].split(".")[0] for run in found["runs"].values() for metric in run} == {
+        "validation",
+        "cpu_s",
+    }
+    assert home_rates.SEED not in {number for pair in GRID.seeds for number in pair}
 
 
 def test_all_overlays_of_the_grid_exist_and_every_baseline_is_in_it() -> None:
