@@ -61,7 +61,7 @@ VARIANTS = {
     "mmoe": variant("mmoe", pairs=DATA_SEEDS * MODEL_SEEDS),
     "cgc": variant("cgc", pairs=DATA_SEEDS),
     "ple": variant("ple", pairs=DATA_SEEDS),
-    "home_ml100k": Variant((*SETTING, *FOUR_PASSES, *ML100K), pairs=8, data_seed_flags=ORDER),
+    "home_ml100k": Variant((*SETTING, *ML100K, *FOUR_PASSES), pairs=8, data_seed_flags=ORDER),
     "mmoe_ml100k": Variant(
         (
             *SETTING,
