@@ -16,8 +16,8 @@ TABLE = EvidenceTable(
     readme="tasks/dynamics/README.md",
     rows={
         "robust": "robust (ours)",
-        "mixer": "MixER as published",
-        "mixer_gate": "its gate, all else as ours",
+        "mixer_gate": "published gate",
+        "mixer": "published gate, 5 environments a step",
         "robust_cold": "robust without random start",
         "oracle": "families told",
         "hard_em": "hard EM",
@@ -25,6 +25,8 @@ TABLE = EvidenceTable(
         "soft": "soft mixture, 4 times the FLOPs",
         "frozen": "frozen gate",
         "single": "one learner, an expert's size",
+        "single_equal": "the same, equal FLOPs with the gate's fits",
+        "single_five": "the same, 5 environments a step",
         "single_params": "one learner, all parameters",
     },
     columns=(
