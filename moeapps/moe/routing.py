@@ -34,6 +34,13 @@ def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
         )
 
 
+def _lacks_graph(kept_M: Tensor, weight_M: Tensor) -> bool:
+    """Whether what was kept of the weights cannot carry the gradient that is wanted of them."""
+    if not torch.is_grad_enabled():
+        return False
+    return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)
+
+
 def _offsets(times: int, like: Tensor) -> Tensor:
     if times < 1:
         raise ValueError(f"times={times}; a row is repeated at least once.")
@@ -165,13 +172,14 @@ class Routing:
     def plan(self) -> Plan:
         """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve).
 
-        Nothing is kept while a function transform is under way, whose tensors must not outlive it.
+        Nothing is kept while a function transform is under way, whose tensors must not outlive it; and what was made
+        without gradients is not used where they are wanted: the router would get none.
         """
-        from moeapps.moe.backends.auto import is_transformed
         from moeapps.moe.backends.plan import sort_assignments
+        from moeapps.moe.derivatives import is_transformed
 
         kept: Plan | None = self.__dict__.get("_plan")
-        if kept is None:
+        if kept is None or _lacks_graph(kept.weight_M, self.weight_M):
             kept = sort_assignments(self)
             if not is_transformed():
                 self.__dict__["_plan"] = kept

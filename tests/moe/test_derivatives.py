@@ -208,3 +208,17 @@ def test_a_gradient_that_is_linear_has_derivatives_of_zero() -> None:
     (slope,) = torch.autograd.grad(MoELayer(router, experts, backend="segments")(x).sum(), x, create_graph=True)
 
     assert not torch.autograd.grad(slope.sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_routing_that_was_applied_without_gradients_still_teaches_its_router(without: Callable[[], Any]) -> None:
+    layer, x = layer_of(TopK(2), "swiglu", backend="segments"), rows(dtype=torch.float32)
+    wanted = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+
+    routing = layer.route(x)
+    assert isinstance(routing, Routing)
+    with without():
+        layer(x, routing=routing)
+    found = torch.autograd.grad(layer(x, routing=routing).square().sum(), [x, *layer.parameters()])
+
+    torch.testing.assert_close(found, wanted)
