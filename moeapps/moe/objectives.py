@@ -173,12 +173,16 @@ def load_cv2(record: Record, *, noise_std: float | None = None) -> Tensor:
 def z_loss(record: Record) -> Tensor:
     """Give mean_n logsumexp(s_n)², which keeps logits from drifting to where rounding matters.
 
-    Defined for every routing with logits.
+    Defined for every routing with logits, in float32 at least. A square whose mean that cannot hold (from 1e19, less
+    with many rows) counts as the largest it can, with the gradient there: finite, and towards smaller logits.
 
     Source: Zoph et al. (2022), ST-MoE, equation 5.
     """
     logits_NE = _logits(record)
-    return _mean(torch.logsumexp(logits_NE, dim=-1).square())
+    partition_N = torch.logsumexp(logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)), dim=-1)
+    limit = math.sqrt(torch.finfo(partition_N.dtype).max / max(partition_N.numel(), 1)) / 2
+    nothing_N = partition_N - partition_N.detach()  # 0, with the gradient
+    return _mean((partition_N.detach().clamp(-limit, limit) + nothing_N).square())
 
 
 def token_entropy(record: Record) -> Tensor:
