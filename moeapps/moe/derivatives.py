@@ -83,7 +83,7 @@ def _partial(
     grads: Gradients,
     create_graph: bool,
 ) -> Gradients:
-    """Gradients of the outputs of ``function``, weighted by ``grads``, each input taken as independent of the others."""
+    """Gradients of the outputs of ``function`` along ``grads``, each input taken as independent of the others."""
     device = next(t.device.type for t in inputs if t is not None)
     with torch.enable_grad(), torch.autocast(device, enabled=False):  # dtypes are those of the forward pass already
         apart = [None if t is None else t.view_as(t) for t in inputs]
