@@ -23,6 +23,9 @@ from moeapps.moe import (
     ExpertChoice,
     Experts,
     FittedRouter,
+    GaussianNoise,
+    GumbelNoise,
+    Jitter,
     LinearScore,
     LowestLoss,
     MLPExperts,
@@ -31,6 +34,7 @@ from moeapps.moe import (
     MoELayer,
     MoERecorder,
     MultiGate,
+    Noise,
     NormalisedExperts,
     PrototypeScore,
     Record,
@@ -277,6 +281,20 @@ def test_padding_reaches_no_score_and_no_gradient_penalty(score: str) -> None:
     for one, other in zip(*penalties, strict=True):
         torch.testing.assert_close(other, one)
         assert one is None or other.isfinite().all()
+
+
+@pytest.mark.parametrize("noise", [Jitter(0.1), GaussianNoise(D, E), GumbelNoise(0.7)], ids=lambda n: type(n).__name__)
+def test_padding_reaches_no_noise(noise: Noise) -> None:
+    layer = layer_of(Router(LinearScore(D, E), ExpertChoice(1.0), noise=noise)).train()
+    place, size = places(0.75)
+    mask = torch.zeros(size, dtype=torch.bool).index_fill(0, place, True)
+    wide = padded(torch.randn(N, D, dtype=torch.float64), place, size, float("nan"))
+    with recorded(layer) as records:
+        y = layer(wide, token_mask=mask)
+    assert records[0].routing.counts().tolist() == [N // E] * E
+    assert not y[~mask].any()
+    (y.square().sum() + sum(defined_losses(records[0]).values())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_padding_of_features_of_their_own_changes_nothing() -> None:
