@@ -97,14 +97,13 @@ class MoELayer(nn.Module):
             state: memory of a recurrent router; the new one is ``routing.state``.
             token_mask: bool, shaped like the rows; False rows get no work, and nothing else depends on them: they are
                 read as 1 (nan and infinity too), and no count, statistic or gradient knows of them.
-            group: int64, shaped like the rows: domain, sample or condition.
+            group: int64, shaped like the rows, or flat: domain, sample or condition.
 
         Raises:
             ValueError: for a mask that is not bool, or a mask or group that is not shaped like the rows.
         """
         lead = self._lead(features)
-        check_rows("token_mask", token_mask, lead, torch.bool)
-        check_rows("group", group, lead)
+        _check_inputs(lead, token_mask, group)
         return self._route(features, state, _flat(token_mask), _flat(group))
 
     def _lead(self, features: Features) -> torch.Size:
@@ -157,7 +156,7 @@ class MoELayer(nn.Module):
             token_mask: bool, shaped like the rows; False rows get exactly 0, and nothing else depends on them (see
                 ``route``): experts read 1 there, and batch statistics leave them out. With a ``routing`` it should be
                 the mask that this was made with.
-            group: int64, shaped like the rows.
+            group: int64, shaped like the rows, or flat.
             state: memory of a recurrent router.
             per_expert: x is (E + num_shared, ..., d), each expert with its own view of the rows (dense routings).
 
@@ -169,8 +168,7 @@ class MoELayer(nn.Module):
         """
         lead = x.shape[1 if per_expert else 0 : x.ndim - self._row_dims]
         row = x.shape[x.ndim - self._row_dims :]
-        check_rows("token_mask", token_mask, lead, torch.bool)
-        check_rows("group", group, lead)
+        _check_inputs(lead, token_mask, group)
         mask_N = _flat(token_mask)
         x = x.reshape(x.shape[0], -1, *row) if per_expert else x.reshape(-1, *row)
         x = read_rows(x, mask_N, 1 if per_expert else 0)
@@ -203,6 +201,12 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for the printed module."""
         return f"num_shared={self.num_shared}, backend={self.backend!r}, weight_at={self.weight_at!r}"
+
+
+def _check_inputs(lead: torch.Size, token_mask: Tensor | None, group: Tensor | None) -> None:
+    """Refuse a mask that is not shaped like the rows, and group ids that are neither that nor flat."""
+    check_rows("token_mask", token_mask, lead, torch.bool)
+    check_rows("group", group, (lead.numel(),) if group is not None and group.ndim == 1 else lead)
 
 
 def _flat(values: Tensor | None) -> Tensor | None:

@@ -390,6 +390,9 @@ def test_a_mask_that_does_not_fit_is_refused_with_both_shapes() -> None:
     for call in (layer, layer.route):
         with pytest.raises(ValueError, match=r"group is \(4, 3\) .*rows are \(3, 4\)"):
             call(x, group=torch.zeros(4, 3, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"group is \(4,\) .*rows are \(12,\)"):
+            call(x, group=torch.zeros(4, dtype=torch.int64))
+        call(x, group=torch.zeros(12, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"token_mask is \(5,\) .*rows are \(12,\)"):
         layer.router(x.reshape(12, D), token_mask=torch.ones(5, dtype=torch.bool))
     gates = layer_of(MultiGate([LinearScore(D, E), LinearScore(D, E)]))
