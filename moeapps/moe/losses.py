@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.balance import sum_over_ranks
 from moeapps.moe.objectives import (
     batch_entropy_gap,
     column_counts,
@@ -27,6 +26,7 @@ from moeapps.moe.objectives import (
     token_entropy,
     z_loss,
 )
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Record
 
 __all__ = [

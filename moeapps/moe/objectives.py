@@ -212,7 +212,9 @@ def mutual_information(record: Record) -> Tensor:
 
 
 def cv_squared(values: Tensor) -> Tensor:
-    """Give var/mean² over the entries (population variance): 0 for one entry or a mean of 0."""
+    """Give var/mean² over the entries (population variance): 0 for one entry, for none, or for a mean of 0."""
+    if not values.numel():
+        return values.sum()
     mean = values.mean()
     safe = torch.where(mean == 0, torch.ones_like(mean), mean)
     return torch.where(mean == 0, mean * 0.0, (values - mean).square().mean() / safe.square())

@@ -81,7 +81,7 @@ class Routing:
         logits_NE: [N, E] or [N, E + nulls]: logits as the chooser got them: after noise and ``adjust``, before any
             selection bias or mask.
         probs_NE: probabilities (softmax or sigmoid) of the same shape as ``logits_NE``.
-        features_ND: what was routed on, not detached.
+        features_ND: what was routed on, not detached; in masked rows not what stood there (see the layer).
         null_M: bool [M], which sentinels are choices of a null expert (and not padding, drops or masked rows); None
             where there are no null experts.
 
