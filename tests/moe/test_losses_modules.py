@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the loss modules: sums and means over the layers they name, counts of a whole step, errors that say what to do."""
+"""Laws of the loss modules: sums and means over layers, weights, counts of a whole step, errors that say what to do."""
 
 from __future__ import annotations
 
