@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, build_adamw
+from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, Steps, build_adamw
 
 
 def net() -> nn.ModuleDict:
@@ -89,6 +89,27 @@ def test_cosine_follows_its_formula() -> None:
     assert found[:3] == pytest.approx([0.05, 0.1, 0.1])
     expected = [0.1 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 8))) for k in range(8)]
     assert found[2:] == pytest.approx(expected)
+
+
+def test_steps_fall_at_their_shares_of_the_run() -> None:
+    found = rates(Steps([0.3, 0.8], factor=0.5), 10)
+
+    assert found == pytest.approx([0.1] * 3 + [0.05] * 5 + [0.025] * 2)
+
+
+def test_betas_and_eps_reach_the_step() -> None:
+    parameter, config = (
+        nn.Linear(1, 1, bias=False),
+        OptimizerConfig(lr=0.1, weight_decay=0.0, betas=(0.5, 0.8), eps=0.2),
+    )
+    optimizer, start = build_adamw(parameter, config), float(parameter.weight.detach())
+    first, second = 0.0, 0.0
+    for step, gradient in enumerate((1.0, -3.0), start=1):
+        parameter.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        first, second = 0.5 * first + 0.5 * gradient, 0.8 * second + 0.2 * gradient**2
+        start -= 0.1 * (first / (1 - 0.5**step)) / (math.sqrt(second / (1 - 0.8**step)) + 0.2)
+    assert float(parameter.weight.detach()) == pytest.approx(start, rel=1e-5)
 
 
 def test_one_cycle_starts_low_peaks_at_the_rate_of_each_group_and_ends_far_below() -> None:
