@@ -84,6 +84,8 @@ class Routing:
         features_ND: what was routed on, not detached; in masked rows not what stood there (see the layer).
         null_M: bool [M], which sentinels are choices of a null expert (and not padding, drops or masked rows); None
             where there are no null experts.
+        given_N: bool [N], which rows were given an expert and had no choice; None means no row.
+        num_given: how many of the experts, the last ones, are given and never chosen.
 
     Raises:
         ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without
@@ -116,6 +118,8 @@ class Routing:
     probs_NE: Tensor | None = None
     features_ND: Tensor | None = None
     null_M: Tensor | None = None
+    given_N: Tensor | None = None
+    num_given: int = 0
 
     def __post_init__(self) -> None:
         num = self.weight_M.shape[0] if self.weight_M.ndim == 1 else -1
@@ -165,6 +169,7 @@ class Routing:
             weight_M=_repeat(self.weight_M, times, width),
             num_rows=self.num_rows * times,
             null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
+            given_N=None if self.given_N is None else self.given_N.repeat_interleave(times),
             **_repeated_extras(self, times),
         )
 

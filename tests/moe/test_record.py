@@ -165,7 +165,7 @@ def test_checkpointing_changes_neither_counts_nor_gradients(inside: bool) -> Non
         x = torch.randn(40, D, requires_grad=True)
         with MoERecorder(net) as recorder:
             y = net(x)
-            loss = y.square().mean() + 0.1 * SwitchBalance(weight=1.0)(recorder.records)
+            loss = y.square().mean() + SwitchBalance(weight=0.1)(recorder.records)
             if inside:
                 loss.backward()
         if not inside:
