@@ -32,6 +32,7 @@ from moeapps.moe.routers import (
     TopK,
     TopP,
 )
+from moeapps.moe.routers.choose_batch import ChoiceWeighing
 
 
 def point_moe(
@@ -158,7 +159,8 @@ def promoe(
         top_k: experts per conditional row.
         expansion: hidden width over model width.
         by_expert: the EC variant: each expert takes its best rows of each sample.
-        weighing: what the gates are: the cosine itself, or its softmax or sigmoid over the experts (ablations).
+        weighing: what the gates are: the cosine itself, or (ablations) its sigmoid or its softmax, over the experts for
+            rows that choose and over the rows of a sample for experts that choose.
         conditional_split: whether unconditional rows have an expert of their own; otherwise they are routed like any.
         num_shared: always-on experts.
         unconditional_group: the group id of rows without a condition; None means all negative ids.
@@ -175,7 +177,8 @@ def promoe(
 
     def default_router(dim: int) -> Router:
         by_row = TopK(top_k, weighing=weighing, renormalise=False)
-        choose = ExpertChoice(float(top_k), per="group", weighing=weighing) if by_expert else by_row
+        among_rows: ChoiceWeighing = "row_softmax" if weighing == "softmax" else weighing
+        choose = ExpertChoice(float(top_k), per="group", weighing=among_rows) if by_expert else by_row
         return Router(PrototypeScore(dim, num_experts), choose)
 
     def build(dim: int) -> MoELayer:
