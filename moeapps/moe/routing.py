@@ -77,6 +77,8 @@ class Routing:
         features_ND: what was routed on, not detached.
         null_M: bool [M], which sentinels are choices of a null expert (and not padding, drops or masked rows); None
             where there are no null experts.
+        column_M: int64 [M], the column of the logits each assignment stands for; set where there are several null
+            experts, which ``null_M`` does not tell apart.
 
     Raises:
         ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without
@@ -109,6 +111,7 @@ class Routing:
     probs_NE: Tensor | None = None
     features_ND: Tensor | None = None
     null_M: Tensor | None = None
+    column_M: Tensor | None = None
 
     def __post_init__(self) -> None:
         num = self.weight_M.shape[0] if self.weight_M.ndim == 1 else -1
@@ -158,6 +161,7 @@ class Routing:
             weight_M=_repeat(self.weight_M, times, width),
             num_rows=self.num_rows * times,
             null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
+            column_M=None if self.column_M is None else _repeat(self.column_M, times, width),
             **_repeated_extras(self, times),
         )
 
