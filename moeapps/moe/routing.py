@@ -86,6 +86,8 @@ class Routing:
             where there are no null experts.
         given_N: bool [N], which rows were given an expert and had no choice; None means no row.
         num_given: how many of the experts, the last ones, are given and never chosen.
+        column_M: int64 [M], the column of the logits each assignment stands for; set where there are several null
+            experts, which ``null_M`` does not tell apart.
 
     Raises:
         ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without
@@ -120,6 +122,7 @@ class Routing:
     null_M: Tensor | None = None
     given_N: Tensor | None = None
     num_given: int = 0
+    column_M: Tensor | None = None
 
     def __post_init__(self) -> None:
         num = self.weight_M.shape[0] if self.weight_M.ndim == 1 else -1
@@ -170,6 +173,7 @@ class Routing:
             num_rows=self.num_rows * times,
             null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
             given_N=None if self.given_N is None else self.given_N.repeat_interleave(times),
+            column_M=None if self.column_M is None else _repeat(self.column_M, times, width),
             **_repeated_extras(self, times),
         )
 

@@ -21,7 +21,7 @@ from moeapps.moe.routers.score import Features
 from moeapps.moe.view_linear import view_linear
 
 Mixing = Literal["softmax", "uniform", "shuffled", "constant"]
-Residual = Literal["none", "self_gate", "constant"]
+Residual = Literal["none", "self_gate", "constant", "ones"]
 Table = Sequence[Sequence[bool]]
 
 _NEVER, _ZERO = -1, -2  # what fills a slot of a gate that sees fewer experts: weight 0, or a logit of 0
@@ -43,8 +43,8 @@ class StackedGates(RouterBase):
         mixing: ``softmax``; ``uniform``, equal weights (control: nothing is learned); ``shuffled``, the weights of
             another row of the batch (control: the same weights on average, told nothing of the row); ``constant``,
             learned numbers that do not depend on the row, without softmax (cross-stitch).
-        residual: what joins over the owned experts: ``self_gate`` (HoME); ``constant``, learned numbers, or 1 where one
-            expert is owned (AdaTT); ``none``.
+        residual: what joins over the owned experts: ``self_gate`` (HoME); ``constant``, learned numbers, or ``ones``
+            (AdaTT has either); ``none``.
 
     Shape:
         features [S, N, d] -> weight [G, N, E]; ``probs_NE`` is the mixing gates' part alone (uniform for constants).
@@ -52,7 +52,8 @@ class StackedGates(RouterBase):
     Raises:
         ValueError: if a gate sees or reads nothing, tables differ in size, or a word is unknown.
 
-    Source: HoME (its card 2.4 and 2.6); AdaTT; cross-stitch networks.
+    Source: HoME (its card 2.4 and 2.6); AdaTT, whose n learned numbers of a unit start from U(+-1/sqrt(n));
+        cross-stitch networks.
     """
 
     sparse = False
@@ -91,10 +92,11 @@ class StackedGates(RouterBase):
             "none",
             "self_gate",
             "constant",
+            "ones",
         ):
             raise ValueError(
                 f"mixing={mixing!r}, residual={residual!r}; use softmax, uniform, shuffled or constant, and none, "
-                "self_gate or constant."
+                "self_gate, constant or ones."
             )
         self.width, self.mixing, self.residual = width, mixing, residual
         self.reads = tuple(tuple(r) for r in reads)
@@ -146,17 +148,14 @@ class StackedGates(RouterBase):
     def _constants(self, allowed: Tensor, owned: Tensor) -> None:
         """Weights that do not depend on the row: cross-stitch units, and AdaTT's mix of a gate's own experts."""
         none = torch.zeros_like(allowed)
-        several = owned.sum(1, keepdim=True) > 1
-        learned = allowed if self.mixing == "constant" else owned & several if self.residual == "constant" else none
-        fixed = owned & ~several if self.residual == "constant" else none
+        learned = allowed if self.mixing == "constant" else owned if self.residual == "constant" else none
+        fixed = owned if self.residual == "ones" else none
         self.has_constants = bool((learned | fixed).any())
-        start = torch.zeros(allowed.shape)
-        if self.mixing == "constant":  # mostly one's own, a little of the others, as is usual for cross-stitch units
-            own = torch.eye(*allowed.shape, dtype=torch.bool) & allowed
-            start = 0.9 * own + 0.1 * (allowed & ~own) / (allowed & ~own).sum(1, keepdim=True).clamp(min=1)
-        elif self.residual == "constant":
-            start = learned / learned.sum(1, keepdim=True).clamp(min=1)
-        self._start = start[learned]
+        # Mostly one's own, a little of the others, as is usual for cross-stitch units.
+        own = torch.eye(*allowed.shape, dtype=torch.bool) & allowed
+        stitch = 0.9 * own + 0.1 * (allowed & ~own) / (allowed & ~own).sum(1, keepdim=True).clamp(min=1)
+        self._start = stitch[learned]
+        self._own_bound = owned.sum(1, keepdim=True).clamp(min=1).rsqrt().expand(owned.shape)[learned]
         self.register_buffer("fixed", fixed.flatten().float(), persistent=False)
         self.register_buffer("learned_index", learned.flatten().nonzero()[:, 0], persistent=False)
         count = int(learned.sum())
@@ -174,7 +173,10 @@ class StackedGates(RouterBase):
                 self.weight.uniform_(-1, 1).mul_(per_row.unsqueeze(1).to(self.weight))
         if self.constant is not None:
             with torch.no_grad():
-                self.constant.copy_(self._start)
+                if self.mixing == "constant":
+                    self.constant.copy_(self._start)
+                else:
+                    self.constant.uniform_(-1, 1).mul_(self._own_bound.to(self.constant))
 
     # Use ----------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from moeapps.moe.routers.chooser import Chooser, is_recomputed, pairs_to_routing
 from moeapps.moe.routing import Routing
 
 BatchWeighing = Literal["softmax", "sigmoid", "identity"]
+ChoiceWeighing = Literal["softmax", "row_softmax", "sigmoid", "identity"]
 
 
 def _weights(logits_NE: Tensor, weighing: BatchWeighing) -> Tensor:
@@ -21,12 +22,29 @@ def _weights(logits_NE: Tensor, weighing: BatchWeighing) -> Tensor:
     return logits_NE.sigmoid() if weighing == "sigmoid" else logits_NE.softmax(-1)
 
 
-def _check(capacity_factor: float, weighing: str) -> None:
-    if not capacity_factor > 0 or weighing not in ("softmax", "sigmoid", "identity"):
+def _row_softmax(logits_NE: Tensor, group_N: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    """Per expert the softmax over the rows of each group (or over all) that count; 0 for those that do not."""
+    if token_mask is not None:
+        logits_NE = logits_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
+    if group_N is None or logits_NE.shape[0] == 0:
+        place_NE = torch.zeros_like(logits_NE, dtype=torch.int64)
+        num_groups = 1
+    else:
+        ids, place_N = torch.unique(group_N, return_inverse=True)
+        place_NE, num_groups = place_N.unsqueeze(-1).expand_as(logits_NE), len(ids)
+    start_GE = logits_NE.new_full((num_groups, logits_NE.shape[1]), float("-inf"))
+    most_GE = start_GE.scatter_reduce(0, place_NE, logits_NE.detach(), "amax")
+    most_GE = most_GE.where(most_GE.isfinite(), 0)  # no row of the group counts
+    share_NE = (logits_NE - most_GE.gather(0, place_NE)).exp()
+    total_GE = torch.zeros_like(start_GE).scatter_add(0, place_NE, share_NE)
+    return share_NE / total_GE.where(total_GE > 0, 1).gather(0, place_NE)
+
+
+def _check(capacity_factor: float, weighing: str, known: tuple[str, ...]) -> None:
+    if not capacity_factor > 0 or weighing not in known:
         raise ValueError(
             f"capacity_factor={capacity_factor}, weighing={weighing!r}: use a factor above 0 (the mean number of "
-            "experts per "
-            "row) and softmax, sigmoid or identity."
+            f"experts per row) and one of {', '.join(known)}."
         )
 
 
@@ -55,12 +73,14 @@ class ExpertChoice(Chooser):
         capacity_factor: c, the mean number of experts per row.
         per: choose among all rows (``batch``) or among the rows of each ``group`` apart (``group``; rows of other
             groups then change nothing).
-        weighing: ``softmax`` over experts, ``sigmoid``, or ``identity`` (the raw score); selection goes by the same.
+        weighing: ``softmax`` over experts, ``row_softmax`` over the rows that an expert chooses among, ``sigmoid``, or
+            ``identity`` (the raw score); selection goes by the same.
 
     Raises:
-        ValueError: for a factor not above 0, or ``per="group"`` without group ids.
+        ValueError: for a factor not above 0, an unknown weighing, or ``per="group"`` without group ids.
 
-    Source: expert choice routing (moe-core card 2.12); ProMoE-EC (its card 2.4): per image, identity.
+    Source: expert choice routing (moe-core card 2.12); ProMoE-EC (its card 2.4): per image, identity, and of its
+        ablations ``row_softmax``: ali-vilab/ProMoE ``models/models_ProMoE_EC.py``.
 
     Example:
         >>> choose = ExpertChoice(1.0)
@@ -74,10 +94,10 @@ class ExpertChoice(Chooser):
         capacity_factor: float,
         *,
         per: Literal["group", "batch"] = "batch",
-        weighing: BatchWeighing = "softmax",
+        weighing: ChoiceWeighing = "softmax",
     ) -> None:
         super().__init__()
-        _check(capacity_factor, weighing)
+        _check(capacity_factor, weighing, get_args(ChoiceWeighing))
         if per not in ("group", "batch"):
             raise ValueError(f"per={per!r}, but it must be 'group' or 'batch'.")
         self.capacity_factor, self.per, self.weighing = capacity_factor, per, weighing
@@ -89,7 +109,10 @@ class ExpertChoice(Chooser):
 
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
         """The rows each expert takes; masked rows neither count nor are taken."""
-        weight_NE = _weights(logits_NX, self.weighing)
+        if self.weighing == "row_softmax":
+            weight_NE = _row_softmax(logits_NX, group if self.per == "group" else None, token_mask)
+        else:
+            weight_NE = _weights(logits_NX, self.weighing)
         probs_NE = weight_NE if self.weighing == "softmax" else logits_NX.softmax(-1)
         score_NE = weight_NE.detach()
         if token_mask is not None:
@@ -170,7 +193,7 @@ class Threshold(Chooser):
         decay: float = 0.95,
     ) -> None:
         super().__init__()
-        _check(capacity_factor, weighing)
+        _check(capacity_factor, weighing, get_args(BatchWeighing))
         if scope not in ("expert", "pairs") or not 0 <= decay < 1:
             raise ValueError(f"scope={scope!r}, decay={decay}: use 'expert' or 'pairs', and 0 <= decay < 1.")
         self.capacity_factor, self.scope, self.weighing, self.decay = capacity_factor, scope, weighing, decay

@@ -164,6 +164,7 @@ def rows_to_routing(
         logits_NE=logits_NX,
         probs_NE=picked.probs_NX,
         null_M=null_M,
+        column_M=picked.index_NK.reshape(-1) if logits_NX.shape[-1] > num_experts + 1 else None,
     )
 
 
