@@ -54,7 +54,7 @@ bench: setup  ## the core against the dense roof, PEERS=1: and other projects (4
 evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)
 
-mutate: setup  ## break the core on purpose; fails when a mutation survives its tests
+mutate: setup  ## break the core and the training on purpose; fails when a mutation survives its tests
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate
 
 gpu-check: setup  ## bf16, compile and memory checks where an accelerator is at hand

@@ -120,14 +120,10 @@ class BaseTask(L.LightningModule):
         return out
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss plus the weighted auxiliary losses, and log each of them."""
+        """Return the loss plus the weighted auxiliary losses, and log its parts."""
         self.last_domain = None
         out = self.recorded_step(batch, "train")
-        total = out.loss
-        for aux in cast(list[AuxLoss], list(self.aux_losses)):
-            value = aux(self.last_records)
-            total = total + aux.weight * value
-            self.log_train(f"aux/{aux.name}", value, out.batch_size)
+        total = self.with_aux_losses(out.loss, out.batch_size)
         for name, value in out.logs.items():
             self.log_train(name, value, out.batch_size)
         self.log_train("loss", out.loss, out.batch_size, prog_bar=True)
@@ -135,6 +131,14 @@ class BaseTask(L.LightningModule):
         if optimizers:
             self.log_train("lr", torch.tensor(float(optimizers[0].param_groups[0]["lr"])), out.batch_size)
         return total
+
+    def with_aux_losses(self, loss: Tensor, batch_size: int) -> Tensor:
+        """Return ``loss`` plus every weighted auxiliary loss on the last records; log each without its weight."""
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            value = aux.value(self.last_records)
+            loss = loss + aux.weight * value
+            self.log_train(f"aux/{aux.name}", value, batch_size)
+        return loss
 
     def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
         """Log one training scalar of this step as ``train/<name>``."""

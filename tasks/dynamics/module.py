@@ -187,10 +187,7 @@ class DynamicsTask(BaseTask):
             loss = self.training_loss(self._contributing(batch), rollout=self._trains_rollouts(step))
         self.last_records = recorder.records
         total = loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
-        for aux in cast(list[AuxLoss], list(self.aux_losses)):
-            value = aux(self.last_records)
-            total = total + aux.weight * value
-            self.log_train(f"aux/{aux.name}", value, len(batch.x))
+        total = self.with_aux_losses(total, len(batch.x))
         self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
         cast(list[LRScheduler], self.lr_schedulers())[phase == "model"].step()
         self._log_step(loss, len(batch.x))

@@ -72,6 +72,19 @@ def test_loss_is_weighed_by_batch_size() -> None:
     assert scores.compute(["a"]).scores[0].value == 7.0
 
 
+def test_an_evaluation_forgets_the_one_before() -> None:
+    scores = DomainScores({"a": "seen"}, metrics)
+    for value in (3.0, 8.0):
+        scores.reset()
+        scores.update("a", torch.tensor(value), 2, (torch.tensor(value),), {"error": torch.tensor([value])})
+        found = scores.compute(["a"])
+        assert {score.metric: (score.value, score.n) for score in found.scores} == {
+            "loss": (value, 2),
+            "error": (value, 2),
+        }
+        assert found.units == {"a": {"error": [value]}}
+
+
 def test_a_metric_called_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="another name"):
         DomainScores({"a": "seen"}, lambda domain: MetricCollection({"loss": MeanMetric()}))

@@ -98,6 +98,8 @@ class ConditionalSplit(RouterBase):
                 inner.logits_NE, fixed_NF, inner.num_experts, torch.finfo(torch.float32).min / 4, 0.0
             ),
             probs_NE=self._widened(inner.probs_NE, fixed_NF, inner.num_experts, 0.0, 1.0),
+            given_N=is_fixed_N if inner.given_N is None else is_fixed_N | inner.given_N,
+            num_given=inner.num_given + fixed_NF.shape[1],
         )
 
     def _fixed(self, group_N: Tensor) -> Tensor:
