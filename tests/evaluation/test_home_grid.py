@@ -59,12 +59,26 @@ def test_one_pass_is_the_base_and_each_network_has_the_rate_found_for_it() -> No
 def test_the_rates_are_the_best_of_the_runs_on_the_validation_domain() -> None:
     found = json.loads(home_rates.RESULTS.read_text(encoding="utf-8"))
     assert found["best"] == home_rates.best(found["runs"])
-    assert set(found["runs"]) == {home_rates.name(m, r) for m in home_rates.MODELS for r in home_rates.RATES}
+    assert {home_rates.name(m, r) for m in home_rates.MODELS for r in home_rates.RATES} <= set(found["runs"])
+    assert not [model for model in home_rates.MODELS if home_rates.missing(found["runs"], model)]
     assert {metric.split("/")[0].split(".")[0] for run in found["runs"].values() for metric in run} == {
         "validation",
         "cpu_s",
     }
     assert home_rates.SEED not in {number for pair in GRID.seeds for number in pair}
+
+
+def test_higher_rates_are_tried_while_the_highest_is_the_best() -> None:
+    def runs(*scores: float) -> dict[str, dict[str, float]]:
+        rates = (*home_rates.RATES, *home_rates.FURTHER)
+        return {home_rates.name("mmoe", r): {home_rates.METRIC: s} for r, s in zip(rates, scores, strict=False)}
+
+    assert home_rates.missing({}, "mmoe") == list(home_rates.RATES)
+    assert home_rates.missing(runs(0.1, 0.4, 0.3, 0.2), "mmoe") == []
+    assert home_rates.missing(runs(0.1, 0.2, 0.3, 0.4), "mmoe") == [1.6e-2]
+    assert home_rates.missing(runs(0.1, 0.2, 0.3, 0.4, 0.3), "mmoe") == []
+    assert home_rates.best(runs(0.1, 0.2, 0.3, 0.4, 0.3)) == {"mmoe": 8e-3}
+    assert home_rates.missing(runs(0.1, 0.2, 0.3, 0.4, 0.5), "mmoe") == [3.2e-2]
 
 
 def test_all_overlays_of_the_grid_exist_and_every_baseline_is_in_it() -> None:
