@@ -99,7 +99,15 @@ def test_a_domain_without_a_scored_sample_has_no_score() -> None:
     metrics = trajectory_metrics()
     metrics.update(torch.ones(1, 1, 2, 1), torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, dtype=torch.bool))
 
-    assert math.isnan(metrics.compute()["mse"])
+    assert all(math.isnan(value) for value in metrics.compute().values())
+
+
+def test_a_trajectory_without_a_scored_sample_is_none_of_those_that_may_diverge() -> None:
+    pred, truth = torch.ones(1, 4, 3, 1), torch.ones(1, 4, 3, 1)
+    scored = torch.ones(1, 4, 3, dtype=torch.bool)
+    pred[0, 0], scored[0, 2:] = torch.inf, False
+
+    assert environment_errors(pred, truth, scored)["diverged"].tolist() == [1 / 2]
 
 
 def test_wrong_shapes_are_named() -> None:
