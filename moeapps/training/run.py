@@ -127,7 +127,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return processor, cores this process may use, and threads of torch: what times depend on."""
+    """Return processor, its instruction set, cores this process may use, and threads of torch.
+
+    Times depend on all of them, the last digits of results on the instruction set that torch's kernels use and on the
+    threads: machines of one name may differ in it.
+    """
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -138,7 +142,12 @@ def machine() -> dict[str, Any]:
         ]
         processor = named[0] if named else processor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": processor, "cores": cores, "threads": torch.get_num_threads()}
+    return {
+        "processor": processor,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def seeds_of(value: Any, prefix: str = "") -> dict[str, int]:
