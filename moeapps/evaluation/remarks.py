@@ -36,7 +36,7 @@ def different_data(runs: Sequence[RunResults]) -> list[str]:
 def different_domains(runs: Sequence[RunResults], metric: str) -> list[str]:
     """Say which domains some runs have a score of and others have not: their means over roles do not compare."""
     defined = [{d for d, v in run.values[metric].items() if not math.isnan(v)} for run in runs]
-    partly = sorted(set.union(*defined) - set.intersection(*defined))
+    partly = sorted(d for d in set().union(*defined) if not all(d in own for own in defined))
     if not partly:
         return []
     return [

@@ -198,7 +198,7 @@ class DomainScores(nn.Module):
                 }
             if self.parts[domain]:
                 parts[domain] = {name: metric.compute() for name, metric in sorted(self.parts[domain].items())}
-            counted = [metric.scorable for metric in collection.values() if hasattr(metric, "scorable")]
+            counted = [int(cast(Any, metric).scorable) for metric in collection.values() if hasattr(metric, "scorable")]
             scorable[domain] = max(counted, default=weight)
         return ScoreTable(scores, units, parts, scorable)
 

@@ -133,9 +133,9 @@ class PointCloudTask(BaseTask):
         classes = max(len(self.label_sets[name]) for name in answers)
         # A unit is a whole scan: tiles of one scan carry its name, and are added up.
         unit = torch.tensor([zlib.crc32(name.encode()) for name in batch.name], device=pred.device)
-        parts = {"miou": (unit, scan_parts(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes))}
+        shares = {"miou": (unit, scan_parts(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes))}
         args = (pred, batch.y, raw_pred, batch.raw_y)
-        return StepOutput(loss, batch.num_graphs, args, logs, labelled=labelled, parts=parts)
+        return StepOutput(loss, batch.num_graphs, args, logs, labelled=labelled, parts=shares)
 
     def raw_labels(self, batch: Batch, pred_N: Tensor) -> Tensor:
         """Class of every raw point: int64 [R], that of its voxel, or what its votes say where the batch brings any."""

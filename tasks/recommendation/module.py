@@ -126,8 +126,8 @@ class RankingTask(BaseTask):
         known_T = batch.mask.any(0)
         s_T = self.log_variance
         # With learned weights, too: the s of a task without a label would only fall and fall.
-        parts_T = losses_T if s_T is None else losses_T * torch.exp(-s_T) + s_T
-        loss = parts_T.where(known_T, 0).sum()
+        given_T = losses_T.where(known_T, 0)  # before the product, whose gradient by s would be nan
+        loss = (given_T if s_T is None else (given_T * torch.exp(-s_T) + s_T).where(known_T, 0)).sum()
         logs = {f"loss_{name}": losses_T[t] for t, name in enumerate(self.tasks)} if stage == "train" else {}
         labelled = int(batch.mask.any(1).sum())
         args = (logits, batch.label, batch.mask, batch.user, batch.oracle)
