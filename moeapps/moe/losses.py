@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.balance import sum_over_ranks
 from moeapps.moe.objectives import (
     batch_entropy_gap,
+    chosen_balance,
     column_counts,
     cv_squared,
     importance_cv2,
@@ -31,11 +31,13 @@ from moeapps.moe.objectives import (
     token_entropy,
     z_loss,
 )
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Record
 
 __all__ = [
     "AuxLoss",
     "BatchEntropyLoss",
+    "ChosenBalance",
     "EntropyLoss",
     "GlobalBatchBalance",
     "ImportanceLoss",
@@ -44,6 +46,7 @@ __all__ = [
     "SwitchBalance",
     "ZLoss",
     "batch_entropy_gap",
+    "chosen_balance",
     "column_counts",
     "cv_squared",
     "importance_cv2",
@@ -217,6 +220,24 @@ class GlobalBatchBalance(AuxLoss):
     def on_optimizer_step(self) -> None:
         """Start the next step's counts from nothing."""
         self._seen.clear()
+
+
+class ChosenBalance(AuxLoss):
+    """`chosen_balance`: E·Σ g Q over chosen columns, the mean number chosen when balanced (UniMoE-Audio).
+
+    Example:
+        >>> ChosenBalance(0.025).name
+        'chosen_balance'
+    """
+
+    name = "chosen_balance"
+
+    def __init__(self, weight: float = 0.025, *, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+
+    def compute(self, record: Record) -> Tensor:
+        """Give `chosen_balance` of one record."""
+        return chosen_balance(record)
 
 
 class ImportanceLoss(AuxLoss):

@@ -14,6 +14,7 @@ With f_e the fraction of assignments that go to column e (Σf = 1, no gradient) 
 function                value                                       when balanced
 ======================  ==========================================  =========================
 switch_balance          E·Σ f_e P_e                                 exactly 1, for any k
+chosen_balance          E·Σ g_e Q_e, over chosen columns only       the mean number chosen
 importance_cv2          var/mean² of the summed weights             0
 load_cv2                var/mean² of the smooth load                0
 z_loss                  mean logsumexp(s)²                          (keeps logits small)
@@ -59,6 +60,9 @@ def routed(record: Record) -> Record:
         num_experts=num_chosen,
         logits_NE=without_given(routing.logits_NE),
         probs_NE=without_given(routing.probs_NE),
+        column_M=None
+        if routing.column_M is None
+        else routing.column_M - routing.num_given * (routing.column_M >= num_all).long(),
         given_N=None,
         num_given=0,
     )
@@ -144,6 +148,32 @@ def switch_balance(record: Record, *, per_group: bool = False, counts_E: Tensor 
     return len(fraction_E) * (fraction_E.detach() * probs_NE.mean(0)).sum()
 
 
+def chosen_balance(record: Record) -> Tensor:
+    r"""Give E·Σ_e g_e Q_e, g_e the share of rows that chose column e, Q_e the mean softmax over a row's chosen columns.
+
+    Unlike in `switch_balance` the counts are raw, Σg is the mean number chosen and not 1, which is also the value at
+    balance, and only chosen logits have a gradient. Every null expert is a column of its own.
+
+    Args:
+        record: A sparse routing with logits.
+
+    Returns:
+        0-dim tensor; 0 without rows. Rows without a choice (drops) count with a softmax of 0.
+
+    Raises:
+        ValueError: For dense and slot routings, without logits, or if null choices are not marked.
+
+    Source: UniMoE-Audio, released code (its card 3.1): HITsz-TMG/Uni-MoE ``UniMoE-Audio/utils/UniMoE_Audio_core.py``,
+        with the padding mask as the weight of its rows.
+    """
+    logits_NE = _logits(record)
+    chosen_NE = _chosen_columns(record)
+    if logits_NE.shape[0] == 0:
+        return logits_NE.sum()
+    share_NE = logits_NE.masked_fill(~chosen_NE, torch.finfo(logits_NE.dtype).min).softmax(-1).where(chosen_NE, 0)
+    return logits_NE.shape[1] * (chosen_NE.to(logits_NE.dtype).mean(0) * share_NE.mean(0)).sum()
+
+
 def importance_cv2(record: Record) -> Tensor:
     r"""Give the squared coefficient of variation of the importance, I_e = Σ_n w_ne.
 
@@ -205,12 +235,16 @@ def load_cv2(record: Record, *, noise_std: float | None = None) -> Tensor:
 def z_loss(record: Record) -> Tensor:
     """Give mean_n logsumexp(s_n)², which keeps logits from drifting to where rounding matters.
 
-    Defined for every routing with logits.
+    Defined for every routing with logits, in float32 at least. A square whose mean that cannot hold (from 1e19, less
+    with many rows) counts as the largest it can, with the gradient there: finite, and towards smaller logits.
 
     Source: Zoph et al. (2022), ST-MoE, equation 5.
     """
     logits_NE = _logits(routed(record))
-    return _mean(torch.logsumexp(logits_NE, dim=-1).square())
+    partition_N = torch.logsumexp(logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)), dim=-1)
+    limit = math.sqrt(torch.finfo(partition_N.dtype).max / max(partition_N.numel(), 1)) / 2
+    nothing_N = partition_N - partition_N.detach()  # 0, with the gradient
+    return _mean((partition_N.detach().clamp(-limit, limit) + nothing_N).square())
 
 
 def token_entropy(record: Record) -> Tensor:
@@ -240,7 +274,9 @@ def mutual_information(record: Record) -> Tensor:
 
 
 def cv_squared(values: Tensor) -> Tensor:
-    """Give var/mean² over the entries (population variance): 0 for one entry or a mean of 0."""
+    """Give var/mean² over the entries (population variance): 0 for one entry, for none, or for a mean of 0."""
+    if not values.numel():
+        return values.sum()
     mean = values.mean()
     safe = torch.where(mean == 0, torch.ones_like(mean), mean)
     return torch.where(mean == 0, mean * 0.0, (values - mean).square().mean() / safe.square())
@@ -285,6 +321,25 @@ def _null_choices(routing: Routing, layer: str) -> Tensor:
         )
     share_M = routing.null_M.to(routing.weight_M.dtype) / _num_nulls(routing)
     return share_M.new_zeros(routing.num_rows).index_add(0, routing.row_M, share_M)
+
+
+@torch.no_grad()
+def _chosen_columns(record: Record) -> Tensor:
+    """Which columns of the logits each row that counts chose: bool [N', E + nulls]."""
+    routing = _sparse(record)
+    num, nulls = routing.num_experts, _num_nulls(routing)
+    column_M = routing.expert_M
+    if nulls:
+        if routing.null_M is None or (nulls > 1 and routing.column_M is None):
+            raise ValueError(
+                f"layer {record.name!r} has {nulls} null experts, but its routing does not say which sentinels are "
+                "choices of which one (null_M, column_M); set them in your router, or leave the layer out of this loss "
+                "with its 'layers' pattern"
+            )
+        null_M = num if routing.column_M is None else routing.column_M
+        column_M = torch.where(routing.null_M, null_M, column_M.where(column_M < num, num + nulls))
+    chosen = torch.zeros(routing.num_rows, num + nulls + 1, dtype=torch.bool, device=column_M.device)
+    return _counted_rows(record, chosen.index_put((routing.row_M, column_M), chosen.new_ones(()))[:, :-1])
 
 
 def _row_chooser(record: Record) -> RowChooser | None:

@@ -14,7 +14,8 @@ from moeapps.moe import AuxLoss, PrototypeScore, Record, Routing
 from moeapps.moe.losses import Reduction
 from moeapps.moe.objectives import routed
 from moeapps.moe.routers.router import without_autocast
-from tasks.image_diffusion.routers import CapacityRouting, ClassTable, superclass_of
+from tasks.image_diffusion.diffmoe import CapacityRouting
+from tasks.image_diffusion.routers import ClassTable, superclass_of
 
 # --- functions --------------------------------------------------------------------------------------------------------
 
@@ -203,8 +204,8 @@ class CapacityLoss(AuxLoss):
         loss_NE = F.binary_cross_entropy_with_logits(routing.capacity_NE, wanted_NE, reduction="none")
         if routing.counted_N is None:
             return loss_NE.mean()
-        counted = routing.counted_N.to(loss_NE.dtype).unsqueeze(-1)
-        return (loss_NE * counted).sum() / (counted.sum() * loss_NE.shape[1]).clamp_min(1)
+        counted_N1 = routing.counted_N.unsqueeze(-1)
+        return loss_NE.where(counted_N1, 0.0).sum() / (counted_N1.sum() * loss_NE.shape[1]).clamp_min(1)
 
 
 class SuperclassLoss(AuxLoss, ClassTable):
@@ -228,9 +229,7 @@ class SuperclassLoss(AuxLoss, ClassTable):
         logits_NE = record.routing.logits_NE
         if logits_NE is None or record.group is None:
             raise ValueError(f"layer {record.name!r} routes without logits or group, which SuperclassLoss needs")
-        conditional_N = record.group >= 0
-        if record.token_mask is not None:
-            conditional_N = conditional_N & record.token_mask
+        conditional_N = record.group >= 0 if record.token_mask is None else (record.group >= 0) & record.token_mask
         score = superclass_of(self.table, record.group.clamp_min(0)) % num_routed(record)
         own_N = logits_NE.log_softmax(-1).gather(-1, score.unsqueeze(-1)).squeeze(-1)
         return -own_N.where(conditional_N, 0.0).sum() / conditional_N.sum().clamp_min(1)
