@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import DenseRouting, RouterBase
+from moeapps.moe.derivatives import needs_operations
 from moeapps.moe.routers.router import without_autocast
 from moeapps.moe.routers.score import Features
 from moeapps.moe.view_linear import view_linear
@@ -267,7 +268,7 @@ class FeatureGates(nn.Module):
         \quad B_{vl} \in R^{d \times r}, \; A_{vl} \in R^{r \times d}, \; A = 0 \text{ at first}
 
     All first matrices are one product per state, all second ones products into one buffer; the elementwise part has a
-    backward pass of its own that recomputes nothing and stores one sigmoid.
+    backward pass of its own that recomputes nothing and stores one sigmoid. Differentiable any number of times.
 
     Args:
         width: d.
@@ -321,7 +322,11 @@ class FeatureGates(nn.Module):
         up_Vkd = (self.up.unsqueeze(3) * self.own).flatten(1, 2).flatten(2)
         up_NVLd = view_linear(low_NVk.transpose(0, 1), up_Vkd, range(len(self.views))).unflatten(2, (num_low, -1))
         x_NVd = _of_views(x_SNd, self.views).transpose(0, 1)
-        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL + self.mix_bias)
+        mix_NVL = mix_NVL + self.mix_bias
+        if needs_operations():
+            gate_NVd = (2 * up_NVLd.sigmoid() * mix_NVL.softmax(2).unsqueeze(-1)).sum(2)
+            return (x_NVd * gate_NVd).transpose(0, 1)
+        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL)[0]
         return view_NVd.transpose(0, 1)
 
     def extra_repr(self) -> str:
@@ -338,28 +343,42 @@ def _of_views(x_SNd: Tensor, views: tuple[int, ...]) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    r"""``x * sum_l softmax(m)_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], m [N, V, L]."""
+    r"""``x * sum_l softmax(m)_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], m [N, V, L]; and the sigmoids.
+
+    The sigmoids are given out because backward reads them and not u: under ``create_graph=True`` they then hang in the
+    graph like any tensor, and what is asked of the gradients comes back here as the gradient of the sigmoids.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, mix_NVL: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, mix_NVL: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         share_NVL = _shares(mix_NVL)
         s_NVLd = torch.sigmoid(u_NVLd)
         part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
         gate_NVd = _sum_low(part_NVLd)
-        ctx.save_for_backward(x_NVd, s_NVLd, part_NVLd, share_NVL, gate_NVd)
-        return x_NVd * gate_NVd
+        ctx.save_for_backward(x_NVd, s_NVLd, mix_NVL, part_NVLd, share_NVL, gate_NVd)
+        return x_NVd * gate_NVd, s_NVLd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_NVd, s_NVLd, part_NVLd, share_NVL, gate_NVd = ctx.saved_tensors
-        (grad_NVd,) = grads
-        du_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * part_NVLd
-        # What a softmax passes back needs p dp alone, and that is the sum of what was just computed.
-        pdp_NVL = du_NVLd.sum(-1)
-        dmix_NVL = pdp_NVL - share_NVL * pdp_NVL.sum(2, keepdim=True)
-        du_NVLd.addcmul_(du_NVLd, s_NVLd, value=-1)  # s' = s - s^2
-        return grad_NVd * gate_NVd, du_NVLd, dmix_NVL
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_NVd, s_NVLd, mix_NVL, part_NVLd, share_NVL, gate_NVd = ctx.saved_tensors
+        grad_NVd, ds_NVLd = grads
+        if torch.is_grad_enabled():  # again from what hangs in the graph
+            share_NVL = mix_NVL.softmax(2)
+            part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
+            gate_NVd = part_NVLd.sum(2)
+        found: tuple[Tensor | None, ...] = (None, None, None)
+        if grad_NVd is not None:
+            du_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * part_NVLd
+            # What a softmax passes back needs p dp alone, and that is the sum of what was just computed.
+            pdp_NVL = du_NVLd.sum(-1)
+            dmix_NVL = pdp_NVL - share_NVL * pdp_NVL.sum(2, keepdim=True)
+            into = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
+            found = grad_NVd * gate_NVd, into(du_NVLd, du_NVLd, s_NVLd, value=-1), dmix_NVL  # s' = s - s^2
+        if ds_NVLd is not None:
+            du_NVLd = ds_NVLd * (s_NVLd - s_NVLd.square())
+            found = found[0], du_NVLd if found[1] is None else found[1] + du_NVLd, found[2]
+        return found
 
 
 def _shares(mix_NVL: Tensor) -> Tensor:

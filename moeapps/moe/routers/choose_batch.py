@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from moeapps.moe.routers.chooser import Chooser, is_recomputed, pairs_to_routing
+from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
+from moeapps.moe.routers.chooser import Chooser, is_recomputed, pairs_to_routing, rows_that_count, share_of
 from moeapps.moe.routing import Routing
 
 BatchWeighing = Literal["softmax", "sigmoid", "identity"]
@@ -47,21 +48,24 @@ def _check(capacity_factor: float, weighing: str, known: tuple[str, ...]) -> Non
         )
 
 
-def _rank_in_group(score_NE: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of each row among the rows of its group, by descending score per expert, and the size of its group."""
+def _rank_in_group(score_NE: Tensor, group_N: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rank of each row among the rows of its group, by descending score per expert; how many of the group count."""
     num_rows = score_NE.shape[0]
     by_score_NE = torch.sort(score_NE, dim=0, descending=True, stable=True).indices
     by_group_NE = torch.sort(group_N[by_score_NE], dim=0, stable=True).indices
     order_NE = by_score_NE.gather(0, by_group_NE)
-    sorted_group_N = torch.sort(group_N).values
+    sorted_group_N, by_id_N = torch.sort(group_N, stable=True)
     start_N = torch.searchsorted(sorted_group_N, sorted_group_N)
-    size_N = torch.searchsorted(sorted_group_N, group_N, right=True) - torch.searchsorted(sorted_group_N, group_N)
+    counted_N = torch.ones_like(group_N) if token_mask is None else token_mask.long()
+    before_N = torch.nn.functional.pad(counted_N[by_id_N].cumsum(0), (1, 0))
+    first_N, end_N = (torch.searchsorted(sorted_group_N, group_N, right=right) for right in (False, True))
+    size_N = before_N[end_N] - before_N[first_N]
     place_N1 = (torch.arange(num_rows, device=group_N.device) - start_N).unsqueeze(-1)
     return torch.zeros_like(order_NE).scatter(0, order_NE, place_N1.expand_as(order_NE)), size_N
 
 
 class ExpertChoice(Chooser):
-    r"""Each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows, at least 1.
+    r"""Each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows, at least 1, of the N that are not masked.
 
     The balance is perfect; a row may get anything from 0 to E experts.
 
@@ -104,7 +108,7 @@ class ExpertChoice(Chooser):
         return min(self.capacity_factor, float(self.num_experts))
 
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        """The rows each expert takes; masked rows are taken last and become sentinels."""
+        """The rows each expert takes; masked rows neither count nor are taken."""
         if self.weighing == "row_softmax":
             weight_NE = _row_softmax(logits_NX, group if self.per == "group" else None, token_mask)
         else:
@@ -118,17 +122,23 @@ class ExpertChoice(Chooser):
                 raise ValueError(
                     "ExpertChoice(per='group') needs group=ids; pass them to the layer or use per='batch'."
                 )
-            rank_NE, size_N = _rank_in_group(score_NE, group)
-            capacity_N = (size_N * self.capacity_factor / self.num_experts).long().clamp(min=1)
+            rank_NE, size_N = _rank_in_group(score_NE, group, token_mask)
+            capacity_N = share_of(size_N, self.capacity_factor, self.num_experts)
             taken_NE = (rank_NE < capacity_N.unsqueeze(-1)) & score_NE.isfinite()
             return pairs_to_routing(taken_NE, weight_NE, logits_NX, probs_NE)
-        return self._batch(weight_NE, score_NE, logits_NX, probs_NE)
+        capacity = None if token_mask is None else share_of(token_mask.sum(), self.capacity_factor, self.num_experts)
+        return self._batch(weight_NE, score_NE, capacity, logits_NX, probs_NE)
 
-    def _batch(self, weight_NE: Tensor, score_NE: Tensor, logits_NE: Tensor, probs_NE: Tensor) -> Routing:
+    def _batch(
+        self, weight_NE: Tensor, score_NE: Tensor, capacity: Tensor | None, logits_NE: Tensor, probs_NE: Tensor
+    ) -> Routing:
+        """The best rows of the batch: places for as many as all rows would give, filled up to ``capacity``."""
         num_rows, num_experts = weight_NE.shape
         c = min(num_rows, max(1, int(num_rows * self.capacity_factor / num_experts)))
         row_EC = torch.sort(score_NE, dim=0, descending=True, stable=True).indices[:c].T
         real_EC = score_NE.T.gather(1, row_EC).isfinite()
+        if capacity is not None:
+            real_EC = real_EC & (torch.arange(c, device=row_EC.device) < capacity)
         expert_EC = torch.arange(num_experts, device=row_EC.device).unsqueeze(-1).expand_as(row_EC)
         return Routing(
             row_M=row_EC.reshape(-1),
@@ -148,6 +158,9 @@ class Threshold(Chooser):
     ``threshold`` [E] follows the C-th best score: :math:`\theta \leftarrow d\,\theta + (1-d)\,s_{(C)}`.
     ``scope="pairs"``: the :math:`\lfloor N c \rfloor` best of all N E pairs are taken, with one threshold. Evaluation:
     a pair is taken iff its score reaches the threshold, so a row's experts do not depend on its batch.
+
+    N counts the rows that are not masked. On several processes each takes its own best rows, and the threshold follows
+    the score that would be the last one taken of all of them together.
 
     Args:
         capacity_factor: c, the mean number of experts per row in training.
@@ -203,18 +216,31 @@ class Threshold(Chooser):
         score_NE = weight_NE.detach()
         if token_mask is not None:
             score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
-        taken_NE = self._best(score_NE) if self.training else score_NE >= self.threshold.to(score_NE.dtype)
+        rows = rows_that_count(score_NE, token_mask)
+        taken_NE = self._best(score_NE, rows) if self.training else score_NE >= self.threshold.to(score_NE.dtype)
         return pairs_to_routing(taken_NE & score_NE.isfinite(), weight_NE, logits_NX, probs_NE)
 
-    def _best(self, score_NE: Tensor) -> Tensor:
-        """The best pairs of the batch; moves the thresholds, once per forward (not when it is recomputed)."""
+    def _best(self, score_NE: Tensor, rows: Tensor) -> Tensor:
+        """The best pairs of this batch, of which ``rows`` count; moves the thresholds."""
         flat = score_NE if self.scope == "expert" else score_NE.reshape(-1, 1)
-        per_column = self.capacity_factor / (score_NE.shape[1] if self.scope == "expert" else 1)
-        c = min(flat.shape[0], max(1, int(score_NE.shape[0] * per_column)))
         order = torch.sort(flat, dim=0, descending=True, stable=True)
-        if flat.shape[0] and not is_recomputed():
-            last = order.values[c - 1].to(self.threshold.dtype)
-            moved = self.decay * self.threshold + (1 - self.decay) * last
-            self.threshold.copy_(moved.where(last.isfinite(), self.threshold))
-        taken = torch.zeros_like(flat, dtype=torch.bool).scatter(0, order.indices[:c], True)
-        return taken.view_as(score_NE)
+        if not is_recomputed():  # once per forward
+            joint = rows_of_all_ranks(flat)
+            descending = order.values if joint is flat else joint.sort(dim=0, descending=True).values
+            self._follow(descending, self._places(sum_over_ranks(rows)))
+        place_N1 = torch.arange(flat.shape[0], device=flat.device).unsqueeze(-1)
+        taken = torch.zeros_like(flat, dtype=torch.bool)
+        return taken.scatter(0, order.indices, (place_N1 < self._places(rows)).expand_as(flat)).view_as(score_NE)
+
+    def _places(self, rows: Tensor) -> Tensor:
+        """How many pairs of a column are taken of so many rows."""
+        divisor, pairs = (self.num_experts, 1) if self.scope == "expert" else (1, self.num_experts)
+        return share_of(rows, self.capacity_factor, divisor).minimum(rows * pairs)
+
+    def _follow(self, descending: Tensor, c: Tensor) -> None:
+        """Move the thresholds towards the c-th best score; without any row they stay."""
+        if not descending.shape[0]:
+            return
+        last = descending.index_select(0, (c - 1).clamp(min=0).view(1))[0].to(self.threshold.dtype)
+        moved = self.decay * self.threshold + (1 - self.decay) * last
+        self.threshold.copy_(moved.where(last.isfinite(), self.threshold))
