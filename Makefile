@@ -29,6 +29,7 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --name demo_moe
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
+	@$(BIN)/python -m benchmarks.readme --seeds
 
 test: setup  ## all but test-slow (what CI runs; under 15 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest --fail-on-skip --doctest-modules moeapps tests

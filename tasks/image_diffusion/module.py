@@ -67,6 +67,8 @@ class ImageDiffusionTask(BaseTask):
     monitor: ClassVar[str] = "val/validation/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     main_metric: ClassVar[str] = "loss"
+    monitor_minimum: ClassVar[int] = 100
+    monitor_unit: ClassVar[str] = "images"
 
     def __init__(
         self,
