@@ -166,6 +166,7 @@ def chosen_balance(record: Record) -> Tensor:
     Source: UniMoE-Audio, released code (its card 3.1): HITsz-TMG/Uni-MoE ``UniMoE-Audio/utils/UniMoE_Audio_core.py``,
         with the padding mask as the weight of its rows.
     """
+    record = routed(record)
     logits_NE = _logits(record)
     chosen_NE = _chosen_columns(record)
     if logits_NE.shape[0] == 0:
