@@ -112,7 +112,7 @@ def clippable(optimizer: AdamW) -> AdamW:
     too. Without the offer (read by ``torch.amp.GradScaler`` and Lightning) gradients are scaled back first, as for any
     other optimizer; the step is the same.
     """
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 

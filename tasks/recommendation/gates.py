@@ -324,7 +324,7 @@ class FeatureGates(nn.Module):
         x_NVd = _of_views(x_SNd, self.views).transpose(0, 1)
         mix_NVL = mix_NVL + self.mix_bias
         if needs_operations():
-            gate_NVd = (2 * up_NVLd.sigmoid() * mix_NVL.softmax(2).unsqueeze(-1)).sum(2)
+            gate_NVd: Tensor = (2 * up_NVLd.sigmoid() * mix_NVL.softmax(2).unsqueeze(-1)).sum(2)
             return (x_NVd * gate_NVd).transpose(0, 1)
         view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL)[0]
         return view_NVd.transpose(0, 1)

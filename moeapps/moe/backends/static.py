@@ -188,8 +188,8 @@ def _differentiate(ctx: Any, grad_TO: Tensor, _: Tensor) -> tuple[Tensor | None,
         return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
     def forward(x_ND: Tensor, weight_M: Tensor, *stacks: Any) -> Tensor:
-        activation, gated, at_input = how
-        ffn = FeedForward(*stacks, resolve_activation(activation), gated)
+        (w_in, b_in, w_out, b_out), (activation, gated, at_input) = stacks, how
+        ffn = FeedForward(w_in, b_in, w_out, b_out, resolve_activation(activation), gated)
         static, sorted_M = _sorted(x_ND, weight_M, row_M, expert_M, target_M, top_k, num_targets, ffn, at_input)
         return by_operations(static)(x_ND, sorted_M, *stacks)
 
