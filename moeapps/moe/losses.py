@@ -223,7 +223,12 @@ class GlobalBatchBalance(AuxLoss):
 
 
 class ChosenBalance(AuxLoss):
-    """`chosen_balance`: E·Σ g Q over chosen columns, the mean number chosen when balanced (UniMoE-Audio).
+    """`chosen_balance`: E·Σ g Q over chosen columns, the mean number chosen when balanced.
+
+    Args:
+        weight: Coefficient; UniMoE-Audio lowers it from 0.025 to 0.001 in 10,000 steps.
+        layers: Pattern of layer names.
+        reduction: ``sum`` or ``mean`` over the layers; UniMoE-Audio takes the mean.
 
     Args:
         weight: Coefficient.

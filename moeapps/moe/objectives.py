@@ -167,8 +167,7 @@ def chosen_balance(record: Record) -> Tensor:
         with the padding mask as the weight of its rows.
     """
     record = routed(record)
-    logits_NE = _logits(record)
-    chosen_NE = _chosen_columns(record)
+    logits_NE, chosen_NE = _logits(record), _chosen_columns(record)
     if logits_NE.shape[0] == 0:
         return logits_NE.sum()
     share_NE = logits_NE.masked_fill(~chosen_NE, torch.finfo(logits_NE.dtype).min).softmax(-1).where(chosen_NE, 0)
