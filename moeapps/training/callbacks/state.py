@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,8 +165,11 @@ class SaveRun(SaveConfigCallback):
         if folder is not None and trainer.is_global_zero:
             write_json(folder / "run.json", self.describe_run())
 
-    def describe_run(self) -> dict[str, Any]:
-        """Return system, name, seed, config hash, commit, versions, machine and, after training, its time."""
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """System, name, seed, config hash, commit, versions and machine, as they were when first asked for: a commit
+        made while a run goes on is not the one that ran.
+        """
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),
@@ -175,8 +179,11 @@ class SaveRun(SaveConfigCallback):
             "commit": git_commit(),
             "versions": versions(),
             "machine": machine(),
-            **self.times,
         }
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return the facts and, after training, its time."""
+        return {**self.facts, **self.times}
 
 
 def program() -> str:
