@@ -35,7 +35,7 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
 
-test: setup  ## all but test-slow (what CI runs; about 5 minutes on two cores, JOBS=2)
+test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
 	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests
 
 test-fast: setup  ## the laws only, while you work (under 3 minutes)

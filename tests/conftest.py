@@ -24,3 +24,11 @@ def _clean_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.set_default_dtype(dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def no_routing_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures of the routing, a quarter of a short run; for tests that look at other things."""
+    from moeapps.training.callbacks import RoutingMonitor
+
+    monkeypatch.setattr(RoutingMonitor, "_draw", lambda *_, **__: None)

@@ -18,9 +18,10 @@ from torch import nn
 
 from moeapps.cli import main
 from moeapps.commands.run import Cli, import_tasks, quiet
-from moeapps.training.callbacks import RoutingMonitor
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name, tiny
 from tests.update_golden import GOLDEN, first_losses
+
+pytestmark = pytest.mark.medium
 
 # The figures of a system cost more than its two steps; once per base config is enough.
 QUICK = ["--trainer.callbacks", "null"]
@@ -107,12 +108,10 @@ def test_base_config_fits_tests_and_predicts(path: Path, tmp_path: Path) -> None
     assert any(path.is_file() for path in (folder / "predictions").rglob("*"))
 
 
+@pytest.mark.usefixtures("no_routing_figures")  # bases draw
 @pytest.mark.parametrize("path", BASELINES, ids=name)
-def test_baseline_fits_and_validates_under_a_name_of_its_own(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_baseline_fits_and_validates_under_a_name_of_its_own(path: Path, tmp_path: Path) -> None:
     """Tests of the base configs score all domains; a baseline's network meets evaluation in its validation."""
-    monkeypatch.setattr(RoutingMonitor, "_draw", lambda *_, **__: None)  # a quarter of the time; bases draw
     assert main(["fit", *tiny(base_of(path), path), *QUICK, "--test_after_fit", "false"]) == 0
 
     (saved,) = (tmp_path / "runs").glob("*/*/version_0/config.yaml")

@@ -167,9 +167,7 @@ class SaveRun(SaveConfigCallback):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """System, name, seed, config hash, commit, versions and machine, as they were when first asked for: a commit
-        made while a run goes on is not the one that ran.
-        """
+        """What is run, asked once: a commit made while a run goes on is not the one that ran."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),
@@ -182,7 +180,7 @@ class SaveRun(SaveConfigCallback):
         }
 
     def describe_run(self) -> dict[str, Any]:
-        """Return the facts and, after training, its time."""
+        """Return system, name, seed, config hash, commit, versions, machine and, after training, its time."""
         return {**self.facts, **self.times}
 
 
