@@ -34,6 +34,7 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --name demo_moe
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
+	@$(BIN)/python -m benchmarks.readme --seeds
 
 test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
 	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests
@@ -59,7 +60,7 @@ bench: setup  ## the core against the dense roof, PEERS=1: and other projects (4
 evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)
 
-mutate: setup  ## break the core on purpose; fails when a mutation survives its tests
+mutate: setup  ## break the core and the training on purpose; fails when a mutation survives its tests
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate
 
 gpu-check: setup  ## bf16, compile and memory checks where an accelerator is at hand

@@ -34,7 +34,7 @@ def main(args: list[str]) -> int:
 
     from moeapps.evaluation.results import read_results
     from moeapps.evaluation.xeval import build_matrix
-    from moeapps.reporting.matrix import markdown, rich_tables
+    from moeapps.reporting.matrix import closing_lines, markdown, rich_tables
 
     try:
         runs = [read_results(path) for path in options.runs]
@@ -45,6 +45,8 @@ def main(args: list[str]) -> int:
     console = Console()
     for table in rich_tables(matrix, console.width):
         console.print(table)
+    for line in closing_lines(matrix):
+        console.print(line, highlight=False)
     if options.out is not None:
         from moeapps.training.run import finite, write_text
 

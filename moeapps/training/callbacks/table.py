@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
 from rich.console import Console
 from rich.table import Table
@@ -96,4 +98,4 @@ def _fitting(table: ScoreTable, main: str, width: int) -> tuple[list[str], list[
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else "-" if math.isnan(value) else f"{value:.4f}"
