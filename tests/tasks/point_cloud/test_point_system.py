@@ -94,6 +94,7 @@ def test_every_baseline_answers(name, make_batch) -> None:
     assert y.isfinite().all()
 
 
+@pytest.mark.medium
 def test_a_run_writes_scores_figures_and_a_checkpoint_that_holds_plain_values(tmp_path) -> None:
     small = {
         "model": {"net": {"enc_depths": [1, 1], "enc_dims": [16, 16], "dec_depths": [1], "dec_dims": [16]}},
