@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.evidence.cells import CellError, CellResult, differing_metrics, read_cells, write_cell
 from benchmarks.evidence.grid import Cell, Grid, GridError, list_systems, load_grid
+from benchmarks.evidence.recount import count_variant, rewrite
 from benchmarks.evidence.report import render
 from benchmarks.evidence.runner import COMMAND, Failure, Runner
 from benchmarks.evidence.summary import summarise
@@ -96,6 +97,16 @@ class Evidence:
 
         failures = self._run(drawn, self.work / "verify", compare, jobs=jobs)
         return len(bad) + len(failures)
+
+    def recount(self, *, only: str = "*") -> None:
+        """Count every variant that has cells again, without training, and rewrite its cells and the summary."""
+        have = {cell.variant for cell in self.read()}
+        for name in [name for name in self.grid.all_variants if name in have and fnmatch.fnmatch(name, only)]:
+            found = count_variant(self.grid, name, self.root)
+            changed = rewrite(self.cells_folder, self.grid.system, name, found)
+            numbers = ", ".join(f"{key} {value:,.6g}" for key, value in found.items())
+            self.console.print(f"{name}: {len(changed)} cells, {numbers}")
+        self.summarise()
 
     def summarise(self) -> dict[str, Any]:
         """Compute and write ``benchmarks/results/<system>.json`` and docs/evidence.md; give the former."""
@@ -181,6 +192,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--summarise", action="store_true", help="run nothing; compute results and docs/evidence.md from the cells"
     )
     parser.add_argument(
+        "--recount",
+        action="store_true",
+        help="train nothing; count FLOPs and active parameters of each variant anew and write them into its cells",
+    )
+    parser.add_argument(
         "--verify", type=int, metavar="N", help="draw N finished cells, run them again, compare to 1e-6"
     )
     parser.add_argument(
@@ -204,6 +220,9 @@ def main(words: Sequence[str] | None = None, *, root: Path = ROOT, command: Sequ
             return 0
         if options.verify is not None:
             return min(1, evidence.verify(options.verify, seed=options.verify_seed, jobs=options.jobs))
+        if options.recount:
+            evidence.recount(only=options.only)
+            return 0
         if not options.summarise:
             failed = evidence.run(
                 only=options.only, redo_stale=options.redo_stale, jobs=options.jobs, timeout_s=60 * options.timeout

@@ -16,7 +16,7 @@ from benchmarks.evidence.grid import Cell
 
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
-_SCALARS = ("params_total", "params_active", "flops_per_token")
+_SCALARS = ("params_total", "params_active", "flops_per_token", "train_flops")
 
 
 class CellError(ValueError):
@@ -46,6 +46,7 @@ class CellResult:
         cpu_s: CPU seconds of the whole command (all its processes), with one thread.
         machine: Processor and operating system; no host name.
         versions: Versions of Python and packages.
+        train_flops: Operations of all training steps, forward and backward, or None if the run did not say.
     """
 
     system: str
@@ -66,6 +67,7 @@ class CellResult:
     cpu_s: float = 0.0
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    train_flops: int | None = None
 
     @property
     def cell(self) -> Cell:
@@ -73,7 +75,7 @@ class CellResult:
         return Cell(self.variant, self.seed, self.data_seed)
 
     def value(self, metric: str) -> float:
-        """Give one metric, or one of ``params_total``, ``params_active``, ``flops_per_token``.
+        """Give one metric, or one of the sizes: ``params_total``, ``params_active``, ``flops_per_token``, ``train_flops``.
 
         Raises:
             CellError: If the cell has no such number; the text lists what there is.
@@ -167,6 +169,7 @@ def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: 
         cpu_s=round(cpu_s, 1),
         machine=describe_machine(),
         versions=dict(header.get("versions", {})),
+        train_flops=header.get("train_flops"),
     )
 
 

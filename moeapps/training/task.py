@@ -136,6 +136,26 @@ class BaseTask(L.LightningModule):
             self.log_train("lr", torch.tensor(float(optimizers[0].param_groups[0]["lr"])), out.batch_size)
         return total
 
+    def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
+        """Return how many of the first ``steps`` training steps are of each kind, where kinds differ in compute.
+
+        Args:
+            steps: steps taken.
+            planned: steps of the whole run, should the kind of a step depend on it.
+        """
+        return {"step": steps}
+
+    def differentiate(self, batch: Any, kind: str) -> None:
+        """Run forward and backward of one training step of a kind, for a count of its FLOPs; nothing is logged.
+
+        A task that defines its own ``training_step`` says here what such a step runs.
+        """
+        out = self.recorded_step(batch, "train")
+        total = out.loss
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            total = total + aux(self.last_records)
+        total.backward()
+
     def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
         """Log one training scalar of this step as ``train/<name>``."""
         if self.trainer.barebones:
