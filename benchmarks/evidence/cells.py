@@ -75,7 +75,7 @@ class CellResult:
         return Cell(self.variant, self.seed, self.data_seed)
 
     def value(self, metric: str) -> float:
-        """Give one metric, or one of the sizes: ``params_total``, ``params_active``, ``flops_per_token``, ``train_flops``.
+        """Give one metric, or ``params_total``, ``params_active``, ``flops_per_token`` or ``train_flops``.
 
         Raises:
             CellError: If the cell has no such number; the text lists what there is.

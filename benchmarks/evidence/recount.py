@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,15 @@ def count_variant(grid: Grid, variant: str, root: Path) -> dict[str, float]:
         summary = MoESummary()
         trainer: Any = cli.trainer
         trainer.callbacks = [summary, _Stop()]
-        try:
+        with suppress(_CountedError):
             trainer.fit(cli.model, datamodule=cli.datamodule)
-        except _CountedError:
-            pass
     return counted(summary.cost, summary.training)
 
 
 def counted(cost: Cost | None, training: TrainingCost | None) -> dict[str, float]:
     """Give the fields of a cell, for a training that takes the steps it planned."""
-    assert cost is not None and training is not None
+    assert cost is not None
+    assert training is not None
     return dict(zip(COUNTED, (cost.flops_per_token, cost.active, training.flops()), strict=True))
 
 

@@ -216,7 +216,7 @@ class DomainDataModule(L.LightningDataModule):
             return self.collate([dataset[i] for i in range(min(num_items, len(cast(Sized, dataset))))])
 
     def first_training_batch(self) -> Any:
-        """Return this process's first batch of the first epoch, drawn apart from the training's own order and states."""
+        """Return this process's first batch of the first epoch, drawn apart from the order and states of training."""
         sampler, state = self._sampler, self._sampler_state
         self._sampler_state = None
         try:

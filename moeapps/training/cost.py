@@ -17,6 +17,7 @@ from torch import Tensor
 from moeapps.moe.experts import Experts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.module_experts import ModuleExperts
+from moeapps.moe.presets.twins import DenseTwin, Match
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
 from moeapps.training.flops import count_flops, counting
@@ -55,6 +56,7 @@ class Cost:
         flops: forward floating point operations of the example batch (two per multiply-add).
         tokens: tokens of the example batch.
         layers: the MoE layers.
+        twin: for a network of derived dense twins, what it is matched in and its share of the mixture's.
     """
 
     total: int
@@ -63,6 +65,7 @@ class Cost:
     flops: int
     tokens: int
     layers: tuple[LayerCost, ...]
+    twin: tuple[Match, float] | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -88,7 +91,7 @@ def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None)
         moved = precision.convert_input(task.transfer_batch_to_device(batch, task.device, 0))
         with isolate_rng(), torch.no_grad(), precision.forward_context(), counting(task) as flops:
             task.recorded_step(moved, "val")
-        layers = layer_costs(task.last_records)
+        layers, twins = layer_costs(task.last_records), missing_of_twins(task.last_records)
     finally:
         task.last_records = []
         for module, mode in modes:
@@ -96,7 +99,12 @@ def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None)
     total = sum(parameter.numel() for parameter in task.parameters())
     trainable = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
     idle = sum(layer.params - layer.active for layer in layers)
-    return Cost(total, trainable, round(total - idle), flops.total, task.num_tokens(batch), tuple(layers))
+    twin = None
+    if twins is not None:
+        match, missing = twins
+        own = flops.total if match == "flops" else total
+        twin = (match, own / max(1, own + missing))
+    return Cost(total, trainable, round(total - idle), flops.total, task.num_tokens(batch), tuple(layers), twin)
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,19 @@ def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
         active = float((size_E * share_E.clamp_max(1.0)).sum())
         costs.append(LayerCost(name, len(size_E), float(share_E.sum()), int(size_E.sum().round()), active))
     return costs
+
+
+def missing_of_twins(records: Sequence[Record]) -> tuple[Match, int] | None:
+    """Return what the dense twins are matched in, and by how much the network of mixtures has more of it."""
+    match: Match | None = None
+    flops, params = 0, {}
+    for record in records:
+        layer = record.layer
+        if isinstance(layer, DenseTwin):
+            match = layer.twin_of.match
+            flops += record.routing.num_rows * (layer.twin_of.flops_per_row - layer.experts.flops_per_row)
+            params[record.name] = layer.twin_of.params - sum(p.numel() for p in layer.parameters())
+    return None if match is None else (match, flops if match == "flops" else sum(params.values()))
 
 
 def work_per_row(record: Record, bank_size: int) -> Tensor:

@@ -111,9 +111,8 @@ class _Watch:
     def warn(self) -> None:
         silent = [module for module, count in self._counted.items() if count == 0 and self._holds_matrix(module)]
         if silent:
-            names = ", ".join(
-                f"{self._names[module] or 'the module itself'} ({type(module).__name__})" for module in silent
-            )
+            named = ((self._names[module] or "the module itself", type(module).__name__) for module in silent)
+            names = ", ".join(f"{name} ({kind})" for name, kind in named)
             warnings.warn(
                 f"0 FLOPs were counted in {names}, though they hold matrices: if they multiply, the count is too low. "
                 "Write their products with operations of torch, or give moeapps.training.flops a formula",

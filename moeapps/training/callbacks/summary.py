@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -22,6 +23,11 @@ _CHOICES: dict[Pool, str] = {
     "group": "chosen among the rows of its group",
     "batch": "chosen among ALL rows of a batch",
 }
+
+
+TWIN_NAMES = {"flops": "active FLOPs", "params": "parameters"}
+TWIN_TOLERANCE = 0.02
+log = logging.getLogger("moeapps")
 
 
 class MoESummary(L.Callback):
@@ -104,7 +110,21 @@ class MoESummary(L.Callback):
         if self.cost is None and trainer.is_global_zero:
             self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
             if show:
+                warn_of_twin(self.cost)
                 Console().print(summary_table(task, self.cost, self.depth, self.training))
+
+
+def warn_of_twin(cost: Cost) -> None:
+    """Say it where a dense twin is not matched within 2 per cent."""
+    if cost.twin is not None and abs(cost.twin[1] - 1) > TWIN_TOLERANCE:
+        match, ratio = cost.twin
+        log.warning(
+            "this dense twin has %.3f of the mixture's %s; at most %.0f per cent apart is fair: change the mixture's "
+            "widths so that they divide, or say so beside the numbers",
+            ratio,
+            TWIN_NAMES[match],
+            100 * TWIN_TOLERANCE,
+        )
 
 
 def summary_table(task: L.LightningModule, cost: Cost, depth: int, training: TrainingCost | None = None) -> Table:
@@ -122,6 +142,9 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int, training: Tra
     table.add_row("total", f"of which {frozen:,} frozen" if frozen else "", f"{cost.total:,}")
     table.add_row("active per token", "", f"{cost.active:,}")
     table.add_row("FLOPs per token (forward)", "", f"{cost.flops_per_token:,.0f}")
+    if cost.twin is not None:
+        match, ratio = cost.twin
+        table.add_row("dense twin", f"{TWIN_NAMES[match]} over the mixture's", f"{ratio:.3f}")
     if training is not None:
         steps = sum(training.planned.values())
         table.add_row("FLOPs of the training", f"{steps:,} steps, forward and backward", f"{training.flops():.4g}")
