@@ -341,5 +341,5 @@ def load_grid(system: str) -> Grid:
 
 def list_systems() -> list[str]:
     """List the modules of this package that are grids: all but its own machinery."""
-    machinery = {"__main__", "cells", "grid", "recount", "report", "runner", "summary"}
+    machinery = {"__main__", "cells", "grid", "recount", "report", "restamp", "runner", "summary"}
     return sorted({module.name for module in pkgutil.iter_modules(benchmarks.evidence.__path__)} - machinery)
