@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def count_variant(grid: Grid, variant: str, root: Path) -> dict[str, float]:
         summary = MoESummary()
         trainer: Any = cli.trainer
         trainer.callbacks = [summary, _Stop()]
-        with suppress(_CountedError):
+        with suppress(_CountedError), redirect_stdout(io.StringIO()):  # the table of the parts
             trainer.fit(cli.model, datamodule=cli.datamodule)
     return counted(summary.cost, summary.training)
 

@@ -88,6 +88,7 @@ class _Watch:
     def __init__(self, root: nn.Module | None, flops: Flops) -> None:
         self._names = {} if root is None else {module: name for name, module in root.named_modules()}
         self._counted: dict[nn.Module, int] = defaultdict(int)
+        self._called: set[nn.Module] = set()
         self._open: list[int] = []
         self._flops = flops
         self._handles = []
@@ -101,6 +102,7 @@ class _Watch:
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         before = self._open.pop()
         tensors = [value for value in inputs if isinstance(value, Tensor)]
+        self._called.add(module)
         if not tensors or any(value.numel() for value in tensors):  # an expert that gets no row has nothing to count
             self._counted[module] += self._flops.total - before
 
@@ -124,7 +126,7 @@ class _Watch:
         if isinstance(module, _WITHOUT_PRODUCTS):
             return False
         own = any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(recurse=False))
-        return own or any(self._holds_matrix(part) for part in module.children() if part not in self._counted)
+        return own or any(self._holds_matrix(part) for part in module.children() if part not in self._called)
 
 
 def formulas() -> dict[Any, Formula]:
