@@ -103,7 +103,8 @@ class Evidence:
         have = {cell.variant for cell in self.read()}
         for name in [name for name in self.grid.all_variants if name in have and fnmatch.fnmatch(name, only)]:
             found = count_variant(self.grid, name, self.root)
-            changed = rewrite(self.cells_folder, self.grid.system, name, found)
+            definition = self.grid.definition(name, self.root)
+            changed = rewrite(self.cells_folder, self.grid.system, name, definition, found)
             numbers = ", ".join(f"{key} {value:,.6g}" for key, value in found.items())
             self.console.print(f"{name}: {len(changed)} cells, {numbers}")
         self.summarise()

@@ -63,9 +63,16 @@ def counted(cost: Cost | None, training: TrainingCost | None) -> dict[str, float
     return dict(zip(COUNTED, (cost.flops_per_token, cost.active, training.flops()), strict=True))
 
 
-def rewrite(folder: Path, system: str, variant: str, found: Mapping[str, float]) -> list[CellResult]:
-    """Write the counted fields into every cell of a variant and give the cells; nothing else in them changes."""
-    cells = [result for result in read_cells(folder, system).values() if result.variant == variant]
+def rewrite(folder: Path, system: str, variant: str, definition: str, found: Mapping[str, float]) -> list[CellResult]:
+    """Write the counted fields into the cells of a variant and give them; nothing else in them changes.
+
+    Cells that were made with other configs cost what those cost: they are left alone.
+    """
+    cells = [
+        result
+        for result in read_cells(folder, system).values()
+        if result.variant == variant and result.definition == definition
+    ]
     changed = [replace(result, **dict(found)) for result in cells]  # type: ignore[arg-type]
     for result in changed:
         write_cell(folder, result)
