@@ -34,10 +34,8 @@ def test_a_variant_is_counted_without_a_step_or_a_file() -> None:
 
 
 def test_only_what_was_counted_changes_and_only_in_cells_of_the_variant_as_it_is(tmp_path: Path) -> None:
-    cells = [result("moe", seed, 0.1 * seed, train_flops=None) for seed in (1, 2)] + [
-        result("dense", 1, 0.3),
-        result("moe", 3, 0.4, definition="other"),
-    ]
+    cells = [result("moe", seed, 0.1 * seed, train_flops=None) for seed in (1, 2)]
+    cells += [result("dense", 1, 0.3), result("moe", 3, 0.4, definition="other")]
     for cell in cells:
         write_cell(tmp_path, cell)
     others = [cell_path(tmp_path, cell) for cell in (Cell("dense", 1, 1), Cell("moe", 3, 3))]

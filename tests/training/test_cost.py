@@ -137,6 +137,7 @@ def test_the_first_training_batch_is_the_first_of_training_and_moves_no_order() 
     assert not torch.equal(first[0], second[0])
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_says_what_it_spent_and_a_resumed_one_what_was_spent_in_all(tmp_path: Path) -> None:
     def fit(epochs: int, ckpt: Path | None = None) -> MoESummary:
         summary, saved = MoESummary(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)
