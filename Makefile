@@ -29,6 +29,7 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --name demo_moe
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
+	@$(BIN)/python -m benchmarks.readme --seeds
 
 test: setup  ## all but test-slow (what CI runs; under 15 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest --fail-on-skip --doctest-modules moeapps tests
@@ -54,7 +55,7 @@ bench: setup  ## the core against the dense roof, PEERS=1: and other projects (4
 evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)
 
-mutate: setup  ## break the core on purpose; fails when a mutation survives its tests
+mutate: setup  ## break the core and the training on purpose; fails when a mutation survives its tests
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate
 
 gpu-check: setup  ## bf16, compile and memory checks where an accelerator is at hand

@@ -157,7 +157,7 @@ def wide_step(size: Size, mode: Mode) -> Callable[[], object]:
 def fields_step(size: Size, mode: Mode, backend: Backend) -> Callable[[], object]:
     """Stacked vector fields (MixER), each row to one of E; of one expert it is the dense field of the same size."""
     piece = CONTEXT // 4
-    bank = GEPSExperts(size.d, size.e, piece * size.e, width=FIELD_WIDTH)
+    bank = GEPSExperts(size.d, size.e, piece * size.e, width=FIELD_WIDTH, activation="silu")
     x_ND, context = torch.randn(size.n, size.d, requires_grad=True), torch.randn(size.n, piece * size.e)
     routing = make_routing(size)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Break the core on purpose: ``python -m benchmarks.mutate`` fails if the core's own tests do not notice.
+"""Break core and training on purpose: ``python -m benchmarks.mutate`` fails if their own tests do not notice.
 
-Every mutation of `benchmarks.mutations` is applied alone to a copy of the tree; then the tests most likely to see it
-run, and all of tests/moe if those do not. A mutation that no test kills is a law that nobody tests. A mutation whose
-text is not found exactly once is an error: the code has moved on, and the mutation must follow.
+Every mutation (modules ``benchmarks.mutations*``) is applied alone to a copy of the tree; then the tests most likely to
+see it run, and all of tests/moe or tests/training if those do not. A mutation that no test kills is a law that nobody
+tests. A mutation whose text is not found exactly once is an error: the code has moved on and the mutation must follow.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.mutations import MUTATIONS, Mutation
+from benchmarks.mutations import CORE_MUTATIONS, Mutation
+from benchmarks.mutations_callbacks import CALLBACKS, EVALUATION
+from benchmarks.mutations_training import OPTIMISATION, TASK
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL_TESTS = ("tests/moe",)
-_COPIED = ("moeapps", "tests", "pyproject.toml")
+MUTATIONS = CORE_MUTATIONS + TASK + OPTIMISATION + EVALUATION + CALLBACKS
+_COPIED = ("moeapps", "tests", "configs", "pyproject.toml")
 _TIMEOUT_S = 300.0
 _FAILED, _PASSED = 1, 0
 
@@ -78,14 +80,14 @@ def copy_tree(root: Path, target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
-def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
+def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = _TIMEOUT_S) -> tuple[int, str]:
     """Run tests in a tree until the first failure; give pytest's exit status (-1 after a timeout) and its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     # Bytecode is matched to its source by time and size: two mutations within a second could share it.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return -1, ""
     return done.returncode, done.stdout + done.stderr
@@ -118,10 +120,15 @@ def try_mutation(tree: Path, mutation: Mutation) -> Outcome:
     start = time.monotonic()
     path.write_text(mutated(original, mutation), encoding="utf-8")
     try:
-        killer = killer_of(tree, mutation, mutation.tests) or killer_of(tree, mutation, ALL_TESTS)
+        killer = killer_of(tree, mutation, mutation.tests) or killer_of(tree, mutation, all_tests(mutation))
     finally:
         path.write_text(original, encoding="utf-8")
     return Outcome(mutation, killer, time.monotonic() - start)
+
+
+def all_tests(mutation: Mutation) -> tuple[str, ...]:
+    """Give the tests of the package that a mutation breaks: tests/moe of moeapps/moe, and so on."""
+    return (f"tests/{Path(mutation.path).parts[1]}",)
 
 
 def check_clean(tree: Path, mutations: Sequence[Mutation]) -> None:
@@ -135,7 +142,7 @@ def check_clean(tree: Path, mutations: Sequence[Mutation]) -> None:
     if not Path(found).resolve().is_relative_to(tree.resolve()):
         raise MutationError(f"the copy's tests would import {found}; run this as 'python -m benchmarks.mutate'")
     tests = sorted({test for mutation in mutations for test in mutation.tests})
-    status, output = run_tests(tree, tests)
+    status, output = run_tests(tree, tests, timeout_s=10 * _TIMEOUT_S)  # all files at once
     if status != _PASSED:
         tail = "\n".join(output.splitlines()[-15:])
         raise MutationError(f"the tests fail without any mutation (pytest status {status}); mend them first:\n{tail}")
@@ -176,8 +183,8 @@ def run(mutations: Sequence[Mutation], *, root: Path = ROOT, jobs: int = 2, cons
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table("mutation", "file", "killed by", "s", box=None)
     for outcome in outcomes:
-        path = outcome.mutation.path.removeprefix("moeapps/moe/")
-        killer = (outcome.killer or "SURVIVED").removeprefix("tests/moe/")
+        path = outcome.mutation.path.removeprefix("moeapps/")
+        killer = (outcome.killer or "SURVIVED").removeprefix("tests/")
         table.add_row(outcome.mutation.name, path, killer, f"{outcome.seconds:.0f}")
     return table
 

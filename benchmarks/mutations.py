@@ -212,6 +212,30 @@ DISPATCH = (
         "the router learns something slightly wrong",
     ),
     _core(
+        "derivatives.py",
+        "gradients of gradients follow the paths between the inputs",
+        "apart = [None if t is None else t.view_as(t) for t in inputs]",
+        "apart = list(inputs)",
+        "test_derivatives.py",
+        "gradient penalties and meta-learning descend on something else",
+    ),
+    _core(
+        "derivatives.py",
+        "gradients cannot be differentiated again",
+        "found: Gradients = _ByHand.apply(by_hand, function, tuple(needs), grad, *inputs)",
+        "with torch.no_grad():\n        found = by_hand()",
+        "test_derivatives.py",
+        "the inner step of meta-learning counts as a constant",
+    ),
+    _core(
+        "routing.py",
+        "a plan made without gradients is used where they are wanted",
+        "return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)",
+        "return kept_M.is_inference()",
+        "test_derivatives.py",
+        "a routing looked at before training steps never teaches its router",
+    ),
+    _core(
         "backends/static.py",
         "undefined rows of a grouped product reach the weights",
         "        x_MD = weigh(x_MD, weight_M)\n    x_MD = x_MD.where(real_M1, 0)",
@@ -346,4 +370,4 @@ LOSSES = (
     ),
 )
 
-MUTATIONS = ROUTERS + DISPATCH + LOSSES
+CORE_MUTATIONS = ROUTERS + DISPATCH + LOSSES

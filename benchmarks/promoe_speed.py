@@ -85,7 +85,7 @@ def train_step(task: ImageDiffusionTask, batch: ImageBatch, *, bf16: bool = Fals
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = task.recorded_step(batch, "train").loss
             for aux in task.aux_losses:
-                loss = loss + aux.weight * aux(task.last_records)
+                loss = loss + aux(task.last_records)
         loss.backward()
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
@@ -150,7 +150,7 @@ def routing_losses(task: ImageDiffusionTask) -> Work:
     leaves = [t for r in records if (t := r.routing.features_ND) is not None]
 
     def work() -> None:
-        total = torch.stack([aux.weight * aux(records) for aux in task.aux_losses]).sum()
+        total = torch.stack([aux(records) for aux in task.aux_losses]).sum()
         torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
 
     return work

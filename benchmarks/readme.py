@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables of README.md from committed results: ``python -m benchmarks.readme [RUN RUN]``.
 
-The demo's table: with two run folders (the mixture and its dense twin) their test results are first copied to
-``benchmarks/results/point_moe_demo.json``; without, only the table is written anew. The table of verdicts: what the
-evidence of every system says of the comparisons that a reader asks for first.
+The demo's table: with two run folders (the mixture and its dense twin, trained with one seed) their test results are
+first put into ``benchmarks/results/point_moe_demo.json``: under ``runs`` for seed 0, which is the table, and under
+``seeds`` for any other, whose means stand below it. Without, only the tables are written anew. ``--seeds`` prints what
+is known of other seeds. The table of verdicts: what the evidence of every system says of the comparisons that a reader
+asks for first.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -26,7 +29,7 @@ CLAIMS = (
     ("point_moe", "C1a"),
     ("point_moe", "C2a"),
     ("home", "C4a"),
-    ("home", "C8b"),
+    ("home", "C8c"),
     ("mixer", "C1a"),
     ("mixer", "C1c"),
     ("mixer", "C6c"),
@@ -39,10 +42,29 @@ _NAMES = {"point_moe": "Point-MoE", "home": "HoME", "mixer": "MixER", "promoe": 
 _WORDS = {"supported": "**yes**", "not supported": "**no**", "inconclusive": "open"}
 
 
-def collect(moe: Path, dense: Path) -> dict[str, Any]:
-    """Return what the table needs of the two runs of ``make demo``."""
+def collect(moe: Path, dense: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the table needs of two runs of ``make demo``, or of the same with another seed.
+
+    Args:
+        moe: run folder of the mixture.
+        dense: that of its dense twin.
+        known: what was collected before; a run of seed 0 takes the place of its table, any other seed is added.
+
+    Raises:
+        ValueError: the two have different seeds, or the first one collected has another seed than 0.
+    """
     runs = {"point_moe": read_results(moe), "dense": read_results(dense)}
-    return {"command": "make demo", "runs": {name: summary(run) for name, run in runs.items()}}
+    seeds = {run.seed for run in runs.values()}
+    if len(seeds) > 1:
+        raise ValueError(f"{moe} and {dense} have the seeds {sorted(map(str, seeds))}; give two runs of one seed")
+    report = {"command": "make demo", **(known or {})}
+    found, seed = {name: summary(run) for name, run in runs.items()}, seeds.pop()
+    if seed == 0:
+        return {**report, "runs": found}
+    if "runs" not in report:
+        raise ValueError(f"{moe} has seed {seed}, but the table is that of seed 0; collect that one first")
+    held = {**report.get("seeds", {}), str(seed): found}
+    return {**report, "seeds": {key: held[key] for key in sorted(held, key=int)}}
 
 
 def summary(run: RunResults) -> dict[str, Any]:
@@ -58,35 +80,101 @@ def table(report: dict[str, Any]) -> str:
     for role in ROLES:
         names = [name for name in moe["roles"] if moe["roles"][name] == role]
         cells = [(moe["values"][name], dense["values"][name]) for name in names]
-        rows += [f"| {name} | {role} | {a:.3f} | {b:.3f} |" for name, (a, b) in zip(names, cells, strict=True)]
-        means = [sum(column) / len(column) for column in zip(*cells, strict=True)]
-        if len(cells) > 1:
+        rows += [f"| {name} | {role} | {_score(a)} | {_score(b)} |" for name, (a, b) in zip(names, cells, strict=True)]
+        both = [(a, b) for a, b in cells if _defined(a) and _defined(b)]
+        means = [sum(column) / len(column) for column in zip(*both, strict=True)]
+        if len(both) > 1:
             rows.append(f"| **mean {role}** | | **{means[0]:.3f}** | **{means[1]:.3f}** |")
     header = moe["header"]
     minutes = [run["header"]["fit_seconds"] / 60 for run in (moe, dense)]
     note = (
         f"Mean IoU over the classes present, at the raw points; `{report['command']}`, one seed ({header['seed']}), "
         f"torch {header['versions']['torch']}, 2 cores; training took {minutes[0]:.1f} and {minutes[1]:.1f} minutes. "
-        "One seed decides nothing. Over eight seeds of a shorter training the difference to the dense twin is within "
-        "the noise on seen and on unseen domains: [docs/evidence.md](docs/evidence.md). "
+        f"One seed decides nothing. {short_trainings()}: [docs/evidence.md](docs/evidence.md). "
         "From [benchmarks/results/point_moe_demo.json](benchmarks/results/point_moe_demo.json)."
     )
-    return "\n".join(["", *rows, "", note, "", ""])
+    other = [full_trainings(report), ""] if report.get("seeds") else []
+    return "\n".join(["", *rows, "", *other, note, "", ""])
+
+
+def seen_mean(run: dict[str, Any]) -> float:
+    """Return the mean of the main metric over the seen domains of one run."""
+    values = [value for name, value in run["values"].items() if run["roles"][name] == "seen" and _defined(value)]
+    return float(sum(values) / len(values))
+
+
+def _defined(value: float | None) -> bool:
+    """Whether a domain has a score: a file says null for nan."""
+    return value is not None and not math.isnan(value)
+
+
+def _score(value: float | None) -> str:
+    return f"{value:.3f}" if value is not None and _defined(value) else "-"
+
+
+def full_trainings(report: dict[str, Any]) -> str:
+    """Say what the same training gave with each seed, and whether the seeds or the models differ by more."""
+    every = {str(report["runs"]["point_moe"]["header"]["seed"]): report["runs"], **report.get("seeds", {})}
+    means = {seed: (seen_mean(runs["point_moe"]), seen_mean(runs["dense"])) for seed, runs in every.items()}
+    told = ", ".join(f"{a:.3f} against {b:.3f} (seed {seed})" for seed, (a, b) in means.items())
+    columns = list(zip(*means.values(), strict=True))
+    spread = max(max(column) - min(column) for column in columns)
+    effect = sum(a - b for a, b in means.values()) / len(means)
+    line = f"Mean seen mIoU of full trainings, Point-MoE against its dense twin: {told}."
+    if len(means) < 2:
+        return line
+    verdict = "more" if spread > abs(effect) else "less"
+    effect_text, spread_text = f"{effect:+.3f}".replace("-", "−"), f"{spread:.3f}"
+    return (
+        f"{line} The models differ by {effect_text} on average, the seeds of one model by up to {spread_text}: the "
+        f"seeds differ by {verdict} than the models."
+    )
+
+
+def short_trainings() -> str:
+    """Say what the evidence over many seeds of a shorter training finds on seen and on unseen domains."""
+    words = {"supported": "in favour of Point-MoE", "not supported": "not in favour of Point-MoE"}
+    parts, seeds = [], set()
+    for role, name in (("seen", "C1a"), ("unseen", "C2a")):
+        claim = claim_of("point_moe", name)
+        seeds.add(len(claim["seeds"]))
+        parts.append(f"{words.get(claim['verdict'], 'within the noise')} on {role} domains")
+    both = " and ".join(parts)
+    if len({part.split(" on ")[0] for part in parts}) == 1:
+        both = f"{parts[0].split(' on ')[0]} on seen and on unseen domains"
+    return f"Over {min(seeds)} seeds of a shorter training the difference to the dense twin is {both}"
+
+
+def claim_of(system: str, name: str) -> dict[str, Any]:
+    """Return a claim of the committed results of a system."""
+    path = ROOT / "benchmarks" / "results" / f"{system}.json"
+    claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    found: dict[str, Any] = next(claim for claim in claims if claim["id"] == name)
+    return found
 
 
 def verdicts() -> str:
     """Return the Markdown of the verdicts: one row per comparison, from the committed results of its system."""
-    rows = ["| system | claim | difference | holds |", "|---|---|---|---|"]
+    rows = ["| system | claim | difference | compute | holds |", "|---|---|---|---|---|"]
     for system, name in CLAIMS:
-        path = ROOT / "benchmarks" / "results" / f"{system}.json"
-        claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
-        claim = next(c for c in claims if c["id"] == name)
-        rows.append(f"| {_NAMES[system]} | {claim['text']} | {difference(claim)} | {_WORDS[claim['verdict']]} |")
+        claim = claim_of(system, name)
+        word = _WORDS.get(claim["verdict"], claim["verdict"])
+        cells = (_NAMES[system], claim["text"], difference(claim), compute(claim), word)
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def compute(claim: dict[str, Any]) -> str:
+    """Say how much more the first of a comparison computed: in training, or in one row where that was not counted."""
+    if claim.get("train_flops_ratio") is not None:
+        return f"{claim['train_flops_ratio']:.2f}"
+    return f"{claim['flops_ratio']:.2f} a row" if claim.get("flops_ratio") is not None else "not counted"
 
 
 def difference(claim: dict[str, Any]) -> str:
     """Say by how much the mixture differs, with the interval; a difference of logarithms as a factor."""
+    if claim["diff_mean"] is None:
+        return "-"
     values = [claim["diff_mean"], *(claim["ci95"] or [])]
     factor = claim["scale"] == "log10"
     shown = [f"{10**v:.2f}" if factor else f"{v:+.4f}".replace("-", "−") for v in values]
@@ -104,14 +192,29 @@ def write_readme(report: dict[str, Any], readme: Path) -> None:
 
 
 def main(args: list[str]) -> int:
-    """Collect the runs, if given, and rewrite the tables."""
+    """Collect the runs, if given, and rewrite the tables; or print what is known of other seeds."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else None
+    if args == ["--seeds"]:
+        print(known_of_seeds(known or {}))
+        return 0
     if len(args) == 2:
-        write_json(RESULTS, collect(Path(args[0]), Path(args[1])))
-    elif args:
-        print("usage: python -m benchmarks.readme [RUN_MOE RUN_DENSE]", file=sys.stderr)
+        try:
+            known = collect(Path(args[0]), Path(args[1]), known)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        write_json(RESULTS, known)
+    elif args or known is None:
+        print("usage: python -m benchmarks.readme [RUN_MOE RUN_DENSE | --seeds]", file=sys.stderr)
         return 2
-    write_readme(json.loads(RESULTS.read_text(encoding="utf-8")), ROOT / "README.md")
+    write_readme(known, ROOT / "README.md")
     return 0
+
+
+def known_of_seeds(report: dict[str, Any]) -> str:
+    """Return the closing lines of the demo: what other seeds of this training, and of a shorter one, have given."""
+    lines = [full_trainings(report)] if report.get("seeds") else []
+    return "\n".join([*lines, f"{short_trainings()} (docs/evidence.md)."])
 
 
 if __name__ == "__main__":

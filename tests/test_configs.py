@@ -37,6 +37,15 @@ def test_file_begins_with_a_line_that_says_what_it_is(path: Path) -> None:
     assert 30 <= len(first) <= 132
 
 
+@pytest.mark.parametrize("path", [*BASES, *BASELINES, *PAPERS], ids=name)
+def test_weights_of_auxiliary_losses_are_for_each_layer_as_in_the_codes_they_come_from(path: Path) -> None:
+    model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model", {}).get("init_args", {})
+    for loss in model.get("aux_losses") or []:
+        named = loss["init_args"].get("reduction")
+        # The sums of the image task are the classes' own; a loss of the core says what it does with several layers.
+        assert named == "sum" or (named is None and loss["class_path"].startswith("tasks.")), loss
+
+
 @pytest.mark.parametrize("path", BASES, ids=name)
 def test_base_config_parses_and_names_its_system(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = parsed(flags(path), capsys)

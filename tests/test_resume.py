@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def test_resumed_run_takes_the_best_checkpoint_along(tmp_path: Path) -> None:
     first = torch.load(checkpoints(tmp_path, 0) / "best.ckpt", weights_only=True)
     carried = torch.load(checkpoints(tmp_path, 1) / "best.ckpt", weights_only=True)
     assert carried["epoch"] == first["epoch"] == 0
+    origins = [json.loads((checkpoints(tmp_path, k).parent / "run.json").read_text()) for k in (0, 1)]
+    assert [origin["continued_from"] for origin in origins] == [None, str(last)]
     assert resumed.trainer.checkpoint_callback.best_model_path == str(checkpoints(tmp_path, 1) / "best.ckpt")
 
 

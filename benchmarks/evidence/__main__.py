@@ -15,7 +15,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.evidence.cells import CellError, CellResult, differing_metrics, read_cells, write_cell
+from benchmarks.evidence.cells import (
+    CellError,
+    CellResult,
+    beside_seeds,
+    differing_metrics,
+    largest_share,
+    read_cells,
+    same_arithmetic,
+    write_cell,
+)
 from benchmarks.evidence.grid import Cell, Grid, GridError, list_systems, load_grid
 from benchmarks.evidence.recount import count_variant, rewrite
 from benchmarks.evidence.report import render
@@ -78,7 +87,11 @@ class Evidence:
         return [c for c, result in self.read().items() if c.variant in now and result.definition != now[c.variant]]
 
     def verify(self, count: int, *, seed: int | None = None, jobs: int = 2) -> int:
-        """Draw finished cells at random, run them again, and give how many differ by more than 1e-6."""
+        """Draw finished cells at random, run them again, and give how many differ.
+
+        With the same instruction set and threads that is by more than 1e-6. A cell made with others, or before cells
+        said so, is held to the spread over the seeds of its variant, and what differs is printed beside it.
+        """
         done = self.read()
         fresh = sorted(done.keys() - set(self.stale()), key=lambda cell: cell.stem)
         if len(fresh) < count:
@@ -89,8 +102,12 @@ class Evidence:
         bad: list[str] = []
 
         def compare(result: CellResult) -> None:
-            lines = differing_metrics(done[result.cell], result)
-            self.console.print(f"{result.cell.stem}: " + ("the same numbers to 1e-6" if not lines else "DIFFERS"))
+            old = done[result.cell]
+            lines = differing_metrics(old, result)
+            if lines and not same_arithmetic(old, result):
+                lines = self._compare_beside_seeds(old, result, done)
+            else:
+                self.console.print(f"{result.cell.stem}: " + ("the same numbers to 1e-6" if not lines else "DIFFERS"))
             for line in lines:
                 self.console.print(f"  {line}")
             bad.extend([result.cell.stem] if lines else [])
@@ -108,6 +125,22 @@ class Evidence:
             numbers = ", ".join(f"{key} {value:,.6g}" for key, value in found.items())
             self.console.print(f"{name}: {len(changed)} cells, {numbers}")
         self.summarise()
+
+    def _compare_beside_seeds(self, old: CellResult, new: CellResult, done: dict[Cell, CellResult]) -> list[str]:
+        """Print how a cell differs from itself under other arithmetic; give what the seeds do not dwarf."""
+        others = [result for cell, result in done.items() if cell.variant == old.variant]
+        used = {claim.metric for claim in self.grid.claims if old.variant in claim.variants} | set(self.grid.show)
+        metrics = sorted(name for name in used if name in old.metrics or name in new.metrics)
+        lines = beside_seeds(old, new, others, metrics)
+        made = f"{old.instruction_set or 'an unknown instruction set'} ({old.machine or 'unknown machine'})"
+        told = "DIFFERS beyond the spread over seeds" if lines else "the same within the spread over seeds"
+        self.console.print(f"{old.cell.stem}: {told}", markup=False)
+        self.console.print(
+            f"  made with {made}, run again with {new.instruction_set or 'an unknown one'}: not the same to 1e-6; "
+            + largest_share(old, new, others, metrics),
+            markup=False,
+        )
+        return lines
 
     def summarise(self) -> dict[str, Any]:
         """Compute and write ``benchmarks/results/<system>.json`` and docs/evidence.md; give the former."""
@@ -198,7 +231,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="train nothing; count FLOPs and active parameters of each variant anew and write them into its cells",
     )
     parser.add_argument(
-        "--verify", type=int, metavar="N", help="draw N finished cells, run them again, compare to 1e-6"
+        "--verify",
+        type=int,
+        metavar="N",
+        help="draw N finished cells, run them again, compare to 1e-6 (if made with other instructions: to the spread "
+        "over seeds)",
     )
     parser.add_argument(
         "--verify-seed", type=int, metavar="S", help="seed of the drawing (default: another one each time)"

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks.evidence.grid import Cell
 
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
+ONE_SEED_BOUND = 1e-3  # Relative; what other instruction sets were seen to change (ProMoE 1e-3, Point-MoE 4e-5).
 _SCALARS = ("params_total", "params_active", "flops_per_token", "train_flops")
 
 
@@ -45,6 +47,8 @@ class CellResult:
         missing_domains: Domain -> reason why it was left out.
         cpu_s: CPU seconds of the whole command (all its processes), with one thread.
         machine: Processor and operating system; no host name.
+        instruction_set: What torch's kernels used (``AVX2``, ``AVX512`` ...); empty for a cell older than the field.
+        threads: Threads of torch, or None for such a cell.
         versions: Versions of Python and packages.
         train_flops: Operations of all training steps, forward and backward, or None if the run did not say.
     """
@@ -66,6 +70,8 @@ class CellResult:
     missing_domains: dict[str, str] = field(default_factory=dict)
     cpu_s: float = 0.0
     machine: str = ""
+    instruction_set: str = ""
+    threads: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     train_flops: int | None = None
 
@@ -168,6 +174,8 @@ def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: 
         missing_domains=dict(header.get("missing_domains", {})),
         cpu_s=round(cpu_s, 1),
         machine=describe_machine(),
+        instruction_set=str(header.get("machine", {}).get("instruction_set", "")),
+        threads=header.get("machine", {}).get("threads"),
         versions=dict(header.get("versions", {})),
         train_flops=header.get("train_flops"),
     )
@@ -181,6 +189,58 @@ def differing_metrics(old: CellResult, new: CellResult, tolerance: float = 1e-6)
         if a is None or b is None or abs(a - b) > tolerance * max(1.0, abs(a)):
             lines.append(f"{name}: {a} before, {b} now")
     return lines
+
+
+def same_arithmetic(old: CellResult, new: CellResult) -> bool:
+    """Whether two runs of a cell must agree to the last digits: the same known instruction set and threads."""
+    return bool(old.instruction_set) and (old.instruction_set, old.threads) == (new.instruction_set, new.threads)
+
+
+def beside_seeds(old: CellResult, new: CellResult, others: Sequence[CellResult], metrics: Sequence[str]) -> list[str]:
+    """List, for a cell run again with other arithmetic, differences that the seeds do not dwarf.
+
+    Kernels of another instruction set round in another way, and training carries that on. It says nothing about a claim
+    while it lies below the standard deviation over the variant's own seeds.
+
+    Args:
+        old: The finished cell.
+        new: The same cell, run here.
+        others: All finished cells of the variant, ``old`` among them.
+        metrics: What is compared: the metrics that claims and tables use.
+
+    Returns:
+        One line per metric whose difference exceeds that spread, or is not known in both.
+    """
+    lines = []
+    for name in metrics:
+        a, b = old.metrics.get(name), new.metrics.get(name)
+        values = [cell.metrics[name] for cell in others if name in cell.metrics]
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            lines.append(f"{name}: {a} before, {b} now")
+            continue
+        # With one seed there is no spread: a thousandth of the value stands in for it.
+        bound = statistics.stdev(values) if len(values) > 1 else ONE_SEED_BOUND * abs(a)
+        if abs(a - b) > max(bound, 1e-6 * max(1.0, abs(a))):
+            lines.append(f"{name}: {a} before, {b} now; over {len(values)} seeds the spread is {bound:.3g}")
+    return lines
+
+
+def largest_share(old: CellResult, new: CellResult, others: Sequence[CellResult], metrics: Sequence[str]) -> str:
+    """Say which difference is the largest beside the spread over seeds."""
+    shares = {}
+    for name in metrics:
+        values = [cell.metrics[name] for cell in others if name in cell.metrics]
+        if len(values) > 1 and name in old.metrics and name in new.metrics and statistics.stdev(values) > 0:
+            shares[name] = abs(old.metrics[name] - new.metrics[name]) / statistics.stdev(values)
+    if not shares:
+        return "no metric has a spread over seeds to set it beside"
+    name = max(shares, key=lambda key: shares[key])
+    return (
+        f"the largest difference is {name}: {old.metrics[name]:.6g} before, {new.metrics[name]:.6g} now, "
+        f"{shares[name]:.2g} of the standard deviation over seeds"
+    )
 
 
 def describe_machine() -> str:

@@ -35,7 +35,7 @@ def main(args: list[str]) -> int:
     from moeapps.evaluation.compute import cost_lines, cost_warnings
     from moeapps.evaluation.results import read_results
     from moeapps.evaluation.xeval import build_matrix
-    from moeapps.reporting.matrix import markdown, rich_tables
+    from moeapps.reporting.matrix import closing_lines, markdown, rich_tables
 
     try:
         runs = [read_results(path) for path in options.runs]
@@ -51,6 +51,8 @@ def main(args: list[str]) -> int:
         console.print(line, soft_wrap=True, highlight=False)
     for line in cost_warnings(runs, baseline):
         print(f"warning: {line}", file=sys.stderr)
+    for line in closing_lines(matrix):
+        console.print(line, highlight=False)
     if options.out is not None:
         from moeapps.training.run import finite, write_text
 

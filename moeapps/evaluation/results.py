@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moeapps.training.run import newest_version
+from moeapps.training.run import newest_version, seeds_of, variant_hash
 
 Direction = Literal["max", "min"]
 
@@ -26,6 +26,8 @@ class RunResults:
         counts: domain -> number of test items.
         directions: metric -> ``max`` (larger is better) or ``min``.
         units: metric -> domain -> values per test unit, where the task gives them.
+        parts: metric -> domain -> [U, G, 3], what each test unit adds to the score (see `moeapps.evaluation.units`).
+        config: the run's config.yaml where it lies beside; empty where not.
     """
 
     path: Path
@@ -35,11 +37,40 @@ class RunResults:
     counts: dict[str, int]
     directions: dict[str, Direction]
     units: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def variant(self) -> str:
-        """``system/name``: runs of one variant differ by their seeds."""
+    def label(self) -> str:
+        """``system/name``: what people call it."""
         return f"{self.header.get('system') or '?'}/{self.header.get('name') or '?'}"
+
+    @property
+    def identity(self) -> str:
+        """What was run, seeds apart: the hash in the header, else that of the config beside it, else the label."""
+        known = self.header.get("variant_hash")
+        return str(known) if known else variant_hash(self.config) if self.config else self.label
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """All seeds of the run by their keys; only ``seed_everything`` where the file says no more."""
+        known = self.header.get("seeds")
+        if known is None and self.config:
+            known = seeds_of({key: self.config.get(key) for key in ("seed_everything", "model", "data")})
+        if known is None:
+            known = {} if self.seed is None else {"seed_everything": self.seed}
+        return dict(known)
+
+    @property
+    def data_seeds(self) -> dict[str, int]:
+        """The seeds that other test data would come from; the order of training rows is none of them."""
+        return {k: v for k, v in self.seeds.items() if k.startswith("data.") and k != "data.init_args.seed"}
+
+    @property
+    def continued_from(self) -> Path | None:
+        """The run folder that this training went on from, None for a training from the start."""
+        found = self.header.get("continued_from", self.config.get("ckpt_path"))
+        return Path(found).resolve().parents[1] if found else None
 
     @property
     def seed(self) -> int | None:
@@ -76,6 +107,10 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
         for row in rows:
             value = math.nan if row["value"] is None else float(row["value"])
             values.setdefault(row["metric"], {})[row["domain"]] = value
+        parts: dict[str, dict[str, Any]] = {}
+        for domain, metrics in raw.get("parts", {}).items():
+            for metric, rows_of_units in metrics.items():
+                parts.setdefault(metric, {})[domain] = rows_of_units
         units: dict[str, dict[str, list[float]]] = {}
         for domain, metrics in raw.get("units", {}).items():
             for metric, numbers in metrics.items():
@@ -88,6 +123,19 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
             {row["domain"]: int(row["n"]) for row in rows},
             {row["metric"]: row["direction"] for row in rows},
             units,
+            parts,
+            _config_beside(folder),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is no results file of this suite ({error!r}); run the test again") from error
+
+
+def _config_beside(folder: Path) -> dict[str, Any]:
+    """The configuration of a run folder, for results written before they said what was run."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return {}
+    import yaml
+
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}

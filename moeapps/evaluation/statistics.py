@@ -218,6 +218,10 @@ def bootstrap_interval(
     compute = statistic if statistic is not None else _mean
     generator = np.random.default_rng(seed)
     draws = np.array([compute(data[generator.integers(0, len(data), len(data))]) for _ in range(resamples)])
+    # A sample that happens to hold nothing to score has no value, and does not make the interval undefined.
+    draws = draws[~np.isnan(draws)]
+    if not len(draws):
+        return Interval(float(compute(data)), math.nan, math.nan, len(data))
     low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(float(compute(data)), float(low), float(high), len(data))
 

@@ -3,21 +3,28 @@
 
 Intervals answer two questions that are kept apart: over TEST UNITS of one run (seeded bootstrap: would other test items
 change the number?) and over SEEDS of one variant (t: would another training run?). Differences to a baseline are
-paired: over common seeds where there are at least two, else over the units of the one pair of runs.
+paired: over common seeds where there are at least two, else over the units of the one pair of runs, which says nothing
+about another training and therefore gives no verdict. Every number is of one score: that of the table.
+
+Runs are one variant where the same was run, seeds apart (see ``RunResults.identity``), whatever they are called.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moeapps.evaluation.remarks import conclusion, different_data, different_domains
 from moeapps.evaluation.results import Direction, RunResults
-from moeapps.evaluation.statistics import Interval, bootstrap_interval, paired_t_interval, t_interval
+from moeapps.evaluation.statistics import Interval, paired_t_interval, t_interval
+from moeapps.evaluation.units import Floats, plain_parts, pooled_score, score_draws
+from moeapps.evaluation.variants import Variant, check_runs, pair_keys, variants_of
 
 ROLES = ("seen", "validation", "unseen")
 
@@ -28,10 +35,10 @@ class Row:
 
     Args:
         run: the run folder.
-        variant: ``system/name``.
+        variant: name of its variant.
         seed: seed of the run.
         cells: column -> value; columns are domains, ``mean <role>``, ``worst unseen`` and ``gap``.
-        intervals: domain -> interval of the mean over test units (per-unit values need not average to the metric).
+        intervals: domain -> the same value with its interval over test units, where units tell it.
     """
 
     run: Path
@@ -46,12 +53,13 @@ class Difference:
     """Variant minus baseline in one column.
 
     Args:
-        variant: ``system/name`` of the compared runs.
+        variant: name of the compared variant.
         baseline: that of the baseline.
         column: column of the matrix.
-        interval: mean difference with its 95 percent interval.
+        interval: mean difference of the values of the table with its 95 percent interval (NaN where there is none).
         over: ``seeds`` (paired t) or ``units`` (paired bootstrap within one pair of runs).
-        better: whether the whole interval lies on the better side (True), on the worse (False), or neither (None).
+        better: over seeds, whether the whole interval lies on the better side (True), on the worse (False), or neither
+            (None); one pair of runs always gives None.
     """
 
     variant: str
@@ -73,6 +81,7 @@ class Matrix:
         rows: one per run.
         variants: variant -> column -> mean over its runs with a t interval (two or more runs).
         differences: to the baseline, if one was given.
+        notes: what a reader of the numbers must know: other test data, means over other domains, missing pairs.
     """
 
     metric: str
@@ -81,6 +90,7 @@ class Matrix:
     rows: list[Row]
     variants: dict[str, dict[str, Interval]]
     differences: list[Difference]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def columns(self) -> list[str]:
@@ -97,6 +107,8 @@ class Matrix:
             "rows": [{**asdict(row), "run": str(row.run)} for row in self.rows],
             "variants": {name: {c: asdict(i) for c, i in cells.items()} for name, cells in self.variants.items()},
             "differences": [asdict(difference) for difference in self.differences],
+            "notes": self.notes,
+            "conclusion": conclusion(self.metric, self.differences),
         }
 
 
@@ -109,14 +121,16 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
         metric: name of the metric; None takes the main metric of the first run.
 
     Raises:
-        ValueError: no run, runs of several systems, or a run without the metric.
+        ValueError: no run, runs of several systems, a run without the metric or without training, two runs of one seed
+            or a run and its continuation.
     """
     if not runs:
         raise ValueError("no run given; name at least one run folder")
     systems = sorted({str(run.header.get("system")) for run in (*runs, *baseline)})
     if len(systems) > 1:
         raise ValueError(f"the runs are of several systems ({', '.join(systems)}), which share no domains; give one's")
-    every = [*runs, *(run for run in baseline if run.path not in {other.path for other in runs})]
+    every = list({run.path.resolve(): run for run in (*runs, *baseline)}.values())
+    check_runs(every)
     chosen = metric or str(runs[0].header.get("main_metric") or next(iter(runs[0].values)))
     for run in every:
         if chosen not in run.values:
@@ -124,17 +138,29 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
     direction = runs[0].directions[chosen]
     found = {domain: role for run in every for domain, role in run.roles.items()}
     roles = {domain: role for wanted in ROLES for domain, role in found.items() if role == wanted}
-    rows = [Row(run.path, run.variant, run.seed, cells(run, chosen), unit_intervals(run, chosen)) for run in every]
-    differences = compare(runs, baseline, chosen, direction) if baseline else []
-    return Matrix(chosen, direction, roles, rows, _variants(rows), differences)
+    variants = variants_of(every)
+    rows = [
+        Row(run.path, variant.name, run.seed, cells(run, chosen), unit_intervals(run, chosen))
+        for run in every
+        for variant in variants
+        if any(run is own for own in variant.runs)
+    ]
+    notes = [*different_data(every), *different_domains(every, chosen)]
+    differences = compare(variants, baseline, chosen, direction, notes) if baseline else []
+    return Matrix(chosen, direction, roles, rows, _variants(rows), differences, notes)
 
 
-def cells(run: RunResults, metric: str) -> dict[str, float]:
+def cells(run: RunResults, metric: str, only: set[str] | None = None) -> dict[str, float]:
     """Return the columns of one run: domains, means over roles, the worst unseen domain, and the gap.
 
     The gap says how much worse unseen domains are than seen ones, whatever the metric's direction.
+
+    Args:
+        run: the results.
+        metric: which score.
+        only: domains that count; None for all. A domain whose score is not defined never does.
     """
-    values = run.values[metric]
+    values = {domain: v for domain, v in run.values[metric].items() if only is None or domain in only}
     out = dict(values)
     for role in ROLES:
         numbers = [v for domain, v in values.items() if run.roles[domain] == role and not math.isnan(v)]
@@ -148,62 +174,130 @@ def cells(run: RunResults, metric: str) -> dict[str, float]:
     return out
 
 
-def unit_intervals(run: RunResults, metric: str) -> dict[str, Interval]:
-    """Return domain -> bootstrap interval of the mean over test units, where two or more finite units are stored."""
-    out = {}
+def unit_parts(run: RunResults, metric: str) -> dict[str, Floats]:
+    """Return domain -> parts [U, G, 3] of two or more units, where they add up to the score of the table.
+
+    Values per unit whose mean is another score (each unit scored alone, or a median) are left out: an interval about
+    another number would contradict the table.
+    """
+    found = {domain: np.asarray(rows, dtype=np.float64) for domain, rows in run.parts.get(metric, {}).items()}
     for domain, numbers in run.units.get(metric, {}).items():
-        finite = [x for x in numbers if math.isfinite(x)]
-        if len(finite) >= 2:
-            out[domain] = bootstrap_interval(finite)
+        found.setdefault(domain, plain_parts(numbers))
+    return {
+        domain: parts
+        for domain, parts in found.items()
+        if len(parts) >= 2 and _same(float(pooled_score(parts.sum(0))), run.values[metric].get(domain, math.nan))
+    }
+
+
+def unit_intervals(run: RunResults, metric: str) -> dict[str, Interval]:
+    """Return domain -> the score with its bootstrap interval over test units, where units are stored."""
+    out = {}
+    for domain, parts in unit_parts(run, metric).items():
+        out[domain] = _interval(run.values[metric][domain], score_draws(parts, seed=_seed(domain)), len(parts))
     return out
 
 
 def compare(
-    runs: Sequence[RunResults], baseline: Sequence[RunResults], metric: str, direction: Direction
+    variants: Sequence[Variant],
+    baseline: Sequence[RunResults],
+    metric: str,
+    direction: Direction,
+    notes: list[str],
 ) -> list[Difference]:
     """Return the paired differences of every variant to the baseline, column by column.
 
+    Args:
+        variants: all runs, the baseline's among them.
+        baseline: runs of one variant.
+        metric: which score.
+        direction: whether larger is better.
+        notes: gains a line for a variant that shares no seed with the baseline.
+
     Raises:
-        ValueError: the baseline holds runs of several variants, or two runs of one seed.
+        ValueError: the baseline holds runs of several variants, or runs of its own variant that it was not given.
     """
-    names = sorted({run.variant for run in baseline})
-    if len(names) > 1:
-        raise ValueError(f"the baseline mixes the variants {', '.join(names)}; give the runs of one")
-    base = _by_seed(baseline)
+    paths = {run.path.resolve() for run in baseline}
+    bases = [variant for variant in variants if any(run.path.resolve() in paths for run in variant.runs)]
+    if len(bases) > 1:
+        raise ValueError(
+            f"the baseline mixes the variants {', '.join(sorted(v.name for v in bases))}; give the runs of one"
+        )
+    left_out = [run for run in bases[0].runs if run.path.resolve() not in paths]
+    if left_out:
+        raise ValueError(
+            f"{left_out[0].path} ran the same as the baseline ({bases[0].name}), with another seed; give it as a "
+            "baseline, too, or not at all"
+        )
     out: list[Difference] = []
-    others = [run for run in runs if run.path not in {run.path for run in baseline}]
-    for variant in dict.fromkeys(run.variant for run in others):
-        group = _by_seed([run for run in others if run.variant == variant])
-        common = [seed for seed in group if seed in base]
-        if len(common) >= 2:
-            pairs = [(cells(group[s], metric), cells(base[s], metric)) for s in common]
-            columns = [
-                c for c in pairs[0][0] if all(math.isfinite(a.get(c, math.nan) - b.get(c, math.nan)) for a, b in pairs)
-            ]
-            found = {c: paired_t_interval([a[c] for a, _ in pairs], [b[c] for _, b in pairs]) for c in columns}
-            over = "seeds"
-        else:
-            seed = common[0] if common else None
-            one = group[seed] if seed is not None else next(iter(group.values()))
-            other = base[seed] if seed is not None else next(iter(base.values()))
-            found, over = _unit_differences(one, other, metric), "units"
+    keys = pair_keys([run for variant in variants for run in variant.runs])
+    base = {keys[run.path]: run for run in bases[0].runs}
+    for variant in variants:
+        if variant is bases[0]:
+            continue
+        pairs = [(run, base[keys[run.path]]) for run in variant.runs if keys[run.path] in base]
+        if not pairs:
+            notes.append(
+                f"{variant.name} and {bases[0].name} share no seed: their difference is that of the first run of each."
+            )
+            pairs = [(variant.runs[0], bases[0].runs[0])]
+        over = "seeds" if len(pairs) >= 2 else "units"
+        found = _over_seeds(pairs, metric) if over == "seeds" else _over_units(*pairs[0], metric)
         for column, interval in found.items():
-            better = _better(interval, column, direction)
-            out.append(Difference(variant, names[0], column, interval, over, better))
+            better = _better(interval, column, direction) if over == "seeds" else None
+            out.append(Difference(variant.name, bases[0].name, column, interval, over, better))
     return out
 
 
-def _unit_differences(one: RunResults, other: RunResults, metric: str) -> dict[str, Interval]:
-    """Return domain -> bootstrap interval of the mean paired difference over common test units."""
-    found = {}
-    for domain, left in one.units.get(metric, {}).items():
-        right = other.units.get(metric, {}).get(domain, [])
-        if len(left) == len(right):
-            difference = np.asarray(left) - np.asarray(right)
-            difference = difference[np.isfinite(difference)]
-            if len(difference) >= 2:
-                found[domain] = bootstrap_interval(difference)
-    return found
+def _over_seeds(pairs: Sequence[tuple[RunResults, RunResults]], metric: str) -> dict[str, Interval]:
+    """Return column -> paired t interval over seeds."""
+    both = [_common_cells(one, other, metric) for one, other in pairs]
+    columns = [c for c in both[0][0] if all(math.isfinite(a.get(c, math.nan) - b.get(c, math.nan)) for a, b in both)]
+    return {c: paired_t_interval([a[c] for a, _ in both], [b[c] for _, b in both]) for c in columns}
+
+
+def _over_units(one: RunResults, other: RunResults, metric: str) -> dict[str, Interval]:
+    """Return column -> the difference of two runs, with a paired bootstrap interval over units where all have some."""
+    left, right = _common_cells(one, other, metric)
+    parts = [unit_parts(run, metric) for run in (one, other)]
+    shared = [d for d in parts[0] if d in parts[1] and parts[0][d].shape == parts[1][d].shape]
+    draws = {d: np.subtract(*(score_draws(part[d], seed=_seed(d)) for part in parts)) for d in shared}
+    counts = {d: len(parts[0][d]) for d in shared}
+    for role in ROLES:
+        own = [d for d, found in one.roles.items() if found == role and math.isfinite(left.get(d, math.nan))]
+        own = [d for d in own if math.isfinite(right.get(d, math.nan))]
+        if own and all(d in shared for d in own):
+            draws[f"mean {role}"] = np.mean([draws[d] for d in own], axis=0)
+            counts[f"mean {role}"] = sum(counts[d] for d in own)
+    if "mean seen" in draws and "mean unseen" in draws:
+        sign = 1.0 if one.directions[metric] == "max" else -1.0
+        draws["gap"] = sign * (draws["mean seen"] - draws["mean unseen"])
+        counts["gap"] = counts["mean seen"] + counts["mean unseen"]
+    finite = [c for c in left if math.isfinite(left[c] - right.get(c, math.nan))]
+    return {c: _interval(left[c] - right[c], draws.get(c), counts.get(c, 0)) for c in finite}
+
+
+def _common_cells(one: RunResults, other: RunResults, metric: str) -> tuple[dict[str, float], dict[str, float]]:
+    """The columns of two runs over the domains where both have a score: means over other domains do not compare."""
+    left, right = one.values[metric], other.values[metric]
+    both = {d for d in left if not math.isnan(left[d]) and not math.isnan(right.get(d, math.nan))}
+    return cells(one, metric, both), cells(other, metric, both)
+
+
+def _interval(value: float, draws: Floats | None, n: int) -> Interval:
+    """The value with the interval of its draws; NaN where there are none."""
+    known = np.empty(0) if draws is None else draws[np.isfinite(draws)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return Interval(value, float(low), float(high), n)
+
+
+def _seed(domain: str) -> int:
+    return zlib.crc32(domain.encode())
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether two numbers are one score but for rounding in single precision."""
+    return math.isfinite(a) and abs(a - b) <= 1e-4 * max(abs(b), 1e-8)
 
 
 def _better(interval: Interval, column: str, direction: Direction) -> bool | None:
@@ -211,15 +305,6 @@ def _better(interval: Interval, column: str, direction: Direction) -> bool | Non
     sign = -1.0 if column == "gap" or direction == "min" else 1.0
     low, high = sorted((sign * interval.low, sign * interval.high))
     return True if low > 0 else False if high < 0 else None
-
-
-def _by_seed(runs: Sequence[RunResults]) -> dict[int | None, RunResults]:
-    found: dict[int | None, RunResults] = {}
-    for run in runs:
-        if run.seed in found:
-            raise ValueError(f"{run.path} and {found[run.seed].path} have seed {run.seed}; give one run per seed")
-        found[run.seed] = run
-    return found
 
 
 def _variants(rows: Sequence[Row]) -> dict[str, dict[str, Interval]]:

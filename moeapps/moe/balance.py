@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
 
@@ -54,14 +54,6 @@ def update_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     counts_E = counts_E.double()
     delta_E = rate * torch.sign(counts_E.mean() - counts_E)
     return bias_E + (delta_E - delta_E.mean()).to(bias_E.dtype)
-
-
-def sum_over_ranks(counts_E: Tensor) -> Tensor:
-    """Give the sum of ``counts_E`` over all ranks of the default process group; without one, the counts themselves."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        counts_E = counts_E.clone()
-        dist.all_reduce(counts_E)
-    return counts_E
 
 
 class CountAccumulator:

@@ -133,6 +133,8 @@ def _every(work: Work, weight: Tensor) -> tuple[Tensor, Tensor]:
             )
         x = x * weight.T.to(x.dtype).reshape(*weight.T.shape, *(1,) * (x.ndim - (2 if work.per_expert else 1)))
         weight = torch.ones_like(weight)
+    if work.token_mask is not None:
+        return work.experts.every_counted(x, work.token_mask, *work.side), weight
     return work.experts.every(x, *work.side), weight
 
 

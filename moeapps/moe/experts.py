@@ -80,6 +80,13 @@ class Experts(nn.Module):
         """
         raise NotImplementedError
 
+    def every_counted(self, x: Tensor, token_mask: Tensor, *side: Tensor) -> Tensor:
+        """As ``every`` where only some rows count, bool [N]; what comes out of the others is not used.
+
+        A bank whose experts see all rows (batch statistics) overrides this and leaves the others out.
+        """
+        return self.every(x, *side)
+
     def feed_forward(self) -> FeedForward | None:
         """The stacked weights, or None where the experts are not a stacked two-layer network."""
         return None

@@ -13,7 +13,7 @@ from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Combiner, Sum, Work
 from moeapps.moe.experts import Experts
 from moeapps.moe.record import record_call
-from moeapps.moe.routers.router import RouterBase
+from moeapps.moe.routers.router import RouterBase, check_rows, only_rows, read_rows
 from moeapps.moe.routers.score import Features
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
 
@@ -95,13 +95,40 @@ class MoELayer(nn.Module):
             features: what is routed on, (..., d); all leading dimensions are rows. A router with gates also takes
                 (G, N, d) or a tuple of tensors, an attention gate its tuple; those are handed over as they are.
             state: memory of a recurrent router; the new one is ``routing.state``.
-            token_mask: bool, shaped like the rows; False rows get no work and exactly 0.
-            group: int64, shaped like the rows: domain, sample or condition.
+            token_mask: bool, shaped like the rows; False rows get no work, and nothing else depends on them: they are
+                read as 1 (nan and infinity too), and no count, statistic or gradient knows of them.
+            group: int64, shaped like the rows, or flat: domain, sample or condition.
+
+        Raises:
+            ValueError: for a mask that is not bool, or a mask or group that is not shaped like the rows.
         """
-        if isinstance(features, Tensor) and not self.router.takes_gates:
-            dims = self._row_dims if features.ndim > self._row_dims else 1
-            features = features.reshape(-1, *features.shape[features.ndim - dims :])
-        mask_N, group_N = _flat(token_mask), _flat(group)
+        lead = self._lead(features)
+        _check_inputs(lead, token_mask, group)
+        return self._route(features, state, _flat(token_mask), _flat(group))
+
+    def _lead(self, features: Features) -> torch.Size:
+        """Leading dimensions of what is routed on, which mask and group share."""
+        if not isinstance(features, Tensor):
+            return features[0].shape[:1]
+        if self.router.takes_gates:
+            return features.shape[-2:-1]
+        return features.shape[: features.ndim - self._feature_dims(features)]
+
+    def _feature_dims(self, features: Tensor) -> int:
+        return self._row_dims if features.ndim > self._row_dims else 1
+
+    def _route(
+        self, features: Features, state: Tensor | None, mask_N: Tensor | None, group_N: Tensor | None
+    ) -> AnyRouting:
+        """Route rows whose mask and group are flat."""
+        check_rows("token_mask", mask_N, (self._lead(features).numel(),), torch.bool)
+        if not isinstance(features, Tensor):
+            features = tuple(read_rows(member, mask_N) for member in features)
+        elif self.router.takes_gates:
+            features = read_rows(features, mask_N, features.ndim - 2)
+        else:
+            features = features.reshape(-1, *features.shape[features.ndim - self._feature_dims(features) :])
+            features = read_rows(features, mask_N)
         routing: AnyRouting = self.router(features, state=state, token_mask=mask_N, group=group_N)
         record_call(self, routing, token_mask=mask_N, group=group_N)
         return routing
@@ -126,30 +153,36 @@ class MoELayer(nn.Module):
             routing: from ``route`` (or made by hand), to be applied as it is; then features, group and state are
                 unused.
             side: further inputs of the experts, with the leading dimensions of x.
-            token_mask: bool, shaped like the rows; False rows get exactly 0. With a ``routing`` it concerns the shared
-                experts: routed ones follow the routing.
-            group: int64, shaped like the rows.
+            token_mask: bool, shaped like the rows; False rows get exactly 0, and nothing else depends on them (see
+                ``route``): experts read 1 there, and batch statistics leave them out. With a ``routing`` it should be
+                the mask that this was made with.
+            group: int64, shaped like the rows, or flat.
             state: memory of a recurrent router.
             per_expert: x is (E + num_shared, ..., d), each expert with its own view of the rows (dense routings).
 
         Returns:
             What the combiner gives, with the leading dimensions of x: (..., o) for the weighted sum.
+
+        Raises:
+            ValueError: for a mask that is not bool, or a mask or group that is not shaped like the rows.
         """
         lead = x.shape[1 if per_expert else 0 : x.ndim - self._row_dims]
         row = x.shape[x.ndim - self._row_dims :]
+        _check_inputs(lead, token_mask, group)
+        mask_N = _flat(token_mask)
         x = x.reshape(x.shape[0], -1, *row) if per_expert else x.reshape(-1, *row)
+        x = read_rows(x, mask_N, 1 if per_expert else 0)
         if routing is None:
             if per_expert and features is None:
                 raise ValueError("per_expert=True gives every expert another x: say what to route on by features=.")
-            read = x if features is None else features
-            routing = self.route(read, state=state, token_mask=token_mask, group=group)
-        rows = tuple(s.reshape(-1, *s.shape[len(lead) :]) for s in side)
+            routing = self._route(x if features is None else features, state, mask_N, _flat(group))
+        rows = tuple(read_rows(s.reshape(-1, *s.shape[len(lead) :]), mask_N) for s in side)
         work = Work(
             experts=self.experts,
             x=x,
             side=rows,
             num_shared=self.num_shared,
-            token_mask=_flat(token_mask),
+            token_mask=mask_N,
             backend=self.backend,
             weight_at=self.weight_at,
             per_expert=per_expert,
@@ -158,7 +191,8 @@ class MoELayer(nn.Module):
         if isinstance(routing, Routing) and routing.target_M is not None:
             return y
         at = routing.weight.ndim - 2 if isinstance(routing, DenseRouting) else 0
-        return tuple(_restored(part, at, lead) for part in y) if isinstance(y, tuple) else _restored(y, at, lead)
+        parts = tuple(_restored(only_rows(p, mask_N, at), at, lead) for p in (y if isinstance(y, tuple) else (y,)))
+        return parts if isinstance(y, tuple) else parts[0]
 
     @property
     def _row_dims(self) -> int:
@@ -167,6 +201,12 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for the printed module."""
         return f"num_shared={self.num_shared}, backend={self.backend!r}, weight_at={self.weight_at!r}"
+
+
+def _check_inputs(lead: torch.Size, token_mask: Tensor | None, group: Tensor | None) -> None:
+    """Refuse a mask that is not shaped like the rows, and group ids that are neither that nor flat."""
+    check_rows("token_mask", token_mask, lead, torch.bool)
+    check_rows("group", group, (lead.numel(),) if group is not None and group.ndim == 1 else lead)
 
 
 def _flat(values: Tensor | None) -> Tensor | None:

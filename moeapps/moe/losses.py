@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auxiliary losses as small modules that YAML names; the mathematics is in `moeapps.moe.objectives`.
 
-A task adds ``weight * loss(records)`` to its own loss and logs ``train/aux/<name>``. The functions are here, too.
+``loss(records)`` is what a task adds to its own loss, the weight included; ``loss.value(records)``, logged as
+``train/aux/<name>``, is without it. Both add up the layers unless ``reduction`` says ``mean``: the codes that weights
+are copied from add each layer's loss, and the mean of n layers acts with 1/n of such a weight. The functions are here,
+too.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.balance import sum_over_ranks
 from moeapps.moe.objectives import (
     batch_entropy_gap,
+    chosen_balance,
     column_counts,
     cv_squared,
     importance_cv2,
@@ -27,11 +31,13 @@ from moeapps.moe.objectives import (
     token_entropy,
     z_loss,
 )
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Record
 
 __all__ = [
     "AuxLoss",
     "BatchEntropyLoss",
+    "ChosenBalance",
     "EntropyLoss",
     "GlobalBatchBalance",
     "ImportanceLoss",
@@ -40,6 +46,7 @@ __all__ = [
     "SwitchBalance",
     "ZLoss",
     "batch_entropy_gap",
+    "chosen_balance",
     "column_counts",
     "cv_squared",
     "importance_cv2",
@@ -52,21 +59,29 @@ __all__ = [
 ]
 
 
+Reduction = Literal["sum", "mean"]
+
+
 class AuxLoss(nn.Module):
-    """A loss over all recorded layers: the mean over records of `compute`, without the weight.
+    r"""A loss over all recorded layers, :math:`w \sum_l L_l` or :math:`\frac{w}{n} \sum_l L_l` over n records.
 
     To write one, set ``name`` and override `compute`.
 
     Args:
-        weight: Coefficient that the task multiplies with; the value returned and logged (``train/aux/<name>``) is
-            without it.
+        weight: Coefficient w; `value` is without it.
         layers: Pattern (``*`` and ``?``) of the names of the layers that take part; it becomes part of the name.
+        reduction: ``sum`` or ``mean`` over the records.
 
     Shape:
         Input: list of records. Output: 0-dim tensor.
 
+    Attributes:
+        per_layer: name of the layer -> its last value without weight and gradient.
+
     Raises:
-        ValueError: For a weight that is not a finite number.
+        ValueError: For a weight that is not a finite number, or an unknown reduction.
+
+    Source: added up in DiT-MoE, ProMoE, Point-MoE and AdaMoE (their released code).
 
     Example:
         >>> ZLoss(0.001, layers="decoder.*").name
@@ -75,14 +90,18 @@ class AuxLoss(nn.Module):
 
     name: str = "aux"
 
-    def __init__(self, weight: float, *, layers: str = "*") -> None:
+    def __init__(self, weight: float, *, layers: str = "*", reduction: Reduction = "sum") -> None:
         super().__init__()
         if not math.isfinite(weight):
             raise ValueError(
                 f"weight={weight} of {self.name!r}: give a finite number; 0 logs the value without training on it"
             )
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={reduction!r} of {self.name!r} is unknown; use sum or mean over the layers")
         self.weight = weight
         self.layers = layers
+        self.reduction = reduction
+        self.per_layer: dict[str, Tensor] = {}
         if layers != "*":  # Two losses of one kind on different layers must be logged apart.
             self.name = f"{self.name}.{re.sub(r'[^A-Za-z0-9]+', '_', layers).strip('_')}"
 
@@ -91,12 +110,23 @@ class AuxLoss(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override compute(record)")
 
     def forward(self, records: Sequence[Record]) -> Tensor:
-        """Give the mean over the records whose layer name matches.
+        """Give the weighted loss, ready to be added to another.
 
         Raises:
             ValueError: If no record matches: a loss over nothing would be silently absent.
         """
-        return torch.stack([self.compute(record) for record in self.chosen(records)]).mean()
+        return self.weight * self.value(records)
+
+    def value(self, records: Sequence[Record]) -> Tensor:
+        """Give the sum or mean over the records whose layer name matches, without the weight.
+
+        Raises:
+            ValueError: If no record matches.
+        """
+        chosen = self.chosen(records)
+        values_L = torch.stack([self.compute(record) for record in chosen])
+        self.per_layer = {record.name: value for record, value in zip(chosen, values_L.detach(), strict=True)}
+        return values_L.sum() if self.reduction == "sum" else values_L.mean()
 
     def chosen(self, records: Sequence[Record]) -> list[Record]:
         """Give the records whose layer name matches.
@@ -117,31 +147,34 @@ class AuxLoss(nn.Module):
         """Forget what was gathered over micro-batches; the training loop calls this after each optimizer step."""
 
     def extra_repr(self) -> str:
-        """Show weight and layers in the print-out of a model."""
-        return f"weight={self.weight}, layers={self.layers!r}"
+        """Show weight, layers and reduction in the print-out of a model."""
+        return f"weight={self.weight}, layers={self.layers!r}, reduction={self.reduction!r}"
 
 
 class SwitchBalance(AuxLoss):
     """`switch_balance`: E·Σ f P, 1 when balanced.
 
     Args:
-        weight: Coefficient; 0.01 in Switch Transformers and most since.
+        weight: Coefficient of each layer's loss; 0.01 in Switch Transformers and most since.
         per_group: Balance within each sample (or whatever group the network gives) rather than over the batch.
         layers: Pattern of layer names.
+        reduction: ``sum`` or ``mean`` over the layers.
 
     Example:
         >>> from moeapps.moe import LinearScore, MLPExperts, MoELayer, MoERecorder, Router, TopK
         >>> layer = MoELayer(Router(LinearScore(8, 4, init_std=0.0), TopK(2)), MLPExperts(4, 8, 8))
         >>> with MoERecorder() as recorder:
         ...     _ = layer(torch.randn(6, 8))
-        >>> round(SwitchBalance()(recorder.records).item(), 3)
-        1.0
+        >>> round(SwitchBalance(0.01)(recorder.records).item(), 5)
+        0.01
     """
 
     name = "switch_balance"
 
-    def __init__(self, weight: float = 0.01, *, per_group: bool = False, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(
+        self, weight: float = 0.01, *, per_group: bool = False, layers: str = "*", reduction: Reduction = "sum"
+    ) -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
         self.per_group = per_group
 
     def compute(self, record: Record) -> Tensor:
@@ -159,6 +192,7 @@ class GlobalBatchBalance(AuxLoss):
     Args:
         weight: Coefficient.
         layers: Pattern of layer names.
+        reduction: ``sum`` or ``mean`` over the layers.
 
     Source: Qiu et al. (2025), Demons in the Detail.
 
@@ -169,8 +203,8 @@ class GlobalBatchBalance(AuxLoss):
 
     name = "global_balance"
 
-    def __init__(self, weight: float = 0.01, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
         self._seen: dict[str, Tensor] = {}
 
     def compute(self, record: Record) -> Tensor:
@@ -188,6 +222,24 @@ class GlobalBatchBalance(AuxLoss):
         self._seen.clear()
 
 
+class ChosenBalance(AuxLoss):
+    """`chosen_balance`: E·Σ g Q over chosen columns, the mean number chosen when balanced (UniMoE-Audio).
+
+    Example:
+        >>> ChosenBalance(0.025).name
+        'chosen_balance'
+    """
+
+    name = "chosen_balance"
+
+    def __init__(self, weight: float = 0.025, *, layers: str = "*") -> None:
+        super().__init__(weight, layers=layers)
+
+    def compute(self, record: Record) -> Tensor:
+        """Give `chosen_balance` of one record."""
+        return chosen_balance(record)
+
+
 class ImportanceLoss(AuxLoss):
     """`importance_cv2`: cv² of the summed weights, 0 when balanced; the one balance loss that dense gates have too.
 
@@ -198,8 +250,8 @@ class ImportanceLoss(AuxLoss):
 
     name = "importance"
 
-    def __init__(self, weight: float = 0.01, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give `importance_cv2` of one record."""
@@ -213,6 +265,7 @@ class LoadLoss(AuxLoss):
         weight: Coefficient.
         noise_std: σ in units of the logits; 1/E when None.
         layers: Pattern of layer names.
+        reduction: ``sum`` or ``mean`` over the layers.
 
     Example:
         >>> LoadLoss(0.01).name
@@ -221,8 +274,10 @@ class LoadLoss(AuxLoss):
 
     name = "load"
 
-    def __init__(self, weight: float = 0.01, *, noise_std: float | None = None, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(
+        self, weight: float = 0.01, *, noise_std: float | None = None, layers: str = "*", reduction: Reduction = "sum"
+    ) -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
         self.noise_std = noise_std
 
     def compute(self, record: Record) -> Tensor:
@@ -240,8 +295,8 @@ class ZLoss(AuxLoss):
 
     name = "z"
 
-    def __init__(self, weight: float = 0.001, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 0.001, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give `z_loss` of one record."""
@@ -258,8 +313,8 @@ class EntropyLoss(AuxLoss):
 
     name = "entropy"
 
-    def __init__(self, weight: float = 1e-4, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 1e-4, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give `token_entropy` of one record."""
@@ -276,8 +331,8 @@ class BatchEntropyLoss(AuxLoss):
 
     name = "batch_entropy"
 
-    def __init__(self, weight: float = 0.01, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give `batch_entropy_gap` of one record."""
@@ -294,8 +349,8 @@ class MutualInformationLoss(AuxLoss):
 
     name = "mutual_information"
 
-    def __init__(self, weight: float = 0.01, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give minus `mutual_information` of one record."""

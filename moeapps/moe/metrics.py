@@ -228,6 +228,124 @@ def path_consistency(choices: Sequence[Tensor], num_experts: int) -> Tensor:
     return torch.stack([_agreement(first_N, second_N, num_experts) for first_N, second_N in pairwise(choices)]).mean()
 
 
+@torch.no_grad()
+def segment_routing_performance(assign: Tensor, length: int, *, per_expert: bool = False) -> Tensor:
+    """Give SRP, how well a fixed group of experts covers the needs of a segment of consecutive rows, in [0, 1].
+
+    A predictor that knows only how often expert e is used in a segment of m rows, c_e, says "always" where c_e reaches
+    a threshold t and "never" elsewhere; SRP is its best F1 over t, 2·Σ_{c>=t} c / (m·#(c>=t) + Σ c). 1 when every
+    expert is used by all rows of a segment or by none; near the share of rows an expert gets when routing forgets.
+
+    Args:
+        assign: [N, E] or [sequences, N, E], rows in the order they come (a sequence, a scan line, a serialised cloud);
+            every entry other than 0 is a use. Segments do not reach from one sequence into the next.
+        length: m, rows of a segment, 1 to N; all N - m + 1 overlapping segments count.
+        per_expert: Give one value per expert, [E], each with its own best t; nan for an expert that is never used.
+
+    Returns:
+        float64, 0-dim: of all experts together with one t; nan without any use.
+
+    Raises:
+        ValueError: For another shape, or a length that does not fit.
+
+    Source: Liang et al. (2025), Not All Models Suit Expert Offloading (arXiv 2505.16056); ljcleo/moe-lrc
+        ``src/30_srp_calc.py`` and ``31_srp_refine.py``, which give 0 for an expert without uses.
+
+    Example:
+        >>> round(float(segment_routing_performance(torch.eye(2).repeat_interleave(4, 0), 4)), 3)
+        0.818
+    """
+    used_SNE = _sequences(assign, length).double()
+    total_SNE = torch.nn.functional.pad(used_SNE.cumsum(1), (0, 0, 1, 0))
+    count_WE = (total_SNE[:, length:] - total_SNE[:, :-length]).flatten(0, 1).long()
+    # How many segments use an expert t times, t = 0 .. m; then sums over t and above.
+    times_TE = torch.zeros(length + 1, count_WE.shape[1], dtype=torch.float64, device=count_WE.device)
+    times_TE.scatter_add_(0, count_WE, torch.ones_like(count_WE, dtype=torch.float64))
+    if not per_expert:
+        times_TE = times_TE.sum(1, keepdim=True)
+    t_T1 = torch.arange(length + 1, dtype=torch.float64, device=count_WE.device).unsqueeze(-1)
+    hits_TE = (times_TE * t_T1).flip(0).cumsum(0).flip(0)
+    said_TE = length * times_TE.flip(0).cumsum(0).flip(0)
+    best_E = (2 * hits_TE / (said_TE + hits_TE[0]).clamp_min(1)).amax(0)
+    best_E = best_E.where(hits_TE[0] > 0, torch.nan)
+    return best_E if per_expert else best_E.squeeze(0)
+
+
+@torch.no_grad()
+def segment_cache_hits(assign: Tensor, length: int, sizes: Sequence[int]) -> Tensor:
+    """Give SCH, the share of uses that find their expert in a cache that knows the needs of the next rows, in [0, 1].
+
+    The cache holds a number of experts. A use of an expert that it lacks loads it, in place of the one that the next m
+    rows need least often, of these the one used longest ago. All experts of a row are looked up before any is loaded.
+    Filling an empty place is no miss. m = 0 is least recently used, a cache that can be built.
+
+    Args:
+        assign: [N, E] or [sequences, N, E] as for `segment_routing_performance`; the cache starts empty in each
+            sequence.
+        length: m, rows that are known ahead, the present one included until its experts are served; 0 to N.
+        sizes: Sizes of caches, in experts, 1 to E; rho·k for a cache of rho times what a row uses.
+
+    Returns:
+        float64 [sizes]; nan without any use.
+
+    Raises:
+        ValueError: For another shape, or a length or size that does not fit.
+
+    Source: as of `segment_routing_performance`; ``src/41_sch_calc.py``, which gives all sizes by one stack. Here each
+        cache is kept as a set: a loop over rows on the CPU, about 20 microseconds a use.
+
+    Example:
+        >>> segment_cache_hits(torch.eye(3)[[0, 1, 0, 2, 0]], 2, [1, 2, 3]).tolist()
+        [0.2, 0.8, 1.0]
+    """
+    used_SNE = _sequences(assign, length, least=0).cpu()
+    num_experts = used_SNE.shape[2]
+    if not sizes or not all(1 <= size <= num_experts for size in sizes):
+        raise ValueError(f"sizes={list(sizes)}: give sizes of caches from 1 to the {num_experts} experts")
+    hits = torch.zeros(len(sizes), dtype=torch.float64)
+    for rows_NE in used_SNE:
+        hits += _cache_hits([row.nonzero()[:, 0].tolist() for row in rows_NE], num_experts, length, sizes)
+    uses = used_SNE.sum()
+    return (hits / uses.clamp_min(1)).where(uses > 0, torch.nan).to(assign.device)
+
+
+def _cache_hits(rows: list[list[int]], num_experts: int, length: int, sizes: Sequence[int]) -> Tensor:
+    """Hits of one sequence for each size of cache."""
+    ahead, served = [0] * num_experts, [-1] * num_experts  # uses in the known rows; when used last
+    held: list[set[int]] = [set() for _ in sizes]
+    hits, clock = [0] * len(sizes), 0
+    for expert in (e for row in rows[:length] for e in row):
+        ahead[expert] += 1
+    for n, row in enumerate(rows):
+        found = sum(last >= 0 for last in served)  # different experts so far
+        for expert in row:
+            new = served[expert] < 0
+            for z, size in enumerate(sizes):
+                hits[z] += (found < size) if new else (expert in held[z])
+            found += new
+        for expert in row:
+            for cache, size in zip(held, sizes, strict=True):
+                if expert not in cache and len(cache) == size:
+                    cache.remove(min(cache, key=lambda e: (ahead[e], served[e])))
+                cache.add(expert)
+            served[expert], clock = clock, clock + 1
+            ahead[expert] -= length > 0
+        if length > 0 and n + length < len(rows):
+            for expert in rows[n + length]:
+                ahead[expert] += 1
+    return torch.tensor(hits, dtype=torch.float64)
+
+
+def _sequences(assign: Tensor, length: int, least: int = 1) -> Tensor:
+    """Uses as bool [sequences, N, E]; checks the length against N."""
+    if assign.ndim not in (2, 3):
+        raise ValueError(f"assignments of shape {tuple(assign.shape)}: give [N, E] or [sequences, N, E]")
+    used_SNE = (assign != 0).reshape(-1, *assign.shape[-2:])
+    if not least <= length <= used_SNE.shape[1]:
+        raise ValueError(f"length={length}, but it must be from {least} to the {used_SNE.shape[1]} rows of a sequence")
+    return used_SNE
+
+
 def _agreement(first_N: Tensor, second_N: Tensor, num_experts: int) -> Tensor:
     kept = (first_N >= 0) & (first_N < num_experts) & (second_N >= 0) & (second_N < num_experts)
     pair_N = first_N[kept] * num_experts + second_N[kept]

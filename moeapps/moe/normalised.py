@@ -167,6 +167,13 @@ class NormalisedExperts(Experts):
         y: Tensor = resolve_activation(self.activation).function(self._normalised(z_NED))
         return y
 
+    def every_counted(self, x: Tensor, token_mask: Tensor, *side: Tensor) -> Tensor:
+        """As ``every``, with batch statistics of the rows that count alone; the others come out as 0."""
+        if self.norm != "batch" or not self.training:
+            return self.every(x, *side)
+        y_KEO = self.every(x[..., token_mask, :], *side)
+        return y_KEO.new_zeros(x.shape[-2], *y_KEO.shape[1:]).index_put((token_mask,), y_KEO)
+
     def _first(self, x: Tensor) -> tuple[Tensor, Tensor, Sequence[int]]:
         """Views, first matrices, and which view each expert reads."""
         weight = self.weight if self.w_hidden is None else self.w_hidden

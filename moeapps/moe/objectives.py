@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a router can be trained for besides the task: pure functions of a record.
 
-No coefficient lives in a function: a task adds ``weight * loss`` (see `moeapps.moe.losses`) and logs each, so loss
+No coefficient lives in a function: modules hold it (see `moeapps.moe.losses`) and a task adds and logs them, so loss
 scaling, gradient accumulation and data parallelism treat them like any other loss. Rows switched off by the record's
-``token_mask`` count nowhere. Scores that are not a distribution (sigmoid) are normalised per row first. Null columns of
-the logits are columns like any other, but see `switch_balance`.
+``token_mask`` count nowhere, nor do rows that a `ConditionalSplit` gives to experts of their own, nor those experts:
+they are not what the router chose (see `routed`). Scores that are not a distribution (sigmoid) are normalised per row
+first. Null columns of the logits are columns like any other, but see `switch_balance`.
 
 With f_e the fraction of assignments that go to column e (Σf = 1, no gradient) and P_e the mean probability of column e
 (Σp = 1):
@@ -13,6 +14,7 @@ With f_e the fraction of assignments that go to column e (Σf = 1, no gradient) 
 function                value                                       when balanced
 ======================  ==========================================  =========================
 switch_balance          E·Σ f_e P_e                                 exactly 1, for any k
+chosen_balance          E·Σ g_e Q_e, over chosen columns only       the mean number chosen
 importance_cv2          var/mean² of the summed weights             0
 load_cv2                var/mean² of the smooth load                0
 z_loss                  mean logsumexp(s)²                          (keeps logits small)
@@ -27,6 +29,7 @@ Shape suffixes: N rows, E columns (experts, then nulls), M assignments, G groups
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,6 +41,35 @@ from moeapps.moe.routers.chooser import RowChooser
 from moeapps.moe.routing import DenseRouting, Routing
 
 
+def routed(record: Record) -> Record:
+    """Give the part of a record that the router chose: without rows that were given an expert, and those experts.
+
+    Assignments of such rows become sentinels, their columns go, and ``token_mask`` leaves the rows out.
+    """
+    routing = record.routing
+    if not isinstance(routing, Routing) or routing.given_N is None:
+        return record
+    num_all, num_chosen = routing.num_experts, routing.num_experts - routing.num_given
+
+    def without_given(values_NX: Tensor | None) -> Tensor | None:
+        return None if values_NX is None else torch.cat([values_NX[:, :num_chosen], values_NX[:, num_all:]], dim=-1)
+
+    part = replace(
+        routing,
+        expert_M=routing.expert_M.clamp(max=num_chosen),
+        num_experts=num_chosen,
+        logits_NE=without_given(routing.logits_NE),
+        probs_NE=without_given(routing.probs_NE),
+        column_M=None
+        if routing.column_M is None
+        else routing.column_M - routing.num_given * (routing.column_M >= num_all).long(),
+        given_N=None,
+        num_given=0,
+    )
+    mask_N = ~routing.given_N if record.token_mask is None else ~routing.given_N & record.token_mask
+    return replace(record, routing=part, token_mask=mask_N)
+
+
 def probabilities(record: Record) -> Tensor:
     """Give the router's probabilities of the rows that count, each row summing to 1: [N', E + nulls], with gradient.
 
@@ -47,6 +79,7 @@ def probabilities(record: Record) -> Tensor:
     Raises:
         ValueError: If the router has no probabilities (random or table routing).
     """
+    record = routed(record)
     probs = record.routing.probs_NE
     if probs is None:
         if record.routing.num_experts > 1:
@@ -72,10 +105,10 @@ def column_counts(record: Record) -> Tensor:
 
     Source: AdaMoE, as implemented in CengZihao/AdaMoE (mean over nulls).
     """
-    routing = _sparse(record)
+    routing = _sparse(routed(record))
     counts_E = routing.counts().to(routing.weight_M.dtype)
     nulls = _num_nulls(routing)
-    return counts_E if nulls == 0 else torch.cat([counts_E, _null_choices(record).sum().expand(nulls)])
+    return counts_E if nulls == 0 else torch.cat([counts_E, _null_choices(routing, record.name).sum().expand(nulls)])
 
 
 def switch_balance(record: Record, *, per_group: bool = False, counts_E: Tensor | None = None) -> Tensor:
@@ -101,6 +134,7 @@ def switch_balance(record: Record, *, per_group: bool = False, counts_E: Tensor 
     Source: Fedus et al. (2021), Switch Transformers, equations 4-6, divided by k; per group: the sequence-wise form of
         DeepSeekMoE; null columns: AdaMoE.
     """
+    record = routed(record)
     _sparse(record)
     probs_NE = probabilities(record)
     if per_group:
@@ -114,6 +148,32 @@ def switch_balance(record: Record, *, per_group: bool = False, counts_E: Tensor 
     return len(fraction_E) * (fraction_E.detach() * probs_NE.mean(0)).sum()
 
 
+def chosen_balance(record: Record) -> Tensor:
+    r"""Give E·Σ_e g_e Q_e, g_e the share of rows that chose column e, Q_e the mean softmax over a row's chosen columns.
+
+    Unlike in `switch_balance` the counts are raw, Σg is the mean number chosen and not 1, which is also the value at
+    balance, and only chosen logits have a gradient. Every null expert is a column of its own.
+
+    Args:
+        record: A sparse routing with logits.
+
+    Returns:
+        0-dim tensor; 0 without rows. Rows without a choice (drops) count with a softmax of 0.
+
+    Raises:
+        ValueError: For dense and slot routings, without logits, or if null choices are not marked.
+
+    Source: UniMoE-Audio, released code (its card 3.1): HITsz-TMG/Uni-MoE ``UniMoE-Audio/utils/UniMoE_Audio_core.py``,
+        with the padding mask as the weight of its rows.
+    """
+    logits_NE = _logits(record)
+    chosen_NE = _chosen_columns(record)
+    if logits_NE.shape[0] == 0:
+        return logits_NE.sum()
+    share_NE = logits_NE.masked_fill(~chosen_NE, torch.finfo(logits_NE.dtype).min).softmax(-1).where(chosen_NE, 0)
+    return logits_NE.shape[1] * (chosen_NE.to(logits_NE.dtype).mean(0) * share_NE.mean(0)).sum()
+
+
 def importance_cv2(record: Record) -> Tensor:
     r"""Give the squared coefficient of variation of the importance, I_e = Σ_n w_ne.
 
@@ -124,6 +184,7 @@ def importance_cv2(record: Record) -> Tensor:
 
     Source: Shazeer et al. (2017), equations 6-7.
     """
+    record = routed(record)
     routing = record.routing
     if isinstance(routing, DenseRouting):
         weight = routing.weight if record.token_mask is None else routing.weight[..., record.token_mask, :]
@@ -153,6 +214,7 @@ def load_cv2(record: Record, *, noise_std: float | None = None) -> Tensor:
     Source: Shazeer et al. (2017), equations 8-11. Differs: the thresholds come from the clean logits, and σ is one
         number as in microsoft/tutel (tutel/impls/losses.py), because a record keeps logits without their noise.
     """
+    record = routed(record)
     routing = _sparse(record)
     logits_NE = _logits(record)
     columns, k = logits_NE.shape[-1], routing.top_k
@@ -173,12 +235,16 @@ def load_cv2(record: Record, *, noise_std: float | None = None) -> Tensor:
 def z_loss(record: Record) -> Tensor:
     """Give mean_n logsumexp(s_n)², which keeps logits from drifting to where rounding matters.
 
-    Defined for every routing with logits.
+    Defined for every routing with logits, in float32 at least. A square whose mean that cannot hold (from 1e19, less
+    with many rows) counts as the largest it can, with the gradient there: finite, and towards smaller logits.
 
     Source: Zoph et al. (2022), ST-MoE, equation 5.
     """
-    logits_NE = _logits(record)
-    return _mean(torch.logsumexp(logits_NE, dim=-1).square())
+    logits_NE = _logits(routed(record))
+    partition_N = torch.logsumexp(logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)), dim=-1)
+    limit = math.sqrt(torch.finfo(partition_N.dtype).max / max(partition_N.numel(), 1)) / 2
+    nothing_N = partition_N - partition_N.detach()  # 0, with the gradient
+    return _mean((partition_N.detach().clamp(-limit, limit) + nothing_N).square())
 
 
 def token_entropy(record: Record) -> Tensor:
@@ -208,7 +274,9 @@ def mutual_information(record: Record) -> Tensor:
 
 
 def cv_squared(values: Tensor) -> Tensor:
-    """Give var/mean² over the entries (population variance): 0 for one entry or a mean of 0."""
+    """Give var/mean² over the entries (population variance): 0 for one entry, for none, or for a mean of 0."""
+    if not values.numel():
+        return values.sum()
     mean = values.mean()
     safe = torch.where(mean == 0, torch.ones_like(mean), mean)
     return torch.where(mean == 0, mean * 0.0, (values - mean).square().mean() / safe.square())
@@ -231,7 +299,7 @@ def _grouped_balance(record: Record, probs_NE: Tensor) -> Tensor:
     counts_GE = torch.bincount(slot_M, minlength=groups * (routing.num_experts + 1)).view(groups, -1)[:, :-1]
     counts = counts_GE.to(probs_NE.dtype)
     if _num_nulls(routing):
-        nulls_NX = _null_choices(record).unsqueeze(-1).expand(-1, _num_nulls(routing))
+        nulls_NX = _null_choices(routing, record.name).unsqueeze(-1).expand(-1, _num_nulls(routing))
         counts = torch.cat([counts, nulls_NX.new_zeros(groups, nulls_NX.shape[1]).index_add(0, every_N, nulls_NX)], 1)
     fraction = counts / counts.sum(1, keepdim=True).clamp_min(1)
     size_G = torch.bincount(group_N, minlength=groups).to(probs_NE.dtype)
@@ -244,20 +312,40 @@ def _num_nulls(routing: Routing) -> int:
 
 
 @torch.no_grad()
-def _null_choices(record: Record) -> Tensor:
+def _null_choices(routing: Routing, layer: str) -> Tensor:
     """How many choices of each row fell on null experts, per null expert on average: float [N]."""
-    routing = _sparse(record)
     if routing.null_M is None:
         raise ValueError(
-            f"layer {record.name!r} has null experts, but its routing does not say which sentinels are choices of one "
+            f"layer {layer!r} has null experts, but its routing does not say which sentinels are choices of one "
             "(null_M); set it in your router, or leave the layer out of this loss with its 'layers' pattern"
         )
     share_M = routing.null_M.to(routing.weight_M.dtype) / _num_nulls(routing)
     return share_M.new_zeros(routing.num_rows).index_add(0, routing.row_M, share_M)
 
 
+@torch.no_grad()
+def _chosen_columns(record: Record) -> Tensor:
+    """Which columns of the logits each row that counts chose: bool [N', E + nulls]."""
+    routing = _sparse(record)
+    num, nulls = routing.num_experts, _num_nulls(routing)
+    column_M = routing.expert_M
+    if nulls:
+        if routing.null_M is None or (nulls > 1 and routing.column_M is None):
+            raise ValueError(
+                f"layer {record.name!r} has {nulls} null experts, but its routing does not say which sentinels are "
+                "choices of which one (null_M, column_M); set them in your router, or leave the layer out of this loss "
+                "with its 'layers' pattern"
+            )
+        null_M = num if routing.column_M is None else routing.column_M
+        column_M = torch.where(routing.null_M, null_M, column_M.where(column_M < num, num + nulls))
+    chosen = torch.zeros(routing.num_rows, num + nulls + 1, dtype=torch.bool, device=column_M.device)
+    return _counted_rows(record, chosen.index_put((routing.row_M, column_M), chosen.new_ones(()))[:, :-1])
+
+
 def _row_chooser(record: Record) -> RowChooser | None:
-    choose = getattr(getattr(record.layer, "router", None), "choose", None)
+    router = getattr(record.layer, "router", None)
+    router = getattr(router, "conditional", router)
+    choose = getattr(router, "choose", None)
     choose = choose.choose if isinstance(choose, GatedShared) else choose
     return choose if isinstance(choose, RowChooser) else None
 

@@ -34,6 +34,13 @@ def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
         )
 
 
+def _lacks_graph(kept_M: Tensor, weight_M: Tensor) -> bool:
+    """Whether what was kept of the weights cannot carry the gradient that is wanted of them."""
+    if not torch.is_grad_enabled():
+        return False
+    return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)
+
+
 def _offsets(times: int, like: Tensor) -> Tensor:
     if times < 1:
         raise ValueError(f"times={times}; a row is repeated at least once.")
@@ -74,9 +81,13 @@ class Routing:
         logits_NE: [N, E] or [N, E + nulls]: logits as the chooser got them: after noise and ``adjust``, before any
             selection bias or mask.
         probs_NE: probabilities (softmax or sigmoid) of the same shape as ``logits_NE``.
-        features_ND: what was routed on, not detached.
+        features_ND: what was routed on, not detached; in masked rows not what stood there (see the layer).
         null_M: bool [M], which sentinels are choices of a null expert (and not padding, drops or masked rows); None
             where there are no null experts.
+        given_N: bool [N], which rows were given an expert and had no choice; None means no row.
+        num_given: how many of the experts, the last ones, are given and never chosen.
+        column_M: int64 [M], the column of the logits each assignment stands for; set where there are several null
+            experts, which ``null_M`` does not tell apart.
 
     Raises:
         ValueError: tensors of the wrong rank, dtype or length; ``top_k`` that does not fit M; ``target_M`` without
@@ -109,6 +120,9 @@ class Routing:
     probs_NE: Tensor | None = None
     features_ND: Tensor | None = None
     null_M: Tensor | None = None
+    given_N: Tensor | None = None
+    num_given: int = 0
+    column_M: Tensor | None = None
 
     def __post_init__(self) -> None:
         num = self.weight_M.shape[0] if self.weight_M.ndim == 1 else -1
@@ -158,6 +172,8 @@ class Routing:
             weight_M=_repeat(self.weight_M, times, width),
             num_rows=self.num_rows * times,
             null_M=None if self.null_M is None else _repeat(self.null_M, times, width),
+            given_N=None if self.given_N is None else self.given_N.repeat_interleave(times),
+            column_M=None if self.column_M is None else _repeat(self.column_M, times, width),
             **_repeated_extras(self, times),
         )
 
@@ -165,13 +181,14 @@ class Routing:
     def plan(self) -> Plan:
         """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve).
 
-        Nothing is kept while a function transform is under way, whose tensors must not outlive it.
+        Nothing is kept while a function transform is under way, whose tensors must not outlive it; and what was made
+        without gradients is not used where they are wanted: the router would get none.
         """
-        from moeapps.moe.backends.auto import is_transformed
         from moeapps.moe.backends.plan import sort_assignments
+        from moeapps.moe.derivatives import is_transformed
 
         kept: Plan | None = self.__dict__.get("_plan")
-        if kept is None:
+        if kept is None or _lacks_graph(kept.weight_M, self.weight_M):
             kept = sort_assignments(self)
             if not is_transformed():
                 self.__dict__["_plan"] = kept

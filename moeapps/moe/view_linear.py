@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeapps.moe.derivatives import Gradients, first_gradients, needs_operations
+
 
 def view_linear(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tensor:
     r"""Apply block b to the view it reads, :math:`y_{nb} = x_{reads(b), n} W_b`; gives (N, B, O).
@@ -19,7 +21,7 @@ def view_linear(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tens
     Consecutive blocks that read one view are one product (N, D) x (D, m O), written into place: nothing is gathered,
     repeated or stacked, which is what costs most in a network of many small experts. The views may lie in memory as
     they like as long as their rows are contiguous, for instance as ``rows_NVD.transpose(0, 1)``. Differentiable any
-    number of times.
+    number of times, and by ``torch.func``.
 
     Args:
         x_VND: the views.
@@ -35,10 +37,9 @@ def view_linear(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tens
         dtype = torch.get_autocast_dtype(device)
         x_VND, weight_BDO = x_VND.to(dtype), weight_BDO.to(dtype)
     with torch.autocast(device, enabled=False):
-        # A compiler differentiates by itself; without gradients there is nothing to keep.
-        if (
-            torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        ):  # also where products are counted: torch's counter misses those into a buffer
+        # Without gradients there is nothing to keep, also where products are counted: torch's counter misses those into
+        # a buffer.
+        if not torch.is_grad_enabled() or needs_operations():
             return _plain(x_VND, weight_BDO, reads)
         y: Tensor = _ViewLinear.apply(x_VND, weight_BDO, tuple(reads))
         return y
@@ -82,17 +83,19 @@ class _ViewLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_VND, weight_BDO = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # create_graph: go through operations that can be differentiated again
-            y_NBO = _plain(x_VND, weight_BDO, ctx.reads)
-            wanted = [t for t, need in ((x_VND, need_x), (weight_BDO, need_w)) if need]
-            found = iter(torch.autograd.grad(y_NBO, wanted, grads[0], create_graph=True))
-            return next(found) if need_x else None, next(found) if need_w else None, None
-        grad_NBO = grads[0].contiguous()
-        even = _even(ctx.reads)
-        if even is not None:
-            return *_even_gradients(x_VND, weight_BDO, grad_NBO, even, need_x, need_w), None
-        return *_gradients(x_VND, weight_BDO, grad_NBO, ctx.reads, need_x, need_w), None
+        needs, even = ctx.needs_input_grad[:2], _even(ctx.reads)
+
+        def by_hand() -> Gradients:
+            grad_NBO = grads[0].contiguous()
+            if even is not None:
+                return _even_gradients(x_VND, weight_BDO, grad_NBO, even, *needs)
+            return _gradients(x_VND, weight_BDO, grad_NBO, ctx.reads, *needs)
+
+        def forward(x_VND: Tensor, weight_BDO: Tensor) -> Tensor:
+            return _plain(x_VND, weight_BDO, ctx.reads)
+
+        dx_VND, dw_BDO = first_gradients(by_hand, forward, (x_VND, weight_BDO), needs, grads[0])
+        return dx_VND, dw_BDO, None
 
 
 def _even(reads: Sequence[int]) -> tuple[slice, int] | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from moeapps.evaluation.remarks import conclusion
 from moeapps.evaluation.statistics import Interval
 from moeapps.evaluation.xeval import Matrix
 
@@ -35,7 +36,7 @@ def variant_cells(matrix: Matrix) -> Cells:
 
 
 def unit_cells(matrix: Matrix) -> Cells:
-    """Return the means over test units with their 95 percent intervals; no rows where no run stores units."""
+    """Return the scores with their 95 percent intervals over test units; no rows where no run stores units."""
     domains = [name for name in matrix.roles if any(name in row.intervals for row in matrix.rows)]
     rows = [
         [f"{row.variant} {row.run.name}", *(_interval(row.intervals.get(name)) for name in domains)]
@@ -48,12 +49,13 @@ def unit_cells(matrix: Matrix) -> Cells:
 def difference_cells(matrix: Matrix) -> Cells:
     """Return the paired differences to the baseline."""
     # Test units of one run say nothing about another training run, so one run is never called better.
-    words = {
-        "seeds": {True: "better", False: "worse", None: "open"},
-        "units": {True: "ahead (one seed)", False: "behind (one seed)", None: "open"},
-    }
+    words = {True: "better", False: "worse", None: "open"}
     rows = [
-        [d.variant, d.column, _interval(d.interval, signed=True), f"{d.interval.n} {d.over}", words[d.over][d.better]]
+        [
+            *(d.variant, d.column, _interval(d.interval, signed=True)),
+            f"{d.interval.n} {d.over}" if d.interval.n else "1 pair of runs",
+            words[d.better] if d.over == "seeds" else "none: one seed",
+        ]
         for d in matrix.differences
     ]
     return ["variant", "column", "difference [95 %]", "pairs", "verdict"], rows
@@ -92,7 +94,13 @@ def markdown(matrix: Matrix) -> str:
         if rows:
             parts.append(f"{'##' if parts else '#'} {title}\n\n{_markdown_table(head, rows)}")
     notes = "`gap`: how much worse unseen domains are than seen ones. `worst unseen`: the worst unseen domain."
-    return "\n\n".join([*parts, notes]) + "\n"
+    return "\n\n".join([*parts, *closing_lines(matrix), notes]) + "\n"
+
+
+def closing_lines(matrix: Matrix) -> list[str]:
+    """Return the notes on the comparison and, last, what it says and what it cannot say."""
+    closing = conclusion(matrix.metric, matrix.differences)
+    return [*matrix.notes, *([closing] if closing else [])]
 
 
 def _all_cells(matrix: Matrix) -> list[Cells]:
@@ -109,7 +117,7 @@ def _titles(matrix: Matrix) -> list[str]:
     return [
         f"{matrix.metric} ({better})",
         "means over seeds [95 %]",
-        "means over test units, each scored alone [95 %]",
+        "the same scores, with intervals over whole test units [95 %]",
         f"difference to {_baseline(matrix)}",
     ]
 
@@ -119,10 +127,11 @@ def _baseline(matrix: Matrix) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "" if value is None else "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _interval(interval: Interval | None, *, signed: bool = False) -> str:
     if interval is None:
         return ""
-    return f"{interval.mean:{'+' if signed else ''}.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+    mean = f"{interval.mean:{'+' if signed else ''}.4f}"
+    return mean if math.isnan(interval.low) else f"{mean} [{interval.low:.4f}, {interval.high:.4f}]"

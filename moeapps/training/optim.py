@@ -96,8 +96,24 @@ def build_adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
     Raises:
         ValueError: see ``parameter_groups``.
     """
-    groups = parameter_groups(module.named_parameters(), config)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=config.fused)
+    return clippable(AdamW(parameter_groups(module.named_parameters(), config), **adamw_numbers(config)))
+
+
+def adamw_numbers(config: OptimizerConfig) -> dict[str, Any]:
+    """Return what AdamW is built with besides its groups."""
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": config.fused}
+
+
+def clippable(optimizer: AdamW) -> AdamW:
+    """Let gradients be scaled back before the step also where the step is fused, and return the optimizer.
+
+    A fused step offers to divide by the loss scale itself, and then there is no moment at which gradients of their true
+    size could be clipped: under any mixed precision Lightning refuses the pair, under bfloat16, which scales nothing,
+    too. Without the offer (read by ``torch.amp.GradScaler`` and Lightning) gradients are scaled back first, as for any
+    other optimizer; the step is the same.
+    """
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 class Schedule:

@@ -39,6 +39,7 @@ _SILENT_TRAINER_KEYS = (
     "enable_progress_bar",
     "enable_model_summary",
 )
+_SILENT_DATA_KEYS = ("cache_dir", "num_workers", "eval_batch_size", "predict")
 _COUNTED_KEYS = ("seed_everything", "system", "model", "data")
 
 _FOLDERS: WeakKeyDictionary[L.Trainer, Path | None] = WeakKeyDictionary()
@@ -126,7 +127,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return processor, cores this process may use, and threads of torch: what times depend on."""
+    """Return processor, its instruction set, cores this process may use, and threads of torch.
+
+    Times depend on all of them, the last digits of results on the instruction set that torch's kernels use and on the
+    threads: machines of one name may differ in it.
+    """
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -137,7 +142,43 @@ def machine() -> dict[str, Any]:
         ]
         processor = named[0] if named else processor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": processor, "cores": cores, "threads": torch.get_num_threads()}
+    return {
+        "processor": processor,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def seeds_of(value: Any, prefix: str = "") -> dict[str, int]:
+    """Return every seed in a configuration: dotted key -> seed, of the keys called ``...seed`` or `seed_everything`."""
+    found: dict[str, int] = {}
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(item, dict | list):
+            found |= seeds_of(item, f"{prefix}{key}.")
+        elif isinstance(item, int) and _is_seed(str(key)):
+            found[f"{prefix}{key}"] = item
+    return found
+
+
+def variant_hash(config: dict[str, Any]) -> str:
+    """Return 12 hex digits that name WHAT was run: as `config_hash`, but runs that differ by their seeds share it.
+
+    Where data is kept and how it is loaded does not count either.
+    """
+    data = dict(config.get("data") or {})
+    data["init_args"] = {k: v for k, v in (data.get("init_args") or {}).items() if k not in _SILENT_DATA_KEYS}
+    return config_hash(_seedless({**config, "data": data}))
+
+
+def _seedless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _seedless(item) for key, item in value.items() if not _is_seed(str(key))}
+    return [_seedless(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_seed(key: str) -> bool:
+    return key in ("seed", "seed_everything") or key.endswith("_seed")
 
 
 def config_hash(config: dict[str, Any]) -> str:

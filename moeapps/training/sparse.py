@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, SparseAdam
 
-from moeapps.training.optim import OptimizerConfig, build_adamw, parameter_groups
+from moeapps.training.optim import OptimizerConfig, adamw_numbers, build_adamw, parameter_groups
 
 
 def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -40,14 +40,14 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
     if not sparse:
         return build_adamw(module, config)
     groups = parameter_groups(module.named_parameters(), config)
-    numbers: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     dense_groups = [_only(group, lambda p: id(p) not in sparse) for group in groups]
     table_groups = [_only(group, lambda p: id(p) in sparse) for group in groups]
     parts: list[Optimizer] = []
     if any(group["params"] for group in dense_groups):
-        parts.append(AdamW([group for group in dense_groups if group["params"]], **numbers))
+        dense = [group for group in dense_groups if group["params"]]
+        parts.append(AdamW(dense, **adamw_numbers(config)))
     kept = [{key: group[key] for key in ("params", "lr", "name")} for group in table_groups if group["params"]]
-    parts.append(SparseAdam(kept, **numbers))
+    parts.append(SparseAdam(kept, lr=config.lr, betas=config.betas, eps=config.eps))
     return JoinedOptimizer(parts)
 
 

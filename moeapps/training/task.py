@@ -24,6 +24,8 @@ from moeapps.training.run import run_dir, write_json
 from moeapps.training.sparse import build_optimizer, clip_gradients
 
 Stage = Literal["train", "val", "test"]
+PATIENCE = 50
+"""Training batches without a single known label after which a training without any stops."""
 
 
 @dataclass
@@ -36,6 +38,12 @@ class StepOutput:
         metric_args: arguments of the metrics' ``update``, in order.
         logs: further scalars, logged as ``train/<name>`` while training.
         units: values per test unit, metric name -> (units,), for intervals within a run; optional.
+        parts: metric -> int64 [n] numbers of test units (below 2^32; parts of one unit, in any batch, share it) and
+            [n, G, 3] what each adds to the score, see `moeapps.evaluation.units`; for scores that are no mean over
+            units.
+        labelled: items of the batch with a label (with anything that can be scored), over which ``loss`` is a mean and
+            with which it weighs in means; None for all. With 0 the loss is not defined: in evaluation it is left out,
+            while training it is a zero that carries a graph.
     """
 
     loss: Tensor
@@ -43,6 +51,13 @@ class StepOutput:
     metric_args: tuple[Any, ...] = ()
     logs: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
+    labelled: int | None = None
+    parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """Items over which the loss is a mean."""
+        return self.batch_size if self.labelled is None else self.labelled
 
 
 class BaseTask(L.LightningModule):
@@ -51,6 +66,9 @@ class BaseTask(L.LightningModule):
     A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes
     something, ``predict_step``. The base records routing, adds auxiliary losses, keeps metrics per domain and logs
     ``train/...``, ``val/<domain>/<metric>``, ``val/<role>/<metric>``, ``test/...`` and ``test/gap/<metric>``.
+
+    ``monitor`` chooses best.ckpt if at least ``monitor_minimum`` scorable units (called ``monitor_unit``) lie behind
+    it, see `moeapps.training.selection`.
 
     Args:
         facts: plain values from the data module (linked by the command line); ``facts["domains"]`` names the roles.
@@ -65,6 +83,8 @@ class BaseTask(L.LightningModule):
     monitor: ClassVar[str] = "val/validation/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     main_metric: ClassVar[str] = "loss"
+    monitor_minimum: ClassVar[int] = 1
+    monitor_unit: ClassVar[str] = "items"
 
     def __init__(
         self,
@@ -91,6 +111,9 @@ class BaseTask(L.LightningModule):
         self.last_records: list[Record] = []
         self.last_domain: str | None = None
         self._last_step = 0
+        self._label_seen = False
+        self._steps_without = 0
+        self._trained: dict[str, int] = {}
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
@@ -120,17 +143,16 @@ class BaseTask(L.LightningModule):
         return out
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss plus the weighted auxiliary losses, and log each of them."""
+        """Return the loss plus the weighted auxiliary losses, and log its parts."""
         self.last_domain = None
         out = self.recorded_step(batch, "train")
-        total = out.loss
-        for aux in cast(list[AuxLoss], list(self.aux_losses)):
-            value = aux(self.last_records)
-            total = total + aux.weight * value
-            self.log_train(f"aux/{aux.name}", value, out.batch_size)
+        total = self.with_aux_losses(out.loss, out.batch_size)
         for name, value in out.logs.items():
-            self.log_train(name, value, out.batch_size)
-        self.log_train("loss", out.loss, out.batch_size, prog_bar=True)
+            if out.weight and not (out.labelled is not None and value.isnan()):  # not defined: no label in this batch
+                self.log_train(name, value, out.batch_size)
+        if out.weight:
+            self.log_train("loss", out.loss, out.batch_size, prog_bar=True)
+        self._expect_labels(out.weight)
         optimizers = self.trainer.optimizers
         if optimizers:
             self.log_train("lr", torch.tensor(float(optimizers[0].param_groups[0]["lr"])), out.batch_size)
@@ -153,8 +175,31 @@ class BaseTask(L.LightningModule):
         out = self.recorded_step(batch, "train")
         total = out.loss
         for aux in cast(list[AuxLoss], list(self.aux_losses)):
-            total = total + aux(self.last_records)
+            total = total + aux.value(self.last_records)
         total.backward()
+
+    def with_aux_losses(self, loss: Tensor, batch_size: int) -> Tensor:
+        """Return ``loss`` plus every weighted auxiliary loss on the last records; log each without its weight."""
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            value = aux.value(self.last_records)
+            loss = loss + aux.weight * value
+            self.log_train(f"aux/{aux.name}", value, batch_size)
+        return loss
+
+    def _expect_labels(self, labelled: int) -> None:
+        """Stop a training that has met no label, after some steps or at the end of the first epoch.
+
+        Raises:
+            ValueError: there was none so far.
+        """
+        self._label_seen = self._label_seen or labelled > 0
+        self._steps_without += 1
+        if not self._label_seen and (self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch):
+            raise ValueError(
+                f"no item of the first {self._steps_without} training batches has a known label, so nothing can be "
+                f"learned; look at the labels of the seen domains {self.facts['domains']['seen']} (names of classes, "
+                "ids to ignore, masks)"
+            )
 
     def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
         """Log one training scalar of this step as ``train/<name>``."""
@@ -179,7 +224,11 @@ class BaseTask(L.LightningModule):
         if self.data.is_padding(stage, dataloader_idx, batch_idx):
             self.last_records = []
             return
-        self.scores[stage].update(self.last_domain, out.loss, out.batch_size, out.metric_args, out.units)
+        self.scores[stage].update(
+            *(self.last_domain, out.loss, out.batch_size, out.metric_args, out.units),
+            weight=out.labelled,
+            parts=out.parts,
+        )
 
     # Evaluation epochs --------------------------------------------------------------------------------------------
 
@@ -234,9 +283,13 @@ class BaseTask(L.LightningModule):
         parts |= self._told_by_callbacks("describe_run")
         parts["sources"] = dict(self.data.sources)
         parts["missing_domains"] = dict(self.data.missing)
-        parts["epoch"] = self.current_epoch
-        parts["global_step"] = self.global_step
-        return parts
+        now = {"epoch": self.current_epoch, "global_step": self.global_step}
+        # A test of a checkpoint does not train: how far its training had come stands in the checkpoint.
+        return parts | (now if self.global_step else now | self._trained)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how far the training of the checkpoint had come, for the header of results."""
+        self._trained = {name: int(checkpoint[name]) for name in ("epoch", "global_step") if name in checkpoint}
 
     def _told_by_callbacks(self, method: str) -> dict[str, Any]:
         """Join what callbacks add to a results file.

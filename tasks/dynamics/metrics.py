@@ -27,7 +27,8 @@ def environment_errors(pred: Tensor, truth: Tensor, scored: Tensor | None = None
 
     ``mse`` = mean over trajectories, times and dimensions of (pred - truth)^2.
     ``relative_mse`` = mean over trajectories and times of ||pred - truth||^2 / ||max(|truth|, 1e-6)||^2.
-    ``diverged`` = share of trajectories whose prediction is not finite somewhere; their squared errors count as inf.
+    ``diverged`` = share of trajectories with a scored sample whose prediction is not finite at one; their squared
+        errors count as inf.
 
     Args:
         pred: [E, N, T, D].
@@ -56,12 +57,12 @@ def environment_errors(pred: Tensor, truth: Tensor, scored: Tensor | None = None
     return {
         "mse": _mean(square / pred.shape[-1], keep),
         "relative_mse": _mean(square / size, keep),
-        "diverged": bad.double().mean(1),
+        "diverged": _mean(bad.double(), keep.any(2)),
     }
 
 
 def _mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of the kept values of each environment: [E] from [E, N, T]."""
+    """Mean of the kept values of each environment: [E] from [E, N, T] or [E, N]."""
     return values.masked_fill(~keep, 0.0).flatten(1).sum(1) / keep.flatten(1).sum(1)
 
 

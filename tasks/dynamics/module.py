@@ -110,6 +110,8 @@ class DynamicsTask(BaseTask):
     monitor: ClassVar[str] = "val/validation/relative_mse_median"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     main_metric: ClassVar[str] = "relative_mse_median"
+    monitor_minimum: ClassVar[int] = 4
+    monitor_unit: ClassVar[str] = "environments"
     inner_step: Tensor
     skipped: Tensor
 
@@ -188,10 +190,7 @@ class DynamicsTask(BaseTask):
             loss = self.training_loss(self._contributing(batch), rollout=self._trains_rollouts(step))
         self.last_records = recorder.records
         total = loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
-        for aux in cast(list[AuxLoss], list(self.aux_losses)):
-            value = aux(self.last_records)
-            total = total + aux.weight * value
-            self.log_train(f"aux/{aux.name}", value, len(batch.x))
+        total = self.with_aux_losses(total, len(batch.x))
         self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
         cast(list[LRScheduler], self.lr_schedulers())[phase == "model"].step()
         self._log_step(loss, len(batch.x))
@@ -373,9 +372,12 @@ class DynamicsTask(BaseTask):
         pred, _ = self.predict_trajectories(batch)
         query = batch.query
         scored = scored_samples(query)
-        error_E = scaled_errors(pred, query.x, scored, query.scale)
+        known_E = scored.flatten(1).any(1)
+        error_E = scaled_errors(pred, query.x, scored, query.scale)[known_E]  # of none the mean is NaN
         units = environment_errors(pred, query.x, scored)
-        return StepOutput(error_E.mean(), len(batch.x), (pred, query.x, scored), units=units)
+        return StepOutput(
+            error_E.mean(), len(batch.x), (pred, query.x, scored), units=units, labelled=int(known_E.sum())
+        )
 
     def predict_step(self, batch: Trajectories, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
         """Roll out one batch.
@@ -398,6 +400,7 @@ class DynamicsTask(BaseTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up."""
+        super().on_load_checkpoint(checkpoint)
         self._round_start = checkpoint.get("round_start", [])
 
 

@@ -186,7 +186,7 @@ def tune(
             out = task.recorded_step(replace(part, label=part.label.masked_fill(half, null)), "train")
             loss = out.loss
             for aux in cast(list[AuxLoss], list(task.aux_losses)):
-                loss = loss + aux.weight * aux(task.last_records)
+                loss = loss + aux(task.last_records)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from timm.layers import Attention, Mlp, build_sincos2d_pos_embed
@@ -21,6 +22,7 @@ from moeapps.moe import LayerFactory, MoELayer
 EPS = 1e-6
 TIME_DIM = 256
 MAX_PERIOD = 10_000.0
+PositionOrder = Literal["columns_first", "rows_first"]
 
 
 def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -28,11 +30,24 @@ def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
     return torch.addcmul(shift_B1D, x_BLD, 1 + scale_B1D)
 
 
-def position_table(grid: int, dim: int) -> Tensor:
-    """Fixed sine-cosine table [grid * grid, dim]: the first half of the channels is one axis, the second the other."""
+def position_table(grid: int, dim: int, order: PositionOrder = "columns_first") -> Tensor:
+    """Fixed sine-cosine table [grid * grid, dim]: the first half of the channels is one axis, the second the other.
+
+    Args:
+        grid: tokens along an edge; tokens are numbered row by row.
+        dim: width D.
+        order: which axis the first half is. ``columns_first`` is DiT's, which published weights were trained with.
+
+    Raises:
+        ValueError: for another order.
+    """
+    if order not in get_args(PositionOrder):
+        raise ValueError(f"positions={order!r}; use {' or '.join(get_args(PositionOrder))}")
     # timm's rows are: sine of both axes, then cosine of both.
     table: Tensor = build_sincos2d_pos_embed([grid, grid], dim, temperature=MAX_PERIOD)
-    return table.view(grid * grid, 2, 2, dim // 4).transpose(1, 2).reshape(grid * grid, dim)
+    if order == "columns_first":
+        table = table.view(grid, grid, dim).transpose(0, 1)  # a square grid's columns are the rows of its transpose
+    return table.reshape(grid * grid, 2, 2, dim // 4).transpose(1, 2).reshape(grid * grid, dim)
 
 
 class TimeEmbedder(nn.Module):

@@ -6,15 +6,16 @@ Shape legend: N tokens, E experts, D width, G images, M assignments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeapps.moe import AuxLoss, ConditionalSplit, PrototypeScore, Record, Routing
+from moeapps.moe import AuxLoss, PrototypeScore, Record, Routing
+from moeapps.moe.losses import Reduction
+from moeapps.moe.objectives import routed
 from moeapps.moe.routers.router import without_autocast
-from tasks.image_diffusion.routers import CapacityRouting, ClassTable, superclass_of
+from tasks.image_diffusion.diffmoe import CapacityRouting
+from tasks.image_diffusion.routers import ClassTable, superclass_of
 
 # --- functions --------------------------------------------------------------------------------------------------------
 
@@ -88,8 +89,7 @@ def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
 
 def num_routed(record: Record) -> int:
     """Experts that the router chooses among, without one that is given to unconditional tokens."""
-    router = record.layer.router
-    return router.conditional.num_experts if isinstance(router, ConditionalSplit) else router.num_experts
+    return routed(record).routing.num_experts
 
 
 def taken_pairs(record: Record, num_experts: int) -> Tensor:
@@ -105,33 +105,15 @@ def taken_pairs(record: Record, num_experts: int) -> Tensor:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-class LayerSum(AuxLoss):
-    """An auxiliary loss that is summed over the layers, as these papers do; keeps the value of each for the log.
-
-    Attributes:
-        per_layer: name of the layer -> its last value, without gradient.
-    """
-
-    def __init__(self, weight: float, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
-        self.per_layer: dict[str, Tensor] = {}
-
-    def forward(self, records: Sequence[Record]) -> Tensor:
-        """Give the sum over the records whose layer name matches; see `AuxLoss`."""
-        chosen = self.chosen(records)
-        values = [self.compute(record) for record in chosen]
-        self.per_layer = {record.name: value.detach() for record, value in zip(chosen, values, strict=True)}
-        return torch.stack(values).sum()
-
-
-class RoutingContrast(LayerSum):
-    """`routing_contrast` of every layer with prototypes, summed over the layers.
+class RoutingContrast(AuxLoss):
+    """`routing_contrast` of every layer with prototypes.
 
     Args:
         weight: lambda (paper: 1; 10 for the smallest DDPM model).
         tau: temperature (paper: 0.07).
         per_image: means within each image, for the EC variant.
         layers: pattern of layer names.
+        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
 
     Raises:
         ValueError: in use, for a layer without prototypes.
@@ -139,8 +121,16 @@ class RoutingContrast(LayerSum):
 
     name = "contrast"
 
-    def __init__(self, weight: float = 1.0, *, tau: float = 0.07, per_image: bool = False, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        tau: float = 0.07,
+        per_image: bool = False,
+        layers: str = "*",
+        reduction: Reduction = "sum",
+    ) -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
         if not tau > 0:
             raise ValueError(f"tau={tau}, but a temperature is above 0 (paper: 0.07)")
         self.tau, self.per_image = tau, per_image
@@ -162,33 +152,39 @@ class RoutingContrast(LayerSum):
         return routing_contrast(prototypes_ED, x_ND, taken_NE, tau=self.tau, group_N=group_N)
 
 
-class RouterSimilarity(LayerSum):
-    """`router_similarity` of every layer, summed.
+class RouterSimilarity(AuxLoss):
+    """`router_similarity` of every layer.
 
     Args:
         weight: coefficient; 1e-5 in one re-implementation, the paper's is not known to us.
         layers: pattern of layer names.
+        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
     """
 
     name = "similarity"
 
-    def __init__(self, weight: float = 1e-5, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 1e-5, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one layer."""
+        record = routed(record)
         logits_NE = record.routing.logits_NE
         if logits_NE is None:
             raise ValueError(f"layer {record.name!r} routes without logits, which RouterSimilarity needs")
-        return router_similarity(logits_NE.softmax(-1), taken_pairs(record, logits_NE.shape[1]))
+        probs_NE, taken_NE = logits_NE.softmax(-1), taken_pairs(record, logits_NE.shape[1])
+        if record.token_mask is not None:
+            probs_NE, taken_NE = probs_NE[record.token_mask], taken_NE[record.token_mask]
+        return router_similarity(probs_NE, taken_NE)
 
 
-class CapacityLoss(LayerSum):
-    """Binary cross-entropy of DiffMoE's capacity predictor against the selection of training, summed over the layers.
+class CapacityLoss(AuxLoss):
+    """Binary cross-entropy of DiffMoE's capacity predictor against the selection of training.
 
     Args:
         weight: coefficient (DiffMoE: 1). The predictor reads detached tokens, so nothing else is trained by it.
         layers: pattern of layer names.
+        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
 
     Raises:
         ValueError: in use, for a layer without a capacity predictor.
@@ -196,8 +192,8 @@ class CapacityLoss(LayerSum):
 
     name = "capacity"
 
-    def __init__(self, weight: float = 1.0, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 1.0, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one layer over the tokens that were routed."""
@@ -208,31 +204,32 @@ class CapacityLoss(LayerSum):
         loss_NE = F.binary_cross_entropy_with_logits(routing.capacity_NE, wanted_NE, reduction="none")
         if routing.counted_N is None:
             return loss_NE.mean()
-        counted = routing.counted_N.to(loss_NE.dtype).unsqueeze(-1)
-        return (loss_NE * counted).sum() / (counted.sum() * loss_NE.shape[1]).clamp_min(1)
+        counted_N1 = routing.counted_N.unsqueeze(-1)
+        return loss_NE.where(counted_N1, 0.0).sum() / (counted_N1.sum() * loss_NE.shape[1]).clamp_min(1)
 
 
-class SuperclassLoss(LayerSum, ClassTable):
-    """Cross-entropy of a router's logits against the super-class of the image, summed over the layers.
+class SuperclassLoss(AuxLoss, ClassTable):
+    """Cross-entropy of a router's logits against the super-class of the image.
 
     For class-supervised routing; the table from class to super-class is the data's (``facts["superclass"]``).
 
     Args:
         weight: coefficient (the paper's is not known to us).
         layers: pattern of layer names.
+        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
     """
 
     name = "superclass"
 
-    def __init__(self, weight: float = 1.0, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 1.0, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one layer over the tokens with a class; equal weight for every image."""
         logits_NE = record.routing.logits_NE
         if logits_NE is None or record.group is None:
             raise ValueError(f"layer {record.name!r} routes without logits or group, which SuperclassLoss needs")
-        conditional_N = record.group >= 0
+        conditional_N = record.group >= 0 if record.token_mask is None else (record.group >= 0) & record.token_mask
         score = superclass_of(self.table, record.group.clamp_min(0)) % num_routed(record)
         own_N = logits_NE.log_softmax(-1).gather(-1, score.unsqueeze(-1)).squeeze(-1)
         return -own_N.where(conditional_N, 0.0).sum() / conditional_N.sum().clamp_min(1)

@@ -17,7 +17,14 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from moeapps.moe import Experts, LayerFactory
-from tasks.image_diffusion.blocks import Block, LabelEmbedder, LastLayer, TimeEmbedder, position_table
+from tasks.image_diffusion.blocks import (
+    Block,
+    LabelEmbedder,
+    LastLayer,
+    PositionOrder,
+    TimeEmbedder,
+    position_table,
+)
 
 
 class DiT(nn.Module):
@@ -38,12 +45,13 @@ class DiT(nn.Module):
             flow as well, where it is unused).
         qk_norm: layer norm of queries and keys (off in the paper's results; for very long trainings).
         label_dropout: share of the labels dropped in training (paper: 0.1); needed for guidance.
+        positions: which axis the first half of a position's channels is; published weights need ``columns_first``.
 
     Shape:
         x [B, C, H, H], time [B] in [0, 1000], label int64 [B] in 0..K -> [B, C or 2C, H, H].
 
     Raises:
-        ValueError: for sizes that do not divide each other.
+        ValueError: for sizes that do not divide each other, or another order of positions.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         qk_norm: bool = False,
         label_dropout: float = 0.1,
+        positions: PositionOrder = "columns_first",
     ) -> None:
         super().__init__()
         _check(image_size, patch_size, dim, num_heads, depth, moe_every)
@@ -71,7 +80,8 @@ class DiT(nn.Module):
         self.patches = PatchEmbed(image_size, patch_size, channels, dim)
         self.time = TimeEmbedder(dim)
         self.label = LabelEmbedder(num_classes, dim, label_dropout)
-        self.register_buffer("position_LD", position_table(image_size // patch_size, dim), persistent=False)
+        table_LD = position_table(image_size // patch_size, dim, positions)
+        self.register_buffer("position_LD", table_LD, persistent=False)
         is_moe = [moe is not None and i % moe_every == moe_every - 1 for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio=mlp_ratio, moe=moe if mixed else None, qk_norm=qk_norm) for mixed in is_moe

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.flow import RectifiedFlow
-from tasks.image_diffusion.losses import LayerSum
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.process import Process
@@ -68,6 +67,8 @@ class ImageDiffusionTask(BaseTask):
     monitor: ClassVar[str] = "val/validation/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     main_metric: ClassVar[str] = "loss"
+    monitor_minimum: ClassVar[int] = 100
+    monitor_unit: ClassVar[str] = "images"
 
     def __init__(
         self,
@@ -152,8 +153,8 @@ class ImageDiffusionTask(BaseTask):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """See the base; also logs losses on the routing layer by layer."""
         total = super().training_step(batch, batch_idx)
-        for aux in self.aux_losses:
-            for layer, value in aux.per_layer.items() if isinstance(aux, LayerSum) else ():
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            for layer, value in aux.per_layer.items():
                 self.log_train(f"aux/{aux.name}/{layer}", value, len(batch.label))
         return total
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
@@ -224,7 +224,24 @@ class PointCloudData(DomainDataModule):
             dataset = self.get_dataset(name, "train")
             assert isinstance(dataset, ScanDataset)
             dataset.clock = self._sampler
+        self._check_labels()
         return loader
+
+    def _check_labels(self) -> None:
+        """Say which seen domains have no label in training; without any there is nothing to learn.
+
+        Raises:
+            ValueError: none of them has one.
+        """
+        names = self.present("seen")
+        without = [name for name in names if cast(ScanDataset, self.get_dataset(name, "train")).num_labels() == 0]
+        if without == names:
+            raise ValueError(
+                f"no training scan of {', '.join(names)} has a point with a known label, so nothing can be learned; "
+                "look at the names of the classes, the ids to ignore and where the labels are read from"
+            )
+        for name in without:
+            log.warning("domain %s (seen) has no known label in its training scans: it teaches nothing", name)
 
     def collate(self, items: list[Scan]) -> Batch:
         """Join scans into one batch; it gains ``batch`` [N] and ``ptr`` [B + 1]."""

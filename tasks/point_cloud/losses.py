@@ -22,14 +22,14 @@ def lovasz_softmax(probs_NC: Tensor, target_N: Tensor) -> Tensor:
         target_N: int64 class indices; rows with -1 are dropped.
 
     Returns:
-        Scalar in [0, 1]; zero (with gradient zero) when no row is labelled.
+        Scalar in [0, 1]; NaN (without a gradient) when no row is labelled.
 
     Source: Berman, Triki, Blaschko 2018, equations 9 and 11.
     """
     keep = target_N != IGNORE
     probs_NC, target_N = probs_NC[keep], target_N[keep]
     if not len(target_N):
-        return probs_NC.sum() * 0
+        return probs_NC.new_full((), torch.nan)
     present = torch.unique(target_N)
     truth = (target_N[None, :] == present[:, None]).to(probs_NC.dtype)  # (C', N)
     errors = (truth - probs_NC.T[present]).abs()
@@ -53,24 +53,32 @@ def segmentation_loss(logits_NC: Tensor, target_N: Tensor, *, lovasz_weight: flo
         lovasz_weight: factor of the Lovász term (code of the paper: 1; its text speaks of cross-entropy alone).
 
     Returns:
-        ``{"ce", "lovasz", "loss"}``, scalars; zero where nothing is labelled.
+        ``{"ce", "lovasz", "loss"}``, scalars; NaN (without a gradient) where nothing is labelled. Where something is,
+        they are never NaN: what is left out of means must not be what a network that diverged gives, so that is inf.
     """
     logits_NC = logits_NC.float() if logits_NC.dtype in (torch.float16, torch.bfloat16) else logits_NC
-    count = (target_N != IGNORE).sum().clamp(min=1)
+    count = (target_N != IGNORE).sum()
+    if not count:
+        return dict.fromkeys(("ce", "lovasz", "loss"), logits_NC.new_full((), torch.nan))
     ce = F.cross_entropy(logits_NC, target_N, ignore_index=IGNORE, reduction="sum") / count
     lovasz = lovasz_softmax(logits_NC.softmax(dim=1), target_N)
-    return {"ce": ce, "lovasz": lovasz, "loss": ce + lovasz_weight * lovasz}
+    parts = {"ce": ce, "lovasz": lovasz, "loss": ce + lovasz_weight * lovasz}
+    return {name: value.masked_fill(value.isnan(), torch.inf) for name, value in parts.items()}
 
 
 def mean_over_domains(losses: dict[str, Tensor]) -> Tensor:
     """Mean over the domains of a batch, so that each weighs the same whatever its number of points.
 
     Args:
-        losses: one scalar per domain present in the batch.
+        losses: one scalar per domain present in the batch; NaN where a domain has no label, which is left out.
+
+    Returns:
+        Scalar; NaN where no domain has a label.
 
     Raises:
         ValueError: No domain.
     """
     if not losses:
         raise ValueError("no domain in the batch: every scan needs a domain and at least one point")
-    return torch.stack(list(losses.values())).mean()
+    stacked = torch.stack(list(losses.values()))
+    return stacked[~stacked.isnan()].mean()

@@ -24,17 +24,30 @@ def confusion(pred_N: Tensor, target_N: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         int64 [C, C], rows are targets.
+
+    Raises:
+        ValueError: a target or a prediction (of a labelled point) is no class: as one number the pair would be counted
+            for another class.
     """
     keep = target_N != IGNORE
-    pairs = target_N[keep] * num_classes + pred_N[keep]
+    target, pred = target_N[keep], pred_N[keep]
+    for what, found in (("target", target), ("prediction", pred)):
+        wrong = (found < 0) | (found >= num_classes)
+        if wrong.any():
+            raise ValueError(
+                f"{int(wrong.sum())} of {len(found)} points have a {what} outside the {num_classes} classes, such as "
+                f"{int(found[wrong][0])}; allowed are 0 to {num_classes - 1}"
+                + (f", and {IGNORE} for no label" if what == "target" else "")
+            )
+    pairs = target * num_classes + pred
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def scores(counts_CC: Tensor) -> dict[str, Tensor]:
     """The usual scores of a confusion matrix, in [0, 1].
 
-    IoU_c = I_c / U_c with I the diagonal and U = targets + predictions - I. A class that is neither a target nor
-    predicted has IoU 0 here, as in the public code.
+    IoU_c = I_c / U_c with I the diagonal and U = targets + predictions - I. In ``miou_all`` a class that is neither a
+    target nor predicted has IoU 0, as in the public code.
 
     Args:
         counts_CC: counts, rows are targets.
@@ -42,7 +55,7 @@ def scores(counts_CC: Tensor) -> dict[str, Tensor]:
     Returns:
         ``miou`` mean IoU over the classes present among the targets (the headline), ``miou_all`` mean over all classes
         of the label set (an absent class counts 0), ``macc`` mean recall over present classes, ``allacc`` share of
-        points labelled right; float64 scalars, 0 when nothing is labelled.
+        points labelled right; float64 scalars, all NaN when nothing is labelled.
 
     Source: Pointcept/Pointcept ``pointcept/utils/misc.py`` and ``engines/test.py`` (which print means over all
         classes).
@@ -52,12 +65,12 @@ def scores(counts_CC: Tensor) -> dict[str, Tensor]:
     iou = hit / (target + pred - hit).clamp(min=1)
     recall = hit / target.clamp(min=1)
     present = (target > 0).double()
-    num_present = present.sum().clamp(min=1)
+    num_present = present.sum()  # without a label 0 / 0, which is NaN
     return {
         "miou": (iou * present).sum() / num_present,
-        "miou_all": iou.mean(),
+        "miou_all": iou.mean().where(num_present > 0, torch.nan),
         "macc": (recall * present).sum() / num_present,
-        "allacc": hit.sum() / target.sum().clamp(min=1),
+        "allacc": hit.sum() / target.sum(),
     }
 
 
@@ -71,7 +84,7 @@ class SegmentationScore(Metric):
 
     Shape:
         update(pred [N], target [N], raw_pred [R], raw_target [R]), all int64, targets -1 ignored; compute() -> scalar
-        in [0, 1].
+        in [0, 1], NaN where nothing is labelled.
 
     Raises:
         ValueError: ``num_classes`` < 1 or an unknown ``score``.
@@ -126,8 +139,8 @@ def per_class_iou(counts_CC: Tensor) -> Tensor:
     return (hit / (target + pred - hit)).masked_fill(target == 0, torch.nan)
 
 
-def scan_iou(pred_N: Tensor, target_N: Tensor, scan_N: Tensor, num_scans: int, num_classes: int) -> Tensor:
-    """``miou`` over present classes of each scan alone: float64 [num_scans], NaN where a scan has no label.
+def scan_parts(pred_N: Tensor, target_N: Tensor, scan_N: Tensor, num_scans: int, num_classes: int) -> Tensor:
+    """What each scan adds to ``miou``: int64 [num_scans, C, 3] of intersection, union and targets of every class.
 
     Args:
         pred_N: int64 class indices.
@@ -136,8 +149,10 @@ def scan_iou(pred_N: Tensor, target_N: Tensor, scan_N: Tensor, num_scans: int, n
         num_scans: B.
         num_classes: C.
     """
-    values = []
+    parts = []
     for scan in range(num_scans):
         own = scan_N == scan
-        values.append(per_class_iou(confusion(pred_N[own], target_N[own], num_classes)).nanmean())
-    return torch.stack(values)
+        counts = confusion(pred_N[own], target_N[own], num_classes)
+        hit, target, pred = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        parts.append(torch.stack([hit, target + pred - hit, target], dim=1))
+    return torch.stack(parts)

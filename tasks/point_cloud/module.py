@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -17,8 +18,9 @@ from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.point_cloud.head import LanguageHead
+from tasks.point_cloud.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
-from tasks.point_cloud.metrics import scan_iou, segmentation_metrics
+from tasks.point_cloud.metrics import scan_parts, segmentation_metrics
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.scan_writer import ScanWriter
 from tasks.point_cloud.tables import write_class_tables
@@ -50,6 +52,8 @@ class PointCloudTask(BaseTask):
     monitor: ClassVar[str] = "val/validation/miou"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     main_metric: ClassVar[str] = "miou"
+    monitor_minimum: ClassVar[int] = 5
+    monitor_unit: ClassVar[str] = "tiles"
 
     def __init__(
         self,
@@ -119,13 +123,19 @@ class PointCloudTask(BaseTask):
         }
         loss = mean_over_domains({name: part["loss"] for name, part in parts.items()})
         logs = {key: mean_over_domains({n: part[key] for n, part in parts.items()}) for key in ("ce", "lovasz")}
+        labelled = len(torch.unique(batch.batch[batch.y != IGNORE]))
         if stage == "train":
-            return StepOutput(loss, batch.num_graphs, logs=logs)
+            if not labelled:  # a graph for the gradient that is zero
+                loss = torch.stack([logits.sum() for _, logits in answers.values()]).sum() * 0
+            return StepOutput(loss, batch.num_graphs, logs=logs, labelled=labelled)
         pred = most_likely(answers, batch.y)
         raw_pred, raw_scan = self.raw_labels(batch, pred), batch.batch[batch.inverse]
         classes = max(len(self.label_sets[name]) for name in answers)
-        units = {"miou": scan_iou(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes)}
-        return StepOutput(loss, batch.num_graphs, (pred, batch.y, raw_pred, batch.raw_y), logs, units)
+        # A unit is a whole scan: tiles of one scan carry its name, and are added up.
+        unit = torch.tensor([zlib.crc32(name.encode()) for name in batch.name], device=pred.device)
+        shares = {"miou": (unit, scan_parts(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes))}
+        args = (pred, batch.y, raw_pred, batch.raw_y)
+        return StepOutput(loss, batch.num_graphs, args, logs, labelled=labelled, parts=shares)
 
     def raw_labels(self, batch: Batch, pred_N: Tensor) -> Tensor:
         """Class of every raw point: int64 [R], that of its voxel, or what its votes say where the batch brings any."""

@@ -155,6 +155,10 @@ class StreamedScans(ScanDataset):
         counts = [] if self.train else self._counts(cache)
         self.starts = np.concatenate([[0], np.cumsum(np.array(counts, np.int64))])
 
+    def num_labels(self) -> int | None:
+        """Return None: counting labels would read every scan."""
+        return None
+
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self.refs) * self.crops if self.train else int(self.starts[-1])

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from moeapps.moe.derivatives import first_gradients, needs_operations
 
 _BITS = 17  # per axis: 16 bits of coordinate and room for the kernel's reach
 
@@ -94,39 +95,55 @@ class _SubmanifoldConv(torch.autograd.Function):
     def forward(ctx: Any, x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable) -> Tensor:
         ctx.save_for_backward(x_NC, weight_TCO)
         ctx.table = table
-        y_NO = x_NC @ weight_TCO[len(weight_TCO) // 2]
-        for tap, (out, source) in table.taps.items():
-            if len(out):
-                y_NO.index_add_(0, out, x_NC.index_select(0, source) @ weight_TCO[tap])
-        return y_NO
+        return _sum_over_taps(x_NC, weight_TCO, table)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_NC, weight_TCO = ctx.saved_tensors
-        centre = len(weight_TCO) // 2
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        needs, table = ctx.needs_input_grad[:2], ctx.table
         grad_NO = grad_NO.to(x_NC.dtype)
-        grad_x = grad_NO @ weight_TCO[centre].t() if need_x else None
-        grad_weight = torch.zeros_like(weight_TCO) if need_weight else None
+        dx_NC, dweight_TCO = first_gradients(
+            lambda: _gradients(x_NC, weight_TCO, table, grad_NO, *needs),
+            lambda x_NC, weight_TCO: _sum_over_taps(x_NC, weight_TCO, table),
+            (x_NC, weight_TCO),
+            needs,
+            grad_NO,
+        )
+        return dx_NC, dweight_TCO, None
+
+
+def _sum_over_taps(x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable) -> Tensor:
+    y_NO = x_NC @ weight_TCO[len(weight_TCO) // 2]
+    for tap, (out, source) in table.taps.items():
+        if len(out):
+            y_NO.index_add_(0, out, x_NC.index_select(0, source) @ weight_TCO[tap])
+    return y_NO
+
+
+def _gradients(
+    x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable, grad_NO: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    centre = len(weight_TCO) // 2
+    grad_x = grad_NO @ weight_TCO[centre].t() if need_x else None
+    grad_weight = torch.zeros_like(weight_TCO) if need_weight else None
+    if grad_weight is not None:
+        torch.mm(x_NC.t(), grad_NO, out=grad_weight[centre])
+    for tap, (out, source) in table.taps.items():
+        if not len(out):
+            continue
+        grad_MO = grad_NO.index_select(0, out)
+        if grad_x is not None:
+            grad_x.index_add_(0, source, grad_MO @ weight_TCO[tap].t())
         if grad_weight is not None:
-            torch.mm(x_NC.t(), grad_NO, out=grad_weight[centre])
-        for tap, (out, source) in ctx.table.taps.items():
-            if not len(out):
-                continue
-            grad_MO = grad_NO.index_select(0, out)
-            if grad_x is not None:
-                grad_x.index_add_(0, source, grad_MO @ weight_TCO[tap].t())
-            if grad_weight is not None:
-                torch.mm(x_NC.index_select(0, source).t(), grad_MO, out=grad_weight[tap])
-        return grad_x, grad_weight, None
+            torch.mm(x_NC.index_select(0, source).t(), grad_MO, out=grad_weight[tap])
+    return grad_x, grad_weight
 
 
 def submanifold_conv(x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable) -> Tensor:
     """Convolve features on occupied voxels.
 
     y[p] = sum over taps t of x[p + offset_t] W_t, over the occupied p + offset_t only; on a dense cube this is
-    ``torch.nn.functional.conv3d`` with zero padding. Once differentiable.
+    ``torch.nn.functional.conv3d`` with zero padding. Differentiable any number of times.
 
     Args:
         x_NC: features.
@@ -139,6 +156,8 @@ def submanifold_conv(x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable) ->
     if torch.is_autocast_enabled(x_NC.device.type):
         dtype = torch.get_autocast_dtype(x_NC.device.type)
         x_NC, weight_TCO = x_NC.to(dtype), weight_TCO.to(dtype)
+    if needs_operations():
+        return _sum_over_taps(x_NC, weight_TCO, table)
     y_NO: Tensor = _SubmanifoldConv.apply(x_NC, weight_TCO, table)
     return y_NO
 

@@ -7,6 +7,7 @@ Shape legend: N rows, E experts, o units, G gates.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -187,9 +188,9 @@ def joined(parts: list[LevelSample]) -> LevelSample:
 
 
 def positive_rates(tasks: list[str], labels: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Share of positives among the known labels of each task; 0 for a task without a label."""
+    """Share of positives among the known labels of each task; NaN for a task without a label."""
     label, mask = (torch.cat([pair[i] for pair in labels]).double() for i in (0, 1))
-    rate = (label * mask).sum(0) / mask.sum(0).clamp(min=1)
+    rate = (label * mask).sum(0) / mask.sum(0)
     return dict(zip(tasks, rate.tolist(), strict=True))
 
 
@@ -220,7 +221,8 @@ def own_gradients(task: RankingTask, batch: Interactions) -> dict[str, dict[str,
     finally:
         for module, mode in modes:
             module.training = mode
-    mean = sum(before.values()) / len(before)
+    known = [value for value in before.values() if not math.isnan(value)]
+    mean = sum(known) / max(len(known), 1)
     return {
         name: {"grad_ratio": before[name] / max(mean, 1e-30), "kept": after[name] / max(before[name], 1e-30)}
         for name in before
@@ -233,7 +235,8 @@ def _norms(task: RankingTask, level: ExpertLevel, batch: Interactions) -> dict[s
     norms = {}
     for t, name in enumerate(task.tasks):
         grad = torch.autograd.grad(losses_T[t], weight, retain_graph=True)[0]
-        norms[name] = float(grad[torch.as_tensor(level.plan.owns)[t].to(grad.device)].norm())
+        norm = float(grad[torch.as_tensor(level.plan.owns)[t].to(grad.device)].norm())
+        norms[name] = math.nan if losses_T[t].isnan() else norm
     return norms
 
 
@@ -277,8 +280,9 @@ def summary(
     if correlation is not None:
         worst["own_mass_rate_correlation"] = correlation
     if gradients:
-        worst["own_gradient_kept"] = min(numbers["kept"] for numbers in gradients.values())
-        worst["grad_ratio_min"] = min(numbers["grad_ratio"] for numbers in gradients.values())
+        for key, name in (("own_gradient_kept", "kept"), ("grad_ratio_min", "grad_ratio")):
+            defined = [numbers[name] for numbers in gradients.values() if not math.isnan(numbers[name])]
+            worst[key] = min(defined, default=math.nan)
     return {"experts": worst} | {f"experts.level_{k}": level.overall for k, level in enumerate(levels, start=1)}
 
 

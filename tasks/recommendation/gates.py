@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import DenseRouting, RouterBase
+from moeapps.moe.derivatives import needs_operations
 from moeapps.moe.routers.router import without_autocast
 from moeapps.moe.routers.score import Features
 from moeapps.moe.view_linear import view_linear
 
 Mixing = Literal["softmax", "uniform", "shuffled", "constant"]
-Residual = Literal["none", "self_gate", "constant"]
+Residual = Literal["none", "self_gate", "constant", "ones"]
 Table = Sequence[Sequence[bool]]
 
 _NEVER, _ZERO = -1, -2  # what fills a slot of a gate that sees fewer experts: weight 0, or a logit of 0
@@ -42,8 +43,8 @@ class StackedGates(RouterBase):
         mixing: ``softmax``; ``uniform``, equal weights (control: nothing is learned); ``shuffled``, the weights of
             another row of the batch (control: the same weights on average, told nothing of the row); ``constant``,
             learned numbers that do not depend on the row, without softmax (cross-stitch).
-        residual: what joins over the owned experts: ``self_gate`` (HoME); ``constant``, learned numbers, or 1 where one
-            expert is owned (AdaTT); ``none``.
+        residual: what joins over the owned experts: ``self_gate`` (HoME); ``constant``, learned numbers, or ``ones``
+            (AdaTT has either); ``none``.
 
     Shape:
         features [S, N, d] -> weight [G, N, E]; ``probs_NE`` is the mixing gates' part alone (uniform for constants).
@@ -51,7 +52,8 @@ class StackedGates(RouterBase):
     Raises:
         ValueError: if a gate sees or reads nothing, tables differ in size, or a word is unknown.
 
-    Source: HoME (its card 2.4 and 2.6); AdaTT; cross-stitch networks.
+    Source: HoME (its card 2.4 and 2.6); AdaTT, whose n learned numbers of a unit start from U(+-1/sqrt(n));
+        cross-stitch networks.
     """
 
     sparse = False
@@ -90,10 +92,11 @@ class StackedGates(RouterBase):
             "none",
             "self_gate",
             "constant",
+            "ones",
         ):
             raise ValueError(
                 f"mixing={mixing!r}, residual={residual!r}; use softmax, uniform, shuffled or constant, and none, "
-                "self_gate or constant."
+                "self_gate, constant or ones."
             )
         self.width, self.mixing, self.residual = width, mixing, residual
         self.reads = tuple(tuple(r) for r in reads)
@@ -145,17 +148,14 @@ class StackedGates(RouterBase):
     def _constants(self, allowed: Tensor, owned: Tensor) -> None:
         """Weights that do not depend on the row: cross-stitch units, and AdaTT's mix of a gate's own experts."""
         none = torch.zeros_like(allowed)
-        several = owned.sum(1, keepdim=True) > 1
-        learned = allowed if self.mixing == "constant" else owned & several if self.residual == "constant" else none
-        fixed = owned & ~several if self.residual == "constant" else none
+        learned = allowed if self.mixing == "constant" else owned if self.residual == "constant" else none
+        fixed = owned if self.residual == "ones" else none
         self.has_constants = bool((learned | fixed).any())
-        start = torch.zeros(allowed.shape)
-        if self.mixing == "constant":  # mostly one's own, a little of the others, as is usual for cross-stitch units
-            own = torch.eye(*allowed.shape, dtype=torch.bool) & allowed
-            start = 0.9 * own + 0.1 * (allowed & ~own) / (allowed & ~own).sum(1, keepdim=True).clamp(min=1)
-        elif self.residual == "constant":
-            start = learned / learned.sum(1, keepdim=True).clamp(min=1)
-        self._start = start[learned]
+        # Mostly one's own, a little of the others, as is usual for cross-stitch units.
+        own = torch.eye(*allowed.shape, dtype=torch.bool) & allowed
+        stitch = 0.9 * own + 0.1 * (allowed & ~own) / (allowed & ~own).sum(1, keepdim=True).clamp(min=1)
+        self._start = stitch[learned]
+        self._own_bound = owned.sum(1, keepdim=True).clamp(min=1).rsqrt().expand(owned.shape)[learned]
         self.register_buffer("fixed", fixed.flatten().float(), persistent=False)
         self.register_buffer("learned_index", learned.flatten().nonzero()[:, 0], persistent=False)
         count = int(learned.sum())
@@ -173,7 +173,10 @@ class StackedGates(RouterBase):
                 self.weight.uniform_(-1, 1).mul_(per_row.unsqueeze(1).to(self.weight))
         if self.constant is not None:
             with torch.no_grad():
-                self.constant.copy_(self._start)
+                if self.mixing == "constant":
+                    self.constant.copy_(self._start)
+                else:
+                    self.constant.uniform_(-1, 1).mul_(self._own_bound.to(self.constant))
 
     # Use ----------------------------------------------------------------------------------------------------------
 
@@ -265,7 +268,7 @@ class FeatureGates(nn.Module):
         \quad B_{vl} \in R^{d \times r}, \; A_{vl} \in R^{r \times d}, \; A = 0 \text{ at first}
 
     All first matrices are one product per state, all second ones products into one buffer; the elementwise part has a
-    backward pass of its own that recomputes nothing and stores one sigmoid.
+    backward pass of its own that recomputes nothing and stores one sigmoid. Differentiable any number of times.
 
     Args:
         width: d.
@@ -319,7 +322,11 @@ class FeatureGates(nn.Module):
         up_Vkd = (self.up.unsqueeze(3) * self.own).flatten(1, 2).flatten(2)
         up_NVLd = view_linear(low_NVk.transpose(0, 1), up_Vkd, range(len(self.views))).unflatten(2, (num_low, -1))
         x_NVd = _of_views(x_SNd, self.views).transpose(0, 1)
-        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL + self.mix_bias)
+        mix_NVL = mix_NVL + self.mix_bias
+        if needs_operations():
+            gate_NVd: Tensor = (2 * up_NVLd.sigmoid() * mix_NVL.softmax(2).unsqueeze(-1)).sum(2)
+            return (x_NVd * gate_NVd).transpose(0, 1)
+        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL)[0]
         return view_NVd.transpose(0, 1)
 
     def extra_repr(self) -> str:
@@ -336,28 +343,42 @@ def _of_views(x_SNd: Tensor, views: tuple[int, ...]) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    r"""``x * sum_l softmax(m)_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], m [N, V, L]."""
+    r"""``x * sum_l softmax(m)_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], m [N, V, L]; and the sigmoids.
+
+    The sigmoids are given out because backward reads them and not u: under ``create_graph=True`` they then hang in the
+    graph like any tensor, and what is asked of the gradients comes back here as the gradient of the sigmoids.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, mix_NVL: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, mix_NVL: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         share_NVL = _shares(mix_NVL)
         s_NVLd = torch.sigmoid(u_NVLd)
         part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
         gate_NVd = _sum_low(part_NVLd)
-        ctx.save_for_backward(x_NVd, s_NVLd, part_NVLd, share_NVL, gate_NVd)
-        return x_NVd * gate_NVd
+        ctx.save_for_backward(x_NVd, s_NVLd, mix_NVL, part_NVLd, share_NVL, gate_NVd)
+        return x_NVd * gate_NVd, s_NVLd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_NVd, s_NVLd, part_NVLd, share_NVL, gate_NVd = ctx.saved_tensors
-        (grad_NVd,) = grads
-        du_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * part_NVLd
-        # What a softmax passes back needs p dp alone, and that is the sum of what was just computed.
-        pdp_NVL = du_NVLd.sum(-1)
-        dmix_NVL = pdp_NVL - share_NVL * pdp_NVL.sum(2, keepdim=True)
-        du_NVLd.addcmul_(du_NVLd, s_NVLd, value=-1)  # s' = s - s^2
-        return grad_NVd * gate_NVd, du_NVLd, dmix_NVL
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_NVd, s_NVLd, mix_NVL, part_NVLd, share_NVL, gate_NVd = ctx.saved_tensors
+        grad_NVd, ds_NVLd = grads
+        if torch.is_grad_enabled():  # again from what hangs in the graph
+            share_NVL = mix_NVL.softmax(2)
+            part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
+            gate_NVd = part_NVLd.sum(2)
+        found: tuple[Tensor | None, ...] = (None, None, None)
+        if grad_NVd is not None:
+            du_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * part_NVLd
+            # What a softmax passes back needs p dp alone, and that is the sum of what was just computed.
+            pdp_NVL = du_NVLd.sum(-1)
+            dmix_NVL = pdp_NVL - share_NVL * pdp_NVL.sum(2, keepdim=True)
+            into = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
+            found = grad_NVd * gate_NVd, into(du_NVLd, du_NVLd, s_NVLd, value=-1), dmix_NVL  # s' = s - s^2
+        if ds_NVLd is not None:
+            du_NVLd = ds_NVLd * (s_NVLd - s_NVLd.square())
+            found = found[0], du_NVLd if found[1] is None else found[1] + du_NVLd, found[2]
+        return found
 
 
 def _shares(mix_NVL: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ class RankingScores(Metric):
 
     Attributes:
         larger_is_better: name of each score -> whether a larger one is better.
+        scorable: after `compute`, users with both classes in some task, those behind a mean within users.
 
     Shape:
         update(logits [N, T], label [N, T], mask bool [N, T], user int64 [N], oracle [N, T] or None);
@@ -239,6 +240,7 @@ class RankingScores(Metric):
         if not tasks:
             raise ValueError("tasks=[] leaves nothing to score; name at least one")
         self.tasks, self.kinds = list(tasks), list(kinds)
+        self.scorable = 0
         self.larger_is_better = {
             name: kind in ("gauc", "gauc_expected", "auc")
             for kind in kinds
@@ -268,6 +270,7 @@ class RankingScores(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The scores over everything kept since the last reset."""
         rows = self.rows()
+        self.scorable = scorable_users(rows)
         scores: dict[str, Tensor] = {}
         for kind in self.kinds:
             if kind == "gauc_expected" and "logit" in rows and "oracle" not in rows:
@@ -275,6 +278,24 @@ class RankingScores(Metric):
             values = torch.stack([score_task(kind, rows, t) for t in range(len(self.tasks))])
             scores |= {kind: values.nanmean(), **{f"{kind}_{task}": values[t] for t, task in enumerate(self.tasks)}}
         return scores
+
+
+def scorable_users(rows: dict[str, Tensor]) -> int:
+    """Users with a positive and a negative known label in at least one task.
+
+    Args:
+        rows: as of ``RankingScores.rows``.
+    """
+    if "logit" not in rows:
+        return 0
+    user, of_row = torch.unique(rows["user"], return_inverse=True)
+    size, known = (len(user), rows["label"].shape[1]), rows["mask"].double()
+    label = rows["label"].double()
+    sums = [
+        torch.zeros(size, dtype=torch.float64, device=label.device).index_add_(0, of_row, part)
+        for part in (known * (label > 0), known * (label < 1))
+    ]
+    return int(((sums[0] > 0) & (sums[1] > 0)).any(1).sum())
 
 
 def score_task(kind: Kind, rows: dict[str, Tensor], t: int) -> Tensor:

@@ -102,8 +102,8 @@ class LevelPlan:
         views: for each view the state it is made of; without feature-gates a view is its state.
         reads: for each expert the view it reads.
         sees: [G, E], which experts a gate mixes (the mask).
-        gate_reads: for each gate the states (or views, see ``gates_read``) it reads, concatenated.
-        gates_read: ``states`` or ``views``.
+        gate_reads: for each gate the states (or views or inputs, see ``gates_read``) it reads, concatenated.
+        gates_read: ``states``, ``views``, or ``inputs`` (those of the whole network, at whatever level).
         owns: [G, E], which experts a gate owns, for its self-gate or residual.
         trains: [G, E], through which pairs the gradient of a gate's output reaches the expert; None means all (STEM).
         experts: names of the experts, for reports.
@@ -114,7 +114,7 @@ class LevelPlan:
     reads: tuple[int, ...]
     sees: tuple[tuple[bool, ...], ...]
     gate_reads: tuple[tuple[int, ...], ...]
-    gates_read: Literal["states", "views"] = "states"
+    gates_read: Literal["states", "views", "inputs"] = "states"
     owns: tuple[tuple[bool, ...], ...] | None = None
     trains: tuple[tuple[bool, ...], ...] | None = None
     experts: tuple[str, ...] = ()
@@ -186,12 +186,13 @@ class ExpertLevel(nn.Module):
         plan: the tables.
         dim: d.
         settings: what an expert is.
+        input_dim: width of the network's inputs, for gates that read them; None means d.
 
     Shape:
-        states [S, N, d] -> states of the next level [G, N, o].
+        states [S, N, d], inputs of the network [S', N, input_dim] -> states of the next level [G, N, o].
     """
 
-    def __init__(self, plan: LevelPlan, dim: int, settings: ExpertSettings) -> None:
+    def __init__(self, plan: LevelPlan, dim: int, settings: ExpertSettings, input_dim: int | None = None) -> None:
         super().__init__()
         self.plan = plan
         gated = settings.feature_gates > 0
@@ -201,10 +202,11 @@ class ExpertLevel(nn.Module):
             else None
         )
         reads = plan.reads if gated else tuple(plan.views[view] for view in plan.reads)
-        on_states = plan.gates_read == "states" or gated
+        on_states = plan.gates_read != "views" or gated
         gate_reads = plan.gate_reads if on_states else [[plan.views[v] for v in views] for views in plan.gate_reads]
+        read_dim = dim if input_dim is None or plan.gates_read != "inputs" else input_dim
         router = StackedGates(
-            dim, plan.sees, gate_reads, owns=plan.owns, mixing=settings.mixing, residual=settings.residual
+            read_dim, plan.sees, gate_reads, owns=plan.owns, mixing=settings.mixing, residual=settings.residual
         )
         bank = NormalisedExperts(
             len(plan.reads),
@@ -218,10 +220,11 @@ class ExpertLevel(nn.Module):
         )
         self.moe = MoELayer(router, bank, combiner=GateMix(plan.trains))
 
-    def forward(self, z_SNd: Tensor) -> Tensor:
-        """States of the next level."""
+    def forward(self, z_SNd: Tensor, inputs_SNd: Tensor | None = None) -> Tensor:
+        """States of the next level; without ``inputs_SNd`` the states are the network's inputs."""
         view_VNd = z_SNd if self.feature_gates is None else self.feature_gates(z_SNd)  # [V, N, d]
-        read = view_VNd if self.plan.gates_read == "views" else z_SNd
+        inputs_SNd = z_SNd if inputs_SNd is None else inputs_SNd
+        read = {"views": view_VNd, "states": z_SNd, "inputs": inputs_SNd}[self.plan.gates_read]
         y_GNo: Tensor = self.moe(view_VNd, read, per_expert=True)
         return y_GNo
 
@@ -288,13 +291,14 @@ class RankingNet(nn.Module):
                 raise ValueError(f"a level reads {above.num_states} states, but the one before makes {len(below.sees)}")
         self.num_inputs = plans[0].num_states
         dims = [dim] + [settings.width] * (len(plans) - 1)
-        self.levels = nn.ModuleList([ExpertLevel(plan, d, settings) for plan, d in zip(plans, dims, strict=True)])
+        self.levels = nn.ModuleList([ExpertLevel(plan, d, settings, dim) for plan, d in zip(plans, dims, strict=True)])
         self.towers = Towers(settings.width, tower_reads, tower_dim)
 
     def forward(self, z_SNd: Tensor) -> Tensor:
         """Logits."""
+        inputs_SNd = z_SNd
         for level in self.levels:
-            z_SNd = level(z_SNd)
+            z_SNd = level(z_SNd, inputs_SNd)
         logits: Tensor = self.towers(z_SNd)
         return logits
 

@@ -38,7 +38,8 @@ rows = [
     for d, r in (("kitchen", "seen"), ("hall", "seen"), ("street", "unseen"))
 ]
 header = {"config_hash": "abc", "commit": "f00", "seed": seed, "params_total": 1000, "params_active": 500,
-          "flops_per_token": float(word("--flops", 2000.0)), "train_flops": 6000000, "versions": {"python": "3"}}
+          "flops_per_token": float(word("--flops", 2000.0)), "train_flops": 6000000, "versions": {"python": "3"},
+          "machine": {"instruction_set": os.environ.get("KERNELS", "AVX2"), "threads": 1}}
 folder = pathlib.Path(os.environ["MOEAPPS_RUNS"]) / word("--system") / word("--name") / "version_0" / "metrics"
 folder.mkdir(parents=True)
 if "--silent" not in sys.argv:
@@ -203,6 +204,44 @@ def test_verify_accepts_equal_numbers_and_refuses_others(repository: Path, monke
     assert (runs.cells_folder / "dense-s1-d1.json").read_text() == before, "verifying changes no cell"
     with pytest.raises(GridError, match="only 3 cells"):
         runs.verify(4)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "run_with", "drift", "bad"),
+    [
+        ("AVX2", "AVX512", 1e-3, 0),  # seeds 1 to 3 score 0.51, 0.52, 0.53: their standard deviation is 0.01
+        ("AVX2", "AVX512", 0.0099, 0),
+        ("AVX2", "AVX512", 0.0101, 1),
+        ("AVX2", "AVX2", 1e-3, 1),
+        ("", "AVX2", 1e-3, 0),  # a cell older than the field
+        ("", "AVX2", 0.02, 1),
+    ],
+)
+def test_other_arithmetic_is_held_to_the_spread_over_seeds(
+    repository: Path, monkeypatch, made_with: str, run_with: str, drift: float, bad: int
+) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(pairs=3)}, ()))
+    monkeypatch.setenv("KERNELS", made_with)
+    runs.run()
+    assert {cell.instruction_set for cell in runs.read().values()} == {made_with}
+    assert {cell.threads for cell in runs.read().values()} == {1}
+    monkeypatch.setenv("KERNELS", run_with)
+    monkeypatch.setenv("DRIFT", str(drift))
+
+    assert runs.verify(1, seed=0) == bad
+
+    text = " ".join(console.export_text().split())
+    if made_with != run_with:
+        assert f"made with {made_with or 'an unknown instruction set'}" in text
+        assert f"{drift / 0.01:.2g} of the standard deviation over seeds" in text
+    assert ("DIFFERS" in text) == bool(bad)
+
+
+def test_a_committed_cell_without_the_new_fields_can_still_be_read() -> None:
+    found = read_cells(Path("benchmarks/results/point_moe/cells"), "point_moe")
+
+    assert found
+    assert all(isinstance(cell.instruction_set, str) for cell in found.values())
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,9 @@ def test_every_claim_of_the_card_has_an_entry_and_says_which_of_the_two_gates_it
             assert name in claim.text or claim.id.startswith("C6"), claim.id
 
 
-def test_all_overlays_of_the_grid_exist_and_every_baseline_but_the_slow_one_is_in_it() -> None:
+def test_all_overlays_of_the_grid_exist_and_every_baseline_but_two_is_in_it() -> None:
     assert len({GRID.definition(name, ROOT) for name in GRID.all_variants}) == len(GRID.all_variants)
     used = {overlay for variant in GRID.all_variants.values() for overlay in variant.overlays}
     shipped = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/baselines/mixer_*.yaml")}
-    assert shipped - used == {"configs/baselines/mixer_ncf_csm.yaml"}
+    unmeasured = {f"configs/baselines/mixer_{name}.yaml" for name in ("ncf_csm", "official_experts")}
+    assert shipped - used == unmeasured

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.mutate import ROOT, MutationError, mutated, run
-from benchmarks.mutations import MUTATIONS, Mutation
+from benchmarks.mutate import MUTATIONS, ROOT, MutationError, mutated, run
+from benchmarks.mutations import Mutation
 
 
 def wrong(name: str, search: str, replace: str, tests: tuple[str, ...] = ("tests/moe/test_add.py",)) -> Mutation:
@@ -26,6 +26,7 @@ def project(tmp_path: Path) -> Path:
         "moeapps/moe/core.py": "def add(a, b):\n    return a + b\n\n\ndef double(a):\n    return 2 * a\n",
         "tests/moe/test_add.py": "from moeapps.moe.core import add\n\n\ndef test_sum():\n    assert add(2, 3) == 5\n",
         "tests/moe/test_two.py": "from moeapps.moe.core import double\n\n\ndef test_2():\n    assert double(2) == 4\n",
+        "configs/toy.yaml": "",
         "pyproject.toml": "[tool.pytest.ini_options]\n",
     }
     for name, text in files.items():

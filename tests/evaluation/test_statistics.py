@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,3 +185,16 @@ def test_judging_clusters_is_honest_about_runs_that_share_their_data() -> None:
 def test_the_exact_rule_looks_at_every_pair_of_a_cluster() -> None:
     judged = judge([1.0, -1.0, 3.0], [0.0] * 3, rule="exact", direction="higher", clusters=["a", "a", "b"])
     assert judged.verdict == "not supported"
+
+
+def test_a_bootstrap_sample_without_anything_to_score_does_not_make_the_interval_undefined() -> None:
+    units = np.array([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]])  # weight and weight times score
+
+    def score(drawn: Any) -> float:
+        weight, hits = drawn.sum(0)
+        return hits / weight if weight > 0 else math.nan
+
+    interval = bootstrap_interval(units, score)
+
+    assert (interval.mean, interval.low, interval.high) == (2.0, 2.0, 2.0)
+    assert math.isnan(bootstrap_interval(np.zeros((3, 2)), score).low)

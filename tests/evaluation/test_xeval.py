@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moeapps.cli import main
 from moeapps.evaluation.results import read_results
 from moeapps.evaluation.statistics import paired_t_interval
 from moeapps.evaluation.xeval import build_matrix, cells
 from moeapps.reporting.matrix import markdown, rich_tables
+from moeapps.training.run import seeds_of, variant_hash
 
 ROLES = {"a": "seen", "b": "seen", "v": "validation", "u": "unseen", "w": "unseen"}
 
@@ -28,15 +30,17 @@ def write_run(
     units: dict[str, Any] | None = None,
     direction: str = "max",
     system: str = "toy",
+    parts: dict[str, Any] | None = None,
+    **header: Any,
 ) -> Path:
     rows = [
         {"domain": d, "role": r, "metric": m, "value": x if m == "acc" else 1.0, "n": 4, "direction": direction}
         for (d, r), x in zip(ROLES.items(), values, strict=True)
         for m in ("loss", "acc")
     ]
-    header = {"system": system, "name": variant, "seed": seed, "main_metric": "acc"}
+    header = {"system": system, "name": variant, "seed": seed, "main_metric": "acc", **header}
     (folder / "metrics").mkdir(parents=True)
-    text = json.dumps({"header": header, "rows": rows, "units": units or {}})
+    text = json.dumps({"header": header, "rows": rows, "units": units or {}, "parts": parts or {}})
     (folder / "metrics" / "test.json").write_text(text)
     return folder
 
@@ -81,22 +85,160 @@ def test_differences_over_seeds_are_paired_t(tmp_path: Path) -> None:
     assert matrix.variants["toy/moe"]["a"].mean == pytest.approx(0.91)
 
 
-def test_differences_of_one_pair_of_runs_are_over_test_units(tmp_path: Path) -> None:
-    left = {"u": {"acc": [1.0, 1.0, 1.0, 0.0]}, "a": {"acc": [1.0, 0.0]}}
-    right = {"u": {"acc": [0.0, 0.0, 0.0, 0.0]}, "a": {"acc": [1.0, 0.0, 1.0]}}
-    one = read_results(write_run(tmp_path / "m", [0.9, 0.8, 0.6, 0.5, 0.4], units=left))
-    other = read_results(write_run(tmp_path / "d", [0.9, 0.8, 0.6, 0.5, 0.4], variant="dense", units=right))
+def test_differences_of_one_pair_of_runs_are_those_of_the_table(tmp_path: Path) -> None:
+    left = {"u": {"acc": [1.0, 1.0, 1.0, 0.0]}, "w": {"acc": [0.4, 0.4]}, "a": {"acc": [0.9, 0.9]}}
+    right = {"u": {"acc": [0.0, 0.0, 0.0, 0.0]}, "w": {"acc": [0.2, 0.4]}, "a": {"acc": [1.0, 0.0, 1.0]}}
+    one = read_results(write_run(tmp_path / "m", [0.9, 0.8, 0.6, 0.75, 0.4], units=left))
+    other = read_results(write_run(tmp_path / "d", [2 / 3, 0.9, 0.6, 0.0, 0.3], variant="dense", units=right))
 
     matrix = build_matrix([one], [other])
 
-    assert [d.column for d in matrix.differences] == ["u"]  # "a" has other units, so nothing can be paired
-    difference = matrix.differences[0]
-    assert difference.interval.mean == 0.75
-    # All units may agree: another training run might still not, so the word "better" is kept for seeds.
-    sure = dataclasses.replace(matrix, differences=[dataclasses.replace(difference, better=True)])
-    assert "| ahead (one seed) |" in markdown(sure)
-    assert difference.over == "units"
+    found = {d.column: d for d in matrix.differences}
+    table = [row.cells for row in matrix.rows]
+    assert set(found) == set(matrix.columns)
+    for column, difference in found.items():
+        assert difference.interval.mean == pytest.approx(table[0][column] - table[1][column])
+        assert (difference.over, difference.better) == ("units", None)
+    # Intervals stand where both runs have the same units; the mean of seen domains has none, as "b" tells no units.
+    assert {c for c, d in found.items() if math.isfinite(d.interval.low)} == {"u", "w", "mean unseen"}
+    assert found["u"].interval.n == 4
+    assert found["mean unseen"].interval.n == 6
+    assert found["u"].interval.low <= 0.75 <= found["u"].interval.high
     assert matrix.rows[0].intervals["u"].mean == 0.75
+
+
+def test_one_seed_is_never_called_better_and_the_last_sentence_says_so(tmp_path: Path) -> None:
+    sure = {"u": {"acc": [1.0] * 9}, "w": {"acc": [1.0] * 9}}
+    one = read_results(write_run(tmp_path / "m", [0.9, 0.8, 0.6, 1.0, 1.0], units=sure))
+    worse = {"u": {"acc": [0.0] * 9}, "w": {"acc": [0.0] * 9}}
+    other = read_results(write_run(tmp_path / "d", [0.8, 0.8, 0.6, 0.0, 0.0], variant="dense", units=worse))
+
+    text = markdown(build_matrix([one], [other]))
+
+    assert "ahead" not in text
+    assert not {"| better |", "| worse |"} & set(text.split("\n"))
+    assert "better |" not in text
+    assert "| mean seen | +0.0500 | 1 pair of runs | none: one seed |" in text
+    assert "| mean unseen | +1.0000 [1.0000, 1.0000] | 18 units | none: one seed |" in text
+    closing = [line for line in text.splitlines() if "One seed decides nothing" in line]
+    assert len(closing) == 1
+    assert "+0.0500 acc on mean seen and +1.0000 acc on mean unseen" in closing[0]
+
+
+def test_units_that_tell_another_score_than_the_table_give_no_interval(tmp_path: Path) -> None:
+    units = {"u": {"acc": [0.655, 0.655]}, "w": {"acc": [0.3, 0.5, None]}}
+    run = read_results(write_run(tmp_path / "m", [0.9, 0.8, 0.6, 0.647, 0.4], units=units))
+
+    assert set(build_matrix([run]).rows[0].intervals) == {"w"}
+
+
+def test_a_pooled_score_has_an_interval_of_itself(tmp_path: Path) -> None:
+    # Two scans, two classes: pooled 1/2 * (3/6 + 4/5); scan by scan it would be 1/2 * (1/2 * (1/4 + 1) + 1) = 0.8125.
+    parts = {"u": {"acc": [[[1, 4, 3], [1, 1, 1]], [[2, 2, 2], [3, 4, 3]]]}}
+    run = read_results(write_run(tmp_path / "m", [0.9, 0.8, 0.6, 0.65, 0.4], parts=parts))
+
+    interval = build_matrix([run]).rows[0].intervals["u"]
+
+    assert (interval.mean, interval.n) == (0.65, 2)
+    # Of a sample of two there are three kinds: one scan twice (0.625), the other twice (0.875), or both (0.65).
+    assert (interval.low, interval.high) == (pytest.approx(0.625), pytest.approx(0.875))
+
+
+def test_means_of_a_difference_are_over_the_domains_that_both_have(tmp_path: Path) -> None:
+    one = read_results(write_run(tmp_path / "m", [0.9, None, 0.6, 0.5, 0.3]))
+    other = read_results(write_run(tmp_path / "d", [0.7, 0.1, 0.6, 0.5, 0.3], variant="dense"))
+
+    matrix = build_matrix([one], [other])
+
+    found = {d.column: d.interval.mean for d in matrix.differences}
+    assert found["mean seen"] == pytest.approx(0.2)
+    assert "b" not in found
+    assert any("Not every run has acc of b" in note for note in matrix.notes)
+
+
+# --- which runs are one variant ---
+
+
+def test_runs_are_one_variant_by_what_was_run_and_not_by_their_names(tmp_path: Path) -> None:
+    values = [0.9, 0.7, 0.6, 0.5, 0.3]
+    runs = [
+        write_run(tmp_path / "1", values, variant="first", seed=0, variant_hash="aaaaaaaaaaaa"),
+        write_run(tmp_path / "2", values, variant="again", seed=1, variant_hash="aaaaaaaaaaaa"),
+        write_run(tmp_path / "3", values, variant="first", seed=1, variant_hash="bbbbbbbbbbbb"),
+    ]
+
+    matrix = build_matrix([read_results(path) for path in runs])
+
+    assert [row.variant for row in matrix.rows] == ["toy/first#aaaaaa", "toy/first#aaaaaa", "toy/first#bbbbbb"]
+    assert list(matrix.variants) == ["toy/first#aaaaaa"]
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "b")])
+def test_two_runs_of_one_seed_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    runs = [
+        write_run(tmp_path / str(i), [1.0] * 5, variant=name, variant_hash="aaaaaaaaaaaa")
+        for i, name in enumerate(names)
+    ]
+
+    with pytest.raises(ValueError, match="both have seed 0"):
+        build_matrix([read_results(path) for path in runs])
+    with pytest.raises(ValueError, match="both have seed 0"):
+        build_matrix([read_results(runs[0])], [read_results(runs[1])])
+
+
+def test_seeds_of_the_data_count_as_seeds_and_other_test_data_is_said(tmp_path: Path) -> None:
+    def run(name: str, data_seed: int, variant: str) -> Any:
+        seeds = {"seed_everything": 0, "data.init_args.data_seed": data_seed, "data.init_args.seed": 0}
+        values = [0.5 + 0.1 * (variant == "a"), 0.5, 0.5, 0.5, 0.5]
+        return read_results(write_run(tmp_path / name, values, variant=variant, variant_hash=variant * 12, seeds=seeds))
+
+    matrix = build_matrix([run("1", 1, "a"), run("2", 2, "a")], [run("4", 2, "b"), run("3", 1, "b")])
+
+    assert matrix.differences[0].over == "seeds"
+    assert [note for note in matrix.notes if "data.init_args.data_seed differs" in note]
+    apart = build_matrix([run("5", 1, "a")], [run("6", 2, "b")])
+    assert any("share no seed" in note for note in apart.notes)
+
+
+def test_a_run_and_its_continuation_are_one_training(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "base" / "version_0", [1.0] * 5, variant_hash="a" * 12)
+    checkpoint = str(first / "checkpoints" / "last.ckpt")
+    second = write_run(tmp_path / "base" / "version_1", [1.0] * 5, variant_hash="b" * 12, continued_from=checkpoint)
+
+    with pytest.raises(ValueError, match="one training, not two"):
+        build_matrix([read_results(second)], [read_results(first)])
+    assert len(build_matrix([read_results(second)]).rows) == 1
+
+
+def test_an_untrained_run_is_refused(tmp_path: Path) -> None:
+    run = read_results(write_run(tmp_path / "r", [1.0] * 5, global_step=0))
+
+    with pytest.raises(ValueError, match="never trained"):
+        build_matrix([run])
+
+
+def test_results_without_a_hash_are_told_apart_by_the_config_beside_them(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(i), [1.0] * 5, seed=i) for i in range(3)]
+    for i, (path, width) in enumerate(zip(runs, (8, 8, 16), strict=True)):
+        config = {"seed_everything": i, "model": {"init_args": {"width": width}}, "data": {"init_args": {"seed": i}}}
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    matrix = build_matrix([read_results(path) for path in runs])
+
+    assert [row.variant == matrix.rows[0].variant for row in matrix.rows] == [True, True, False]
+    assert read_results(runs[1]).seeds == {"seed_everything": 1, "data.init_args.seed": 1}
+
+
+def test_the_hash_of_a_variant_forgets_seeds_and_places_alone() -> None:
+    def config(seed: int, width: int = 8, folder: str = "x", steps: int = 5) -> dict[str, Any]:
+        data = {"init_args": {"data_seed": seed, "cache_dir": folder, "source": {"init_args": {"seed": seed}}}}
+        model = {"init_args": {"width": width, "blocks": [{"init_args": {"deal_seed": seed}}]}}
+        return {"seed_everything": seed, "model": model, "data": data, "trainer": {"max_steps": steps}}
+
+    assert variant_hash(config(0)) == variant_hash(config(1, folder="y"))
+    assert len({variant_hash(c) for c in (config(0), config(0, width=9), config(0, steps=6))}) == 3
+    assert set(seeds_of(config(3)).values()) == {3}
+    assert len(seeds_of(config(3))) == 4
 
 
 @pytest.mark.parametrize("width", [60, 200])

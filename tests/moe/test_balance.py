@@ -106,9 +106,9 @@ def _half_batch(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     logits_NE = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    whole = SwitchBalance()([routed(logits_NE)])
+    whole = SwitchBalance().value([routed(logits_NE)])
     half = routed(logits_NE.chunk(2)[rank])
-    loss = GlobalBatchBalance()([half])
+    loss = GlobalBatchBalance().value([half])
     torch.distributed.all_reduce(loss)
     torch.testing.assert_close(loss / 2, whole)
 

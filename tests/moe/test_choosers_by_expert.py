@@ -42,6 +42,40 @@ def test_expert_choice_takes_at_least_one_row_and_no_more_than_there_are() -> No
         ExpertChoice(0.0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_row_softmax_is_taken_over_the_rows_of_a_group_that_count(masked: bool) -> None:
+    s, group = logits(40), torch.randint(0, 4, (40,)) * 7 - 3
+    s = s.requires_grad_()
+    mask = torch.rand(40) > 0.3 if masked else None
+    if mask is not None:
+        mask[group == group[0]] = False  # a group that does not count at all
+    routing = bound(ExpertChoice(2.0, per="group", weighing="row_softmax"))(s, group=group, token_mask=mask)
+    dense = routing.assignment()
+    wanted = torch.zeros_like(s)
+    for g in group.unique():
+        rows = ((group == g) & (True if mask is None else mask)).nonzero()[:, 0]
+        for e in range(E):
+            total = sum(s[n, e].exp() for n in rows)
+            for n in rows:
+                wanted[n, e] = s[n, e].exp() / total
+    taken = dense != 0
+
+    assert bool(taken.any())
+    torch.testing.assert_close(dense, wanted.where(taken, 0))
+    probe = torch.randn_like(s)
+    found, expected = (torch.autograd.grad((y.where(taken, 0) * probe).sum(), s)[0] for y in (dense, wanted))
+    torch.testing.assert_close(found, expected)
+
+
+def test_row_softmax_over_the_batch_stays_finite_for_huge_logits_and_is_for_expert_choice_alone() -> None:
+    s = 1e4 * logits(12)
+    dense = bound(ExpertChoice(2.0, weighing="row_softmax"))(s).assignment()
+
+    torch.testing.assert_close(dense, s.softmax(0).where(dense != 0, 0))
+    with pytest.raises(ValueError, match=r"'row_softmax': use a factor .* and one of softmax, sigmoid, identity"):
+        Threshold(1.0, weighing="row_softmax")  # type: ignore[arg-type]
+
+
 def test_threshold_trains_like_expert_choice_and_race_takes_the_best_pairs() -> None:
     s = logits(33)
     torch.testing.assert_close(bound(Threshold(2.0))(s).assignment(), bound(ExpertChoice(2.0))(s).assignment())

@@ -178,13 +178,41 @@ def test_null_choices_are_told_apart_from_padding_and_masked_rows(choose: Choose
     assert share.tolist() == [*routing.counts().tolist(), expected / 2, expected / 2]
 
 
-def test_group_limited_choice_equals_a_loop() -> None:
+def scores_by_hand(row: Tensor, weighing: str) -> list[float]:
+    if weighing in ("identity", "ones"):
+        return row.tolist()
+    if weighing == "sigmoid":
+        return [1 / (1 + math.exp(-v)) for v in row.tolist()]
+    return [math.exp(v) / sum(math.exp(u) for u in row.tolist()) for v in row.tolist()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weighing", ["softmax", "topk_softmax", "sigmoid", "identity", "ones"])
+def test_group_limited_choice_equals_a_loop(weighing: str, bias: bool) -> None:
     s = logits(60)
-    routing = bound(GroupLimitedTopK(2, num_groups=3, keep_groups=2))(s)
-    for row, chosen in zip(s.detach(), ids(routing).tolist(), strict=True):
-        best = sorted(range(3), key=lambda g: -float(row[2 * g : 2 * g + 2].sum()))[:2]
+    choose = bound(GroupLimitedTopK(2, num_groups=3, keep_groups=2, weighing=weighing, balance_bias=bias))
+    other = 0
+    for row, chosen in zip(s.detach(), ids(choose(s)).tolist(), strict=True):
+        # with a bias of 0 the scores are the same, but topk_softmax then adds the bias to its logits
+        score = scores_by_hand(row, "identity" if bias and weighing == "topk_softmax" else weighing)
+        best = sorted(range(3), key=lambda g: -sum(score[2 * g : 2 * g + 2]))[:2]
         open_ = [e for g in best for e in (2 * g, 2 * g + 1)]
         assert chosen == sorted(open_, key=lambda e: -float(row[e]))[:2]
+        other += set(best) != set(sorted(range(3), key=lambda g: -float(row[2 * g : 2 * g + 2].sum()))[:2])
+    assert (other > 0) == (weighing in ("softmax", "sigmoid") or (weighing == "topk_softmax" and not bias))
+
+
+def test_groups_are_ranked_by_scores_and_not_by_logits() -> None:
+    def kept(weighing: str, *row: float) -> list[int]:
+        choose = GroupLimitedTopK(2, num_groups=2, keep_groups=1, weighing=weighing)
+        return ids(bound(choose, 4)(torch.tensor([row])))[0].tolist()
+
+    assert kept("softmax", 6.0, -6.0, 1.0, 1.0) == [0, 1]  # sums of logits 0 < 2, of exponentials 403 > 5.4
+    assert kept("sigmoid", 5.0, 0.5, 2.5, 2.5) == [2, 3]  # sums of logits 5.5 > 5, of sigmoids 1.62 < 1.85
+
+
+def test_every_group_kept_is_no_limit() -> None:
+    s = logits(60)
     every = bound(GroupLimitedTopK(2, num_groups=3, keep_groups=3))(s)
     assert torch.equal(every.assignment(), bound(TopK(2))(s).assignment())
 

@@ -234,6 +234,34 @@ def test_z_loss_is_the_squared_log_partition() -> None:
     assert losses.z_loss(topk_record(torch.zeros(3, E), 1)).item() == pytest.approx(math.log(E) ** 2)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float16", 300), ("bfloat16", 1e20), ("float32", 1e20), ("float32", 3e38), ("float64", 1e200)]
+)
+def test_z_loss_of_logits_whose_square_overflows_is_finite_and_pulls_them_to_zero(
+    dtype: str, size: float, sign: int
+) -> None:
+    s = torch.full((N, E), sign * size, dtype=getattr(torch, dtype), requires_grad=True)
+
+    value = losses.z_loss(topk_record(s, K))
+    (grad,) = torch.autograd.grad(value, s)
+
+    assert value.isfinite()
+    assert value > losses.z_loss(topk_record(s.detach() / size, K))
+    assert grad.isfinite().all()
+    assert (grad * sign > 0).all()
+
+
+def test_z_loss_is_exact_up_to_where_its_sum_overflows() -> None:
+    column_1E = torch.eye(1, E)
+    s = (1e18 * column_1E).repeat(N, 1).requires_grad_()
+
+    value = losses.z_loss(topk_record(s, K))
+
+    torch.testing.assert_close(value, torch.tensor(1e36))
+    torch.testing.assert_close(torch.autograd.grad(value, s)[0], (2e18 / N * column_1E).repeat(N, 1))
+
+
 def test_z_loss_ignores_excluded_columns() -> None:
     s = logits().detach()
     excluded = torch.cat([s, torch.full((N, 1), -math.inf, dtype=torch.float64)], 1)

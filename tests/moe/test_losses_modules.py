@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the loss modules: means over the layers they name, counts of a whole step, errors that say what to do."""
+"""Laws of the loss modules: sums and means over layers, weights, counts of a whole step, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeapps.moe import losses
 from moeapps.moe.record import Record
 from moeapps.moe.routers import TopK, TopP
 from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
-from tests.moe.losses_common import E, K, N, logits, record_of, topk_record
+from tests.moe.losses_common import E, K, N, cyclic_record, logits, record_of, topk_record
 
 # --- the modules
 
@@ -33,14 +33,35 @@ MODULES = [
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_module_gives_the_unweighted_mean_over_records(kind) -> None:
-    first, second = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
-    light, heavy = kind(weight=0.0).eval(), kind(weight=100.0).eval()
-    both = heavy([first, second])
-    torch.testing.assert_close(both, (light([first]) + light([second])) / 2)
-    assert both.ndim == 0
-    assert both.requires_grad
-    torch.testing.assert_close(copy.deepcopy(heavy)([first, second]), both)
+def test_value_is_the_sum_or_mean_over_layers_without_the_weight(kind) -> None:
+    layers = [topk_record(logits(seed=seed), K, name=f"layer{seed}") for seed in (1, 2, 3)]
+    alone = [kind(weight=0.0).eval().value([layer]) for layer in layers]
+    for weight in (0.0, 100.0):
+        added, mean = kind(weight=weight).eval(), kind(weight=weight, reduction="mean").eval()
+        torch.testing.assert_close(added.value(layers), alone[0] + alone[1] + alone[2])
+        torch.testing.assert_close(mean.value(layers), (alone[0] + alone[1] + alone[2]) / 3)
+        assert mean.value(layers).ndim == 0
+        assert mean.value(layers).requires_grad
+        torch.testing.assert_close(list(added.per_layer.values()), [value.detach() for value in alone])
+        torch.testing.assert_close(copy.deepcopy(added).value(layers), added.value(layers))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_loss_called_by_hand_has_its_weight_in_value_and_gradient(kind, reduction: str) -> None:
+    heavy, gradients = kind(weight=-0.25, reduction=reduction).eval(), []
+    for call in (heavy, heavy.value):
+        s = logits(scale=0.5)
+        result = call([topk_record(s, K, name="a"), topk_record(s * 2, K, name="b")])
+        gradients.append((result.detach(), *torch.autograd.grad(result, s)))
+    for weighted, bare in zip(*gradients, strict=True):
+        torch.testing.assert_close(weighted, -0.25 * bare)
+
+
+def test_at_balance_the_sum_over_n_layers_is_n_times_the_weight() -> None:
+    layers = [replace(cyclic_record(1, 3.0), name=f"layer{i}") for i in range(12)]
+    assert losses.SwitchBalance(0.01)(layers).item() == pytest.approx(0.12)
+    assert losses.SwitchBalance(0.01, reduction="mean")(layers).item() == pytest.approx(0.01)
 
 
 def test_names_are_distinct() -> None:
@@ -55,7 +76,7 @@ def test_layers_pattern_chooses_records() -> None:
         topk_record(logits(seed=1), K, name="enc.0.moe"),
         topk_record(logits(seed=2), K, name="dec.0.moe"),
     )
-    torch.testing.assert_close(losses.ZLoss(layers="enc.*")([encoder, decoder]), losses.z_loss(encoder))
+    torch.testing.assert_close(losses.ZLoss(layers="enc.*").value([encoder, decoder]), losses.z_loss(encoder))
 
 
 def test_module_without_matching_record_says_what_was_recorded() -> None:
@@ -71,10 +92,10 @@ def test_global_balance_uses_the_counts_so_far_and_forgets_at_the_step() -> None
     counts = sum(losses.column_counts(half) for half in halves)
     module = losses.GlobalBatchBalance()
 
-    first = module(halves[:1])
-    second = module(halves[1:])
+    first = module.value(halves[:1])
+    second = module.value(halves[1:])
     module.on_optimizer_step()
-    again = module(halves[:1])
+    again = module.value(halves[:1])
 
     torch.testing.assert_close(first, losses.switch_balance(halves[0]))
     torch.testing.assert_close(second, losses.switch_balance(halves[1], counts_E=counts))
@@ -84,14 +105,14 @@ def test_global_balance_uses_the_counts_so_far_and_forgets_at_the_step() -> None
 def test_global_balance_gathers_nothing_in_evaluation() -> None:
     first, second = (topk_record(part, K) for part in logits().split(N // 2))
     module = losses.GlobalBatchBalance().eval()
-    module([first])
-    torch.testing.assert_close(module([second]), losses.switch_balance(second))
+    module.value([first])
+    torch.testing.assert_close(module.value([second]), losses.switch_balance(second))
 
 
 def test_global_balance_keeps_layers_apart() -> None:
     a, b = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
-    expected = (losses.switch_balance(a) + losses.switch_balance(b)) / 2
-    torch.testing.assert_close(losses.GlobalBatchBalance()([a, b]), expected)
+    expected = losses.switch_balance(a) + losses.switch_balance(b)
+    torch.testing.assert_close(losses.GlobalBatchBalance().value([a, b]), expected)
 
 
 def test_global_balance_lets_one_sided_micro_batches_be_when_the_step_is_balanced() -> None:
@@ -99,15 +120,15 @@ def test_global_balance_lets_one_sided_micro_batches_be_when_the_step_is_balance
     one_sided[0][:, 0] = one_sided[1][:, 1] = 1000.0
     first, second = (topk_record(s, 1) for s in one_sided)
     module = losses.GlobalBatchBalance()
-    module([first])
+    module.value([first])
     assert losses.switch_balance(second).item() == pytest.approx(2.0)
-    assert module([second]).item() == pytest.approx(1.0)
+    assert module.value([second]).item() == pytest.approx(1.0)
 
 
 def test_no_rows_give_zero_with_a_graph() -> None:
     empty = topk_record(logits(n=0), K, group=torch.zeros(0, dtype=torch.int64))
     for kind in MODULES:
-        value = kind()([empty])
+        value = kind().value([empty])
         assert value.item() == 0.0, kind
         assert value.requires_grad, kind
     assert losses.switch_balance(empty, per_group=True).item() == 0.0
@@ -152,6 +173,7 @@ def unmarked_nulls() -> Record:
         (lambda: losses.load_cv2(record_of(TopP(0.5), logits())), "no fixed k"),
         (lambda: losses.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
         (lambda: losses.SwitchBalance(weight=math.nan), "finite number"),
+        (lambda: losses.ZLoss(reduction="max"), "'max' of 'z' is unknown; use sum or mean"),
     ],
 )
 def test_errors_say_what_to_do(call, message) -> None:

@@ -92,12 +92,17 @@ def test_a_record_refers_to_what_the_layer_had() -> None:
     layer, x = moe(), torch.randn(3, D, requires_grad=True)
     mask, group = torch.tensor([True, False, True]), torch.tensor([0, 1, 1])
     with MoERecorder(layer) as recorder:
-        routing = layer.route(x, token_mask=mask, group=group)
+        routing = layer.route(x, group=group)
+        masked = layer.route(x, token_mask=mask, group=group)
     record = recorder.records[0]
     assert record.routing is routing
     assert isinstance(record.routing, Routing)
     assert record.routing.features_ND.data_ptr() == x.data_ptr()
     assert record.routing.features_ND.requires_grad
+    record = recorder.records[1]
+    assert record.routing is masked
+    assert torch.equal(record.routing.features_ND[mask], x[mask])  # what was read: nothing of a masked row
+    assert not torch.equal(record.routing.features_ND[~mask], x[~mask])
     assert torch.equal(record.token_mask, mask)
     assert torch.equal(record.group, group)
 
@@ -160,7 +165,7 @@ def test_checkpointing_changes_neither_counts_nor_gradients(inside: bool) -> Non
         x = torch.randn(40, D, requires_grad=True)
         with MoERecorder(net) as recorder:
             y = net(x)
-            loss = y.square().mean() + 0.1 * SwitchBalance(weight=1.0)(recorder.records)
+            loss = y.square().mean() + SwitchBalance(weight=0.1)(recorder.records)
             if inside:
                 loss.backward()
         if not inside:

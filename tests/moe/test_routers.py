@@ -212,9 +212,21 @@ def test_sentinels_take_no_room_and_evaluation_has_its_own_factor() -> None:
     row = torch.arange(12)
     expert = torch.tensor([E] * 6 + [0] * 6)
     routing = Routing(row, expert, torch.ones(12), 12, E, top_k=1)
-    capacity = Capacity(1.0, minimum=1, eval_factor=2.0)  # 3 in training, 6 in evaluation
-    assert capacity(routing).expert_M.tolist() == [E] * 6 + [0] * 3 + [E] * 3
-    assert capacity.eval()(routing).counts().tolist() == [6, 0, 0, 0]
+    capacity = Capacity(1.0, minimum=1, eval_factor=2.0)  # of 6 assignments: 2 in training, 3 in evaluation
+    assert capacity(routing).expert_M.tolist() == [E] * 6 + [0] * 2 + [E] * 4
+    assert capacity.eval()(routing).counts().tolist() == [3, 0, 0, 0]
+
+
+def test_capacity_of_top_p_takes_the_mean_of_what_rows_ask_for() -> None:
+    # 6 rows of one expert and 2 of three: 12 assignments of 4 experts; the static K of p = 0.6 is 3
+    one, three = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.tensor([0.28, 0.26, 0.24, 0.22])
+    choose = TopP(0.6)
+    choose.bind(E)
+    routing = choose(torch.stack([one] * 6 + [three] * 2).log())
+    assert routing.counts().tolist() == [8, 2, 2, 0]
+    assert routing.top_k == 3
+    assert Capacity(1.0, minimum=1)(routing).counts().tolist() == [3, 2, 2, 0]
+    assert Capacity(1.0, minimum=1)(routing.repeat_rows(2)).counts().tolist() == [6, 4, 4, 0]
 
 
 def test_capacity_settings_are_checked() -> None:

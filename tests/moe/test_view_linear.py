@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from moeapps.moe import NormalisedExperts
 from moeapps.moe.view_linear import view_linear
+from tests.moe.derivatives_common import D, apart, derivatives
 
 READS = {
     "one view": (0, 0, 0),
@@ -53,6 +57,54 @@ def test_has_second_derivatives(reads: tuple[int, ...]) -> None:
     weight = torch.randn(len(reads), 2, 3, dtype=torch.float64, requires_grad=True)
 
     assert torch.autograd.gradgradcheck(lambda a, b: view_linear(a, b, reads), (x, weight))
+
+
+@pytest.mark.parametrize("reads", READS.values(), ids=READS)
+def test_derivatives_where_the_matrices_depend_on_the_rows_and_are_used_twice(reads: tuple[int, ...]) -> None:
+    x = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    base = torch.randn(len(reads), 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def twice(apply: Any) -> Tensor:
+        weight = base * x.mean(1).tanh()[list(reads)].unsqueeze(1)
+        return apply(apply(x, weight, reads).transpose(0, 1), weight, tuple(range(len(reads))))
+
+    for found, wanted in zip(
+        derivatives(twice(view_linear), [x, base]), derivatives(twice(naive), [x, base]), strict=True
+    ):
+        assert apart(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_derivatives_of_normalised_experts_that_read_their_own_output(norm: Any, hidden: int | None) -> None:
+    bank = NormalisedExperts(4, D, D, hidden_dim=hidden, norm=norm, reads=(0, 0, 2, 1)).double()
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    x = torch.randn(3, 9, D, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *bank.parameters()]
+
+    def expert(v: Tensor, e: int) -> Tensor:
+        if bank.w_hidden is not None:
+            h = v @ bank.w_hidden[e] + bank.b_hidden[e]
+            v = h * h.sigmoid()
+        z = v @ bank.weight[e]
+        if norm != "none":
+            over = 0 if norm == "batch" else 1
+            centred = z - z.mean(over, keepdim=True)
+            z = bank.gamma[e] * centred / (centred.square().mean(over, keepdim=True) + bank.eps).sqrt()
+        z = z + bank.beta[e]
+        return z * z.sigmoid()
+
+    def every(x: Tensor) -> Tensor:
+        return torch.stack([expert(x[v], e) for e, v in enumerate(bank.reads)], 1)
+
+    found = derivatives(bank.every(bank.every(x).transpose(0, 1)), inputs)
+    wanted = derivatives(every(every(x).transpose(0, 1)), inputs)
+
+    assert apart(found[1], found[0]) < 1e-12
+    for some, expected in zip(found, wanted, strict=True):
+        assert apart(some, expected) < 1e-8
 
 
 def test_runs_in_the_precision_of_autocast() -> None:

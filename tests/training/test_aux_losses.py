@@ -3,13 +3,34 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import lightning as L
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moeapps.moe.losses import AuxLoss, switch_balance
-from moeapps.moe.record import Record
+from moeapps.moe.losses import AuxLoss, SwitchBalance, ZLoss, switch_balance
+from moeapps.moe.record import MoERecorder, Record
 from tests.toy import ToyData, ToyNet, ToyTask
+
+
+def trainer(folder: Path, *callbacks: L.Callback, max_epochs: int = 1, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        **options,
+    )
 
 
 class Diary(AuxLoss):
@@ -30,19 +51,48 @@ class Diary(AuxLoss):
 
 
 @pytest.mark.parametrize(("accumulate", "diary"), [(1, ".|.|.|"), (2, "..|.|")])
-def test_losses_hear_of_every_optimizer_step_after_its_micro_batches(tmp_path, accumulate: int, diary: str) -> None:
-    data, loss = ToyData(batch_size=24), Diary()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        accumulate_grad_batches=accumulate,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(ToyTask(net=ToyNet(), facts=data.facts, aux_losses=[loss]), datamodule=data)
-    assert loss.seen == diary
+def test_losses_hear_of_every_optimizer_step_after_its_micro_batches(
+    tmp_path: Path, accumulate: int, diary: str
+) -> None:
+    data, first, second = ToyData(batch_size=24), Diary(), Diary()
+    options = {"accumulate_grad_batches": accumulate, "limit_val_batches": 0}
+    runner = trainer(tmp_path, **options)
+    runner.fit(ToyTask(net=ToyNet(), facts=data.facts, aux_losses=[first]), datamodule=data)
+    runner.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = ToyTask(net=ToyNet(), facts=data.facts, aux_losses=[second])
+    trainer(tmp_path, max_epochs=2, **options).fit(resumed, datamodule=data, ckpt_path=str(tmp_path / "half.ckpt"))
+
+    assert first.seen == diary
+    assert second.seen == diary
+
+
+class FirstBatch(L.Callback):
+    """Keep the first batch, the network that met it, and what training made of it."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batch, self.net = batch, copy.deepcopy(task.net)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.total, self.logged = outputs["loss"].detach(), dict(trainer.callback_metrics)
+        self.gradients = [parameter.grad.clone() for parameter in task.net.parameters()]
+
+
+def test_a_step_trains_on_the_task_plus_each_weighted_loss_and_logs_them_apart(tmp_path: Path) -> None:
+    losses, data, kept = [SwitchBalance(0.3), ZLoss(0.02)], ToyData(), FirstBatch()
+    task = ToyTask(net=ToyNet(dropout=0.0), facts=data.facts, aux_losses=losses)
+    trainer(tmp_path, kept, limit_train_batches=1, limit_val_batches=0).fit(task, datamodule=data)
+
+    x, label, domain = kept.batch
+    with MoERecorder() as recorder:
+        own = F.cross_entropy(kept.net(x, domain), label)
+    probs_NE, logits_NE = recorder.records[0].routing.probs_NE, recorder.records[0].routing.logits_NE
+    share_E = F.one_hot(probs_NE.topk(2).indices, 4).sum((0, 1)) / (2 * len(x))
+    balance, size = 4 * (share_E * probs_NE.mean(0)).sum(), logits_NE.exp().sum(1).log().square().mean()
+    total = own + 0.3 * balance + 0.02 * size
+
+    torch.testing.assert_close(kept.total, total.detach())
+    torch.testing.assert_close(kept.gradients, list(torch.autograd.grad(total, list(kept.net.parameters()))))
+    for name, value in {"loss": own, "aux/switch_balance": balance, "aux/z": size}.items():
+        torch.testing.assert_close(kept.logged[f"train/{name}"], value.detach())

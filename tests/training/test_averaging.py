@@ -62,9 +62,11 @@ def test_the_test_after_fit_and_a_later_test_score_the_same_weights(tmp_path: Pa
     assert json.loads((folder / "metrics" / "test.json").read_text())["rows"] == after_fit
 
 
-def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path, accumulate: str) -> None:
     constant = ["--model.init_args.schedule", "moeapps.training.optim.Constant"]
     words = ["fit", *TOY, *averaging(tmp_path), *constant, "--test_after_fit", "false"]
+    words += ["--trainer.accumulate_grad_batches", accumulate]
     runs = tmp_path / "runs" / "toy"
     half = str(runs / "half" / "version_0" / "checkpoints" / "last.ckpt")
     assert main([*words, "--trainer.max_epochs", "2", "--name", "whole"]) == 0

@@ -72,6 +72,46 @@ def test_loss_is_weighed_by_batch_size() -> None:
     assert scores.compute(["a"]).scores[0].value == 7.0
 
 
+def test_an_evaluation_forgets_the_one_before() -> None:
+    scores = DomainScores({"a": "seen"}, metrics)
+    for value in (3.0, 8.0):
+        scores.reset()
+        scores.update("a", torch.tensor(value), 2, (torch.tensor(value),), {"error": torch.tensor([value])})
+        found = scores.compute(["a"])
+        assert {score.metric: (score.value, score.n) for score in found.scores} == {
+            "loss": (value, 2),
+            "error": (value, 2),
+        }
+        assert found.units == {"a": {"error": [value]}}
+
+
+def test_items_without_a_label_do_not_weigh_in_the_loss() -> None:
+    scores = DomainScores({"a": "seen", "b": "seen"}, lambda domain: MetricCollection({}))
+    scores.update("a", torch.tensor(1.0), 4, (), {}, weight=3)
+    scores.update("a", torch.tensor(math.nan), 6, (), {}, weight=0)
+    scores.update("a", torch.tensor(5.0), 2, (), {}, weight=1)
+    scores.update("b", torch.tensor(math.nan), 6, (), {}, weight=0)
+
+    table = scores.compute(["a", "b"])
+
+    assert table.scores[0].value == pytest.approx((3 * 1 + 5) / 4)
+    assert table.scores[0].n == 12
+    assert math.isnan(table.scores[1].value)
+    assert table.summary()["seen"]["loss"] == pytest.approx(2.0)
+    assert table.scorable == {"a": 4, "b": 0}
+
+
+def test_parts_of_a_unit_are_summed_whatever_batch_they_come_in() -> None:
+    scores = DomainScores({"a": "seen"}, lambda domain: MetricCollection({}))
+    rows = torch.arange(24.0).reshape(4, 2, 3)
+    for unit, part in (([2**32 - 1, 5], rows[:2]), ([5, 2**16], rows[2:])):
+        scores.update("a", torch.tensor(0.0), 2, (), {}, parts={"x": (torch.tensor(unit), part)})
+
+    found = scores.compute(["a"]).parts["a"]["x"]
+
+    assert found == [(rows[1] + rows[2]).tolist(), rows[3].tolist(), rows[0].tolist()]
+
+
 def test_a_metric_called_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="another name"):
         DomainScores({"a": "seen"}, lambda domain: MetricCollection({"loss": MeanMetric()}))

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, build_adamw
+from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, Steps, build_adamw
 
 
 def net() -> nn.ModuleDict:
@@ -88,6 +91,27 @@ def test_cosine_follows_its_formula() -> None:
     assert found[2:] == pytest.approx(expected)
 
 
+def test_steps_fall_at_their_shares_of_the_run() -> None:
+    found = rates(Steps([0.3, 0.8], factor=0.5), 10)
+
+    assert found == pytest.approx([0.1] * 3 + [0.05] * 5 + [0.025] * 2)
+
+
+def test_betas_and_eps_reach_the_step() -> None:
+    parameter, config = (
+        nn.Linear(1, 1, bias=False),
+        OptimizerConfig(lr=0.1, weight_decay=0.0, betas=(0.5, 0.8), eps=0.2),
+    )
+    optimizer, start = build_adamw(parameter, config), float(parameter.weight.detach())
+    first, second = 0.0, 0.0
+    for step, gradient in enumerate((1.0, -3.0), start=1):
+        parameter.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        first, second = 0.5 * first + 0.5 * gradient, 0.8 * second + 0.2 * gradient**2
+        start -= 0.1 * (first / (1 - 0.5**step)) / (math.sqrt(second / (1 - 0.8**step)) + 0.2)
+    assert float(parameter.weight.detach()) == pytest.approx(start, rel=1e-5)
+
+
 def test_one_cycle_starts_low_peaks_at_the_rate_of_each_group_and_ends_far_below() -> None:
     found = rates(OneCycle(pct_start=0.3, div_factor=10.0, final_div_factor=100.0), 20)
 
@@ -104,3 +128,40 @@ def test_one_cycle_allows_the_step_that_lightning_takes_after_the_last_one() -> 
         scheduler.step()
 
     assert torch.isfinite(torch.tensor(optimizer.param_groups[0]["lr"]))
+
+
+class Line(L.LightningModule):
+    """Fits a line to numbers that overflow nothing, under any precision."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.layer, self.fused = nn.Linear(3, 1), fused
+        self.norms: list[float] = []
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.layer(batch[0]).float().square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_adamw(self, OptimizerConfig(lr=0.1, eps=1.0, fused=self.fused))  # the size of a gradient counts
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.norms.append(float(nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_under_mixed_precision_a_fused_step_clips_gradients_of_their_true_size(tmp_path, precision: str) -> None:
+    x, runs = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=512.0) if precision == "16-mixed" else None
+        model = Line(fused)
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=3, gradient_clip_val=0.01, default_root_dir=tmp_path, logger=False,
+            plugins=[MixedPrecision(precision, "cpu", scaler)], enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, DataLoader(TensorDataset(x), batch_size=4))
+        assert trainer.global_step == 3
+        assert model.norms == pytest.approx([0.01] * 3, rel=1e-3)
+        runs.append(list(model.parameters()))
+    torch.testing.assert_close(*runs)

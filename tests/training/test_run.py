@@ -78,7 +78,14 @@ def test_test_of_a_run_folder_repeats_the_numbers_in_place(trained: Path) -> Non
 
     again = json.loads((trained / "metrics" / "test.json").read_text())
     assert again["rows"] == first["rows"]
-    assert again["header"]["config_hash"] == first["header"]["config_hash"]
+    for key in ("config_hash", "variant_hash", "seeds", "continued_from"):
+        assert again["header"][key] == first["header"][key], key
+    # 72 items in batches of 8, three epochs; a later test tells the step of the checkpoint it tests.
+    assert first["header"]["global_step"] == 27
+    assert again["header"]["global_step"] in (9, 18, 27)
+    assert first["header"]["continued_from"] is None
+    assert first["header"]["seeds"] == {"seed_everything": 0, "data.init_args.seed": 0}
+    assert {"instruction_set", "threads"} <= set(first["header"]["machine"])
     assert (trained / "config.yaml").read_text() == config
     assert main(["validate", "--run", str(trained)]) == 0
     assert (trained / "metrics" / "val.json").is_file()

@@ -42,6 +42,11 @@ def test_without_sparse_tables_it_is_adamw() -> None:
     assert sparse_parameters(Net(sparse=False)) == []
 
 
+def test_the_dense_part_of_a_joined_optimizer_is_fused_where_that_is_asked() -> None:
+    joined = build_optimizer(Net(), OptimizerConfig(fused=True))
+    assert [group.get("fused") for group in joined.param_groups] == [True, None]
+
+
 def test_joined_step_is_that_of_the_two_optimizers() -> None:
     config = OptimizerConfig(lr=0.1, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
     ours, theirs = Net(), Net()

@@ -16,6 +16,7 @@ from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
 from moeapps.moe.backends.segments import segments, segments_refusal
 from moeapps.moe.backends.static import every_expert, grouped_mm_static, segments_static
+from moeapps.moe.derivatives import is_batched, is_transformed
 
 if TYPE_CHECKING:
     from moeapps.moe.backends.plan import Plan
@@ -61,9 +62,10 @@ def apply(
 ) -> Tensor:
     """Apply a bank to a sparse routing: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
 
-    Usually that is ``run`` with the plan of the routing, which takes the counts to the host once. Two cases do without
-    the host (``static``): a traced call (``torch.compile(fullgraph=True)``, ``torch.export``), whose graph must not
-    depend on what was routed, and bfloat16 on CUDA, where waiting for the counts would leave the device idle.
+    Usually that is ``run`` with the plan of the routing, which takes the counts to the host once. Three cases do
+    without the host (``static``): a traced call (``torch.compile(fullgraph=True)``, ``torch.export``), whose graph must
+    not depend on what was routed; bfloat16 on CUDA, where waiting for the counts would leave the device idle; and
+    ``torch.func.vmap`` over routings, which differ from sample to sample: there every expert runs on every row.
 
     Args:
         experts: The bank.
@@ -90,6 +92,11 @@ def apply(
         y = _apply_static(experts, x_ND, routing, side, backend, weight_at == "input")
         if y is not None:
             return y
+    elif is_transformed() and (is_batched(routing.expert_M) or is_batched(routing.row_M)):
+        _check(experts, x_ND, routing, backend, weight_at)
+        if backend not in ("auto", "loop"):
+            raise ValueError(f"backend={backend!r} cannot run here: {_NO_VMAP}; use backend='auto' or 'loop'.")
+        return every_expert(experts, x_ND, routing, side=side, at_input=weight_at == "input")
     return run(experts, x_ND, routing.plan, side=side, backend=backend, weight_at=weight_at)
 
 
@@ -224,16 +231,15 @@ def _autocast(ffn: FeedForward, x_ND: Tensor) -> tuple[FeedForward, Tensor]:
     return ffn, x_ND
 
 
+_NO_VMAP = "torch.func.vmap gives every sample a routing of its own, which the host cannot read"
+
+
 def _refusal(backend: Choice, ffn: FeedForward | None, x_ND: Tensor) -> str | None:
     """Why a fast backend cannot run this case, or None when it can."""
     if ffn is None:
         return "the experts are not a stacked two-layer network, or side inputs were given"
     if backend == "grouped_mm":
         return grouped_mm_refusal(ffn, x_ND)
+    if backend == "segments" and is_transformed():
+        return "torch.func and forward mode cannot use its hand-written backward"
     return segments_refusal(ffn) if backend == "segments" else None
-
-
-def is_transformed() -> bool:
-    """Whether a ``torch.func`` transform or a forward-mode level is active."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    return functorch or torch.autograd.forward_ad._current_level >= 0

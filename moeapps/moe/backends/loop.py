@@ -19,7 +19,7 @@ def loop(
     """Compute the weighted sum of the chosen experts with ordinary operations.
 
     Works for every bank that offers ``grouped``, in every dtype, under double backward, forward mode and
-    ``torch.func``.
+    ``torch.func``; for ``vmap`` over routings see ``apply``.
 
     Args:
         experts: The bank.

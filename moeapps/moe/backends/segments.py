@@ -20,7 +20,7 @@ gated, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,7 @@ from moeapps.moe.backends.chunks import Chunk, accumulate, accumulate_bias, grad
 from moeapps.moe.backends.loop import combine, weigh
 from moeapps.moe.backends.memory import empty, scratch
 from moeapps.moe.backends.threads import expert_shares, is_observed, run_shares
+from moeapps.moe.derivatives import Gradients, first_gradients
 from moeapps.moe.feed_forward import FeedForward
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def segments_refusal(ffn: FeedForward) -> str | None:
 def segments(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = False) -> Tensor:
     """Compute the weighted sum of the chosen experts, storing the pre-activations alone for backward.
 
-    Under ``create_graph=True`` the backward pass runs through ordinary operations, so that it can be differentiated
-    again; forward mode and ``torch.func`` need the ``loop`` backend.
+    Differentiable any number of times: under ``create_graph=True`` the gradients are the same to the bit, and what is
+    asked of them in turn runs through ordinary operations. Forward mode and ``torch.func`` need the ``loop`` backend.
 
     Args:
         ffn: Stacked weights; the activation must give the same values when computed twice.
@@ -107,9 +108,12 @@ class _Segments(torch.autograd.Function):
         static = ctx.static
         ffn = FeedForward(w_in, b_in, w_out, b_out, static.activation, static.gated)
         needs = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled():
-            return *_differentiable_backward(x_ND, weight_M, ffn, static, needs, grad_TO), None
-        return *Backward(x_ND, weight_M, ffn, static, needs).run(grad_TO, h_MH), None
+        inputs = (x_ND, weight_M, w_in, b_in, w_out, b_out)
+
+        def by_hand() -> Gradients:
+            return Backward(x_ND, weight_M, ffn, static, needs).run(grad_TO, h_MH)
+
+        return *first_gradients(by_hand, by_operations(static), inputs, needs, grad_TO), None
 
 
 def _scratch(static: Static, use: str, like: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -297,15 +301,16 @@ class Backward:
             accumulate(self.dw_in, chunk, x_CD.mul_(weight_C.unsqueeze(1)), own.dh_CH)
 
 
-def _differentiable_backward(
-    x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: Static, needs: Sequence[bool], grad_TO: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The same gradients through ordinary operations, so that they can be differentiated again."""
+def by_operations(static: Static) -> Callable[..., Tensor]:
+    """The forward pass of the six tensors through ordinary operations, for derivatives of the derivatives."""
     plan = static.plan
-    inputs = (x_ND, weight_M, ffn.w_in, ffn.b_in, ffn.w_out, ffn.b_out)
-    x_MD = x_ND.index_select(0, plan.row_M)
-    y_MO = ffn.grouped(weigh(x_MD, weight_M) if static.at_input else x_MD, plan.counts)
-    y_TO = combine(y_MO if static.at_input else weigh(y_MO, weight_M), plan)
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    gradients = iter(torch.autograd.grad(y_TO, wanted, grad_TO, create_graph=True, allow_unused=True))
-    return tuple(next(gradients) if need else None for need in needs)
+
+    def forward(
+        x_ND: Tensor, weight_M: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None
+    ) -> Tensor:
+        ffn = FeedForward(w_in, b_in, w_out, b_out, static.activation, static.gated)
+        x_MD = x_ND.index_select(0, plan.row_M)
+        y_MO = ffn.grouped(weigh(x_MD, weight_M) if static.at_input else x_MD, plan.counts)
+        return combine(y_MO if static.at_input else weigh(y_MO, weight_M), plan)
+
+    return forward

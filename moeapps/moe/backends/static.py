@@ -23,7 +23,8 @@ from moeapps.moe.backends.grouped_mm import grouped_linear
 from moeapps.moe.backends.loop import weigh
 from moeapps.moe.backends.memory import empty
 from moeapps.moe.backends.plan import key_dtype, sort_assignments
-from moeapps.moe.backends.segments import Backward, Static, compute_forward
+from moeapps.moe.backends.segments import Backward, Static, by_operations, compute_forward
+from moeapps.moe.derivatives import Gradients, first_gradients
 from moeapps.moe.feed_forward import FeedForward
 
 if TYPE_CHECKING:
@@ -178,10 +179,21 @@ def _differentiate(ctx: Any, grad_TO: Tensor, _: Tensor) -> tuple[Tensor | None,
     h_MH, x_ND, weight_M, row_M, expert_M, target_M, *stacks = ctx.saved_tensors
     top_k, num_targets, *how = ctx.plain
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 7, 8, 9, 10)]
-    found = _segments_backward(
-        grad_TO, h_MH, x_ND, weight_M, row_M, expert_M, target_M, top_k, num_targets, *stacks, *how, needs
-    )
-    dx, dweight, *rest = (g if need else None for g, need in zip(found, needs, strict=True))
+    inputs = (x_ND, weight_M, *stacks)
+
+    def by_hand() -> Gradients:
+        found = _segments_backward(
+            grad_TO, h_MH, x_ND, weight_M, row_M, expert_M, target_M, top_k, num_targets, *stacks, *how, needs
+        )
+        return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+    def forward(x_ND: Tensor, weight_M: Tensor, *stacks: Any) -> Tensor:
+        (w_in, b_in, w_out, b_out), (activation, gated, at_input) = stacks, how
+        ffn = FeedForward(w_in, b_in, w_out, b_out, resolve_activation(activation), gated)
+        static, sorted_M = _sorted(x_ND, weight_M, row_M, expert_M, target_M, top_k, num_targets, ffn, at_input)
+        return by_operations(static)(x_ND, sorted_M, *stacks)
+
+    dx, dweight, *rest = first_gradients(by_hand, forward, inputs, needs, grad_TO)
     return dx, dweight, *[None] * 5, *rest, *[None] * 4
 
 

@@ -28,10 +28,12 @@ from moeapps.moe.routers import (
     PrototypeScore,
     Router,
     RowChooser,
+    SparseMixer,
     TableScore,
     TopK,
     TopP,
 )
+from moeapps.moe.routers.choose_batch import ChoiceWeighing
 
 
 def point_moe(
@@ -80,6 +82,8 @@ def unimoe_audio(
     expansion: float = 1.0,
     shared_expansion: float = 0.5,
     shared_weighting: Literal["gated", "add"] = "gated",
+    weighing: Literal["proportional", "sparse_mixer"] = "proportional",
+    draws: bool = True,
     jitter: float = 0.01,
     router: RouterFactory | None = None,
     backend: Backend = "auto",
@@ -87,7 +91,7 @@ def unimoe_audio(
     r"""UniMoE-Audio: top-p over routed and null experts, renormalised over the chosen, plus shared experts.
 
     The weights follow the paper's equation (proportional over the chosen set, null experts included, whose share is
-    lost); the released code ends close to uniform weights instead.
+    lost); the released code draws experts by SparseMixer and so ends close to uniform weights.
 
     Args:
         num_experts: routed experts.
@@ -99,12 +103,14 @@ def unimoe_audio(
         shared_expansion: the same for a shared expert (the paper: half of the routed width).
         shared_weighting: ``gated`` weighs shared experts by one softmax with the chosen; ``add`` adds them with weight
             1.
+        weighing: ``proportional`` (paper) or ``sparse_mixer`` (released code); see :class:`SparseMixer`.
+        draws: whether SparseMixer draws in training (the released configuration leaves its draws out).
         jitter: half width of the noise on the router's input in training.
         router: another router over the same experts (its shared experts are then added).
         backend: how sparse routings are computed.
 
     Raises:
-        ValueError: for an unknown ``shared_weighting``.
+        ValueError: for an unknown ``shared_weighting`` or ``weighing``.
 
     Source: UniMoE-Audio (its card 2.4 and 2.5).
 
@@ -114,11 +120,15 @@ def unimoe_audio(
     """
     if shared_weighting not in ("gated", "add"):
         raise ValueError(f"shared_weighting={shared_weighting!r}, but it must be 'gated' or 'add'.")
+    if weighing not in ("proportional", "sparse_mixer"):
+        raise ValueError(f"weighing={weighing!r}, but it must be 'proportional' or 'sparse_mixer'.")
     gated = shared_weighting == "gated" and num_shared > 0
 
     def default_router(dim: int) -> Router:
         choose: RowChooser = TopP(top_p, num_null=num_null, renormalise=True)
-        if top_k is not None:
+        if weighing == "sparse_mixer":
+            choose = SparseMixer(top_k, p=top_p if top_k is None else None, num_null=num_null, draws=draws)
+        elif top_k is not None:
             choose = TopK(top_k, num_null=num_null)
         score = LinearScore(dim, num_experts + num_null + (num_shared if gated else 0))
         noise = Jitter(jitter) if jitter else None
@@ -158,7 +168,8 @@ def promoe(
         top_k: experts per conditional row.
         expansion: hidden width over model width.
         by_expert: the EC variant: each expert takes its best rows of each sample.
-        weighing: what the gates are: the cosine itself, or its softmax or sigmoid over the experts (ablations).
+        weighing: what the gates are: the cosine itself, or (ablations) its sigmoid or its softmax, over the experts for
+            rows that choose and over the rows of a sample for experts that choose.
         conditional_split: whether unconditional rows have an expert of their own; otherwise they are routed like any.
         num_shared: always-on experts.
         unconditional_group: the group id of rows without a condition; None means all negative ids.
@@ -175,7 +186,8 @@ def promoe(
 
     def default_router(dim: int) -> Router:
         by_row = TopK(top_k, weighing=weighing, renormalise=False)
-        choose = ExpertChoice(float(top_k), per="group", weighing=weighing) if by_expert else by_row
+        among_rows: ChoiceWeighing = "row_softmax" if weighing == "softmax" else weighing
+        choose = ExpertChoice(float(top_k), per="group", weighing=among_rows) if by_expert else by_row
         return Router(PrototypeScore(dim, num_experts), choose)
 
     def build(dim: int) -> MoELayer:

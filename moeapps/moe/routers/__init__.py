@@ -7,6 +7,7 @@ from moeapps.moe.routers.capacity import Capacity
 from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK
 from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
 from moeapps.moe.routers.choose_dense import Dense, DenseToSparse, Slots
+from moeapps.moe.routers.choose_sparse_mixer import SparseMixer
 from moeapps.moe.routers.choose_top_p import TopP
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
@@ -50,6 +51,7 @@ __all__ = [
     "RowChooser",
     "Score",
     "Slots",
+    "SparseMixer",
     "SumRouters",
     "TableScore",
     "Threshold",

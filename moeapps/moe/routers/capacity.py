@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -14,10 +13,12 @@ from moeapps.moe.routing import Routing
 
 
 class Capacity(nn.Module):
-    r"""At most :math:`C = \max(c_{min}, \lceil f\,k\,N / E \rceil)` assignments per expert; the others are dropped.
+    r"""At most :math:`C = \max(c_{min}, \lceil f\,A / E \rceil)` assignments per expert; the others are dropped.
 
-    A dropped assignment contributes exactly 0 and gets no gradient (the caller's residual carries the row). While no
-    expert overflows nothing is dropped. Sentinels take no room.
+    A is the number of assignments that the rows ask for, null experts included: k N for top-k over N rows that are
+    not masked, the sum of the sizes of the sets for top-p. A dropped assignment contributes exactly 0 and gets no
+    gradient (the caller's residual carries the row). While no expert overflows nothing is dropped. Sentinels take
+    no room.
 
     Args:
         factor: f in training, above 0.
@@ -29,8 +30,8 @@ class Capacity(nn.Module):
     Raises:
         ValueError: for a factor or minimum that is too small, or a routing that is not k per row.
 
-    Source: GShard and DeepSpeed (moe-core card 2.7). Ranking is by the weights of what was selected, never by raw
-    logits.
+    Source: GShard and DeepSpeed (moe-core card 2.7), with A in the place of k N: they know top-k without masks
+        alone. Ranking is by the weights of what was selected, never by raw logits.
 
     Example:
         >>> weight = torch.tensor([0.2, 0.9, 0.5])
@@ -63,10 +64,12 @@ class Capacity(nn.Module):
                 "Capacity needs k assignments per row (TopK, TopP); this chooser bounds its experts itself."
             )
         factor = self.factor if self.training or self.eval_factor is None else self.eval_factor
-        wanted = factor * routing.top_k * routing.num_rows / routing.num_experts
-        limit = max(self.minimum, math.ceil(wanted))
-        if limit >= routing.num_rows:
-            return routing
+        if self.minimum >= routing.num_rows or factor >= routing.num_experts:
+            return routing  # room for every row, or for every assignment there is
+        asked_M = routing.expert_M < routing.num_experts
+        asked_M = asked_M if routing.null_M is None else asked_M | routing.null_M
+        wanted = asked_M.sum().double() * factor / routing.num_experts
+        limit = wanted.ceil().long().clamp(min=self.minimum)
         kept_M = _rank(routing, self._priority(routing)) < limit
         expert_M = routing.expert_M.where(kept_M, routing.num_experts)
         return replace(routing, expert_M=expert_M, weight_M=routing.weight_M.where(kept_M, 0))

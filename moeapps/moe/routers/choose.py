@@ -143,7 +143,8 @@ class GroupLimitedTopK(TopK):
     r"""Top-k among the experts of the best groups only.
 
     The E experts are cut into ``num_groups`` equal runs; a group scores the sum of its two best experts; the best
-    ``keep_groups`` groups stay.
+    ``keep_groups`` groups stay. The sum is of what the weights are made of (probabilities of ``softmax``,
+    ``topk_softmax`` and ``sigmoid``, else logits), with the bias where there is one.
 
     Args:
         k: experts per row.
@@ -162,8 +163,8 @@ class GroupLimitedTopK(TopK):
     Example:
         >>> choose = GroupLimitedTopK(2, num_groups=2, keep_groups=1)
         >>> _ = choose.bind(4)
-        >>> choose(torch.tensor([[3.0, 0.0, 2.0, 2.0]])).expert_M.tolist()
-        [2, 3]
+        >>> choose(torch.tensor([[3.0, 0.0, 2.0, 2.0]])).expert_M.tolist()  # 21.1 > 14.8 in units of exp(logit)
+        [0, 1]
     """
 
     def __init__(
@@ -195,10 +196,12 @@ class GroupLimitedTopK(TopK):
         return num_experts
 
     def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
-        """Scores with all but the best groups at minus infinity."""
-        score_NE = super().rank(logits_NX, probs_NX).detach()
-        score_NGe = score_NE.unflatten(-1, (self.num_groups, -1))
-        best_NG = score_NGe.topk(min(2, score_NGe.shape[-1]), dim=-1).values.sum(-1)
+        """What the selection goes by, with all but the best groups at minus infinity."""
+        score_NGe = super().rank(logits_NX, probs_NX).detach().unflatten(-1, (self.num_groups, -1))
+        summed_NGe = score_NGe
+        if self.bias is None and self.weighing in ("softmax", "topk_softmax", "sigmoid"):
+            summed_NGe = probs_NX.detach().unflatten(-1, (self.num_groups, -1))  # logits order experts, not their sums
+        best_NG = summed_NGe.topk(min(2, summed_NGe.shape[-1]), dim=-1).values.sum(-1)
         kept_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter(-1, top_indices(best_NG, self.keep_groups), True)
         masked_NE: Tensor = score_NGe.masked_fill(~kept_NG.unsqueeze(-1), float("-inf")).flatten(-2)
         return masked_NE
@@ -260,4 +263,7 @@ class GatedShared(Chooser):
         picked = replace(picked, weight_NK=picked.weight_NK * mass_N1)
         all_real = self.num_null == 0
         routing = rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=routable_NX)
-        return replace(routing, shared_weight_NS=gate[:, chosen_NK.shape[-1] :])
+        shared_weight_NS = gate[:, chosen_NK.shape[-1] :]
+        if token_mask is not None:
+            shared_weight_NS = shared_weight_NS.where(token_mask.unsqueeze(-1), 0)
+        return replace(routing, shared_weight_NS=shared_weight_NS)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
 from moeapps.moe.routers.chooser import NullMass, Picked, RowChooser, is_recomputed, normalised
 
 _LEAST = 1e-6  # threshold
@@ -34,7 +35,7 @@ class TopP(RowChooser):
     follows the p that would have met the budget in this batch: with :math:`v_{nj} = \sum_{i<j} p_i` of all real columns
     in ascending order, :math:`\theta \leftarrow d\,\theta + (1-d)\,v_{(N b)}`, after the choice, so that a batch never
     decides about itself. Evaluation never moves it, and a checkpoint holds it. As p moves, the static K is all columns
-    (or ``max_k``).
+    (or ``max_k``). On several processes the batch is that of all of them together; masked rows are in none.
 
     Raises:
         ValueError: if p is not in (0, 1], ``max_k`` is below 1, the budget is not above 0 or the decay outside [0, 1);
@@ -98,7 +99,7 @@ class TopP(RowChooser):
         k = min(num, int(self.p * num) + 1 if self.threshold is None else num, self.max_k or num)
         index_NK = torch.sort(logits_NX.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
         weight_NK = probs_NX.gather(-1, index_NK)
-        before_NK = _sum_before(weight_NK)
+        before_NK = sum_before(weight_NK)
         threshold = self.used if self.training and is_recomputed() else self.threshold
         limit = self.p if threshold is None else threshold.to(before_NK.dtype)
         taken_NK = (before_NK < limit) | (limit >= 1)
@@ -130,13 +131,14 @@ def _threshold_for(budget: float, picked: Picked, num_experts: int, token_mask: 
     index_NK = picked.index_NK
     rows_N = torch.ones_like(index_NK[:, 0], dtype=torch.bool) if token_mask is None else token_mask
     real_NK = (index_NK < num_experts) & rows_N.unsqueeze(-1)
-    before_NK = _sum_before(picked.probs_NX.gather(-1, index_NK)).where(real_NK, float("inf"))
+    before_NK = sum_before(picked.probs_NX.gather(-1, index_NK)).where(real_NK, float("inf"))
+    before_NK, rows = rows_of_all_ranks(before_NK), sum_over_ranks(rows_N.sum())
     ascending = nn.functional.pad(before_NK.flatten().sort().values, (0, 1), value=float("inf"))
-    wanted = (rows_N.sum() * budget).round().long().clamp(max=before_NK.numel())
+    wanted = (rows * budget).round().long().clamp(max=before_NK.numel())
     around = ascending.gather(0, torch.stack([(wanted - 1).clamp(min=0), wanted]))
-    return around.mean().clamp(_LEAST, 1.0).where(rows_N.any(), torch.nan)  # above 0: each row takes its best column
+    return around.mean().clamp(_LEAST, 1.0).where(rows > 0, torch.nan)  # above 0: each row takes its best column
 
 
-def _sum_before(sorted_NK: Tensor) -> Tensor:
+def sum_before(sorted_NK: Tensor) -> Tensor:
     """Sum of the probabilities before each, best first."""
     return nn.functional.pad(sorted_NK.detach().cumsum(-1)[:, :-1], (1, 0))

@@ -105,6 +105,18 @@ class Picked:
     probs_NX: Tensor
 
 
+def rows_that_count(like_NX: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Number of rows that are not masked, int64 [], without a look at the device."""
+    if token_mask is not None:
+        return token_mask.sum()
+    return torch.full((), like_NX.shape[0], dtype=torch.int64, device=like_NX.device)
+
+
+def share_of(rows: Tensor, factor: float, num_experts: int) -> Tensor:
+    """How many of so many rows an expert takes, ``floor(rows factor / num_experts)``, at least 1; int64."""
+    return (rows.double() * factor / num_experts).long().clamp(min=1)
+
+
 def top_indices(score_NX: Tensor, k: int) -> Tensor:
     """Columns of the k largest scores, best first, ties to the lowest index; int64 [N, k].
 
@@ -152,6 +164,7 @@ def rows_to_routing(
         logits_NE=logits_NX,
         probs_NE=picked.probs_NX,
         null_M=null_M,
+        column_M=picked.index_NK.reshape(-1) if logits_NX.shape[-1] > num_experts + 1 else None,
     )
 
 

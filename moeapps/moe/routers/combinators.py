@@ -98,6 +98,9 @@ class ConditionalSplit(RouterBase):
                 inner.logits_NE, fixed_NF, inner.num_experts, torch.finfo(torch.float32).min / 4, 0.0
             ),
             probs_NE=self._widened(inner.probs_NE, fixed_NF, inner.num_experts, 0.0, 1.0),
+            column_M=self._shifted(inner, fixed_NF.shape[1], row_M.shape[0]),
+            given_N=is_fixed_N if inner.given_N is None else is_fixed_N | inner.given_N,
+            num_given=inner.num_given + fixed_NF.shape[1],
         )
 
     def _fixed(self, group_N: Tensor) -> Tensor:
@@ -105,6 +108,14 @@ class ConditionalSplit(RouterBase):
         if self.fixed_groups is None:
             return (group_N < 0).unsqueeze(-1)
         return group_N.unsqueeze(-1) == torch.tensor(self.fixed_groups, device=group_N.device)
+
+    @staticmethod
+    def _shifted(inner: Routing, num_fixed: int, length: int) -> Tensor | None:
+        """Columns of the logits as they stand once those of fixed experts are put in before the nulls'."""
+        if inner.column_M is None:
+            return None
+        column_M = inner.column_M + num_fixed * (inner.column_M >= inner.num_experts)
+        return torch.cat([column_M, column_M.new_zeros(length - column_M.shape[0])])
 
     @staticmethod
     def _widened(values_NX: Tensor | None, fixed_NF: Tensor, at: int, off: float, on: float) -> Tensor | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import get_args
@@ -62,10 +62,46 @@ class RouterBase(nn.Module):
         Args:
             features: what is routed on, usually [N, d].
             state: memory of a recurrent score.
-            token_mask: bool [N]; False rows get no work.
+            token_mask: bool [N]; False rows get no work and are in no count, statistic or competition. They must be
+                finite, as the layer makes them: a gradient of 0 times nan is nan.
             group: int64 [N]: domain, sample or condition of each row.
         """
         raise NotImplementedError
+
+
+def check_rows(name: str, values: Tensor | None, rows: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Refuse a mask or group ids that are not one value per row.
+
+    Raises:
+        ValueError: for another shape or, where one is asked for, another dtype.
+    """
+    if values is None:
+        return
+    if tuple(values.shape) != tuple(rows) or dtype not in (None, values.dtype):
+        wanted = "" if dtype is None else f" of {dtype}"
+        raise ValueError(
+            f"{name} is {tuple(values.shape)} of {values.dtype}, but the rows are {tuple(rows)}; give it that "
+            f"shape{wanted}, one value per row."
+        )
+
+
+def only_rows(values: Tensor, mask_N: Tensor | None, at: int = 0, *, fill: float = 0.0) -> Tensor:
+    """The same with ``fill`` in masked rows, whatever stood there, and no gradient to them.
+
+    Args:
+        values: any shape; rows are dimension ``at``.
+        mask_N: bool [N]; None changes nothing.
+        at: see above.
+        fill: what stands in masked rows.
+    """
+    if mask_N is None:
+        return values
+    return values.masked_fill(~mask_N.view(-1, *[1] * (values.ndim - at - 1)), fill)
+
+
+def read_rows(values: Tensor, mask_N: Tensor | None, at: int = 0) -> Tensor:
+    """What routers and experts read: 1 in masked rows, since a norm has no second derivative at 0; numbers only."""
+    return only_rows(values, mask_N, at, fill=1.0) if values.is_floating_point() else values
 
 
 def full_precision(features: Features) -> Features:
@@ -146,8 +182,10 @@ class Router(RouterBase):
             read = full_precision(features)
             if self.noise is not None:
                 read = self.noise.on_features(read)
-            scored = self.score(read, group=group, state=state)
+            mask = {"token_mask": token_mask} if self.score.reads_mask else {}
+            scored = self.score(read, group=group, state=state, **mask)
             logits, state = scored if isinstance(scored, tuple) else (scored, None)
+            check_rows("token_mask", token_mask, logits.shape[:-1], torch.bool)
             if self.noise is not None:
                 logits = self.noise.on_logits(logits, read)
             if self.adjust is not None:

@@ -8,6 +8,7 @@ Scores compute in the precision they are given (the router hands them at least f
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ class Score(nn.Module):
 
     Attributes:
         pool: what else a row's logits depend on in evaluation; ``row`` means nothing.
+        reads_mask: whether ``forward`` also takes ``token_mask``, bool [N] or None: for scores whose logits or buffers
+            depend on other rows, which must leave masked ones out.
 
     Raises:
         ValueError: if ``num_outputs`` is below 1.
@@ -36,6 +39,7 @@ class Score(nn.Module):
     """
 
     pool: Pool = "row"
+    reads_mask: ClassVar[bool] = False
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()

@@ -20,8 +20,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
 
-from moeapps.training.run import config_hash, git_commit, machine, run_dir, versions, write_json
+from moeapps.training.evaluation import ScoreTable
+from moeapps.training.run import (
+    config_hash,
+    git_commit,
+    machine,
+    run_dir,
+    seeds_of,
+    variant_hash,
+    versions,
+    write_json,
+)
+from moeapps.training.selection import select
 
 log = logging.getLogger("moeapps")
 
@@ -97,6 +109,10 @@ class InterruptCheckpoint(L.Callback):
 class BestCheckpoint(ModelCheckpoint):
     """Keep best.ckpt by the task's monitor, and last.ckpt at the end of every epoch.
 
+    Where too few units lie behind ``val/validation/...``, the score of the seen domains chooses, and a line says so
+    (see `moeapps.training.selection`). An epoch whose score is not defined is never the best; if none is, there is no
+    best.ckpt, and the last weights are what is tested.
+
     Lightning's own ``save_last`` writes only when the best improves, which is of no use for going on. A resumed run
     gets a folder of its own; it takes the best checkpoint so far, and its score, along.
 
@@ -107,6 +123,36 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+        self._said: set[str] = set()
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """Put the score that chooses where Lightning looks for the monitor, whose name stays the key of our state."""
+        found = super()._monitor_candidates(trainer)
+        task, monitor = trainer.lightning_module, self.monitor
+        table = getattr(task, "results", None)
+        if monitor is not None and isinstance(table, ScoreTable):
+            selection = select(
+                *(monitor, table),
+                minimum=getattr(task, "monitor_minimum", 1),
+                unit=getattr(task, "monitor_unit", "items"),
+            )
+            if selection.key in found:
+                found[monitor] = found[selection.key]
+            self._say(trainer, selection.reason)
+        return found
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Leave an epoch out whose score is not defined: Lightning would keep the first of them."""
+        value = monitor_candidates.get(self.monitor or "")
+        if value is not None and bool(value.isnan()):
+            self._say(trainer, f"{self.monitor} is not defined (nan): an epoch without it is never the best")
+            return
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _say(self, trainer: L.Trainer, line: str | None) -> None:
+        if line is not None and line not in self._said and trainer.is_global_zero:
+            self._said.add(line)
+            log.info(line)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save best.ckpt if the monitor improved, then last.ckpt."""
@@ -142,6 +188,9 @@ class SaveRun(SaveConfigCallback):
         # A test of an earlier run's checkpoint reports the time of that run's training.
         known = json.loads((folder / "run.json").read_text()) if folder is not None and _has_run(folder) else {}
         self.times = {key: known[key] for key in ("fit_seconds", "fit_cpu_seconds") if key in known}
+        # Only a fit goes on from a checkpoint; a test of the run tells what its fit did.
+        fitting = stage == "fit" or trainer.state.fn == "fit"
+        self.continued = self.config.get("ckpt_path") if fitting else known.get("continued_from")
         if not self.already_saved and stage != "fit" and folder is not None and _has_run(folder):
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
@@ -165,13 +214,19 @@ class SaveRun(SaveConfigCallback):
             write_json(folder / "run.json", self.describe_run())
 
     def describe_run(self) -> dict[str, Any]:
-        """Return system, name, seed, config hash, commit, versions, machine and, after training, its time."""
+        """Return system, name, seeds, hashes of the config, commit, versions, machine and, after training, its time.
+
+        ``continued_from`` is the checkpoint that a resumed training went on from, None for one from the start.
+        """
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),
             "name": config.get("name"),
             "seed": config.get("seed_everything"),
+            "seeds": seeds_of({key: config.get(key) for key in ("seed_everything", "model", "data")}),
             "config_hash": config_hash(config),
+            "variant_hash": variant_hash(config),
+            "continued_from": None if self.continued is None else str(self.continued),
             "commit": git_commit(),
             "versions": versions(),
             "machine": machine(),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import lightning as L
@@ -111,4 +112,4 @@ def _fitting(table: ScoreTable, main: str, width: int) -> tuple[list[str], list[
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else "-" if math.isnan(value) else f"{value:.4f}"

@@ -103,9 +103,20 @@ class EnvironmentSet:
 
 
 def increment_scale(x: Floats) -> Floats:
-    """Root mean squared increment of each environment, at least `MIN_SCALE`: [E] from [E, N, T, D]; nan is left out."""
+    """Root mean squared increment of each environment, at least `MIN_SCALE`: [E] from [E, N, T, D]; nan is left out.
+
+    Raises:
+        ValueError: an environment has missing samples and no two observed ones in a row: nothing to learn from.
+    """
     squares = np.diff(x, axis=2).reshape(len(x), -1) ** 2
-    counts = np.maximum((~np.isnan(squares)).sum(1), 1)
+    counts = (~np.isnan(squares)).sum(1)
+    empty = np.flatnonzero((counts == 0) & np.isnan(x).reshape(len(x), -1).any(1))
+    if len(empty):
+        raise ValueError(
+            f"environment {empty[0]} ({len(empty)} of {len(x)}) has no two observed samples in a row, so that nothing "
+            "can be learned of it; leave it out or give it data"
+        )
+    counts = np.maximum(counts, 1)
     scale: Floats = np.maximum(np.sqrt(np.nansum(squares, axis=1) / counts), MIN_SCALE)
     return scale
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from tasks.dynamics.experts.adapted import CoDAExperts, GEPSExperts
 from tasks.dynamics.experts.base import ExpertsFactory, MetaExperts
-from tasks.dynamics.experts.fields import CoDAExperts, GEPSExperts, NCFExperts, PlainExperts
+from tasks.dynamics.experts.fields import NCFExperts, PlainExperts
 from tasks.dynamics.experts.maps import ShallowPLRNNExperts
 
 __all__ = [

@@ -16,6 +16,7 @@ from tasks.point_cloud.data.features import Features, network_input, normalise_l
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Floats, Ints
 from tasks.point_cloud.data.voting import TileVotes, Voting
+from tasks.point_cloud.labels import IGNORE
 from tasks.point_cloud.transforms import Augmentation, crop_columns, tile_columns
 
 
@@ -116,6 +117,10 @@ class ScanDataset(Dataset[Scan]):
                     owner[part] = number
                 of_point = owner[voxels.inverse]
                 self.tiles.extend((index, np.flatnonzero(of_point == number)) for number in range(len(parts)))
+
+    def num_labels(self) -> int | None:
+        """Return how many points have a known label; None where that is not known without reading every scan."""
+        return int(sum((target != IGNORE).sum() for target in self.targets))
 
     def __len__(self) -> int:
         """Return the number of items."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
+from tasks.recommendation.gates import Residual
 from tasks.recommendation.model import LevelPlan, NetFactory, TaskTree
 from tasks.recommendation.presets.parts import at_least, network, numbered, plain, shared_names, table
 
@@ -101,6 +102,8 @@ def ml_mmoe(
 ) -> NetFactory:
     """Multi-level MMoE: below the last level every expert of the level above has a gate of its own.
 
+    Every gate, at whatever level, reads the network's input.
+
     Args:
         levels: number of levels, at least 1.
         num_experts: E per level.
@@ -109,7 +112,7 @@ def ml_mmoe(
         activation: of the experts.
         tower_dim: hidden width of a tower.
 
-    Source: the multi-level MMoE that AdaTT is compared with (recalled: a gate per expert of the next level).
+    Source: the multi-level MMoE that AdaTT is compared with, facebookresearch/AdaTT ``mtl_lib.py``.
     """
     at_least(levels=(levels, 1), num_experts=(num_experts, 1))
 
@@ -117,12 +120,18 @@ def ml_mmoe(
         found = []
         for level in range(levels):
             gates = tree.tasks if level == levels - 1 else shared_names(num_experts)
-            every = table(len(gates), num_experts, lambda g, e: True)
-            # Below, all read the one input and each gate feeds one expert; above, a gate reads all the states.
+            # Below, all experts read the one input; above, each reads the state that its own gate made.
             states = (0,) if level == 0 else tuple(range(num_experts))
-            reads = (0,) * num_experts if level == 0 else states
             found.append(
-                LevelPlan(states, reads, every, (states,) * len(gates), experts=shared_names(num_experts), gates=gates)
+                LevelPlan(
+                    views=states,
+                    reads=(0,) * num_experts if level == 0 else states,
+                    sees=table(len(gates), num_experts, lambda g, e: True),
+                    gate_reads=((0,),) * len(gates),
+                    gates_read="inputs",
+                    experts=shared_names(num_experts),
+                    gates=gates,
+                )
             )
         return found
 
@@ -143,14 +152,15 @@ def adatt(
 
     Args:
         levels: number of levels, at least 1.
-        task_experts: experts of each task unit; with one the residual is the identity, with more a learned mix.
+        task_experts: experts of each task unit.
         shared_experts: experts of a shared unit, which has no gate on the last level; 0 is AdaTT-sp.
         width: units of an expert.
         hidden: units of a hidden layer in it; None for none.
-        residual: the added mix of a unit's own experts.
+        residual: the added mix of a unit's own experts: the expert itself where every unit has one, else learned
+            numbers in every unit, of one expert as well.
         tower_dim: hidden width of a tower.
 
-    Source: D. Li et al., KDD 2023 (home card 2.2).
+    Source: D. Li et al., KDD 2023 (home card 2.2); facebookresearch/AdaTT ``mtl_lib.py``.
     """
     at_least(levels=(levels, 1), task_experts=(task_experts, 1))
 
@@ -159,7 +169,9 @@ def adatt(
         owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
         return [_unit_level(tree, owner, level, levels, lambda g, e: True) for level in range(levels)]
 
-    settings = plain(width, hidden, "none", "relu", residual="constant" if residual else "none")
+    one_each = task_experts == 1 and shared_experts in (0, 1)
+    kind: Residual = ("ones" if one_each else "constant") if residual else "none"
+    settings = plain(width, hidden, "none", "relu", residual=kind)
     return network(plans, settings, tower_dim)
 
 

@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import contingency_matrix
 
+from tasks.dynamics.data.source import increment_scale
 from tasks.dynamics.metrics import (
     FamilyRecovery,
     ReconstructedShare,
@@ -99,7 +100,25 @@ def test_a_domain_without_a_scored_sample_has_no_score() -> None:
     metrics = trajectory_metrics()
     metrics.update(torch.ones(1, 1, 2, 1), torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, dtype=torch.bool))
 
-    assert math.isnan(metrics.compute()["mse"])
+    assert all(math.isnan(value) for value in metrics.compute().values())
+
+
+def test_a_trajectory_without_a_scored_sample_is_none_of_those_that_may_diverge() -> None:
+    pred, truth = torch.ones(1, 4, 3, 1), torch.ones(1, 4, 3, 1)
+    scored = torch.ones(1, 4, 3, dtype=torch.bool)
+    pred[0, 0], scored[0, 2:] = torch.inf, False
+
+    assert environment_errors(pred, truth, scored)["diverged"].tolist() == [1 / 2]
+
+
+def test_an_environment_with_nothing_to_learn_from_is_refused() -> None:
+    x = np.zeros((2, 1, 4, 1))
+    x[1, 0] = [[1.0], [np.nan], [3.0], [np.nan]]
+
+    with pytest.raises(ValueError, match=r"environment 1 \(1 of 2\) has no two observed samples in a row"):
+        increment_scale(x)
+    x[1, 0, 3] = 5.0
+    assert increment_scale(x)[1] == pytest.approx(2.0)
 
 
 def test_wrong_shapes_are_named() -> None:

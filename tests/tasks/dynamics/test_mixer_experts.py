@@ -38,13 +38,19 @@ def rows(made: MetaExperts, num: int = 12) -> tuple[Tensor, Tensor]:
     return torch.randn(num, made.in_dim).double(), torch.randn(num, C).double()
 
 
+def swish(p: dict[str, Tensor], k: int, i: int, x: Tensor, c: Tensor) -> Tensor:
+    """x sigmoid(beta x) with a slope that follows the context as a weight does."""
+    slope = torch.ones(()) if "slope" not in p else p["slope"][k, 0, i] + p["slope"][k, 1:, i] @ c
+    return x * torch.sigmoid(slope * x)
+
+
 def naive_geps(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
     """W + A diag(c) B as matrices, one row at a time (mixer-dsr card 2.2 c)."""
     m = len(c)
     for i in range(3):
         W, B, A, A_b = p[f"root{i}"][k].T, p[f"down{i}"][k].T, p[f"up{i}"][k, :m].T, p[f"up{i}"][k, m:].T
         x = (W + A @ torch.diag(c) @ B) @ x + p[f"bias{i}"][k, 0] + A_b @ c
-        x = x * torch.sigmoid(x) if i < 2 else x
+        x = swish(p, k, i, x, c) if i < 2 else x
     return x
 
 
@@ -55,7 +61,7 @@ def naive_coda(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
         blocks = p[f"weight{i}"][k].view(1 + len(c), n_in, -1)
         theta = blocks[0] + sum(c[j] * blocks[1 + j] for j in range(len(c)))
         x = theta[:-1].T @ x + theta[-1]
-        x = x * torch.sigmoid(x) if i < 2 else x
+        x = swish(p, k, i, x, c) if i < 2 else x
     return x
 
 
@@ -130,6 +136,57 @@ def test_grouped_equals_the_naive_expert_in_value_and_gradient(kind: type[MetaEx
             )
 
 
+@pytest.mark.parametrize("kind", [GEPSExperts, CoDAExperts])
+def test_without_learned_slopes_an_expert_is_the_naive_one_with_slope_1(kind: type[MetaExperts]) -> None:
+    made = bank(kind, activation="silu")
+    x, context = rows(made)
+    assert "slope" not in made.stacks()
+
+    wanted = torch.stack([naive(made, 1, x[i], context[i]) for i in range(len(x))])
+    torch.testing.assert_close(made.grouped(x, [0, len(x), 0], context), wanted)
+    expert = torch.full((len(x),), 1)
+    bound = made.bind(context, expert, torch.ones(len(x)).double())(x[:, None])
+    torch.testing.assert_close(bound[:, 0], wanted)
+
+
+def test_geps_starts_by_the_outputs_as_released_or_by_the_inputs() -> None:
+    """Bounds of the uniform draws, from the shapes of A (out, m), B (m, in), A_b (out, m), s (1, m), in this order."""
+    for start, bounds in (("published", (1 / 20, 1 / 2, 1 / 20)), ("fan_in", (1 / 2, 1 / 20, 1 / 2))):
+        made = GEPSExperts(2, 1, 4, width=400, depth=3, start=start)  # type: ignore[arg-type]
+        p = made.stacks()
+        up, down = p["up1"], p["down1"]
+        for found, bound in zip((up[:, :4], down, up[:, 4:]), bounds, strict=True):
+            assert 0.97 * bound < float(found.detach().abs().max()) <= bound
+        assert 0.01 <= float(p["slope"][:, 0].detach().min()) <= float(p["slope"][:, 0].detach().max()) <= 1
+        assert torch.equal(p["slope"][0, 0, 0], p["slope"][0, 0, 1])  # one activation, used after both layers
+
+
+def test_slopes_that_follow_the_context_start_from_the_bounds_of_biases() -> None:
+    geps = torch.cat([GEPSExperts(2, 1, 4).stacks()["slope"][0, 1:].flatten() for _ in range(60)]).detach()
+    coda = torch.cat([CoDAExperts(2, 1, 4).stacks()["slope"][0, 1:].flatten() for _ in range(60)]).detach()
+
+    assert 0.98 < float(geps.abs().max()) <= 1
+    assert 0.49 < float(coda.abs().max()) <= 0.5
+    assert float(geps.min()) < 0 < float(geps.max())
+
+
+@pytest.mark.parametrize("wrong", [{"activation": "relu"}, {"start": "zeros"}])
+def test_unknown_words_for_geps_are_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))!r}; use (swish or silu|published or fan_in)"):
+        GEPSExperts(2, 1, 4, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("context", "state", "width"), [(4, 2, 6), (9, 3, 4), (5, 7, 32), (16, 4, 64), (40, 2, 32)])
+def test_small_nets_of_ncf_are_as_wide_as_released(context: int, state: int, width: int) -> None:
+    """By hand: the geometric mean of the ends, cut to a whole number and raised to even: sqrt(4 x 6) = 4.9 -> 4."""
+    made = NCFExperts(state, 1, context, intermediate=width)
+    for name, first in (("ctx", context), ("data", state)):
+        assert made.stacks()[f"{name}_weight0"].shape[-1] == {
+            (4, 6): 4, (2, 6): 4, (9, 4): 6, (3, 4): 4, (5, 32): 12, (7, 32): 14,
+            (16, 64): 32, (4, 64): 16, (40, 32): 36, (2, 32): 8,
+        }[first, width]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_and_grouped_agree(kind: type[MetaExperts]) -> None:
     made = bank(kind)
@@ -155,7 +212,7 @@ def test_a_context_that_cancels_the_shift_leaves_the_root_perceptron(kind: type[
             whole = made.stacks()[f"weight{i}"][0]
             weight, bias = whole[: h.shape[1]], whole[h.shape[1]]
         h = h @ weight + bias
-        h = F.silu(h) if i < 2 else h
+        h = swish(made.stacks(), 0, i, h, torch.zeros(C).double()) if i < 2 else h
 
     torch.testing.assert_close(made.grouped(x, [len(x), 0, 0], context), h)
 

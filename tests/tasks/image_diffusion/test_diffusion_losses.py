@@ -98,7 +98,7 @@ def test_contrast_reaches_prototypes_and_tokens_and_sums_over_layers() -> None:
         for layer in layers:
             layer(x, group=group)
     total = loss(recorder.records)
-    torch.testing.assert_close(total, sum(loss.compute(record) for record in recorder.records))
+    torch.testing.assert_close(total, 2.0 * sum(loss.compute(record) for record in recorder.records))
     assert sorted(loss.per_layer) == ["MoELayer", "MoELayer_1"]
     total.backward()
     assert all(layer.router.conditional.score.prototypes.grad.any() for layer in layers)
@@ -200,4 +200,4 @@ def test_balance_loss_of_token_choice_is_its_weight_at_perfect_balance() -> None
     with torch.no_grad():
         layer.router.score.weight.copy_(torch.eye(4))
     record = records_of(layer, torch.eye(4).repeat(5, 1), torch.arange(20))[0]
-    assert SwitchBalance()([record]).item() == pytest.approx(1.0)
+    assert SwitchBalance(0.01)([record]).item() == pytest.approx(0.01)

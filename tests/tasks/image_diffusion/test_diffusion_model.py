@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -117,15 +118,28 @@ def test_experts_sit_in_odd_blocks() -> None:
     assert all(isinstance(block.mlp, MoELayer) for block in every.blocks)
 
 
-def test_position_table_is_sines_of_one_axis_then_of_the_other() -> None:
-    table = position_table(5, 16)
+@pytest.mark.parametrize("order", ["columns_first", "rows_first"])
+def test_position_table_is_sines_of_one_axis_then_of_the_other(order: Any) -> None:
+    table = position_table(5, 16, order)
     rates = 10_000.0 ** (-torch.arange(4) / 4)
     for row in range(5):
         for column in range(5):
             halves = []
-            for place in (row, column):
+            for place in (column, row) if order == "columns_first" else (row, column):
                 halves += [torch.sin(place * rates), torch.cos(place * rates)]
             torch.testing.assert_close(table[5 * row + column], torch.cat(halves))
+
+
+def test_networks_know_positions_as_dit_does_unless_told_otherwise() -> None:
+    def table(**options: Any) -> torch.Tensor:
+        return net(None, depth=1, **options).position_LD
+
+    edge = math.isqrt(len(table()))
+    assert torch.equal(table(), position_table(edge, table().shape[1], "columns_first"))
+    assert torch.equal(table(positions="rows_first"), position_table(edge, table().shape[1], "rows_first"))
+    assert not torch.equal(table(), table(positions="rows_first"))
+    with pytest.raises(ValueError, match="positions='diagonal'; use columns_first or rows_first"):
+        table(positions="diagonal")
 
 
 def test_time_is_told_by_cosines_and_sines() -> None:

@@ -60,6 +60,19 @@ def test_training_batch_mixes_domains_and_is_well_formed(cache: Path) -> None:
             assert int(batch.grid[batch.batch == scan].min()) == 0
 
 
+def test_training_without_a_label_is_refused_before_the_first_step(cache: Path, caplog) -> None:
+    data = _data(cache)
+    parts = [data.get_dataset(name, "train") for name in ("rgbd_room", "drive64")]
+    parts[0].targets = [np.full_like(target, -1) for target in parts[0].targets]
+    with caplog.at_level("WARNING", logger="moeapps"):
+        data.train_dataloader()
+    assert "domain rgbd_room (seen) has no known label" in caplog.text
+
+    parts[1].targets = [np.full_like(target, -1) for target in parts[1].targets]
+    with pytest.raises(ValueError, match="no training scan of rgbd_room, drive64 has a point with a known label"):
+        data.train_dataloader()
+
+
 def test_training_items_depend_on_seed_epoch_and_row_alone(cache: Path) -> None:
     one, two = (_data(cache).get_dataset("rgbd_room", "train") for _ in range(2))
     other = _data(cache, seed=1).get_dataset("rgbd_room", "train")

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from moeapps.evaluation.units import pooled_score
 from tasks.point_cloud.losses import lovasz_softmax, mean_over_domains, segmentation_loss
 from tasks.point_cloud.metrics import (
     SegmentationScore,
     confusion,
     per_class_iou,
-    scan_iou,
+    scan_parts,
     scores,
     segmentation_metrics,
 )
@@ -40,15 +42,53 @@ def test_lovasz_gradient_is_exact_and_ignored_rows_have_none() -> None:
     assert grad[2].eq(0).all()
 
 
-def test_loss_of_unlabelled_points_is_zero_and_differentiable() -> None:
-    logits = torch.randn(4, 3, requires_grad=True)
+def test_loss_of_unlabelled_points_is_not_defined_and_left_out_of_the_mean_over_domains() -> None:
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 1])
+    none, known = segmentation_loss(logits, torch.full((4,), -1)), segmentation_loss(logits, target)
 
-    losses = segmentation_loss(logits, torch.full((4,), -1))
-    losses["loss"].backward()
+    loss = mean_over_domains({"a": none["loss"], "b": known["loss"]})
+    loss.backward()
 
-    assert all(loss == 0 for loss in losses.values())
-    assert logits.grad is not None
-    assert logits.grad.eq(0).all()
+    assert all(value.isnan() for value in none.values())
+    alone = F.cross_entropy(logits, target) + lovasz_softmax(logits.softmax(1), target)
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(logits.grad, torch.autograd.grad(alone, logits)[0])
+    assert mean_over_domains({"a": none["loss"]}).isnan()
+
+
+def test_a_network_that_diverged_is_infinitely_wrong_and_not_left_out() -> None:
+    losses = segmentation_loss(torch.full((4, 3), torch.nan), torch.tensor([0, 1, -1, 1]))
+
+    assert all(value.isinf() for value in losses.values())
+    assert mean_over_domains({"a": losses["loss"], "b": torch.tensor(1.0)}).isinf()
+
+
+@pytest.mark.parametrize("name", ["miou", "miou_all", "macc", "allacc"])
+def test_without_a_label_no_score_is_defined(name: str) -> None:
+    metric = SegmentationScore(3, name)
+    pred, none = torch.tensor([0, 1, 2]), torch.full((3,), -1)
+
+    metric.update(pred, none, pred, none)
+
+    assert metric.compute().isnan()
+
+
+@pytest.mark.parametrize(
+    ("pred", "target", "what"),
+    [
+        ([0, 3], [0, 1], "prediction"),
+        ([0, -1], [0, 1], "prediction"),
+        ([0, 1], [0, 3], "target"),
+        ([0], [-2], "target"),
+    ],
+)
+def test_what_is_no_class_is_refused_and_not_counted_for_another(pred: list[int], target: list[int], what: str) -> None:
+    with pytest.raises(ValueError, match=f"{what} outside the 3 classes"):
+        confusion(torch.tensor(pred), torch.tensor(target), 3)
+
+
+def test_predictions_of_unlabelled_points_may_be_anything() -> None:
+    assert confusion(torch.tensor([7, 1]), torch.tensor([-1, 0]), 3).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_segmentation_loss_is_cross_entropy_plus_lovasz_and_ignores_minus_one() -> None:
@@ -116,15 +156,18 @@ def test_iou_per_class_is_nan_for_absent_classes() -> None:
     assert iou.isnan().tolist() == [False, True, True]
 
 
-def test_iou_per_scan_is_the_score_of_the_scan_alone() -> None:
-    pred, target, scan = torch.randint(0, 4, (90,)), torch.randint(-1, 4, (90,)), torch.arange(90) // 30
+def test_parts_of_scans_give_the_score_of_each_scan_and_of_all_together() -> None:
+    pred, target, scan = torch.randint(0, 4, (90,)), torch.randint(-1, 3, (90,)), torch.arange(90) // 30
 
-    values = scan_iou(pred, target, scan, 4, 4)
+    parts = scan_parts(pred, target, scan, 4, 4)
 
+    alone = pooled_score(parts.numpy())
     for i in range(3):
         expected = scores(confusion(pred[scan == i], target[scan == i], 4))["miou"]
-        torch.testing.assert_close(values[i], expected)
-    assert values[3].isnan()
+        assert alone[i] == pytest.approx(float(expected))
+    assert np.isnan(alone[3])
+    together = scores(confusion(pred, target, 4))["miou"]
+    assert float(pooled_score(parts.sum(0).numpy())) == pytest.approx(float(together))
 
 
 def test_perfect_prediction_scores_one_although_a_class_is_absent() -> None:

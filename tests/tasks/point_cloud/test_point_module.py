@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch
 
+from moeapps.evaluation.units import pooled_score
 from moeapps.moe import MoERecorder, Record, Routing
+from moeapps.training.evaluation import DomainScores
 from tasks.point_cloud.figures import picture_of
 from tasks.point_cloud.losses import segmentation_loss
+from tasks.point_cloud.metrics import confusion, scores
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.module import PointCloudTask, voxel_experts
 from tasks.point_cloud.text import RandomText
@@ -61,10 +65,70 @@ def test_evaluation_scores_raw_points_through_their_voxels(make_scan, naive_moe)
     assert torch.equal(raw_pred, pred[batch.inverse])
     assert torch.equal(target, batch.y)
     assert torch.equal(raw_target, batch.raw_y)
-    assert out.units["miou"].shape == (3,)
+    unit, parts = out.parts["miou"]
+    assert len(set(unit.tolist())) == 3
+    assert float(pooled_score(parts.sum(0).numpy())) == pytest.approx(
+        float(scores(confusion(raw_pred, raw_target, 3))["miou"])
+    )
     metrics = task.configure_metrics("street")
     metrics.update(*out.metric_args)
     assert metrics.compute()["allacc"].item() == pytest.approx((raw_pred == raw_target).float().mean().item())
+
+
+def unlabelled(scan: Batch) -> Batch:
+    scan.y, scan.raw_y = torch.full_like(scan.y, -1), torch.full_like(scan.raw_y, -1)
+    return scan
+
+
+def test_an_unlabelled_crop_changes_nothing_of_a_batch_but_its_weight(make_scan, naive_moe) -> None:
+    task = task_of(naive_moe).eval()
+    known, other = make_scan(40, seed=0, domain=0), unlabelled(make_scan(45, seed=1, domain=1))
+
+    both = task.shared_step(Batch.from_data_list([known, other]), "train")
+
+    alone = task.shared_step(Batch.from_data_list([known]), "train")
+    torch.testing.assert_close(both.loss, alone.loss)
+    assert (both.weight, both.batch_size, alone.weight) == (1, 2, 1)
+
+
+def test_a_batch_without_a_label_gives_no_gradient_and_no_score(make_scan, naive_moe) -> None:
+    task = task_of(naive_moe)
+    batch = Batch.from_data_list([unlabelled(make_scan(40, seed=0, domain=0))])
+
+    out = task.shared_step(batch, "train")
+    out.loss.backward()
+
+    assert out.weight == 0
+    assert out.loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in task.parameters())
+    scored = task.eval().shared_step(batch, "val")
+    held = DomainScores({"room": "seen"}, task.configure_metrics)
+    held.update(
+        "room", scored.loss, scored.batch_size, scored.metric_args, {}, weight=scored.labelled, parts=scored.parts
+    )
+    table = held.compute(["room"])
+    assert all(math.isnan(score.value) for score in table.scores)
+    assert table.scorable == {"room": 0}
+
+
+def test_tiles_of_one_scan_are_one_unit(make_scan, naive_moe) -> None:
+    task = task_of(naive_moe).eval()
+    scans = [make_scan(30 + i, seed=i) for i in range(5)]
+    for scan in scans[1:4]:
+        scan.name = "same"
+    held = DomainScores({"room": "seen"}, task.configure_metrics)
+    for part in (scans[:2], scans[2:]):
+        out = task.shared_step(Batch.from_data_list(part), "test")
+        held.update("room", out.loss, out.batch_size, out.metric_args, {}, weight=out.labelled, parts=out.parts)
+
+    table = held.compute(["room"])
+
+    parts = np.array(table.parts["room"]["miou"])
+    assert parts.shape == (3, 3, 3)
+    miou = next(score.value for score in table.scores if score.metric == "miou")
+    assert float(pooled_score(parts.sum(0))) == pytest.approx(miou)
+    labels = [int((scan.raw_y >= 0).sum()) for scan in scans]
+    assert sorted(parts[:, :, 2].sum(1)) == sorted([labels[0], sum(labels[1:4]), labels[4]])
 
 
 def test_predictions_cover_every_raw_point_and_name_its_expert(make_scan, naive_moe) -> None:

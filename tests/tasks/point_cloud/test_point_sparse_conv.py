@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from tasks.point_cloud.sparse_conv import SubmanifoldConv3d, neighbour_table, submanifold_conv
+from tests.moe.derivatives_common import apart, derivatives
 
 
 def sparse_grid(side: int = 6, num: int = 60) -> torch.Tensor:
@@ -74,6 +75,31 @@ def test_scans_never_convolve_with_one_another_and_gradients_are_exact() -> None
     assert torch.autograd.gradcheck(lambda a, b: submanifold_conv(a, b, table), (x, weight))
     (grad,) = torch.autograd.grad(submanifold_conv(x, weight, table)[:20].sum(), x)
     assert grad[20:].eq(0).all()
+
+
+def test_derivatives_of_a_kernel_used_twice_are_those_of_conv3d_to_second_order() -> None:
+    side = 3
+    grid = torch.cartesian_prod(*[torch.arange(side)] * 3)
+    table = neighbour_table(grid, torch.zeros(len(grid), dtype=torch.int64), 3)
+    x = torch.randn(len(grid), 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(27, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def dense(x: torch.Tensor) -> torch.Tensor:
+        kernel = (weight * x.mean()).permute(2, 1, 0).reshape(2, 2, 3, 3, 3)
+        y = F.conv3d(x.T.reshape(1, 2, side, side, side), kernel, padding=1)
+        return y.reshape(2, -1).T
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return submanifold_conv(x, weight * x.mean(), table)
+
+    found = derivatives(ours(ours(x).tanh()), [x, weight])
+    wanted = derivatives(dense(dense(x).tanh()), [x, weight])
+
+    for some, expected in zip(found, wanted, strict=True):
+        assert apart(some, expected) < 1e-9
+    t = torch.ones_like(x)
+    tangents = [torch.func.jvp(way, (x.detach(),), (t,))[1] for way in (ours, dense)]
+    assert apart(tangents[:1], tangents[1:]) < 1e-12
 
 
 def test_the_edge_of_one_axis_does_not_touch_the_next() -> None:

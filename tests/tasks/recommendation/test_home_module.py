@@ -55,6 +55,25 @@ def test_loss_is_the_mean_over_known_labels_summed_over_tasks() -> None:
         torch.testing.assert_close(losses[t], -(y * p.log() + (1 - y) * (1 - p).log()).mean())
 
 
+def test_a_task_without_a_label_adds_nothing_and_does_not_move_its_learned_weight() -> None:
+    made, data = task(uncertainty=True), batch()
+    data.mask[:, 1] = False
+    assert made.log_variance is not None
+    with torch.no_grad():
+        made.log_variance.copy_(torch.tensor([0.3, -0.2, 0.1]))
+
+    out = made.eval().shared_step(data, "train")
+    out.loss.backward()
+
+    plain = masked_losses(made(data), data.label, data.mask, torch.ones(3))
+    s = made.log_variance.detach()
+    expected = sum(plain[t] * math.exp(-float(s[t])) + s[t] for t in (0, 2))
+    torch.testing.assert_close(out.loss, expected)
+    assert made.log_variance.grad is not None
+    assert made.log_variance.grad[1] == 0
+    assert out.weight == int((data.mask[:, 0] | data.mask[:, 2]).sum())
+
+
 def test_hidden_labels_and_rows_without_any_change_nothing() -> None:
     logits = torch.randn(6, 3, requires_grad=True)
     label, mask = torch.randint(0, 2, (6, 3)).float(), torch.ones(6, 3, dtype=torch.bool)
@@ -63,12 +82,12 @@ def test_hidden_labels_and_rows_without_any_change_nothing() -> None:
     ones = torch.ones(3)
 
     losses = masked_losses(logits, label, mask, ones)
-    grad = torch.autograd.grad(losses.sum(), logits)[0]
+    grad = torch.autograd.grad(losses.sum(), logits)[0]  # through the nan of the task without labels, too
 
     keep = torch.tensor([0, 1, 3, 4, 5])
-    torch.testing.assert_close(losses, masked_losses(logits[keep], label[keep], mask[keep], ones))
-    torch.testing.assert_close(masked_losses(logits, 1 - label, mask & False, ones), torch.zeros(3))
-    assert losses[1] == 0
+    torch.testing.assert_close(losses, masked_losses(logits[keep], label[keep], mask[keep], ones), equal_nan=True)
+    assert masked_losses(logits, 1 - label, mask & False, ones).isnan().all()
+    assert losses.isnan().tolist() == [False, True, False]
     assert not grad[2].any()
     assert not grad[:, 1].any()
 
@@ -252,7 +271,7 @@ def test_rivals_have_plain_relu_experts_and_none_of_homes_parts(name: str) -> No
     for level in net.levels:
         assert (level.moe.experts.norm, level.moe.experts.activation) == ("none", "relu")
         assert level.feature_gates is None
-        assert level.moe.router.residual in ("none", "constant")
+        assert level.moe.router.residual != "self_gate"
 
 
 def test_default_network_is_home() -> None:

@@ -149,6 +149,7 @@ def test_feature_gates_are_differentiated_right(low: int) -> None:
     states = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
 
     assert torch.autograd.gradcheck(lambda x, *_: gates(x), (states, *gates.parameters()))
+    assert torch.autograd.gradgradcheck(lambda x, *_: gates(x), (states, *gates.parameters()))
 
 
 def routings(net: nn.Module, x: Tensor) -> list[Any]:

@@ -205,3 +205,27 @@ def test_three_levels_learn_in_all_parameters(factory: NetFactory) -> None:
     net = build(factory)
     found = torch.autograd.grad(net(rows()).square().sum(), list(net.parameters()))
     assert sum(bool(g.any()) for g in found) == len(found)
+
+
+@pytest.mark.parametrize(("own", "shared", "numbers"), [(1, 0, 0), (1, 1, 0), (2, 0, 6), (1, 2, 5), (2, 1, 7)])
+def test_adatt_learns_a_number_per_own_expert_unless_every_unit_has_one(own: int, shared: int, numbers: int) -> None:
+    """Counted by hand for 3 tasks: one number per expert below the last level, where the shared unit has none."""
+    net = adatt(levels=2, task_experts=own, shared_experts=shared, width=5, tower_dim=4)(DIM, FACTS)
+    assert isinstance(net, RankingNet)
+    first, last = (level.moe.router.constant for level in net.levels)
+
+    assert (0 if first is None else first.numel()) == numbers
+    assert (0 if last is None else last.numel()) == (T * own if numbers else 0)
+
+
+def test_adatts_learned_numbers_start_from_a_draw_by_the_size_of_the_unit() -> None:
+    router = adatt(levels=2, task_experts=1, shared_experts=16, **SIZES)(DIM, FACTS).levels[0].moe.router  # type: ignore[union-attr, index]
+    draws = []
+    for _ in range(200):
+        router.reset_parameters()  # type: ignore[operator, union-attr]
+        draws.append(router.constant.detach().clone())  # type: ignore[operator, union-attr]
+    own, shared = torch.stack(draws).split([T, 16], 1)
+
+    assert 0.95 < float(own.abs().max()) <= 1
+    assert 0.24 < float(shared.abs().max()) <= 0.25
+    assert float(own.min()) < 0 < float(own.max())
