@@ -18,7 +18,7 @@ from benchmarks.evidence.grid import Cell
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
 ONE_SEED_BOUND = 1e-3  # Relative; what other instruction sets were seen to change (ProMoE 1e-3, Point-MoE 4e-5).
-_SCALARS = ("params_total", "params_active", "flops_per_token")
+_SCALARS = ("params_total", "params_active", "flops_per_token", "train_flops")
 
 
 class CellError(ValueError):
@@ -50,6 +50,7 @@ class CellResult:
         instruction_set: What torch's kernels used (``AVX2``, ``AVX512`` ...); empty for a cell older than the field.
         threads: Threads of torch, or None for such a cell.
         versions: Versions of Python and packages.
+        train_flops: Operations of all training steps, forward and backward, or None if the run did not say.
     """
 
     system: str
@@ -72,6 +73,7 @@ class CellResult:
     instruction_set: str = ""
     threads: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    train_flops: int | None = None
 
     @property
     def cell(self) -> Cell:
@@ -79,7 +81,7 @@ class CellResult:
         return Cell(self.variant, self.seed, self.data_seed)
 
     def value(self, metric: str) -> float:
-        """Give one metric, or one of ``params_total``, ``params_active``, ``flops_per_token``.
+        """Give one metric, or ``params_total``, ``params_active``, ``flops_per_token`` or ``train_flops``.
 
         Raises:
             CellError: If the cell has no such number; the text lists what there is.
@@ -175,6 +177,7 @@ def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: 
         instruction_set=str(header.get("machine", {}).get("instruction_set", "")),
         threads=header.get("machine", {}).get("threads"),
         versions=dict(header.get("versions", {})),
+        train_flops=header.get("train_flops"),
     )
 
 
