@@ -11,6 +11,11 @@ POINTS := --config configs/point_moe.yaml --config configs/data/real_als.yaml
 # Small networks gain nothing from a second thread, and lose much of their speed when the machine has other work.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
+# Processes that share the tests: JOBS=0 runs them in one, where a debugger works. The first to finish takes over tests
+# of the other.
+JOBS   ?= 2
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-slow check format bench evidence mutate gpu-check clean
 
@@ -31,11 +36,11 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
 	@$(BIN)/python -m benchmarks.readme --seeds
 
-test: setup  ## all but test-slow (what CI runs; under 15 minutes)
-	$(ONE_THREAD) $(BIN)/python -m pytest --fail-on-skip --doctest-modules moeapps tests
+test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
+	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests
 
 test-fast: setup  ## the laws only, while you work (under 3 minutes)
-	$(ONE_THREAD) $(BIN)/python -m pytest -m 'not slow and not medium' tests
+	$(PYTEST) -m 'not slow and not medium' tests
 
 test-slow: setup  ## processes, faults, resume, notebooks
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests

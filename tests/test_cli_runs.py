@@ -18,6 +18,8 @@ from moeapps.training.callbacks import TipFilter
 from moeapps.training.precedence import differences, insert_config
 from tests.toy import FAST, TOY, Holder
 
+pytestmark = pytest.mark.medium
+
 # Configs and runs ----------------------------------------------------------------------------------------------------
 
 

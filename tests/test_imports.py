@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ TASKS = sorted(Path("tasks").rglob("*.py"))
 HEAVY = ("lightning", "torchmetrics", "pytorch_lightning")
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Return the dotted names of all modules that a file imports anywhere, ``importlib`` calls with text included."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -24,7 +26,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             package = ".".join(path.with_suffix("").parts[: -node.level]) if node.level else ""
             names.add(".".join(part for part in (package, node.module or "") if part))
-    return names
+    return frozenset(names)
 
 
 def inside(name: str, *packages: str) -> bool:

@@ -15,6 +15,8 @@ from torch import nn
 from moeapps.commands.run import run
 from tests.systems import BASES, name, tiny
 
+pytestmark = [pytest.mark.medium, pytest.mark.usefixtures("no_routing_figures")]
+
 TOY = ["fit", "--config", "tests/toy.yaml", "--test_after_fit", "false", "--trainer.enable_model_summary", "false"]
 
 

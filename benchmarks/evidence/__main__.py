@@ -26,6 +26,7 @@ from benchmarks.evidence.cells import (
     write_cell,
 )
 from benchmarks.evidence.grid import Cell, Grid, GridError, list_systems, load_grid
+from benchmarks.evidence.recount import count_variant, rewrite
 from benchmarks.evidence.report import render
 from benchmarks.evidence.runner import COMMAND, Failure, Runner
 from benchmarks.evidence.summary import summarise
@@ -113,6 +114,17 @@ class Evidence:
 
         failures = self._run(drawn, self.work / "verify", compare, jobs=jobs)
         return len(bad) + len(failures)
+
+    def recount(self, *, only: str = "*") -> None:
+        """Count every variant that has cells again, without training, and rewrite its cells and the summary."""
+        have = {cell.variant for cell in self.read()}
+        for name in [name for name in self.grid.all_variants if name in have and fnmatch.fnmatch(name, only)]:
+            found = count_variant(self.grid, name, self.root)
+            definition = self.grid.definition(name, self.root)
+            changed = rewrite(self.cells_folder, self.grid.system, name, definition, found)
+            numbers = ", ".join(f"{key} {value:,.6g}" for key, value in found.items())
+            self.console.print(f"{name}: {len(changed)} cells, {numbers}")
+        self.summarise()
 
     def _compare_beside_seeds(self, old: CellResult, new: CellResult, done: dict[Cell, CellResult]) -> list[str]:
         """Print how a cell differs from itself under other arithmetic; give what the seeds do not dwarf."""
@@ -214,6 +226,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--summarise", action="store_true", help="run nothing; compute results and docs/evidence.md from the cells"
     )
     parser.add_argument(
+        "--recount",
+        action="store_true",
+        help="train nothing; count FLOPs and active parameters of each variant anew and write them into its cells",
+    )
+    parser.add_argument(
         "--verify",
         type=int,
         metavar="N",
@@ -241,6 +258,9 @@ def main(words: Sequence[str] | None = None, *, root: Path = ROOT, command: Sequ
             return 0
         if options.verify is not None:
             return min(1, evidence.verify(options.verify, seed=options.verify_seed, jobs=options.jobs))
+        if options.recount:
+            evidence.recount(only=options.only)
+            return 0
         if not options.summarise:
             failed = evidence.run(
                 only=options.only, redo_stale=options.redo_stale, jobs=options.jobs, timeout_s=60 * options.timeout

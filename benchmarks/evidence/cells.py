@@ -18,7 +18,7 @@ from benchmarks.evidence.grid import Cell
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
 ONE_SEED_BOUND = 1e-3  # Relative; what other instruction sets were seen to change (ProMoE 1e-3, Point-MoE 4e-5).
-_SCALARS = ("params_total", "params_active", "flops_per_token")
+_SCALARS = ("params_total", "params_active", "flops_per_token", "train_flops")
 _GEOMETRIC = "geometric."
 _ROLES = ("seen", "validation", "unseen")
 
@@ -53,6 +53,7 @@ class CellResult:
         threads: Threads of torch, or None for such a cell.
         versions: Versions of Python and packages.
         roles: Domain -> seen, validation or unseen.
+        train_flops: Operations of all training steps, forward and backward, or None if the run did not say.
     """
 
     system: str
@@ -76,6 +77,7 @@ class CellResult:
     threads: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
+    train_flops: int | None = None
 
     @property
     def cell(self) -> Cell:
@@ -83,7 +85,7 @@ class CellResult:
         return Cell(self.variant, self.seed, self.data_seed)
 
     def value(self, metric: str) -> float:
-        """Give one metric, or one of ``params_total``, ``params_active``, ``flops_per_token``.
+        """Give one metric, or ``params_total``, ``params_active``, ``flops_per_token`` or ``train_flops``.
 
         ``geometric.<role>/<name>`` is the geometric mean over the domains of a role of each domain's own ``<name>``: a
         domain counts once whatever the size of its errors, where the arithmetic mean is ruled by the worst.
@@ -197,6 +199,7 @@ def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: 
         threads=header.get("machine", {}).get("threads"),
         versions=dict(header.get("versions", {})),
         roles={row["domain"]: row["role"] for row in rows if row["role"] in _ROLES},
+        train_flops=header.get("train_flops"),
     )
 
 

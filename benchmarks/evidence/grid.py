@@ -52,7 +52,7 @@ class Claim:
     """A hypothesis about two variants, with its rule fixed before the runs.
 
     A value is ``metric`` of a cell: ``<domain or role>/<name>`` as in metrics/test.json (``unseen/miou``), or
-    ``params_total``, ``params_active``, ``flops_per_token``.
+    ``params_total``, ``params_active``, ``flops_per_token``, ``train_flops``.
 
     Args:
         id: C1, C2, ... in the order of the paper's claims.
@@ -65,7 +65,8 @@ class Claim:
         rule: How it is judged.
         margin: Smallest gain (superiority), acceptable loss (non-inferiority) or tolerance (exact), in units of the
             metric.
-        match: In what the two variants must agree within 2 per cent for the comparison to be fair.
+        match: In what the two variants must agree within 2 per cent for the comparison to be fair: ``flops`` of the
+            whole training (rows x passes x steps), ``params``, or nothing.
         baseline_metric: Metric of the baseline where it differs, for claims within one model.
         baseline_value: A constant to compare with instead of a baseline.
         minus: Two variants (of system, of baseline) whose metric is subtracted first, for claims about a difference of
@@ -340,5 +341,5 @@ def load_grid(system: str) -> Grid:
 
 def list_systems() -> list[str]:
     """List the modules of this package that are grids: all but its own machinery."""
-    machinery = {"__main__", "cells", "grid", "report", "restamp", "runner", "summary"}
+    machinery = {"__main__", "cells", "grid", "recount", "report", "restamp", "runner", "summary"}
     return sorted({module.name for module in pkgutil.iter_modules(benchmarks.evidence.__path__)} - machinery)

@@ -16,7 +16,9 @@ variants with the same seeds and the same data. The interval is a 95 per cent pa
 (system − baseline) over runs. Rules and margins were fixed before the runs: *superiority* is supported when the whole
 interval lies on the better side of the margin, *non-inferiority(m)* when it lies above a loss of m, *exact* when it
 holds in every run, *median* when the median over runs reaches the bar. What the interval leaves open is
-*inconclusive*. For a metric marked log10 the difference is one of logarithms (−0.3 is half the error).
+*inconclusive*. Ratios of compute and parameters are system over baseline; training FLOPs are those of all training
+steps, forward and backward, and a claim at equal FLOPs is tested only where they agree within 2 per cent. For a metric
+marked log10 the difference is one of logarithms (−0.3 is half the error).
 """
 _NONE = "\nNo system has been measured yet.\n"
 _VERDICTS = ("supported", "not supported", "inconclusive", "not tested")
@@ -63,7 +65,8 @@ def _system(results: Mapping[str, Any]) -> str:
 
 
 def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
-    header = ["id", "claim", "rule", "metric", "system", "baseline", "difference", "FLOPs", "params", "verdict"]
+    header = ["id", "claim", "rule", "metric", "system", "baseline", "difference"]
+    header += ["FLOPs a row", "training FLOPs", "params", "verdict"]
     rows = []
     for claim in claims:
         arrow = {"higher": " ↑", "lower": " ↓"}.get(claim["direction"], "")
@@ -79,6 +82,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
                 _side(claim["baseline_variant"], claim["baseline"], (claim["minus"] or [None])[-1]),
                 _difference(claim["diff_mean"], claim["ci95"]),
                 _times(claim["flops_ratio"]),
+                _times(claim.get("train_flops_ratio")),
                 _times(claim["params_ratio"]),
                 f"**{claim['verdict']}**",
             ]
@@ -109,10 +113,11 @@ def _ladder(ladder: Mapping[str, Any]) -> list[str]:
 
 def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = list(dict.fromkeys(name for variant in variants.values() for name in variant["mean"]))
-    header = ["variant", "cells", "parameters", "active", "FLOPs a row", *metrics]
+    header = ["variant", "cells", "parameters", "active", "FLOPs a row", "training FLOPs", *metrics]
     rows = []
     for name, variant in variants.items():
         sizes = [_count(variant[key]) for key in ("params_total", "params_active", "flops_per_token")]
+        sizes.append(_number(variant.get("train_flops")))
         means = [_number(variant["mean"].get(metric)) for metric in metrics]
         rows.append([name, f"{variant['cells']} of {variant['cells_planned']}", *sizes, *means])
     return _table(header, rows)

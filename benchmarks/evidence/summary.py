@@ -13,6 +13,7 @@ from moeapps.evaluation.statistics import judge, paired_t_interval
 
 Results = Mapping[Cell, CellResult]
 MATCH_TOLERANCE = 0.02
+_RATIOS = {"flops_ratio": "flops_per_token", "train_flops_ratio": "train_flops", "params_ratio": "params_total"}
 _DIGITS = 12  # Significant digits kept: beyond the rounding of different library builds nothing is lost.
 
 
@@ -65,6 +66,7 @@ def _claim(grid: Grid, claim: Claim, results: Results) -> dict[str, Any]:
         "diff_mean": None,
         "ci95": None,
         "flops_ratio": None,
+        "train_flops_ratio": None,
         "params_ratio": None,
     }
     reason = claim.untested or _unusable(grid, claim.variants, results, claim.metric)
@@ -87,7 +89,7 @@ def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> 
         baseline = [float(claim.baseline_value or 0.0)] * len(pairs)
     else:
         baseline = _values(results, claim.baseline, claim.baseline_metric or claim.metric, pairs, minus[1])
-        for key, name in (("flops_ratio", "flops_per_token"), ("params_ratio", "params_total")):
+        for key, name in _RATIOS.items():
             entry[key] = _ratio(results, claim.system, claim.baseline, name, pairs)
     entry |= {"seeds": [list(pair) for pair in pairs], "system": system, "baseline": baseline}
     if claim.scale == "log10":
@@ -115,8 +117,8 @@ def _unmatched(claim: Claim, entry: Mapping[str, Any]) -> str:
     """Say why the two variants are not comparable; an empty text if they are, or need not be."""
     if claim.match == "none" or claim.baseline is None or claim.baseline == claim.system:
         return ""
-    ratio = entry["flops_ratio" if claim.match == "flops" else "params_ratio"]
-    what = "active FLOPs" if claim.match == "flops" else "parameters"
+    ratio = entry["train_flops_ratio" if claim.match == "flops" else "params_ratio"]
+    what = "training FLOPs" if claim.match == "flops" else "parameters"
     if ratio is None:
         return f"the cells do not say their {what}"
     if abs(ratio - 1.0) > MATCH_TOLERANCE:
@@ -195,7 +197,7 @@ def _variant(grid: Grid, name: str, results: Results) -> dict[str, Any]:
     """Sizes and the shown metrics of one variant, over the pairs it has run."""
     found = [results[cell] for cell in (Cell(name, *pair) for pair in grid.pairs(name)) if cell in results]
     entry: dict[str, Any] = {"cells": len(found), "cells_planned": len(grid.pairs(name))}
-    for size in ("params_total", "params_active", "flops_per_token"):
+    for size in ("params_total", "params_active", "flops_per_token", "train_flops"):
         entry[size] = getattr(found[0], size) if found else None
     entry["mean"] = {
         metric: _rounded(math.fsum(result.value(metric) for result in found) / len(found))

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
@@ -37,6 +37,14 @@ class ShortErrorParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Without this, --trainer.max_epoch would silently mean max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Return a configuration as text; what was parsed was checked then, and is not checked again unless asked."""
+        return cast(str, super().dump(*args, **{"skip_validation": True, **kwargs}))
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Write a configuration to a file, unchecked as by ``dump``."""
+        super().save(*args, **{"skip_validation": True, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the short form of a parser message; nested parsers report to the one above them."""

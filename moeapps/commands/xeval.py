@@ -32,19 +32,25 @@ def main(args: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     from rich.console import Console
 
+    from moeapps.evaluation.compute import cost_lines, cost_warnings
     from moeapps.evaluation.results import read_results
     from moeapps.evaluation.xeval import build_matrix
     from moeapps.reporting.matrix import closing_lines, markdown, rich_tables
 
     try:
         runs = [read_results(path) for path in options.runs]
-        matrix = build_matrix(runs, [read_results(path) for path in options.baseline], options.metric)
+        baseline = [read_results(path) for path in options.baseline]
+        matrix = build_matrix(runs, baseline, options.metric)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console()
     for table in rich_tables(matrix, console.width):
         console.print(table)
+    for line in cost_lines(runs, baseline):
+        console.print(line, soft_wrap=True, highlight=False)
+    for line in cost_warnings(runs, baseline):
+        print(f"warning: {line}", file=sys.stderr)
     for line in closing_lines(matrix):
         console.print(line, highlight=False)
     if options.out is not None:

@@ -215,6 +215,25 @@ class DomainDataModule(L.LightningDataModule):
             torch.manual_seed(self.seed)
             return self.collate([dataset[i] for i in range(min(num_items, len(cast(Sized, dataset))))])
 
+    def first_training_batch(self) -> Any:
+        """Return this process's first batch of the first epoch, drawn apart from the order and states of training."""
+        sampler, state = self._sampler, self._sampler_state
+        self._sampler_state = None
+        try:
+            with isolate_rng():
+                torch.manual_seed(self.seed)
+                loader = self.train_dataloader()
+                rows = next(iter(cast(Any, loader.batch_sampler)))
+                alone: Any = DataLoader(
+                    loader.dataset,
+                    batch_sampler=[rows],
+                    collate_fn=loader.collate_fn,
+                    generator=torch.Generator().manual_seed(self.seed),
+                )
+                return next(iter(alone))
+        finally:
+            self._sampler, self._sampler_state = sampler, state
+
     # Loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -223,7 +223,17 @@ class GlobalBatchBalance(AuxLoss):
 
 
 class ChosenBalance(AuxLoss):
-    """`chosen_balance`: E·Σ g Q over chosen columns, the mean number chosen when balanced (UniMoE-Audio).
+    """`chosen_balance`: E·Σ g Q over chosen columns, the mean number chosen when balanced.
+
+    Args:
+        weight: Coefficient; UniMoE-Audio lowers it from 0.025 to 0.001 in 10,000 steps.
+        layers: Pattern of layer names.
+        reduction: ``sum`` or ``mean`` over the layers; UniMoE-Audio takes the mean.
+
+    Args:
+        weight: Coefficient.
+        layers: Pattern of layer names.
+        reduction: ``mean`` over the layers, as in the released code, or ``sum``.
 
     Example:
         >>> ChosenBalance(0.025).name
@@ -232,8 +242,8 @@ class ChosenBalance(AuxLoss):
 
     name = "chosen_balance"
 
-    def __init__(self, weight: float = 0.025, *, layers: str = "*") -> None:
-        super().__init__(weight, layers=layers)
+    def __init__(self, weight: float = 0.025, *, layers: str = "*", reduction: Reduction = "mean") -> None:
+        super().__init__(weight, layers=layers, reduction=reduction)
 
     def compute(self, record: Record) -> Tensor:
         """Give `chosen_balance` of one record."""

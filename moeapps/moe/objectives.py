@@ -166,8 +166,8 @@ def chosen_balance(record: Record) -> Tensor:
     Source: UniMoE-Audio, released code (its card 3.1): HITsz-TMG/Uni-MoE ``UniMoE-Audio/utils/UniMoE_Audio_core.py``,
         with the padding mask as the weight of its rows.
     """
-    logits_NE = _logits(record)
-    chosen_NE = _chosen_columns(record)
+    record = routed(record)
+    logits_NE, chosen_NE = _logits(record), _chosen_columns(record)
     if logits_NE.shape[0] == 0:
         return logits_NE.sum()
     share_NE = logits_NE.masked_fill(~chosen_NE, torch.finfo(logits_NE.dtype).min).softmax(-1).where(chosen_NE, 0)

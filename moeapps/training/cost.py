@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs: total and active parameters, and FLOPs per token, measured on one example batch."""
+"""What a model costs: total and active parameters, FLOPs per token on one example batch, FLOPs of a whole training."""
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from moeapps.moe.experts import Experts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.module_experts import ModuleExperts
+from moeapps.moe.presets.twins import DenseTwin, Match
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
+from moeapps.training.flops import count_flops, counting
 from moeapps.training.task import BaseTask
+
+__all__ = ["Cost", "LayerCost", "TrainingCost", "count_flops", "layer_costs", "measure_cost", "measure_training"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Cost:
         flops: forward floating point operations of the example batch (two per multiply-add).
         tokens: tokens of the example batch.
         layers: the MoE layers.
+        twin: for a network of derived dense twins, what it is matched in and its share of the mixture's.
     """
 
     total: int
@@ -60,6 +65,7 @@ class Cost:
     flops: int
     tokens: int
     layers: tuple[LayerCost, ...]
+    twin: tuple[Match, float] | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -70,8 +76,8 @@ class Cost:
 def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None) -> Cost:
     """Measure the cost of a task's network on a batch; random states and training modes are left as they were.
 
-    Matrix products, convolutions and attention are counted as they run, also inside custom autograd functions; sums,
-    activations, sorting and gathering are not.
+    Products, convolutions, attention and recurrent layers are counted as they run (`moeapps.training.flops`), also
+    inside custom autograd functions; sums, activations, sorting and gathering are not.
 
     Args:
         task: the task, on its device.
@@ -80,13 +86,12 @@ def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None)
     """
     precision = precision or Precision()
     modes = [(module, module.training) for module in task.modules()]
-    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
     try:
         task.eval()
         moved = precision.convert_input(task.transfer_batch_to_device(batch, task.device, 0))
-        with isolate_rng(), torch.no_grad(), precision.forward_context(), counter:
+        with isolate_rng(), torch.no_grad(), precision.forward_context(), counting(task) as flops:
             task.recorded_step(moved, "val")
-        layers = layer_costs(task.last_records)
+        layers, twins = layer_costs(task.last_records), missing_of_twins(task.last_records)
     finally:
         task.last_records = []
         for module, mode in modes:
@@ -94,7 +99,58 @@ def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None)
     total = sum(parameter.numel() for parameter in task.parameters())
     trainable = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
     idle = sum(layer.params - layer.active for layer in layers)
-    return Cost(total, trainable, round(total - idle), counter.get_total_flops(), task.num_tokens(batch), tuple(layers))
+    twin = None
+    if twins is not None:
+        match, missing = twins
+        own = flops.total if match == "flops" else total
+        twin = (match, own / max(1, own + missing))
+    return Cost(total, trainable, round(total - idle), flops.total, task.num_tokens(batch), tuple(layers), twin)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """The FLOPs of training steps, forward and backward; evaluation is not part of them.
+
+    Args:
+        step: kind of step -> FLOPs of one, of all processes together.
+        planned: kind -> number of steps that the run is to take.
+    """
+
+    step: Mapping[str, int]
+    planned: Mapping[str, int]
+
+    def flops(self, steps: Mapping[str, int] | None = None) -> int:
+        """Return the FLOPs of so many steps of each kind; None means those planned."""
+        counts = self.planned if steps is None else steps
+        return sum(self.step[kind] * count for kind, count in counts.items())
+
+
+def measure_training(
+    task: BaseTask, batch: Any, planned: int, precision: Precision | None = None, processes: int = 1
+) -> TrainingCost:
+    """Count one training step of each kind, forward and backward, on a copy of the task; nothing of it changes.
+
+    Every step of a kind is taken to cost what it costs on this batch.
+
+    Args:
+        task: the task, on its device.
+        batch: a training batch of one process.
+        planned: steps of the whole run.
+        precision: the trainer's precision; None means the task's own.
+        processes: how many processes take such a step at once.
+    """
+    precision = precision or Precision()
+    kinds = task.step_kinds(planned, planned)
+    step: dict[str, int] = {}
+    for kind in kinds:
+        # The trainer belongs to the run: the copy asks the same one.
+        twin = copy.deepcopy(task, {id(task._trainer): task._trainer})
+        twin.train()
+        moved = precision.convert_input(twin.transfer_batch_to_device(batch, task.device, 0))
+        with isolate_rng(), torch.enable_grad(), precision.forward_context(), counting() as flops:
+            twin.differentiate(moved, kind)
+        step[kind] = processes * flops.total
+    return TrainingCost(step, kinds)
 
 
 def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
@@ -112,6 +168,19 @@ def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
         active = float((size_E * share_E.clamp_max(1.0)).sum())
         costs.append(LayerCost(name, len(size_E), float(share_E.sum()), int(size_E.sum().round()), active))
     return costs
+
+
+def missing_of_twins(records: Sequence[Record]) -> tuple[Match, int] | None:
+    """Return what the dense twins are matched in, and by how much the network of mixtures has more of it."""
+    match: Match | None = None
+    flops, params = 0, {}
+    for record in records:
+        layer = record.layer
+        if isinstance(layer, DenseTwin):
+            match = layer.twin_of.match
+            flops += record.routing.num_rows * (layer.twin_of.flops_per_row - layer.experts.flops_per_row)
+            params[record.name] = layer.twin_of.params - sum(p.numel() for p in layer.parameters())
+    return None if match is None else (match, flops if match == "flops" else sum(params.values()))
 
 
 def work_per_row(record: Record, bank_size: int) -> Tensor:
@@ -134,14 +203,3 @@ def expert_sizes(bank: Experts) -> list[float]:
     if isinstance(bank, ModuleExperts):
         return [float(sum(p.numel() for p in module.parameters())) for module in bank.experts]
     return [sum(p.numel() for p in bank.parameters()) / bank.num_experts] * bank.num_experts
-
-
-def _extra_formulas() -> dict[Any, Any]:
-    """Formulas of products that torch's counter does not know yet."""
-
-    def grouped_mm(a_shape: torch.Size, b_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        # rows sorted by group (M, K) times (G, K, N): every row meets one matrix of the stack
-        return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
-
-    operation = getattr(torch.ops.aten, "_grouped_mm", None)
-    return {} if operation is None else {operation: grouped_mm}

@@ -158,6 +158,26 @@ class BaseTask(L.LightningModule):
             self.log_train("lr", torch.tensor(float(optimizers[0].param_groups[0]["lr"])), out.batch_size)
         return total
 
+    def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
+        """Return how many of the first ``steps`` training steps are of each kind, where kinds differ in compute.
+
+        Args:
+            steps: steps taken.
+            planned: steps of the whole run, should the kind of a step depend on it.
+        """
+        return {"step": steps}
+
+    def differentiate(self, batch: Any, kind: str) -> None:
+        """Run forward and backward of one training step of a kind, for a count of its FLOPs; nothing is logged.
+
+        A task that defines its own ``training_step`` says here what such a step runs.
+        """
+        out = self.recorded_step(batch, "train")
+        total = out.loss
+        for aux in cast(list[AuxLoss], list(self.aux_losses)):
+            total = total + aux.value(self.last_records)
+        total.backward()
+
     def with_aux_losses(self, loss: Tensor, batch_size: int) -> Tensor:
         """Return ``loss`` plus every weighted auxiliary loss on the last records; log each without its weight."""
         for aux in cast(list[AuxLoss], list(self.aux_losses)):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
@@ -199,6 +200,19 @@ class DynamicsTask(BaseTask):
         """Whether step ``step`` is one on the contexts or on the weights."""
         return self.alternation.phase(step)
 
+    def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
+        """Steps on contexts and on weights, from sample to sample and over whole roll-outs."""
+        ways = ("one sample ahead", "roll-out")
+        kinds = (f"{self.phase(step)}, {ways[self._rolls_out(step, planned)]}" for step in range(steps))
+        return dict(Counter(kinds))
+
+    def differentiate(self, batch: Trajectories, kind: str) -> None:
+        """Run forward and backward of one step of a kind."""
+        phase, way = kind.split(", ")
+        loss = self.training_loss(self._contributing(batch), rollout=way == "roll-out")
+        params = [self.net.contexts] if phase == "context" else self.model_parameters
+        torch.autograd.grad(loss, params, allow_unused=True)
+
     def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
         """Mean over environments of their scaled error under the gate."""
         context_Ed = self.net.contexts[data.env]
@@ -220,8 +234,10 @@ class DynamicsTask(BaseTask):
         return scaled_errors(*self.net.shoot(data, *args), data.scale)
 
     def _trains_rollouts(self, step: int) -> bool:
-        total = int(self.trainer.estimated_stepping_batches)
-        return step >= round((1 - self.alternation.rollout_share) * total)
+        return self._rolls_out(step, int(self.trainer.estimated_stepping_batches))
+
+    def _rolls_out(self, step: int, planned: int) -> bool:
+        return step >= round((1 - self.alternation.rollout_share) * planned)
 
     @torch.no_grad()
     def _contributing(self, batch: Trajectories) -> Trajectories:

@@ -14,6 +14,8 @@ from moeapps.cli import main as moeapps
 from tasks.point_cloud.data.domains import DOMAINS, SEEN
 from tasks.point_cloud.data.shifts import Shifted
 
+pytestmark = pytest.mark.medium
+
 CONFIGS = Path("configs")
 DENSE = ["--config", str(CONFIGS / "baselines" / "point_moe_dense.yaml")]
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -104,3 +106,29 @@ def test_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
         raise KeyError
     with file_lock(tmp_path / "l"):
         pass
+
+
+def test_two_processes_build_a_file_once_and_both_read_it_whole(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys, time
+from moeapps.data.cache import build_once
+
+folder, me, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+
+def write(path):
+    (folder / f"built by {me}").touch()
+    path.write_text("ha")
+    time.sleep(0.2)
+    path.write_text("whole")
+
+(folder / f"ready {me}").touch()
+while not (folder / f"ready {other}").exists():
+    time.sleep(0.001)
+print(build_once(folder / "x", write).read_text())
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen([*command, *names], stdout=subprocess.PIPE, text=True) for names in ("ab", "ba")]
+    read = [process.communicate(timeout=120)[0] for process in both]
+
+    assert read == ["whole\n"] * 2
+    assert len(list(tmp_path.glob("built by *"))) == 1

@@ -24,7 +24,7 @@ def result(variant: str, seed: int, value: float, **changes: Any) -> CellResult:
         system="toy", variant=variant, seed=seed, data_seed=seed, definition="d", config_hash="h", commit="c",
         params_total=1000, params_active=500, flops_per_token=2000.0,
         metrics={"unseen/miou": value, "seen/miou": value}, domains=["kitchen", "street"],
-        cpu_s=60.0, machine="toy machine",
+        cpu_s=60.0, machine="toy machine", train_flops=6_000_000,
     )  # fmt: skip
     return replace(plain, **changes)
 

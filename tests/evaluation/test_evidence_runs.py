@@ -38,7 +38,7 @@ rows = [
     for d, r in (("kitchen", "seen"), ("hall", "seen"), ("street", "unseen"))
 ]
 header = {"config_hash": "abc", "commit": "f00", "seed": seed, "params_total": 1000, "params_active": 500,
-          "flops_per_token": float(word("--flops", 2000.0)), "versions": {"python": "3"},
+          "flops_per_token": float(word("--flops", 2000.0)), "train_flops": 6000000, "versions": {"python": "3"},
           "machine": {"instruction_set": os.environ.get("KERNELS", "AVX2"), "threads": 1}}
 folder = pathlib.Path(os.environ["MOEAPPS_RUNS"]) / word("--system") / word("--name") / "version_0" / "metrics"
 folder.mkdir(parents=True)

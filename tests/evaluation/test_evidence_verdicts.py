@@ -64,15 +64,25 @@ def claim_verdict(claim: Claim, cells: dict[Cell, CellResult], **changes: Any) -
     return summarise(toy(None, (claim,), **changes), cells)["claims"][0]["verdict"]
 
 
+def test_equal_cost_per_row_is_not_equal_compute_where_one_trains_on_fewer_rows() -> None:
+    cells = results(moe=[0.6, 0.6, 0.6], dense=[0.5, 0.5, 0.5])
+    quarter = {c: replace(r, train_flops=1_500_000) if c.variant == "moe" else r for c, r in cells.items()}
+    claim = summarise(toy(None, (WIN,)), quarter)["claims"][0]
+
+    assert (claim["flops_ratio"], claim["train_flops_ratio"]) == (1.0, 0.25)
+    assert claim["verdict"] == "not tested (training FLOPs differ by -75.0 per cent; at most 2 is fair)"
+    assert "| 1.00× | 0.25× | 1.00× |" in render([summarise(toy(None, (WIN,)), quarter)])
+
+
 def test_unfair_or_unusable_comparisons_are_not_tested() -> None:
     cells = results(moe=[0.6, 0.6, 0.6], dense=[0.5, 0.5, 0.5])
     assert claim_verdict(WIN, cells) == "supported"
-    heavy = {c: replace(r, flops_per_token=2100.0) if c.variant == "moe" else r for c, r in cells.items()}
-    assert claim_verdict(WIN, heavy) == "not tested (active FLOPs differ by +5.0 per cent; at most 2 is fair)"
+    heavy = {c: replace(r, train_flops=6_300_000) if c.variant == "moe" else r for c, r in cells.items()}
+    assert claim_verdict(WIN, heavy) == "not tested (training FLOPs differ by +5.0 per cent; at most 2 is fair)"
     assert claim_verdict(replace(WIN, match="none"), heavy) == "supported"
     assert claim_verdict(replace(WIN, match="params"), heavy) == "supported"
-    unknown = {c: replace(r, flops_per_token=None) for c, r in cells.items()}
-    assert claim_verdict(WIN, unknown) == "not tested (the cells do not say their active FLOPs)"
+    unknown = {c: replace(r, train_flops=None) for c, r in cells.items()}
+    assert claim_verdict(WIN, unknown) == "not tested (the cells do not say their training FLOPs)"
     mixed = {c: replace(r, definition="e") if c == Cell("moe", 2, 2) else r for c, r in cells.items()}
     assert claim_verdict(WIN, mixed) == "not tested (the cells of moe were made with different configs)"
     domains = {c: replace(r, domains=["street"]) if c == Cell("dense", 2, 2) else r for c, r in cells.items()}

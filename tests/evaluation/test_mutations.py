@@ -40,6 +40,7 @@ def attempt(project: Path, *mutations: Mutation) -> tuple[int, str]:
     return run(mutations, root=project, console=console), console.export_text()
 
 
+@pytest.mark.medium
 def test_killed_by_the_first_tests_or_by_the_rest_or_not_at_all(project: Path) -> None:
     fast = wrong("adds wrongly", "a + b", "a - b")
     slow = wrong("doubles wrongly", "2 * a", "3 * a")

@@ -23,6 +23,7 @@ from tests.moe.losses_common import E, K, N, cyclic_record, logits, record_of, t
 MODULES = [
     losses.SwitchBalance,
     losses.GlobalBatchBalance,
+    losses.ChosenBalance,
     losses.ImportanceLoss,
     losses.LoadLoss,
     losses.ZLoss,
@@ -37,7 +38,7 @@ def test_value_is_the_sum_or_mean_over_layers_without_the_weight(kind) -> None:
     layers = [topk_record(logits(seed=seed), K, name=f"layer{seed}") for seed in (1, 2, 3)]
     alone = [kind(weight=0.0).eval().value([layer]) for layer in layers]
     for weight in (0.0, 100.0):
-        added, mean = kind(weight=weight).eval(), kind(weight=weight, reduction="mean").eval()
+        added, mean = kind(weight=weight, reduction="sum").eval(), kind(weight=weight, reduction="mean").eval()
         torch.testing.assert_close(added.value(layers), alone[0] + alone[1] + alone[2])
         torch.testing.assert_close(mean.value(layers), (alone[0] + alone[1] + alone[2]) / 3)
         assert mean.value(layers).ndim == 0

@@ -28,6 +28,7 @@ LOSSES = [
     losses.SwitchBalance(),
     losses.SwitchBalance(per_group=True),
     losses.GlobalBatchBalance().eval(),
+    losses.ChosenBalance(),
     losses.ImportanceLoss(),
     losses.LoadLoss(),
     losses.ZLoss(),

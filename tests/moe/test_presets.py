@@ -25,6 +25,7 @@ from moeapps.moe.presets import (
     aw_moe,
     compose,
     dense,
+    dense_twin,
     home_level,
     linear,
     meta_dmoe,
@@ -84,6 +85,7 @@ FACTORIES: dict[str, tuple[LayerFactory, dict[str, Any]]] = {
     "mixer_soft": (mixer(num_experts=3, context_dim=6, field=Field, gate="soft"), {"features": torch.randn(N, 6)}),
     "compose": (compose(router=top_p_router(), experts=lambda d: MLPExperts(4, d, 6)), {}),
     "dense": (dense(), {}),
+    "dense_twin": (dense_twin(moe=promoe(num_experts=3)), {}),
     "dense_plain": (dense(expansion=2.0, activation="gelu", gated=False), {}),
     "linear": (linear(), {}),
 }
@@ -148,8 +150,50 @@ def test_promoe_has_the_published_number_of_parameters() -> None:
 
 
 def test_the_dense_twin_of_top_2_has_its_active_operations() -> None:
-    moe, twin = point_moe(top_k=2)(64), dense(expansion=2.0)(64)
-    assert twin.experts.flops_per_row == moe.router.mean_k() * moe.experts.flops_per_row
+    moe = point_moe(top_k=2)(64)
+    for twin in (dense(expansion=2.0)(64), dense()(64), dense_twin()(64)):
+        assert twin.experts.flops_per_row == moe.router.mean_k() * moe.experts.flops_per_row
+
+
+@pytest.mark.parametrize(
+    ("moe", "active", "whole"),
+    [  # hidden widths at model width 32: of the experts that work on a row, and of all
+        (point_moe(num_experts=6, top_k=3, expansion=0.5), 3 * 16, 6 * 16),
+        (point_moe(num_experts=4, top_k=2, num_shared=1, expansion=1.0), 3 * 32, 5 * 32),
+        (promoe(num_experts=6, top_k=1, expansion=2.0), 2 * 64, 8 * 64),
+        (
+            unimoe_audio(num_experts=4, num_null=0, num_shared=2, top_k=2, expansion=1.5),
+            2 * 48 + 2 * 16,
+            4 * 48 + 2 * 16,
+        ),
+    ],
+)
+def test_a_twin_is_as_wide_as_the_experts_it_stands_for(moe: Any, active: int, whole: int) -> None:
+    state = torch.get_rng_state()
+    with torch.random.fork_rng():
+        plain = moe(32)
+    twin, wide = dense_twin(moe=moe)(32), dense_twin(moe=moe, match="params")(32)
+
+    assert (twin.experts.hidden_dim, wide.experts.hidden_dim) == (active, whole)
+    kind = plain.experts if not hasattr(plain.experts, "banks") else plain.experts.banks[0]
+    assert type(twin.experts) is type(kind)
+    assert (twin.experts.activation, twin.experts.b_in is None) == (kind.activation, kind.b_in is None)
+    assert twin(torch.randn(5, 32)).shape == (5, 32)
+    torch.set_rng_state(state)
+    drawn = dense_twin(moe=moe)(32).experts.w_in
+    torch.set_rng_state(state)
+    assert torch.equal(drawn, type(kind)(1, 32, active, activation=kind.activation, bias=kind.b_in is not None).w_in)
+
+
+def test_a_mixture_without_a_twin_is_refused() -> None:
+    with pytest.raises(ValueError, match="match='width': a twin has equal"):
+        dense_twin(match="width")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="how many experts a row has"):
+        dense_twin(moe=compose(router=top_p_router(), experts=lambda d: MLPExperts(4, d, 6)))(8)
+    with pytest.raises(ValueError, match="moe makes a Linear"):
+        dense_twin(moe=linear())(8)
+    with pytest.raises(ValueError, match="ModuleExperts have no hidden width"):
+        dense_twin(moe=mixer(num_experts=3, context_dim=6, field=Field))(8)
 
 
 def test_domain_id_routing_gives_each_domain_its_own_experts() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moeapps.moe import (
     Capacity,
     ChosenBalance,
+    ConditionalSplit,
     GatedShared,
     LinearScore,
     MLPExperts,
@@ -235,3 +236,27 @@ def test_balance_needs_marked_nulls_and_bears_drops_and_no_rows() -> None:
     assert 0 < float(chosen_balance(recorder.records[0]).detach()) < 2
     empty = record(TopK(2), torch.zeros(0, 5).double(), 5)
     assert float(chosen_balance(empty).detach()) == 0
+
+
+@pytest.mark.parametrize("nulls", [0, 1, 2])
+def test_balance_under_a_split_is_that_of_the_rows_and_experts_that_were_routed(nulls: int) -> None:
+    x, group = torch.randn(30, 5).double(), torch.arange(30) % 3 - 1
+    score = LinearScore(5, 4 + nulls).double()
+    torch.nn.init.normal_(score.weight)
+    found = []
+    for split in (True, False):
+        inner = Router(score, TopP(0.7, num_null=nulls))
+        router = ConditionalSplit(inner) if split else inner
+        layer = MoELayer(router, MLPExperts(router.num_experts, 5, 4)).double()
+        with MoERecorder() as recorder:
+            layer(*([x] if split else [x[group >= 0]]), **({"group": group} if split else {}))
+        found.append(ChosenBalance(1.0)(recorder.records))
+
+    torch.testing.assert_close(*found)
+
+
+def test_balance_is_averaged_over_layers_unless_told_otherwise() -> None:
+    made = record(TopK(2), torch.randn(12, 5).double(), 5)
+
+    assert ChosenBalance().reduction == "mean"
+    torch.testing.assert_close(ChosenBalance(0.5)([made, made]), 0.5 * chosen_balance(made))

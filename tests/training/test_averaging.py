@@ -15,6 +15,8 @@ from moeapps.cli import main
 from moeapps.commands.run import run
 from moeapps.training.callbacks import AveragedWeights
 
+pytestmark = [pytest.mark.medium, pytest.mark.usefixtures("no_routing_figures")]
+
 TOY = ["--config", "tests/toy.yaml"]
 
 

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moeapps.moe import GLUExperts, LinearScore, MLPExperts, MoELayer, Router, TopK
-from moeapps.moe.presets import dense, linear, point_moe
-from moeapps.training.cost import measure_cost
+from moeapps.moe.presets import dense, dense_twin, linear, point_moe
+from moeapps.training.callbacks.summary import MoESummary, warn_of_twin
+from moeapps.training.cost import measure_cost, measure_training
 from tests.toy import ToyData, ToyNet, ToyTask
 
 WIDTH = 8
@@ -91,3 +95,88 @@ def test_measuring_leaves_random_state_modes_and_statistics_alone() -> None:
     assert modes == [module.training for module in measured.modules()]
     assert torch.equal(statistics, measured.net.norm.running_mean)
     assert measured.last_records == []
+
+
+# --- a whole training ---
+
+
+def step_by_hand(rows: int) -> int:
+    """Forward and backward of the toy network around the default mixture; its inputs ask for no gradient."""
+    layers = 2 * (2 * WIDTH + WIDTH * 4 + 2 * 3 * WIDTH * WIDTH + WIDTH * 2)
+    return rows * (3 * layers - 2 * 2 * WIDTH)
+
+
+def test_a_training_costs_forward_and_backward_of_its_steps() -> None:
+    found = measure_training(task(point_moe()), ToyData().example_batch(5), planned=7, processes=2)
+
+    assert found.planned == {"step": 7}
+    assert found.flops() == 7 * 2 * step_by_hand(5)
+    assert found.flops({"step": 3}) == 3 * 2 * step_by_hand(5)
+
+
+def test_counting_a_training_step_changes_nothing() -> None:
+    measured = task(point_moe())
+    before = {name: value.clone() for name, value in measured.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    measure_training(measured, ToyData().example_batch(4), planned=2)
+
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in measured.state_dict().items())
+    assert all(p.grad is None for p in measured.parameters())
+    assert measured.last_records == []
+
+
+def test_the_first_training_batch_is_the_first_of_training_and_moves_no_order() -> None:
+    data = ToyData(mixing="balanced")
+    data.setup("fit")
+    first = data.first_training_batch()
+    again, second = list(data.train_dataloader())[:2]
+
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_says_what_it_spent_and_a_resumed_one_what_was_spent_in_all(tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt: Path | None = None) -> MoESummary:
+        summary, saved = MoESummary(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)
+        trainer = L.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[summary, saved], enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(task(point_moe()), datamodule=ToyData(), ckpt_path=ckpt)
+        return summary
+
+    once = fit(1)
+    resumed = fit(3, tmp_path / "1" / "last.ckpt")
+
+    steps = 9  # 72 rows in batches of 8
+    assert (once.describe_run()["train_steps"], once.describe_run()["train_flops"]) == (steps, steps * step_by_hand(8))
+    assert resumed.describe_run()["train_flops"] == 3 * once.describe_run()["train_flops"]
+
+
+# --- dense twins ---
+
+
+def test_a_network_of_derived_twins_knows_its_share_of_the_mixtures() -> None:
+    batch = ToyData().example_batch(5)
+    mixture = measure_cost(task(point_moe(num_experts=4, top_k=2)), batch)
+
+    equal = measure_cost(task(dense_twin(moe=point_moe(num_experts=4, top_k=2))), batch)
+    wide = measure_cost(task(dense_twin(moe=point_moe(num_experts=4, top_k=2), match="params")), batch)
+
+    assert equal.twin == ("flops", equal.flops / mixture.flops)
+    assert wide.twin == ("params", wide.total / mixture.total)
+    assert mixture.twin is None
+
+
+def test_a_twin_that_is_not_matched_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    many = point_moe(num_experts=64, top_k=1, expansion=0.25)  # the router costs as much as the expert
+    with caplog.at_level("WARNING", logger="moeapps"):
+        warn_of_twin(measure_cost(task(dense_twin(moe=point_moe(), match="params")), ToyData().example_batch(5)))
+        warn_of_twin(measure_cost(task(dense_twin(moe=many)), ToyData().example_batch(5)))
+
+    told = [record.getMessage() for record in caplog.records if "dense twin" in record.getMessage()]
+    assert len(told) == 2, "32 numbers of the router are 3 per cent of so small a network"
+    assert "of the mixture's active FLOPs" in told[1]

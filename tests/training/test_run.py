@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from moeapps.cli import main
 from moeapps.commands.run import run
 
+pytestmark = pytest.mark.medium
+
 TOY = ["--config", "tests/toy.yaml"]
 
 
@@ -20,10 +23,20 @@ def run_folder(tmp_path: Path, version: int = 0) -> Path:
     return tmp_path / "runs" / "toy" / "base" / f"version_{version}"
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that several tests look at, each at a copy of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEAPPS_RUNS", str(folder / "runs"))
+        patch.setenv("MPLBACKEND", "Agg")
+        assert main(["fit", *TOY]) == 0
+    return run_folder(folder)
+
+
 @pytest.fixture
-def trained(tmp_path: Path) -> Path:
-    assert main(["fit", *TOY]) == 0
-    return run_folder(tmp_path)
+def trained(once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(once, run_folder(tmp_path)))
 
 
 def test_fit_leaves_a_whole_run_folder(trained: Path) -> None:
@@ -92,6 +105,7 @@ def test_test_of_a_run_folder_repeats_the_numbers_in_place(trained: Path) -> Non
     assert main(["predict", "--run", str(trained)]) == 0
 
 
+@pytest.mark.usefixtures("no_routing_figures")
 def test_two_runs_with_one_seed_are_bit_equal(tmp_path: Path) -> None:
     first, second = run(["fit", *TOY]), run(["fit", *TOY])
 

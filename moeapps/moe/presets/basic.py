@@ -180,11 +180,11 @@ def compose(
     return lambda dim: MoELayer(router(dim), experts(dim), num_shared=num_shared, backend=backend)
 
 
-def dense(*, expansion: float = 1.0, activation: ActivationName = "relu", gated: bool = True) -> LayerFactory:
-    """The twin without a choice: one expert that is always on. Match FLOPs or parameters by ``expansion``.
+def dense(*, expansion: float = 2.0, activation: ActivationName = "relu", gated: bool = True) -> LayerFactory:
+    """One expert of a given width that is always on; ``dense_twin`` reads the width off a mixture.
 
     Args:
-        expansion: hidden width over model width.
+        expansion: hidden width over model width; 2 has the active FLOPs of ``point_moe()`` with nothing said.
         activation: of the expert.
         gated: a gated linear unit without bias, or a two-layer perceptron with bias.
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,11 +214,9 @@ class SaveRun(SaveConfigCallback):
         if folder is not None and trainer.is_global_zero:
             write_json(folder / "run.json", self.describe_run())
 
-    def describe_run(self) -> dict[str, Any]:
-        """Return system, name, seeds, hashes of the config, commit, versions, machine and, after training, its time.
-
-        ``continued_from`` is the checkpoint that a resumed training went on from, None for one from the start.
-        """
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What is run, asked once: a commit made while a run goes on is not the one that ran."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),
@@ -226,12 +225,18 @@ class SaveRun(SaveConfigCallback):
             "seeds": seeds_of({key: config.get(key) for key in ("seed_everything", "model", "data")}),
             "config_hash": config_hash(config),
             "variant_hash": variant_hash(config),
-            "continued_from": None if self.continued is None else str(self.continued),
             "commit": git_commit(),
             "versions": versions(),
             "machine": machine(),
-            **self.times,
         }
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return system, name, seeds, hashes of the config, commit, versions, machine and, after training, its time.
+
+        ``continued_from`` is the checkpoint that a resumed training went on from, None for one from the start.
+        """
+        continued = None if self.continued is None else str(self.continued)
+        return {**self.facts, "continued_from": continued, **self.times}
 
 
 def program() -> str:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model summary that knows experts: total and ACTIVE parameters, FLOPs per token."""
+"""Model summary that knows experts: total and ACTIVE parameters, FLOPs per token and of the whole training."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import lightning as L
@@ -12,7 +15,7 @@ from torch import nn
 
 from moeapps.moe import MoELayer
 from moeapps.moe.routers.chooser import Pool
-from moeapps.training.cost import Cost, measure_cost
+from moeapps.training.cost import Cost, TrainingCost, measure_cost, measure_training
 from moeapps.training.task import BaseTask
 
 _CHOICES: dict[Pool, str] = {
@@ -22,8 +25,15 @@ _CHOICES: dict[Pool, str] = {
 }
 
 
+TWIN_NAMES = {"flops": "active FLOPs", "params": "parameters"}
+TWIN_TOLERANCE = 0.02
+log = logging.getLogger("moeapps")
+
+
 class MoESummary(L.Callback):
-    """Print parts, MoE layers, total and active parameters and FLOPs per token before training or testing.
+    """Print parts, MoE layers, total and active parameters and FLOPs per token and of the training before it begins.
+
+    Training steps are counted as they are taken, so that results say what was spent, over interruptions too.
 
     Args:
         depth: levels of sub-modules in the table, >= 1.
@@ -34,10 +44,39 @@ class MoESummary(L.Callback):
             raise ValueError(f"depth={depth} shows nothing; use 1 or more, or trainer.enable_model_summary false")
         self.depth = depth
         self.cost: Cost | None = None
+        self.training: TrainingCost | None = None
+        self.steps = 0
+        self._earlier: int | None = None
+        self._kinds: Callable[[int, int], dict[str, int]] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure and print."""
-        self._measure(trainer, cast(BaseTask, pl_module), show=True)
+        task = cast(BaseTask, pl_module)
+        self.training, self._kinds = self._measure_training(trainer, task), task.step_kinds
+        self._measure(trainer, task, show=True)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step."""
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep how many steps were taken and what they have cost."""
+        return {"steps": self.steps, "train_flops": self.train_flops}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from there, unless this process has trained: then the checkpoint is but the best of its own."""
+        if self._kinds is None:
+            self.steps = int(state_dict.get("steps", 0))
+            self._earlier = state_dict.get("train_flops")
+
+    @property
+    def train_flops(self) -> int | None:
+        """What the training steps so far have cost, those before a checkpoint included; None if not known."""
+        if self.training is None or self._kinds is None:
+            return self._earlier
+        return self.training.flops(self._kinds(self.steps, sum(self.training.planned.values())))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure for the results file, if that has not happened."""
@@ -48,23 +87,47 @@ class MoESummary(L.Callback):
         self._measure(trainer, cast(BaseTask, pl_module), show=False)
 
     def describe_run(self) -> dict[str, Any]:
-        """Return parameters, active parameters and FLOPs per token for the results file."""
+        """Return parameters, active parameters, FLOPs per token and of the training for the results file."""
         if self.cost is None:
             return {}
+        spent = self.train_flops
         return {
             "params_total": self.cost.total,
             "params_active": self.cost.active,
             "flops_per_token": self.cost.flops_per_token,
+            **({} if spent is None else {"train_flops": spent, "train_steps": self.steps}),
         }
+
+    def _measure_training(self, trainer: L.Trainer, task: BaseTask) -> TrainingCost | None:
+        """Every process asks for the number of steps, which builds the loaders; the first one counts."""
+        batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        if not trainer.is_global_zero or not math.isfinite(batches):
+            return None
+        first = task.data.first_training_batch()
+        return measure_training(task, first, int(batches), trainer.precision_plugin, trainer.world_size)
 
     def _measure(self, trainer: L.Trainer, task: BaseTask, *, show: bool) -> None:
         if self.cost is None and trainer.is_global_zero:
             self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
             if show:
-                Console().print(summary_table(task, self.cost, self.depth))
+                warn_of_twin(self.cost)
+                Console().print(summary_table(task, self.cost, self.depth, self.training))
 
 
-def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
+def warn_of_twin(cost: Cost) -> None:
+    """Say it where a dense twin is not matched within 2 per cent."""
+    if cost.twin is not None and abs(cost.twin[1] - 1) > TWIN_TOLERANCE:
+        match, ratio = cost.twin
+        log.warning(
+            "this dense twin has %.3f of the mixture's %s; at most %.0f per cent apart is fair: change the mixture's "
+            "widths so that they divide, or say so beside the numbers",
+            ratio,
+            TWIN_NAMES[match],
+            100 * TWIN_TOLERANCE,
+        )
+
+
+def summary_table(task: L.LightningModule, cost: Cost, depth: int, training: TrainingCost | None = None) -> Table:
     """Return a rich table of the sub-modules with parameters, and the totals below."""
     table = Table(title="model")
     table.add_column("part")
@@ -79,6 +142,12 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int) -> Table:
     table.add_row("total", f"of which {frozen:,} frozen" if frozen else "", f"{cost.total:,}")
     table.add_row("active per token", "", f"{cost.active:,}")
     table.add_row("FLOPs per token (forward)", "", f"{cost.flops_per_token:,.0f}")
+    if cost.twin is not None:
+        match, ratio = cost.twin
+        table.add_row("dense twin", f"{TWIN_NAMES[match]} over the mixture's", f"{ratio:.3f}")
+    if training is not None:
+        steps = sum(training.planned.values())
+        table.add_row("FLOPs of the training", f"{steps:,} steps, forward and backward", f"{training.flops():.4g}")
     if cost.layers:
         table.add_row("MoE layers", experts_of(cost), str(len(cost.layers)))
         if any(layer.num_experts > 1 for layer in cost.layers):

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import lightning as L
 from rich.console import Console
 from rich.table import Table
 
+from moeapps.training.callbacks.summary import MoESummary
 from moeapps.training.evaluation import ScoreTable
 from moeapps.training.run import run_dir
 
@@ -28,6 +30,8 @@ class EndTable(L.Callback):
                 console = Console()
                 main = str(getattr(pl_module, "main_metric", ""))
                 console.print(score_table(table, main=main, width=console.width))
+                for line in compute_lines(trainer):
+                    console.print(line, soft_wrap=True, highlight=False)
                 if folder is not None:
                     for label, path in (
                         ("run folder", folder),
@@ -36,6 +40,16 @@ class EndTable(L.Callback):
                     ):
                         if path.is_dir():
                             console.print(f"{label + ':':<12}{path}", soft_wrap=True, highlight=False)
+
+
+def compute_lines(trainer: L.Trainer) -> list[str]:
+    """Return what the run's training has cost, where the summary counted it."""
+    told = [callback.describe_run() for callback in cast(Any, trainer).callbacks if isinstance(callback, MoESummary)]
+    return [
+        f"{'training:':<12}{header['train_flops']:.4g} FLOPs in {header['train_steps']:,} steps"
+        for header in told
+        if "train_flops" in header
+    ]
 
 
 def score_table(table: ScoreTable, *, main: str = "", width: int = 120) -> Table:

@@ -12,9 +12,8 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from moeapps.training.cost import _extra_formulas
+from moeapps.training.cost import count_flops
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.routers import ClassTable
 from tests.tasks.image_diffusion.model_common import layers
@@ -71,9 +70,7 @@ def inputs(num: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 def flops(network: DiT) -> int:
     image, time, label = inputs()
     network.train()
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_extra_formulas()) as counter:
-        network(image.float(), time.float(), label)
-    return int(counter.get_total_flops())
+    return count_flops(network, image.float(), time.float(), label)
 
 
 @pytest.mark.parametrize("name", NAMES)

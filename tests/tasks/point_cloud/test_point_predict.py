@@ -26,6 +26,8 @@ from tasks.point_cloud.readers import OwnLabels, RawScan, class_colors, read_ply
 from tasks.point_cloud.readers.predictions import PointPrediction, name_color
 from tasks.point_cloud.scan_writer import ScanWriter, class_list, joined, write_whole
 
+pytestmark = pytest.mark.medium
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 MAP = (691_000.0, 5_336_000.0, 500.0)
 UNIT = 0.5

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.data import Batch
 
 from moeapps.commands.run import Cli, quiet
 from moeapps.moe import MoERecorder
 from moeapps.moe.presets import linear, point_moe
-from moeapps.training.cost import _extra_formulas
+from moeapps.training.cost import count_flops
 from tasks.point_cloud.baselines import (
     ConvRoutedPointMoE,
     ConvUNet,
@@ -41,12 +40,6 @@ def overlay_net(*names: str) -> PointMoE:
     return net.eval()
 
 
-def flops(net: PointMoE, batch: Batch) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_extra_formulas()) as counter:
-        net(batch)
-    return int(counter.get_total_flops())
-
-
 @pytest.fixture(scope="module")
 def base_cost() -> dict[str, int]:
     return {}
@@ -62,9 +55,9 @@ def base_cost() -> dict[str, int]:
 def test_rivals_match_the_system_in_active_flops(name: str, make_batch, base_cost) -> None:
     batch = make_batch([500, 300], side=16)
     if not base_cost:
-        base_cost["base"] = flops(overlay_net(), batch)
+        base_cost["base"] = count_flops(overlay_net(), batch)
 
-    assert flops(overlay_net(name), batch) == pytest.approx(base_cost["base"], rel=0.02)
+    assert count_flops(overlay_net(name), batch) == pytest.approx(base_cost["base"], rel=0.02)
 
 
 # --- routers ---

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 from moeapps.commands.run import run
-from moeapps.moe import MoELayer, presets
+from moeapps.moe import presets
+from moeapps.training.cost import count_flops
 from tasks.point_cloud.model import PointMoE
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -31,8 +31,9 @@ def network(*overlays: str) -> PointMoE:
 
 def layer(config: dict[str, Any]) -> Any:
     options = dict(config.get("init_args", {}))
-    if "router" in options:
-        options["router"] = layer(options["router"])
+    for key in ("router", "moe"):
+        if key in options:
+            options[key] = layer(options[key])
     return getattr(presets, config["class_path"].rpartition(".")[2])(**options)
 
 
@@ -41,12 +42,7 @@ def parameters(net: torch.nn.Module) -> int:
 
 
 def flops(net: PointMoE, batch: Any) -> int:
-    for module in net.modules():
-        if isinstance(module, MoELayer):
-            module.backend = "loop"  # the counter does not see products that are written into a buffer
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.eval()(batch)
-    return int(counter.get_total_flops())
+    return count_flops(net.eval(), batch)
 
 
 def test_dense_twins_match_in_active_flops_and_in_parameters(make_batch) -> None:
@@ -61,6 +57,11 @@ def test_dense_twins_match_in_active_flops_and_in_parameters(make_batch) -> None
     assert flops(network("baselines/point_moe_mlp.yaml"), batch) == pytest.approx(flops(system, batch), rel=0.02)
     assert parameters(wide) == pytest.approx(parameters(system), rel=0.02)
     assert parameters(twin) < 0.95 * parameters(system)
+    base = yaml.safe_load((CONFIGS / "point_moe.yaml").read_text(encoding="utf-8"))
+    for name in ("dense", "dense_params"):  # a twin of what the base config has, not of what it had
+        overlay = yaml.safe_load((CONFIGS / f"baselines/point_moe_{name}.yaml").read_text(encoding="utf-8"))
+        nets = [config["model"]["init_args"]["net"]["init_args"]["moe"] for config in (base, overlay)]
+        assert nets[1]["init_args"]["moe"] == nets[0]
 
 
 def test_active_flops_do_not_grow_with_the_number_of_experts_but_for_the_router(make_batch) -> None:
@@ -94,6 +95,7 @@ def test_every_baseline_answers(name, make_batch) -> None:
     assert y.isfinite().all()
 
 
+@pytest.mark.medium
 def test_a_run_writes_scores_figures_and_a_checkpoint_that_holds_plain_values(tmp_path) -> None:
     small = {
         "model": {"net": {"enc_depths": [1, 1], "enc_dims": [16, 16], "dec_depths": [1], "dec_dims": [16]}},

@@ -294,6 +294,7 @@ def test_a_fragment_is_plain_data() -> None:
     assert part.pick[part.voter].tolist() == [0, 1, 1]
 
 
+@pytest.mark.medium
 def test_the_overlay_votes_in_test_and_the_tables_agree_with_the_results(tmp_path: Path) -> None:
     words = ["fit", *(word for name in ("point_moe", "data/voting") for word in ("--config", f"{CONFIGS}/{name}.yaml"))]
     words += ["--config", f"{CONFIGS}/debug/tiny.yaml", "--config", f"{CONFIGS}/debug/point_moe.yaml"]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MixER's compute by hand: a context bends an expert's layers once, then four stages of the solver for every sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeapps.training.cost import count_flops, measure_training
+from tasks.dynamics.data.batch import Trajectories
+from tasks.dynamics.experts import GEPSExperts
+from tasks.dynamics.gates import robust
+from tasks.dynamics.model import FieldMixER
+from tasks.dynamics.module import Alternation, DynamicsTask
+
+E, N, T, D, WIDTH, K, PIECE = 12, 3, 9, 2, 8, 4, 4
+LAYERS = ((D, WIDTH), (WIDTH, WIDTH), (WIDTH, D))
+FIELD = sum(2 * n_in * n_out for n_in, n_out in LAYERS)
+BEND = sum(2 * n_in * PIECE * n_out + 2 * PIECE * n_out for n_in, n_out in LAYERS)
+STAGES = 4
+
+
+def data(environments: int = E) -> Trajectories:
+    numbers = torch.arange(environments)
+    x = torch.randn(environments, N, T, D)
+    return Trajectories(
+        x=x,
+        dt=torch.full((environments,), 0.1),
+        env=numbers,
+        family=numbers % 4,
+        mask=None,
+        scale=torch.ones(environments),
+    )
+
+
+def task(contributors: int | None = None) -> DynamicsTask:
+    def net(state_dim: int, num_environments: int) -> FieldMixER:
+        return FieldMixER(
+            state_dim,
+            num_environments,
+            experts=lambda d, k, c: GEPSExperts(d, k, c, width=WIDTH, depth=3),
+            gate=robust(),
+            num_experts=K,
+            context_dim=K * PIECE,
+        )
+
+    facts = {"domains": {"seen": ["a"], "validation": [], "unseen": []}, "kind": "field"}
+    facts |= {"num_environments": E, "state_dim": D}
+    alternation = Alternation(context_steps=3, model_steps=9, rollout_share=0.25, contributors=contributors)
+    return DynamicsTask(net=net, facts=facts, alternation=alternation)
+
+
+class RollOut(torch.nn.Module):
+    """Whole trajectories of all environments under the gate."""
+
+    def __init__(self, net: FieldMixER) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: Trajectories) -> torch.Tensor:
+        routing = self.net.route(self.net.contexts, self.net.group(batch))
+        return self.net.rollout(batch, self.net.contexts, routing)
+
+
+def test_a_roll_out_costs_four_stages_a_sample() -> None:
+    batch = data()
+    gate = 2 * E * K * PIECE * K
+    by_hand = gate + E * BEND + E * N * (T - batch.num_given) * STAGES * FIELD
+
+    assert count_flops(RollOut(task().net), batch) == pytest.approx(by_hand, rel=0.01)
+
+
+def test_steps_of_all_kinds_are_counted_apart() -> None:
+    cost = measure_training(task(), data(), planned=48)
+
+    assert cost.planned == {
+        "context, one sample ahead": 9,
+        "model, one sample ahead": 27,
+        "context, roll-out": 3,
+        "model, roll-out": 9,
+    }
+    ahead = E * N * (T - 1) * STAGES * FIELD
+    for kind, flops in cost.step.items():
+        assert 2 * ahead < flops < 3.3 * ahead, kind  # forward, and one or two products of its size backward
+    assert cost.flops() == sum(cost.step[kind] * count for kind, count in cost.planned.items())
+
+
+def test_a_third_of_the_environments_is_a_third_of_the_compute() -> None:
+    whole, part = (measure_training(task(count), data(), planned=48).flops() for count in (None, E // 3))
+
+    assert part == pytest.approx(whole / 3, rel=0.01)
