@@ -178,7 +178,7 @@ def test_page_shows_losses_as_plainly_as_wins() -> None:
     cells = results(moe=[0.4, 0.41, 0.42], dense=[0.5, 0.5, 0.5], same=[0.5, 0.5, 0.5])
     page = render([summarise(toy(), cells)])
     assert "| C1 | Experts help on unseen domains. | superiority | unseen/miou ↑ |" in page
-    assert "−0.09 [−0.1148, −0.06516] | 1.00× | 1.00× | **not supported** |" in page
+    assert "−0.09 [−0.1148, −0.06516] | 1.00× | 1.00× | 1.00× | **not supported** |" in page
 
 
 # --- what is committed ---
