@@ -22,7 +22,7 @@ TABLE = EvidenceTable(
         "oracle": "families told",
         "hard_em": "hard EM",
         "switch": "Switch",
-        "soft": "soft mixture, 4 times the FLOPs",
+        "soft": "soft mixture, 12 times the FLOPs",
         "frozen": "frozen gate",
         "single": "one learner, an expert's size",
         "single_equal": "the same, equal FLOPs with the gate's fits",

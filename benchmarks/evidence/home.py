@@ -65,7 +65,7 @@ def movielens(*names: str, flags: tuple[str, ...] = ()) -> Variant:
 VARIANTS = {
     "once_home": once(pairs=8),
     "once_mmoe": once("mmoe", pairs=8),
-    "once_mmoe_flops": once("mmoe", flags=("--model.init_args.net.init_args.bank.init_args.num_experts=29",)),
+    "once_mmoe_flops": once("mmoe", flags=("--model.init_args.net.init_args.bank.init_args.num_experts=28",)),
     **{f"once_{name}": once(name) for name in ONCE},
     "home": variant(pairs=DATA_SEEDS * MODEL_SEEDS),
     "mmoe": variant("mmoe", pairs=DATA_SEEDS * MODEL_SEEDS),

@@ -191,7 +191,7 @@ GATES = (
     by_steps("C2l", "robust (ours) has a lower error than the Switch gate", "robust", "switch"),
     lower(
         "C2m",
-        "robust (ours) has a lower error than a soft mixture of 13 times its FLOPs a step.",
+        "robust (ours) has a lower error than a soft mixture of 12 times its FLOPs a step.",
         "robust",
         "soft",
         match="none",
