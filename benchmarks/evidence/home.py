@@ -163,21 +163,21 @@ SELF_GATE = (
 
 def rare(name: str, text: str, baseline: str, match: str = "params") -> Claim:
     """HoME is better on the rare tasks."""
-    return Claim(name, text, metric=RARE, system="home", baseline=baseline, match=match)  # type: ignore[arg-type]
+    return Claim(name, f"In four passes, {text}", metric=RARE, system="home", baseline=baseline, match=match)  # type: ignore[arg-type]
 
 
 RARE_TASKS = (
-    rare("C4a", "On the rare tasks HoME beats MMoE of equal parameters.", "mmoe"),
-    rare("C4b", "On the rare tasks HoME beats CGC of equal parameters.", "cgc"),
-    rare("C4c", "On the rare tasks HoME beats PLE of equal parameters.", "ple"),
-    rare("C4d", "On the rare tasks HoME beats MMoE with its own experts: more than the norm is at work.", "mmoe_norm"),
-    rare("C4e", "On the rare tasks HoME beats a network per task.", "single_task"),
-    rare("C4f", "The given categories beat ones dealt out at random.", "random_categories"),
-    rare("C4g", "Learned gates beat gates that weigh all experts alike.", "uniform_gates", "none"),
-    rare("C4h", "Gates that see their row beat gates that see another one.", "shuffled_gates"),
+    rare("C4a", "on the rare tasks HoME beats MMoE of equal parameters.", "mmoe"),
+    rare("C4b", "on the rare tasks HoME beats CGC of equal parameters.", "cgc"),
+    rare("C4c", "on the rare tasks HoME beats PLE of equal parameters.", "ple"),
+    rare("C4d", "on the rare tasks HoME beats MMoE with its own experts: more than the norm is at work.", "mmoe_norm"),
+    rare("C4e", "on the rare tasks HoME beats a network per task.", "single_task"),
+    rare("C4f", "the given categories beat ones dealt out at random.", "random_categories"),
+    rare("C4g", "learned gates beat gates that weigh all experts alike.", "uniform_gates", "none"),
+    rare("C4h", "gates that see their row beat gates that see another one.", "shuffled_gates"),
     Claim(
         "C4i",
-        "On the rare tasks of unseen populations HoME beats MMoE of equal parameters.",
+        "In four passes, on the rare tasks of unseen populations HoME beats MMoE of equal parameters.",
         metric="unseen.interaction/gauc_expected",
         system="home",
         baseline="mmoe",
@@ -187,7 +187,7 @@ RARE_TASKS = (
 DENSE_TASKS = (
     Claim(
         "C5",
-        "On the dense tasks HoME loses no more than half a point against MMoE.",
+        "In four passes, on the dense tasks HoME loses no more than half a point against MMoE.",
         metric=DENSE,
         system="home",
         baseline="mmoe",
@@ -248,12 +248,16 @@ LAYER_NORM = tuple(
         match="params",
     )
     for letter, baseline, text in (
-        ("a", "home", "On the rare tasks HoME with layer norm beats HoME with batch norm, as published."),
-        ("b", "mmoe", "On the rare tasks HoME with layer norm beats MMoE of equal parameters."),
+        (
+            "a",
+            "home",
+            "In four passes, on the rare tasks HoME with layer norm beats HoME with batch norm, as published.",
+        ),
+        ("b", "mmoe", "In four passes, on the rare tasks HoME with layer norm beats MMoE of equal parameters."),
         (
             "c",
             "mmoe_layer_norm",
-            "On the rare tasks HoME with layer norm beats MMoE with it: structure counts.",
+            "In four passes, on the rare tasks HoME with layer norm beats MMoE with it: structure counts.",
         ),
     )
 )
