@@ -29,10 +29,10 @@ from benchmarks.core_cases import Mode, median_ms, paired_ratios, step
 from moeapps.training.run import write_json
 from tasks.dynamics.data.families import OdeFamilies
 from tasks.dynamics.data.fields import field_of
-from tasks.dynamics.experts import GEPSExperts
-from tasks.dynamics.gates import robust
 from tasks.dynamics.model import FieldMixER
-from tasks.dynamics.solvers import Field, solve
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.gates import robust
+from tasks.dynamics.nets.solvers import Field, solve
 
 GATE = 1.1
 """Our time over torchdiffeq's at equal error; agreed beforehand."""

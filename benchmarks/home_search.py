@@ -35,8 +35,9 @@ from moeapps.training.optim import Cosine, OptimizerConfig
 from tasks.recommendation.data.multitask_log import MultitaskLog, default_rates
 from tasks.recommendation.datamodule import RecommendationData
 from tasks.recommendation.metrics import gauc
+from tasks.recommendation.model import home
 from tasks.recommendation.module import Ranker, RankingTask
-from tasks.recommendation.presets import home, mmoe
+from tasks.recommendation.rivals import mmoe
 
 RESULTS = Path(__file__).parent / "results" / "home_search.json"
 SEEDS = (101, 102, 103)

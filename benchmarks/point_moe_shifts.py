@@ -22,10 +22,10 @@ from torch import Tensor
 
 from moeapps.training.run import git_commit, machine, newest_version, versions, write_json
 from tasks.point_cloud.data.dataset import ScanDataset, collate_scans
+from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.shifts import Shifted
 from tasks.point_cloud.datamodule import PointCloudData
-from tasks.point_cloud.labels import label_set
 from tasks.point_cloud.metrics import confusion, per_class_iou, scores
 from tasks.point_cloud.module import PointCloudTask
 

@@ -31,10 +31,11 @@ from moeapps.training.optim import OptimizerConfig
 from moeapps.training.sparse import build_optimizer
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog
-from tasks.recommendation.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
 from tasks.recommendation.metrics import gauc
+from tasks.recommendation.model import home
 from tasks.recommendation.module import Ranker, RankingTask, masked_losses
-from tasks.recommendation.presets import home, mmoe
+from tasks.recommendation.nets.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
+from tasks.recommendation.rivals import mmoe
 
 RESULTS = Path(__file__).parent / "results" / "recommendation_speed.json"
 PAIRS, QUICK_PAIRS, STEPS = 9, 5, 12

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from moeapps.commands.run import run
-from tasks.image_diffusion.data.latent_files import write_latent
+from tasks.image_diffusion.data.readers.latent_files import write_latent
 from tests.systems import CONFIGS, PAPERS, TINY, base_of, flags, name
 
 pytestmark = [

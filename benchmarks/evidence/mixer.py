@@ -30,7 +30,7 @@ def variant(*names: str, flags: tuple[str, ...] = (), pairs: int = 3, more: tupl
 
 NET = "--model.init_args.net.init_args."
 ONE, TEN = ("benchmarks/evidence/mixer_one.yaml",), ("benchmarks/evidence/mixer_ten.yaml",)
-ZEROS = ("--model.init_args.adaptation=tasks.dynamics.adaptation.FromZeros",)
+ZEROS = ("--model.init_args.adaptation=tasks.dynamics.nets.adaptation.FromZeros",)
 VARIANTS = {
     "robust": variant(pairs=8),
     "single": variant("single", pairs=8),

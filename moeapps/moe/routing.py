@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
+    from moeapps.moe.plan import Plan
 
 
 def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
@@ -184,8 +184,8 @@ class Routing:
         Nothing is kept while a function transform is under way, whose tensors must not outlive it; and what was made
         without gradients is not used where they are wanted: the router would get none.
         """
-        from moeapps.moe.backends.plan import sort_assignments
         from moeapps.moe.derivatives import is_transformed
+        from moeapps.moe.plan import sort_assignments
 
         kept: Plan | None = self.__dict__.get("_plan")
         if kept is None or _lacks_graph(kept.weight_M, self.weight_M):

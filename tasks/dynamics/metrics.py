@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from tasks.dynamics.solvers import diverged
+from tasks.dynamics.nets.solvers import diverged
 
 Error = Literal["mse", "relative_mse", "diverged"]
 Summary = Literal["mean", "median"]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from moeapps.moe import FittedRouter, MoELayer, Router, Routing
 from moeapps.moe.routing import AnyRouting
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import ExpertsFactory, MetaExperts
-from tasks.dynamics.gates import GateFactory
-from tasks.dynamics.modulation import SelfModulation, taylor
-from tasks.dynamics.solvers import Field, Method, solve
+from tasks.dynamics.nets.experts import ExpertsFactory, MetaExperts
+from tasks.dynamics.nets.gates import GateFactory
+from tasks.dynamics.nets.modulation import SelfModulation, taylor
+from tasks.dynamics.nets.solvers import Field, Method, solve
 
 
 class MixER(nn.Module):
@@ -168,7 +168,7 @@ class FieldMixER(MixER):
         num_experts: K.
         context_dim: d.
         route_by: see :class:`MixER`.
-        method: solver, see ``tasks.dynamics.solvers.solve``.
+        method: solver, see ``tasks.dynamics.nets.solvers.solve``.
         substeps: steps of the solver between two samples.
         modulation: contextual self-modulation in training; None trains the field as it is.
     """

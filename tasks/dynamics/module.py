@@ -23,12 +23,12 @@ from moeapps.training.callbacks import RouterFit
 from moeapps.training.callbacks.router_fit import fitted_routers
 from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
 from moeapps.training.task import BaseTask, Stage, StepOutput
-from tasks.dynamics.adaptation import Adaptation, Adapted, TryExperts
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.metrics import environment_errors, trajectory_metrics
 from tasks.dynamics.model import FieldMixER, MixER, NetFactory, scaled_errors
-from tasks.dynamics.partition_report import PartitionReport
-from tasks.dynamics.predictions import TrajectoryWriter
+from tasks.dynamics.nets.adaptation import Adaptation, Adapted, TryExperts
+from tasks.dynamics.report.partition import PartitionReport
+from tasks.dynamics.report.predictions import TrajectoryWriter
 
 log = logging.getLogger("moeapps")
 Phase = Literal["context", "model"]

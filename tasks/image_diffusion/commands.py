@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import Split
-from tasks.image_diffusion.adm import read_adm, write_adm
-from tasks.image_diffusion.autoencoder import LatentDecoder
-from tasks.image_diffusion.data.arrays import write_arrays
 from tasks.image_diffusion.data.batch import from_uint8
 from tasks.image_diffusion.data.own_images import ENDINGS, read_image
+from tasks.image_diffusion.data.readers.arrays import write_arrays
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import get_judge
-from tasks.image_diffusion.inception import InceptionFeatures
-from tasks.image_diffusion.judgement import Extractor
-from tasks.image_diffusion.pictures import grid, write_png
-from tasks.image_diffusion.quality import Gaussian, frechet_distance
-from tasks.image_diffusion.samplers import sample
+from tasks.image_diffusion.nets.autoencoder import LatentDecoder
+from tasks.image_diffusion.nets.samplers import sample
+from tasks.image_diffusion.report.adm import read_adm, write_adm
+from tasks.image_diffusion.report.inception import InceptionFeatures
+from tasks.image_diffusion.report.judge import get_judge
+from tasks.image_diffusion.report.judgement import Extractor
+from tasks.image_diffusion.report.pictures import grid, write_png
+from tasks.image_diffusion.report.quality import Gaussian, frechet_distance
 
 # --- sample -----------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from moeapps.moe import AuxLoss, PrototypeScore, Record, Routing
 from moeapps.moe.losses import Reduction
 from moeapps.moe.objectives import routed
 from moeapps.moe.routers.router import without_autocast
-from tasks.image_diffusion.diffmoe import CapacityRouting
-from tasks.image_diffusion.routers import ClassTable, superclass_of
+from tasks.image_diffusion.rivals.diffmoe import CapacityRouting
+from tasks.image_diffusion.rivals.routers import ClassTable, superclass_of
 
 # --- functions --------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from moeapps.moe import Experts, LayerFactory
-from tasks.image_diffusion.blocks import (
+from tasks.image_diffusion.nets.blocks import (
     Block,
     LabelEmbedder,
     LastLayer,

@@ -14,12 +14,12 @@ from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.image_diffusion.data.batch import ImageBatch
-from tasks.image_diffusion.flow import RectifiedFlow
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
-from tasks.image_diffusion.process import Process
-from tasks.image_diffusion.routers import ClassTable
-from tasks.image_diffusion.samplers import image_noise, sample
+from tasks.image_diffusion.nets.flow import RectifiedFlow
+from tasks.image_diffusion.nets.process import Process
+from tasks.image_diffusion.nets.samplers import image_noise, sample
+from tasks.image_diffusion.rivals.routers import ClassTable
 
 PAIRED_SEED = 20_251_024
 """Seed of the fixed noise of the paired loss."""

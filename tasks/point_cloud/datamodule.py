@@ -27,11 +27,11 @@ from tasks.point_cloud.data.domains import (
     generate_split,
 )
 from tasks.point_cloud.data.features import IN_DIM, Features
+from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays, load_scans, save_scans
 from tasks.point_cloud.data.sources import PointSource
+from tasks.point_cloud.data.transforms import Augmentation
 from tasks.point_cloud.data.voting import Voting
-from tasks.point_cloud.labels import label_set
-from tasks.point_cloud.transforms import Augmentation
 
 log = logging.getLogger("moeapps")
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from moeapps.moe import LayerFactory
-from tasks.point_cloud.attention import PatchAttention, PositionalConv, apply_layer
-from tasks.point_cloud.geometry import Level, finest_level
-from tasks.point_cloud.serialization import ORDERS, Order
-from tasks.point_cloud.sparse_conv import SubmanifoldConv3d
+from tasks.point_cloud.nets.attention import PatchAttention, PositionalConv, apply_layer
+from tasks.point_cloud.nets.geometry import Level, finest_level
+from tasks.point_cloud.nets.serialization import ORDERS, Order
+from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d
 
 Placement = Literal["projection", "mlp"]
 

@@ -17,15 +17,15 @@ from moeapps.moe import MoERecorder, Record
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
-from tasks.point_cloud.head import LanguageHead
-from tasks.point_cloud.labels import IGNORE
+from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
 from tasks.point_cloud.metrics import scan_parts, segmentation_metrics
 from tasks.point_cloud.model import PointMoE
-from tasks.point_cloud.scan_writer import ScanWriter
-from tasks.point_cloud.tables import write_class_tables
-from tasks.point_cloud.text import TaxonomyText, TextVectors
-from tasks.point_cloud.voting import tally
+from tasks.point_cloud.nets.head import LanguageHead
+from tasks.point_cloud.nets.text import TaxonomyText, TextVectors
+from tasks.point_cloud.report.scan_writer import ScanWriter
+from tasks.point_cloud.report.tables import write_class_tables
+from tasks.point_cloud.report.tally import tally
 
 
 class PointCloudTask(BaseTask):

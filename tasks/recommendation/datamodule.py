@@ -13,8 +13,8 @@ from moeapps.data.gather import BatchDataset
 from moeapps.data.mixing import Mixing, MixingSampler
 from moeapps.data.windows import WindowSampler
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.data.block_rows import BlockDataset
 from tasks.recommendation.data.multitask_log import MultitaskLog
+from tasks.recommendation.data.readers.block_rows import BlockDataset
 from tasks.recommendation.data.source import LogSource
 
 

@@ -19,11 +19,11 @@ from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.embeddings import FeatureEncoder
 from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
-from tasks.recommendation.model import NetFactory, RankingNet
-from tasks.recommendation.presets import home
-from tasks.recommendation.scores import ScoreWriter
+from tasks.recommendation.model import home
+from tasks.recommendation.nets.embeddings import FeatureEncoder
+from tasks.recommendation.nets.levels import NetFactory, RankingNet
+from tasks.recommendation.report.score_writer import ScoreWriter
 
 EncoderFactory = Callable[[dict[str, Any]], FeatureEncoder]
 
@@ -32,7 +32,7 @@ class Ranker:
     """What a network is made of, before the sizes of the data are known: an encoder of features and a bank of experts.
 
     Args:
-        bank: the experts, as a factory from width and facts; one of `tasks.recommendation.presets`. None means HoME.
+        bank: the experts, as a factory from width and facts; one of `tasks.recommendation.rivals`. None means HoME.
         encoder: features to one vector, as a factory from facts; None means `FeatureEncoder`.
     """
 

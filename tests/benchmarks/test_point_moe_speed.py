@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import point_moe_speed as speed
-from tasks.point_cloud.sparse_conv import neighbour_table, submanifold_conv
+from tasks.point_cloud.nets.sparse_conv import neighbour_table, submanifold_conv
 
 RESULTS = Path("benchmarks/results/point_moe_speed.json")
 TINY = ["--config", "configs/debug/tiny.yaml", "--config", "configs/debug/point_moe.yaml"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend, run, sort_assignments
-from moeapps.moe.backends.segments import segments
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.fast.segments import segments
 from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.routing import Routing
 from tests.moe.backends_common import (
@@ -133,8 +133,8 @@ def test_every_activation_has_the_right_derivative(bank: type[Any], activation: 
 
 
 def test_segments_in_many_chunks_equals_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeapps.moe.backends.chunks.MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.CHUNK_ELEMENTS", 4)
     for bank in BANKS:
         experts, x_ND, routing = case(bank, "sentinels", torch.float64)
         fast = value_and_gradients(by_backend("segments", "output"), experts, x_ND, routing)

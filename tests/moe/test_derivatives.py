@@ -29,7 +29,7 @@ from moeapps.moe import (
     TopP,
 )
 from moeapps.moe.backends.auto import THRESHOLDS, Thresholds
-from moeapps.moe.backends.static import segments_static
+from moeapps.moe.fast.static import segments_static
 from tests.moe.chooser_common import CHOOSERS
 from tests.moe.derivatives_common import (
     BANKS,
@@ -119,8 +119,8 @@ def test_a_bank_shared_by_the_steps_of_a_chain() -> None:
 
 @pytest.mark.parametrize("bank", STACKED)
 def test_many_chunks_on_two_threads(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeapps.moe.backends.chunks.MIN_CHUNK_ROWS", 32)
-    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ELEMENTS", 32)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.MIN_CHUNK_ROWS", 32)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.CHUNK_ELEMENTS", 32)
     torch.set_num_threads(2)
 
     check(layer_of(TopK(2), bank).double(), rows(150), "segments", tolerance=1e-10)

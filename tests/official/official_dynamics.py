@@ -10,7 +10,7 @@ from official_common import furthest, part, scatter
 from torch import Tensor
 
 from moeapps.moe import FittedRouter, LinearScore, MoELayer, PublishedKMeans, Router, TopK
-from tasks.dynamics.experts import CoDAExperts, GEPSExperts, MetaExperts, NCFExperts
+from tasks.dynamics.nets.experts import CoDAExperts, GEPSExperts, MetaExperts, NCFExperts
 
 K, D, C, ROWS = 3, 2, 6, 9
 M = C // K

@@ -14,14 +14,14 @@ from moeapps.moe.backends.eager import runs_eagerly
 from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
-from moeapps.moe.backends.segments import segments, segments_refusal
-from moeapps.moe.backends.static import every_expert, grouped_mm_static, segments_static
 from moeapps.moe.derivatives import is_batched, is_transformed
+from moeapps.moe.fast.segments import segments, segments_refusal
+from moeapps.moe.fast.static import every_expert, grouped_mm_static, segments_static
 
 if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
     from moeapps.moe.experts import Experts
     from moeapps.moe.feed_forward import BankPart, FeedForward
+    from moeapps.moe.plan import Plan
     from moeapps.moe.routing import Routing
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]

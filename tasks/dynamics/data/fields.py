@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tasks.dynamics.solvers import solve
+from tasks.dynamics.nets.solvers import solve
 
 Formula = Callable[..., tuple[Tensor, ...]]
 Setting = tuple[float, ...]

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from moeapps.data.domain import Split
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats, Kind
-from tasks.dynamics.data.ts_format import SeriesFormatError
 
 Unequal = Literal["error", "cut", "mask"]
 Missing = Literal["error", "mask"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from moeapps.data.archives import ArchiveError, fetch_package
-from tasks.dynamics.data.csv_format import read_csv
+from tasks.dynamics.data.readers.csv_format import read_csv
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
 from tasks.dynamics.data.recordings import Missing, SeriesSet, SeriesSource, Unequal, equal_lengths
 from tasks.dynamics.data.source import Floats, Kind
-from tasks.dynamics.data.ts_format import SeriesFormatError, read_ts
 from tasks.dynamics.packages import package_named
 
 NEW_VALIDATION, NEW = "new_for_choices", "new"

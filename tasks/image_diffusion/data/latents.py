@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import Role, Split
-from tasks.image_diffusion.data.arrays import ImageFileError, check_labels, read_arrays
-from tasks.image_diffusion.data.latent_files import (
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
+from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,
     LatentDataset,

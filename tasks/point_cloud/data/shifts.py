@@ -12,10 +12,10 @@ import numpy as np
 
 from tasks.point_cloud.data.domains import DOMAINS, DomainSpec, Split, generate_scan, scene_seed
 from tasks.point_cloud.data.features import normal_z
+from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Bools, Floats
 from tasks.point_cloud.data.sources import PointSource
-from tasks.point_cloud.labels import label_set
 
 
 class Shifted(PointSource):

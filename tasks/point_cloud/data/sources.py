@@ -14,10 +14,10 @@ from moeapps.data.archives import ArchiveError, fetch_package
 from tasks.point_cloud.data.dataset import ScanDataset
 from tasks.point_cloud.data.domains import Split
 from tasks.point_cloud.data.features import normal_z
-from tasks.point_cloud.data.las import LasCloud, LasError, read_las
+from tasks.point_cloud.data.readers.las import LasCloud, LasError, read_las
 from tasks.point_cloud.data.scans import UNLABELLED, ScanArrays
+from tasks.point_cloud.data.transforms import tile_columns
 from tasks.point_cloud.packages import package_named
-from tasks.point_cloud.transforms import tile_columns
 
 
 class PointSource(ABC):

@@ -10,9 +10,9 @@ import torch
 
 from tasks.dynamics import gates
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts
-from tasks.dynamics.gates import GateFactory
 from tasks.dynamics.model import FieldMixER
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.gates import GateFactory
 
 E, N, T, D, K, C = 6, 2, 7, 2, 3, 6
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from tasks.dynamics.figures import (
+from tasks.dynamics.report.figures import (
     COLOURS,
     context_figure,
     gate_figure,
@@ -18,7 +18,7 @@ from tasks.dynamics.figures import (
     save_figure,
     trajectory_figure,
 )
-from tasks.dynamics.predictions import save_trajectories
+from tasks.dynamics.report.predictions import save_trajectories
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(8, 3, 10, 2))

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from moeapps.cli import main
-from tasks.dynamics.data.csv_format import read_csv, write_csv
+from tasks.dynamics.data.readers.csv_format import read_csv, write_csv
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts, write_ts
 from tasks.dynamics.data.series import CsvSeries, TsFiles
-from tasks.dynamics.data.ts_format import SeriesFormatError, read_ts, write_ts
 from tasks.dynamics.datamodule import DynamicsData
 from tasks.dynamics.packages import PACKAGES
 

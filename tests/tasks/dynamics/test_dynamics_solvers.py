@@ -11,7 +11,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from tasks.dynamics.solvers import Method, diverged, solve
+from tasks.dynamics.nets.solvers import Method, diverged, solve
 
 F64 = torch.float64
 ORDERS: dict[Method, int] = {"euler": 1, "heun": 2, "rk4": 4}

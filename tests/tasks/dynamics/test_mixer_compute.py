@@ -8,10 +8,10 @@ import torch
 
 from moeapps.training.cost import count_flops, measure_training
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts
-from tasks.dynamics.gates import robust
 from tasks.dynamics.model import FieldMixER
 from tasks.dynamics.module import Alternation, DynamicsTask
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.gates import robust
 
 E, N, T, D, WIDTH, K, PIECE = 12, 3, 9, 2, 8, 4, 4
 LAYERS = ((D, WIDTH), (WIDTH, WIDTH), (WIDTH, D))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeapps.moe import Dense, LinearScore, MoELayer, Router, TopK
-from tasks.dynamics.experts import (
+from tasks.dynamics.nets.experts import (
     CoDAExperts,
     GEPSExperts,
     MetaExperts,
@@ -20,7 +20,7 @@ from tasks.dynamics.experts import (
     PlainExperts,
     ShallowPLRNNExperts,
 )
-from tasks.dynamics.modulation import SelfModulation, taylor
+from tasks.dynamics.nets.modulation import SelfModulation, taylor
 
 K, D, C = 3, 2, 6
 KINDS: list[type[MetaExperts]] = [GEPSExperts, CoDAExperts, NCFExperts, PlainExperts, ShallowPLRNNExperts]

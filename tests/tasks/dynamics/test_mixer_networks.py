@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moeapps.moe import Capacity, DenseRouting, LinearScore, RobustKMeans, Router, Routing, TopK
 from tasks.dynamics import gates
-from tasks.dynamics.adaptation import Adaptation, FromZeros, TryExperts
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
 from tasks.dynamics.model import FieldMixER, MixER, SequenceMixER, scaled_errors
+from tasks.dynamics.nets.adaptation import Adaptation, FromZeros, TryExperts
+from tasks.dynamics.nets.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
 from tests.tasks.dynamics.mixer_common import C, D, E, K, N, T, network, spirals
 
 

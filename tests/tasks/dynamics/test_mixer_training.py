@@ -12,12 +12,12 @@ import torch
 
 from moeapps.training.optim import Cosine, Steps
 from tasks.dynamics import gates
-from tasks.dynamics.cavia import CaviaTask
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts
 from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
-from tasks.dynamics.modulation import SelfModulation
 from tasks.dynamics.module import Alternation, DynamicsTask
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.modulation import SelfModulation
+from tasks.dynamics.rivals.cavia import CaviaTask
 from tests.tasks.dynamics.mixer_common import C, D, E, K, network, spirals
 
 DOMAINS = {"domains": {"seen": ["a"], "validation": ["b"], "unseen": ["c"]}}

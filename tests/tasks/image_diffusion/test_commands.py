@@ -15,12 +15,12 @@ from PIL import Image
 
 from moeapps.cli import main
 from tasks.image_diffusion import commands
-from tasks.image_diffusion.adm import read_adm
 from tasks.image_diffusion.commands import class_numbers, fid_stats, sample_images
 from tasks.image_diffusion.data.batch import to_uint8
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import Judging, get_judge
-from tasks.image_diffusion.quality import Gaussian
+from tasks.image_diffusion.report.adm import read_adm
+from tasks.image_diffusion.report.judge import Judging, get_judge
+from tasks.image_diffusion.report.quality import Gaussian
 
 
 @pytest.fixture

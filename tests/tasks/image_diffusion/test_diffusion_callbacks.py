@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from tasks.image_diffusion import callbacks
-from tasks.image_diffusion.adaptation import FewShot, paired, restored, tune, tuned_parameters
-from tasks.image_diffusion.callbacks import GenerationQuality, SampleGrid
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import Judging
-from tasks.image_diffusion.pictures import grid, spread, visible, write_png
+from tasks.image_diffusion.report.few_shot import FewShot, paired, restored, tune, tuned_parameters
+from tasks.image_diffusion.report.generation import GenerationQuality, SampleGrid
+from tasks.image_diffusion.report.judge import Judging
+from tasks.image_diffusion.report.pictures import grid, spread, visible, write_png
 
 QUICK = Judging(epochs=1, batch_size=64, width=4)
 SHOTS: dict[str, Any] = {"images": [4, 12], "steps": 30, "lr": 0.02, "batch_size": 8, "test_images": 20}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from moeapps.moe import MoELayer, MoERecorder
 from moeapps.moe.presets import dense, promoe
 from moeapps.training.cost import count_flops
-from tasks.image_diffusion.blocks import LabelEmbedder, TimeEmbedder, position_table
-from tasks.image_diffusion.flow import RectifiedFlow
 from tasks.image_diffusion.model import SIZES, DiT, dit_paper
+from tasks.image_diffusion.nets.blocks import LabelEmbedder, TimeEmbedder, position_table
+from tasks.image_diffusion.nets.flow import RectifiedFlow
 from tests.tasks.image_diffusion.model_common import K, awake, batch, layers, net, noisy
 
 PUBLISHED = {"S": (None, 75e6), "B": (130e6, 300e6), "L": (458e6, 1.063e9), "XL": (675e6, 1.568e9)}

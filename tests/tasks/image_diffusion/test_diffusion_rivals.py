@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeapps.training.cost import count_flops
 from tasks.image_diffusion.model import DiT
-from tasks.image_diffusion.routers import ClassTable
+from tasks.image_diffusion.rivals.routers import ClassTable
 from tests.tasks.image_diffusion.model_common import layers
 
 BASELINES = sorted(Path("configs/baselines").glob("promoe_*.yaml"))

@@ -10,9 +10,9 @@ import torch
 
 from moeapps.moe import MoERecorder, Routing
 from moeapps.moe.presets import dense, point_moe
-from tasks.point_cloud.experts import ExpertReport, information, layer_place, part_means
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.module import PointCloudTask
+from tasks.point_cloud.report.experts import ExpertReport, information, layer_place, part_means
 from tests.tasks.point_cloud.rivals_common import ATTENTION, FACTS, mixed
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.point_cloud.figures import (
+from tasks.point_cloud.data.labels import LABEL_SETS
+from tasks.point_cloud.nets.text import taxonomy
+from tasks.point_cloud.report.figures import (
     CATEGORY_COLOURS,
     ScanPicture,
     class_colour,
@@ -14,8 +16,6 @@ from tasks.point_cloud.figures import (
     save_figure,
     scan_figure,
 )
-from tasks.point_cloud.labels import LABEL_SETS
-from tasks.point_cloud.text import taxonomy
 
 
 def picture(**changes) -> ScanPicture:

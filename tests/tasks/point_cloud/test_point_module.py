@@ -13,12 +13,12 @@ from torch_geometric.data import Batch
 from moeapps.evaluation.units import pooled_score
 from moeapps.moe import MoERecorder, Record, Routing
 from moeapps.training.evaluation import DomainScores
-from tasks.point_cloud.figures import picture_of
 from tasks.point_cloud.losses import segmentation_loss
 from tasks.point_cloud.metrics import confusion, scores
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.module import PointCloudTask, voxel_experts
-from tasks.point_cloud.text import RandomText
+from tasks.point_cloud.nets.text import RandomText
+from tasks.point_cloud.report.figures import picture_of
 
 FACTS = {
     "domains": {"seen": ["room", "street"], "validation": ["office"], "unseen": []},

@@ -9,13 +9,13 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from moeapps.moe import MoERecorder, presets
-from tasks.point_cloud.attention import PatchAttention
-from tasks.point_cloud.geometry import finest_level
-from tasks.point_cloud.head import LanguageHead
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
 from tasks.point_cloud.model import PointMoE, Pooling, Unpooling, point_moe_paper, point_moe_tiny, pool_max
-from tasks.point_cloud.serialization import ORDERS
-from tasks.point_cloud.text import TaxonomyText
+from tasks.point_cloud.nets.attention import PatchAttention
+from tasks.point_cloud.nets.geometry import finest_level
+from tasks.point_cloud.nets.head import LanguageHead
+from tasks.point_cloud.nets.serialization import ORDERS
+from tasks.point_cloud.nets.text import TaxonomyText
 
 
 def tiny(moe, **options) -> PointMoE:

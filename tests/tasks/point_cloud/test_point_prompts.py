@@ -12,9 +12,9 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from moeapps.moe.presets import linear
-from tasks.point_cloud.geometry import finest_level
 from tasks.point_cloud.model import PointMoE
-from tasks.point_cloud.prompt import PromptedPointMoE, PromptNorm, PromptRows, PromptTask
+from tasks.point_cloud.nets.geometry import finest_level
+from tasks.point_cloud.rivals.prompt import PromptedPointMoE, PromptNorm, PromptRows, PromptTask
 from tests.tasks.point_cloud.rivals_common import ATTENTION, FACTS, mixed
 
 

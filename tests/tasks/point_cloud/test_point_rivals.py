@@ -14,15 +14,15 @@ from moeapps.commands.run import Cli, quiet
 from moeapps.moe import MoERecorder
 from moeapps.moe.presets import linear, point_moe
 from moeapps.training.cost import count_flops
-from tasks.point_cloud.baselines import (
+from tasks.point_cloud.model import PointMoE
+from tasks.point_cloud.module import PointCloudTask
+from tasks.point_cloud.rivals.baselines import (
     ConvRoutedPointMoE,
     ConvUNet,
     DomainGuidedScore,
     MisalignedTask,
     domain_guided_router,
 )
-from tasks.point_cloud.model import PointMoE
-from tasks.point_cloud.module import PointCloudTask
 from tests.tasks.point_cloud.rivals_common import ATTENTION, FACTS, SIZES, mixed
 
 CONFIGS = Path(__file__).parents[3] / "configs"

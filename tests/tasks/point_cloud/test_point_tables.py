@@ -13,7 +13,7 @@ import torch
 
 from moeapps.training.evaluation import DomainScores
 from tasks.point_cloud.metrics import confusion, segmentation_metrics
-from tasks.point_cloud.tables import class_rows, domain_table, markdown, write_class_tables
+from tasks.point_cloud.report.tables import class_rows, domain_table, markdown, write_class_tables
 
 NAMES = ["wall", "floor", "chair", "lamp"]
 # rows are targets: 8 of 10 walls right, 1 of 2 floors, no chair in the truth but two said, no lamp at all

@@ -23,7 +23,7 @@ from tasks.point_cloud.datamodule import PointCloudData
 from tasks.point_cloud.metrics import confusion
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.module import PointCloudTask
-from tasks.point_cloud.voting import tally
+from tasks.point_cloud.report.tally import tally
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = ("wall", "floor", "chair")

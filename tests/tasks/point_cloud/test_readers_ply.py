@@ -9,8 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from tasks.point_cloud.data.las import read_las
-from tasks.point_cloud.readers import (
+from tasks.point_cloud.data.readers import (
     PointCloudFileError,
     PointPrediction,
     class_colors,
@@ -19,7 +18,8 @@ from tasks.point_cloud.readers import (
     write_prediction,
     write_prediction_ply,
 )
-from tasks.point_cloud.readers.ply import PlyFormat, parse_ply
+from tasks.point_cloud.data.readers.las import read_las
+from tasks.point_cloud.data.readers.ply import PlyFormat, parse_ply
 
 FORMATS = pytest.mark.parametrize("layout", get_args(PlyFormat))
 ORDER = {"binary_little_endian": "<", "binary_big_endian": ">"}

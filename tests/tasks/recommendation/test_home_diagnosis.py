@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.datamodule import RecommendationData
-from tasks.recommendation.diagnosis import LevelSample, Thresholds, diagnose, divergence, rate_correlation
-from tasks.recommendation.embeddings import FeatureEncoder
-from tasks.recommendation.experts import ExpertDiagnostics, expert_levels, markdown, own_gradients
+from tasks.recommendation.model import home
 from tasks.recommendation.module import Ranker, RankingTask
-from tasks.recommendation.presets import cgc, home, mmoe, single_task
+from tasks.recommendation.nets.embeddings import FeatureEncoder
+from tasks.recommendation.report.diagnosis import LevelSample, Thresholds, diagnose, divergence, rate_correlation
+from tasks.recommendation.report.experts import ExpertDiagnostics, expert_levels, markdown, own_gradients
+from tasks.recommendation.rivals import cgc, mmoe, single_task
 
 TASKS = ("a", "b", "c")
 CATEGORY = {"a": "x", "b": "x", "c": "y", "x": "x", "y": "y"}
@@ -228,9 +229,9 @@ def test_networks_without_experts_of_a_tasks_own_have_no_such_gradients(batch: A
 
 def test_a_test_run_writes_a_report_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: dict[str, Any] = {}
-    monkeypatch.setattr("tasks.recommendation.experts.run_dir", lambda trainer: tmp_path)
+    monkeypatch.setattr("tasks.recommendation.report.experts.run_dir", lambda trainer: tmp_path)
     monkeypatch.setattr(
-        "tasks.recommendation.experts.write_json", lambda path, content: written.update({path.name: content})
+        "tasks.recommendation.report.experts.write_json", lambda path, content: written.update({path.name: content})
     )
 
     task, diagnostics = trained(home(width=8), stress=False, folder=tmp_path, epochs=1)

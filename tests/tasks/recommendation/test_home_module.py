@@ -15,14 +15,15 @@ from rec_common import make_batch
 from torch import Tensor
 
 from tasks.recommendation import presets
-from tasks.recommendation.categories import category_means
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.data.movielens import MovieLens100K
 from tasks.recommendation.data.multitask_log import MultitaskLog
-from tasks.recommendation.embeddings import FeatureEncoder
-from tasks.recommendation.model import RankingNet
+from tasks.recommendation.data.readers.movielens import MovieLens100K
+from tasks.recommendation.model import home
 from tasks.recommendation.module import Ranker, RankingTask, masked_losses
-from tasks.recommendation.presets import home, mmoe, stem
+from tasks.recommendation.nets.embeddings import FeatureEncoder
+from tasks.recommendation.nets.levels import RankingNet
+from tasks.recommendation.report.categories import category_means
+from tasks.recommendation.rivals import mmoe, stem
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FACTS: dict[str, Any] = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import MoERecorder
-from tasks.recommendation.gates import FeatureGates, StackedGates
-from tasks.recommendation.model import RankingNet, TaskTree
-from tasks.recommendation.presets import home
+from tasks.recommendation.model import home
+from tasks.recommendation.nets.gates import FeatureGates, StackedGates
+from tasks.recommendation.nets.levels import RankingNet, TaskTree
 
 TASKS = ["click", "like", "view", "share", "stay"]
 FACTS: dict[str, Any] = {"tasks": TASKS, "categories": ["act", "act", "watch", "act", "watch"]}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tasks.recommendation import presets
-from tasks.recommendation.model import NetFactory, RankingNet
-from tasks.recommendation.presets import (
+from tasks.recommendation.model import home
+from tasks.recommendation.nets.levels import NetFactory, RankingNet
+from tasks.recommendation.rivals import (
     adatt,
     cgc,
     cross_stitch,
-    home,
     ml_mmoe,
     mmoe,
     omoe,

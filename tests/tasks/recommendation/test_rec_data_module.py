@@ -19,7 +19,7 @@ from moeapps.training.optim import OptimizerConfig
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.datamodule import RecommendationData
 from tasks.recommendation.metrics import gauc, gauc_interval
-from tasks.recommendation.scores import ScoreTable, ScoreWriter, UserIntervals, score_columns
+from tasks.recommendation.report.score_writer import ScoreTable, ScoreWriter, UserIntervals, score_columns
 from tests.tasks.recommendation.rec_common import LinearTask, make_batch, small_log
 from tests.tasks.recommendation.test_rec_batch import assert_equal
 

@@ -14,10 +14,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from tasks.recommendation.data.blocks import CsvBlocks, TableError, open_blocks, write_table
-from tasks.recommendation.data.columns import BagColumn, DenseColumn, IdColumn, TableColumns, TaskColumn
-from tasks.recommendation.data.hashing import hash_integers, hash_values, to_ids
-from tasks.recommendation.data.tables import TableDomain, TableFiles, TableSplit
+from tasks.recommendation.data.readers.blocks import CsvBlocks, TableError, open_blocks, write_table
+from tasks.recommendation.data.readers.columns import BagColumn, DenseColumn, IdColumn, TableColumns, TaskColumn
+from tasks.recommendation.data.readers.hashing import hash_integers, hash_values, to_ids
+from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit
 from tasks.recommendation.datamodule import RecommendationData
 
 ROWS, BLOCK = 400, 32
