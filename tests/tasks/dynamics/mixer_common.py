@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tasks.dynamics import gates
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER
+from tasks.dynamics.nets import gates
 from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.gates import GateFactory
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from moeapps.moe import Capacity, DenseRouting, LinearScore, RobustKMeans, Router, Routing, TopK
-from tasks.dynamics import gates
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER, MixER, SequenceMixER, scaled_errors
+from tasks.dynamics.nets import gates
 from tasks.dynamics.nets.adaptation import Adaptation, FromZeros, TryExperts
 from tasks.dynamics.nets.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
+from tasks.dynamics.rivals import gates as rival_gates
 from tests.tasks.dynamics.mixer_common import C, D, E, K, N, T, network, spirals
+
+GATES = {**vars(gates), **vars(rival_gates)}
 
 
 def predict(net: MixER, data: Trajectories) -> Tensor:
@@ -28,7 +31,7 @@ def predict(net: MixER, data: Trajectories) -> Tensor:
 
 def test_one_expert_behind_any_gate_is_the_single_learner_to_the_bit() -> None:
     data, nets = spirals(), []
-    for gate in (gates.single(), gates.published(), gates.by_group(), gates.frozen()):
+    for gate in (rival_gates.single(), gates.published(), rival_gates.by_group(), rival_gates.frozen()):
         torch.manual_seed(3)
         net = FieldMixER(D, E, experts=partial(GEPSExperts, width=8), gate=gate, num_experts=1, context_dim=C)
         torch.manual_seed(4)
@@ -88,7 +91,7 @@ def test_scaled_error_is_one_for_a_prediction_that_stands_still() -> None:
 
 @pytest.mark.parametrize(("gate", "learns"), [("frozen", False), ("robust", False), ("switch", True), ("soft", True)])
 def test_which_gates_learn_by_gradient(gate: str, learns: bool) -> None:
-    net = network(getattr(gates, gate)()).double()
+    net = network(GATES[gate]()).double()
     data = spirals()
     data = Trajectories(data.x.double(), data.dt.double(), data.env, data.family, None, data.scale.double())
     weight = net.layer.router.score.weight
@@ -113,9 +116,9 @@ def test_which_gates_learn_by_gradient(gate: str, learns: bool) -> None:
 
 def test_oracle_gate_recovers_the_families_and_a_table_of_environments_gives_each_its_own() -> None:
     data = spirals()
-    net = network(gates.by_group())
+    net = network(rival_gates.by_group())
     assert torch.equal(net.best_experts(net.contexts, net.group(data)), data.family)
-    own = network(gates.by_group(), num_experts=E, route_by="environment", experts=partial(PlainExperts, width=8))
+    own = network(rival_gates.by_group(), num_experts=E, route_by="environment", experts=partial(PlainExperts, width=8))
     assert torch.equal(own.best_experts(own.contexts, own.group(data)), data.env)
 
 
@@ -142,12 +145,12 @@ def test_forced_routing_weighs_as_the_gate_would() -> None:
     ones = network().route_to(expert, torch.randn(E, C))
     assert isinstance(ones, Routing)
     assert (ones.expert_M.tolist(), ones.weight_M.tolist()) == (expert.tolist(), [1.0] * E)
-    net = network(gates.switch())
+    net = network(rival_gates.switch())
     routing = net.route_to(expert, net.contexts)
     assert isinstance(routing, Routing)
     wanted = net.layer.router.score(net.contexts).softmax(-1)[torch.arange(E), expert]
     torch.testing.assert_close(routing.weight_M, wanted)
-    assert isinstance(network(gates.soft()).route_to(expert, net.contexts), DenseRouting)
+    assert isinstance(network(rival_gates.soft()).route_to(expert, net.contexts), DenseRouting)
 
 
 def test_sequence_network_follows_what_is_given_and_then_runs_freely() -> None:
@@ -173,7 +176,7 @@ def test_more_experts_than_environments_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts=9 exceeds the 6 training environments"):
         FieldMixER(D, E, experts=GEPSExperts, gate=gates.robust(), num_experts=9, context_dim=9)
     with pytest.raises(ValueError, match="serves one expert, but num_experts=3"):
-        network(gates.single())
+        network(rival_gates.single())
 
 
 def test_partition_state_is_part_of_the_network() -> None:
@@ -192,7 +195,10 @@ WAYS = [FromZeros(steps=4), TryExperts(steps=4), TryExperts(steps=4, loss="rollo
 @pytest.mark.parametrize("way", WAYS, ids=["zeros", "try", "roll-out"])
 @pytest.mark.parametrize("gate", ["robust", "switch", "soft", "by_group"])
 def test_adaptation_changes_nothing_but_fresh_contexts(way: Adaptation, gate: str) -> None:
-    net, new = network(getattr(gates, gate)()), spirals(4, new=True, trajectories=3)
+    net, new = (
+        network(GATES[gate]()),
+        spirals(4, new=True, trajectories=3),
+    )
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = way(net, new.support, spirals().family)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from moeapps.training.optim import Cosine, Steps
-from tasks.dynamics import gates
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
 from tasks.dynamics.module import Alternation, DynamicsTask
 from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.modulation import SelfModulation
+from tasks.dynamics.rivals import gates as rival_gates
 from tasks.dynamics.rivals.cavia import CaviaTask
 from tests.tasks.dynamics.mixer_common import C, D, E, K, network, spirals
 
@@ -108,7 +108,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_finally_ends_training(
 def test_cavia_differentiates_through_its_inner_steps() -> None:
     def net(d: int, e: int) -> MixER:
         return FieldMixER(
-            d, e, experts=partial(GEPSExperts, width=8), gate=gates.single(), num_experts=1, context_dim=C
+            d, e, experts=partial(GEPSExperts, width=8), gate=rival_gates.single(), num_experts=1, context_dim=C
         ).double()
 
     made = CaviaTask(net=net, facts=FACTS, inner_steps=2, inner_lr=0.05)
@@ -144,7 +144,7 @@ def test_step_schedule_multiplies_at_its_shares() -> None:
 def test_contexts_and_weights_reach_the_end_of_the_schedule_with_their_own_last_step(
     kind: type[DynamicsTask], steps: tuple[int, int]
 ) -> None:
-    made = kind(net=lambda d, e: network(gates.single(), num_experts=1), facts=FACTS, schedule=Cosine())
+    made = kind(net=lambda d, e: network(rival_gates.single(), num_experts=1), facts=FACTS, schedule=Cosine())
     made._trainer = cast(Any, Machine())  # ten steps, of which the first six are on contexts, except in CAVIA
 
     optimizers, schedulers = cast(Any, made.configure_optimizers())

@@ -10,12 +10,12 @@ import torch
 
 from moeapps.moe import MoERecorder
 from moeapps.moe.presets import promoe, random_router
-from tasks.image_diffusion import routers
 from tasks.image_diffusion.losses import RoutingContrast, SuperclassLoss
 from tasks.image_diffusion.metrics import PairedLoss
 from tasks.image_diffusion.module import ImageDiffusionTask, Sampling
 from tasks.image_diffusion.nets.ddpm import GaussianDiffusion
 from tasks.image_diffusion.report.experts import ExpertReport
+from tasks.image_diffusion.rivals import routers
 from tests.tasks.image_diffusion.model_common import K, awake, batch, facts, net, task
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from readers_common import LAYOUTS, OWN_NAMES, Layout, assert_valid, files_of, random_scan
 
-from tasks.point_cloud import readers
+from tasks.point_cloud.data import readers
 from tasks.point_cloud.data.readers import (
     OwnLabels,
     OwnScans,

@@ -14,7 +14,7 @@ import yaml
 from rec_common import make_batch
 from torch import Tensor
 
-from tasks.recommendation import presets
+from tasks.recommendation import rivals
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.data.readers.movielens import MovieLens100K
@@ -24,6 +24,8 @@ from tasks.recommendation.nets.embeddings import FeatureEncoder
 from tasks.recommendation.nets.levels import RankingNet
 from tasks.recommendation.report.categories import category_means
 from tasks.recommendation.rivals import mmoe, stem
+
+PLANS = {**vars(rivals), "home": home}
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FACTS: dict[str, Any] = {
@@ -227,7 +229,7 @@ def bank(*files: str) -> tuple[str, dict[str, Any]]:
         found = config.get("model", {}).get("init_args", {}).get("net", {}).get("init_args", {}).get("bank", {})
         if found.get("class_path", path) != path:
             path = found["class_path"]
-            allowed = getattr(presets, path.rpartition(".")[2]).__kwdefaults__
+            allowed = PLANS[path.rpartition(".")[2]].__kwdefaults__
             options = {key: value for key, value in options.items() if key in allowed}
         options |= found.get("init_args", {})
     return path.rpartition(".")[2], options
@@ -236,7 +238,7 @@ def bank(*files: str) -> tuple[str, dict[str, Any]]:
 def parameters(*files: str) -> int:
     name, options = bank(*files)
     facts = MultitaskLog().schema.facts() | {"domains": FACTS["domains"]}
-    net = RankingTask(net=Ranker(bank=getattr(presets, name)(**options)), facts=facts)
+    net = RankingTask(net=Ranker(bank=PLANS[name](**options)), facts=facts)
     return sum(p.numel() for p in net.parameters())
 
 
@@ -258,7 +260,7 @@ def test_mmoe_has_as_many_parameters_as_home_on_movielens_too() -> None:
     more = overlay["model"]["init_args"]["net"]["init_args"]["bank"]["init_args"]
     sizes = []
     for (name, options), own in ((bank(), {}), (bank("baselines/home_mmoe.yaml"), more)):
-        net = RankingTask(net=Ranker(bank=getattr(presets, name)(**options | own)), facts=facts)
+        net = RankingTask(net=Ranker(bank=PLANS[name](**options | own)), facts=facts)
         sizes.append(sum(p.numel() for p in net.parameters()))
 
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
@@ -267,7 +269,7 @@ def test_mmoe_has_as_many_parameters_as_home_on_movielens_too() -> None:
 @pytest.mark.parametrize("name", ["mmoe", "omoe", "cgc", "ple", "ml_mmoe", "adatt", "adatt_sp", "stem"])
 def test_rivals_have_plain_relu_experts_and_none_of_homes_parts(name: str) -> None:
     function, options = bank(f"baselines/home_{name}.yaml")
-    net = getattr(presets, function)(**options)(66, FACTS)
+    net = PLANS[function](**options)(66, FACTS)
     assert isinstance(net, RankingNet)
     for level in net.levels:
         assert (level.moe.experts.norm, level.moe.experts.activation) == ("none", "relu")
