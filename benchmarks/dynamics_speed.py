@@ -49,7 +49,8 @@ def mixture() -> Built:
     """Four GEPS experts, 16 environments each, contexts put into weights once per solve."""
     torch.manual_seed(0)
     experts = partial(GEPSExperts, width=WIDTH, activation="silu")
-    net = FieldMixER(2, E, experts=experts, gate=robust(), num_experts=K, context_dim=4 * K)
+    sizes = {"state_dim": 2, "num_environments": E}
+    net = FieldMixER(sizes, experts=experts, gate=robust(), num_experts=K, context_dim=4 * K)
     context_Ed = (0.1 * torch.randn(E, 4 * K)).requires_grad_()
     routing = net.route_to(torch.arange(E) % K, context_Ed.detach())
     inputs = [context_Ed, *net.layer.experts.parameters()]

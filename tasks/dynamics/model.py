@@ -6,9 +6,8 @@ Shape letters: E environments, N trajectories per environment, T samples, D stat
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,8 @@ class MixER(nn.Module):
     :math:`\xi^e`. The gate is asked once per solve.
 
     Args:
-        state_dim: D.
-        num_environments: environments that are trained on, each with a context that starts at 0.
+        facts: from the data module; read are ``state_dim``, D, and ``num_environments``, the environments that are
+            trained on, each with a context that starts at 0.
         experts: ``(state_dim, num_experts, context_dim) -> bank``.
         gate: ``(context_dim, num_experts) -> router``.
         num_experts: K.
@@ -41,15 +40,14 @@ class MixER(nn.Module):
     Raises:
         ValueError: more experts than environments behind a fitted gate, or a context the experts cannot divide.
 
-    Source: MixER (Nzoyem et al., arXiv 2502.05335; mixer-dsr card 2.1).
+    Source: MixER (Nzoyem et al., arXiv 2502.05335; docs/papers/mixer.md, equation 1).
     """
 
     kind: ClassVar[str]
 
     def __init__(
         self,
-        state_dim: int,
-        num_environments: int,
+        facts: dict[str, Any],
         *,
         experts: ExpertsFactory,
         gate: GateFactory,
@@ -58,6 +56,8 @@ class MixER(nn.Module):
         route_by: Literal["family", "environment"] = "family",
     ) -> None:
         super().__init__()
+        state_dim: int = facts["state_dim"]
+        num_environments: int = facts["num_environments"]
         router = gate(context_dim, num_experts)
         if num_experts > num_environments and isinstance(router, FittedRouter):
             raise ValueError(
@@ -153,16 +153,11 @@ class MixER(nn.Module):
         raise NotImplementedError
 
 
-NetFactory = Callable[[int, int], MixER]
-"""``factory(state_dim, num_environments)``."""
-
-
 class FieldMixER(MixER):
     """Experts are vector fields, dx/dt = f_k(x, context).
 
     Args:
-        state_dim: D.
-        num_environments: environments that are trained on.
+        facts: see :class:`MixER`.
         experts: ``(state_dim, num_experts, context_dim) -> bank``.
         gate: ``(context_dim, num_experts) -> router``.
         num_experts: K.
@@ -177,8 +172,7 @@ class FieldMixER(MixER):
 
     def __init__(
         self,
-        state_dim: int,
-        num_environments: int,
+        facts: dict[str, Any],
         *,
         experts: ExpertsFactory,
         gate: GateFactory,
@@ -190,8 +184,7 @@ class FieldMixER(MixER):
         modulation: SelfModulation | None = None,
     ) -> None:
         super().__init__(
-            state_dim,
-            num_environments,
+            facts,
             experts=experts,
             gate=gate,
             num_experts=num_experts,
@@ -264,8 +257,7 @@ class SequenceMixER(MixER):
     """Experts are maps from sample to sample (``ShallowPLRNNExperts``); training forces them onto the data.
 
     Args:
-        state_dim: D.
-        num_environments: environments that are trained on.
+        facts: see :class:`MixER`.
         experts: ``(state_dim, num_experts, context_dim) -> bank`` over rows [model state, observed state].
         gate: ``(context_dim, num_experts) -> router``.
         num_experts: K.

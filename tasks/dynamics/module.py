@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -25,7 +25,7 @@ from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.metrics import environment_errors, trajectory_metrics
-from tasks.dynamics.model import FieldMixER, MixER, NetFactory, scaled_errors
+from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
 from tasks.dynamics.nets.adaptation import Adaptation, Adapted, TryExperts
 from tasks.dynamics.report.partition import PartitionReport
 from tasks.dynamics.report.predictions import TrajectoryWriter
@@ -93,7 +93,7 @@ class DynamicsTask(BaseTask):
     increment of their environment, so that families of all sizes count the same.
 
     Args:
-        net: ``(state_dim, num_environments) -> network``.
+        net: makes the network from the facts.
         facts: from the data module: ``domains``, ``num_environments``, ``state_dim`` and ``kind``.
         alternation: steps on contexts and weights.
         gate_every: steps between two fits of a fitted gate; without effect on other gates.
@@ -112,13 +112,14 @@ class DynamicsTask(BaseTask):
     main_metric: ClassVar[str] = "relative_mse_median"
     monitor_minimum: ClassVar[int] = 4
     monitor_unit: ClassVar[str] = "environments"
+    needed_facts: ClassVar[tuple[str, ...]] = ("num_environments", "state_dim", "kind")
     inner_step: Tensor
     skipped: Tensor
 
     def __init__(
         self,
         *,
-        net: NetFactory,
+        net: Callable[[dict[str, Any]], MixER],
         facts: dict[str, Any],
         alternation: Alternation | None = None,
         gate_every: int = 2,
@@ -129,13 +130,10 @@ class DynamicsTask(BaseTask):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
-        missing = {"num_environments", "state_dim", "kind"} - set(facts)
-        if missing:
-            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of DynamicsData")
         if gate_every < 1 or not context_lr > 0:
             raise ValueError(f"gate_every={gate_every} must be 1 or more and context_lr={context_lr} above 0")
         self.automatic_optimization = False
-        self.net: MixER = net(facts["state_dim"], facts["num_environments"])
+        self.net = net(facts)
         if self.net.kind != facts["kind"]:
             raise ValueError(
                 f"the data is a {facts['kind']}, but {type(self.net).__name__} models a {self.net.kind}; use "

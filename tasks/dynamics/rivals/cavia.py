@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.model import NetFactory
+from tasks.dynamics.model import MixER
 from tasks.dynamics.module import Alternation, DynamicsTask, Phase
 from tasks.dynamics.nets.adaptation import Adaptation
 
@@ -23,7 +24,7 @@ class CaviaTask(DynamicsTask):
     weights; ``alternation.context_steps`` and ``context_lr`` are not used.
 
     Args:
-        net: network with one expert.
+        net: makes a network with one expert from the facts.
         facts: see `DynamicsTask`.
         inner_steps: gradient steps on the contexts inside a training step.
         inner_lr: their step size (of plain gradient descent on the error of each environment).
@@ -38,13 +39,13 @@ class CaviaTask(DynamicsTask):
     Raises:
         ValueError: more than one expert (the published trainer goes with no gate), or a number outside its range.
 
-    Source: Zintgraf et al. (2019); named as a baseline in MixER (mixer-dsr card 2.2 e).
+    Source: Zintgraf et al. (2019); named as a baseline in MixER (docs/papers/mixer.md, equation 17).
     """
 
     def __init__(
         self,
         *,
-        net: NetFactory,
+        net: Callable[[dict[str, Any]], MixER],
         facts: dict[str, Any],
         inner_steps: int = 3,
         inner_lr: float = 0.1,

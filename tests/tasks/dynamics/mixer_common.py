@@ -29,10 +29,13 @@ def spirals(num: int = E, *, new: bool = False, trajectories: int = N) -> Trajec
     return Trajectories(x, torch.full((num,), 0.2), env, family, None, scale, num_support=1 if new else 0)
 
 
+SIZES = {"state_dim": D, "num_environments": E}
+
+
 def network(gate: GateFactory | None = None, *, num_experts: int = K, **options: Any) -> FieldMixER:
     """A small network whose contexts and experts have left their starts."""
     experts = options.pop("experts", partial(GEPSExperts, width=8, same_init=False))
     chosen = gates.robust() if gate is None else gate
-    net = FieldMixER(D, E, experts=experts, gate=chosen, num_experts=num_experts, context_dim=C, **options)
+    net = FieldMixER(SIZES, experts=experts, gate=chosen, num_experts=num_experts, context_dim=C, **options)
     torch.nn.init.normal_(net.contexts)
     return net

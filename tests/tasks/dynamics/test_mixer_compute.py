@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,10 +36,9 @@ def data(environments: int = E) -> Trajectories:
 
 
 def task(contributors: int | None = None) -> DynamicsTask:
-    def net(state_dim: int, num_environments: int) -> FieldMixER:
+    def net(facts: dict[str, Any]) -> FieldMixER:
         return FieldMixER(
-            state_dim,
-            num_environments,
+            facts,
             experts=lambda d, k, c: GEPSExperts(d, k, c, width=WIDTH, depth=3),
             gate=robust(),
             num_experts=K,

@@ -16,7 +16,7 @@ from tasks.dynamics.nets import gates
 from tasks.dynamics.nets.adaptation import Adaptation, FromZeros, TryExperts
 from tasks.dynamics.nets.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
 from tasks.dynamics.rivals import gates as rival_gates
-from tests.tasks.dynamics.mixer_common import C, D, E, K, N, T, network, spirals
+from tests.tasks.dynamics.mixer_common import SIZES, C, D, E, K, N, T, network, spirals
 
 GATES = {**vars(gates), **vars(rival_gates)}
 
@@ -33,7 +33,7 @@ def test_one_expert_behind_any_gate_is_the_single_learner_to_the_bit() -> None:
     data, nets = spirals(), []
     for gate in (rival_gates.single(), gates.published(), rival_gates.by_group(), rival_gates.frozen()):
         torch.manual_seed(3)
-        net = FieldMixER(D, E, experts=partial(GEPSExperts, width=8), gate=gate, num_experts=1, context_dim=C)
+        net = FieldMixER(SIZES, experts=partial(GEPSExperts, width=8), gate=gate, num_experts=1, context_dim=C)
         torch.manual_seed(4)
         net.layer.experts.reset_parameters()
         torch.nn.init.normal_(net.contexts)
@@ -155,7 +155,7 @@ def test_forced_routing_weighs_as_the_gate_would() -> None:
 
 def test_sequence_network_follows_what_is_given_and_then_runs_freely() -> None:
     experts = partial(ShallowPLRNNExperts, hidden=4)
-    net = SequenceMixER(D, E, experts=experts, gate=gates.robust(), num_experts=K, context_dim=C)
+    net = SequenceMixER(SIZES, experts=experts, gate=gates.robust(), num_experts=K, context_dim=C)
     torch.nn.init.normal_(net.layer.experts.map)
     with torch.no_grad():
         net.layer.experts.map *= 0.2
@@ -174,7 +174,7 @@ def test_sequence_network_follows_what_is_given_and_then_runs_freely() -> None:
 
 def test_more_experts_than_environments_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts=9 exceeds the 6 training environments"):
-        FieldMixER(D, E, experts=GEPSExperts, gate=gates.robust(), num_experts=9, context_dim=9)
+        FieldMixER(SIZES, experts=GEPSExperts, gate=gates.robust(), num_experts=9, context_dim=9)
     with pytest.raises(ValueError, match="serves one expert, but num_experts=3"):
         network(rival_gates.single())
 
