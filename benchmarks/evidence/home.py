@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """HoME: do normalised experts, the hierarchy mask, feature-gates and self-gates pay for rare tasks, and at what price?
 
-The claims are C1 to C6 of the paper's card (section 5.2), with controls, C7, which no model may break, and C8, ours.
-On the generated log the scores are GAUC with the true probabilities in place of labels (``gauc_expected``): the same
-ranking of models, without the noise of a few hundred positives. The rare tasks are those of the category
-``interaction``, the dense ones those of ``watch``. Data seeds draw functions, users, items and labels anew; intervals
-are over data seeds.
+C1 to C6 are what the paper claims, as far as it can be tested here (docs/papers/home.md), with controls, C7, which no
+model may break, and C8, ours. On the generated log the scores are GAUC with the true probabilities in place of labels
+(``gauc_expected``): the same ranking of models, without the noise of a few hundred positives. The rare tasks are those
+of the category ``interaction``, the dense ones those of ``watch``. Data seeds draw functions, users, items and labels
+anew; intervals are over data seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ORDER = ("--data.init_args.seed",)
 """What a data seed sets where the data are real: their order."""
 RARE, DENSE, ALL = "seen.interaction/gauc_expected", "seen.watch/gauc_expected", "seen/gauc_expected"
 LOSS = 0.005
-"""Half a point of GAUC: the loss that non-inferiority accepts, as in the card. Set before any run."""
+"""Half a point of GAUC: the loss that non-inferiority accepts. Set before any run."""
 DATA_SEEDS, MODEL_SEEDS = 5, 3
 RIVALS = ("single_task", "shared_bottom", "omoe", "mmoe_norm", "ml_mmoe", "adatt_sp", "adatt", "cross_stitch", "stem")
 ABLATIONS = (

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """MixER: does a gate fitted to clusters of contexts find hidden families, does it pay, and against which rivals?
 
-Claims C1 to C5 are those of the card (section 5), C6 and C7 ours. Two variants are kept apart everywhere: ``mixer`` is
-the published algorithm, ``robust`` our gate. Errors are those of whole roll-outs from new initial conditions, compared
-by ratio (log10); initial conditions, numbering and weights are drawn anew for every pair of seeds.
+Claims C1 to C5 are the paper's, as far as they can be tested here (docs/papers/mixer.md), C6 and C7 ours. Two variants
+are kept apart everywhere: ``mixer`` is the published algorithm, ``robust`` our gate. Errors are those of whole
+roll-outs from new initial conditions, compared by ratio (log10); initial conditions, numbering and weights are drawn
+anew for every pair of seeds.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ class Stack(Combiner):
     Raises:
         ValueError: for routings without a fixed number of experts per row (expert choice over the batch, slots).
 
-    Source: Meta-DMoE, whose aggregator reads one token per expert (its card 2.2).
+    Source: Meta-DMoE, whose aggregator reads one token per expert (docs/papers/meta_dmoe.md, equation 2).
 
     Example:
         >>> from moeapps.moe import LinearScore, MLPExperts, MoELayer, Router, TopK

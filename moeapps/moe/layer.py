@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
     Raises:
         ValueError: if the sizes of router and experts do not fit, or a sparse router meets experts that need all rows.
 
-    Source: DESIGN of this suite; the equation is the one all seven systems share.
+    Source: docs/papers/core.md, equation 1, which all seven systems share.
 
     Example:
         >>> import torch

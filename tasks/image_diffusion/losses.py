@@ -41,7 +41,7 @@ def routing_contrast(
     Returns:
         0-dim tensor, with gradient to prototypes and tokens.
 
-    Source: ProMoE, equation 6 (promoe card 2.3 and 2.4).
+    Source: ProMoE, its equation 6 (docs/papers/promoe.md, equations 4 and 5).
     """
     num_experts = len(prototypes_ED)
     with without_autocast(x_ND.device):
@@ -76,7 +76,7 @@ def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
         probs_NE: softmax rows [N, E].
         taken_NE: bool [N, E].
 
-    Source: Expert Race, as in the promoe card, section 8 [secondary there].
+    Source: Expert Race (docs/papers/promoe.md, equation 14; secondary).
     """
     num_rows, num_experts = probs_NE.shape
     taken = taken_NE.to(probs_NE.dtype)

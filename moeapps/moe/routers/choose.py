@@ -38,7 +38,7 @@ class TopK(RowChooser):
         ValueError: k = 1 with a weighing that would always give weight 1 although the score should learn; renormalised
             ``identity`` or ``ones``; k larger than what there is to choose from (when the router is built).
 
-    Source: Switch, GShard, Mixtral, DeepSeek-V3 (moe-core card 2.1-2.3), AdaMoE (2.11).
+    Source: Switch, GShard, Mixtral, DeepSeek-V3, AdaMoE (docs/papers/core.md, equations 2, 3 and 6).
 
     Example:
         >>> choose = TopK(2)
@@ -158,7 +158,7 @@ class GroupLimitedTopK(TopK):
     Raises:
         ValueError: if the groups do not divide E, or hold fewer than k experts.
 
-    Source: DeepSeek-V3, node-limited routing (moe-core card 2.3).
+    Source: DeepSeek-V3, node-limited routing (docs/papers/core.md, equation 4).
 
     Example:
         >>> choose = GroupLimitedTopK(2, num_groups=2, keep_groups=1)
@@ -221,7 +221,7 @@ class GatedShared(Chooser):
     Raises:
         ValueError: if ``num_shared`` is below 1.
 
-    Source: UniMoE-Audio, released code (its card 2.4, steps 4-6); ``shared_weighting: gated`` there.
+    Source: UniMoE-Audio, released code (docs/papers/unimoe_audio.md, equation 3); ``shared_weighting: gated`` there.
 
     Example:
         >>> choose = GatedShared(TopK(2), num_shared=1)

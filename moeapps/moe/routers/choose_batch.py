@@ -79,8 +79,8 @@ class ExpertChoice(Chooser):
     Raises:
         ValueError: for a factor not above 0, an unknown weighing, or ``per="group"`` without group ids.
 
-    Source: expert choice routing (moe-core card 2.12); ProMoE-EC (its card 2.4): per image, identity, and of its
-        ablations ``row_softmax``: ali-vilab/ProMoE ``models/models_ProMoE_EC.py``.
+    Source: expert choice routing (docs/papers/core.md, equation 7); ProMoE-EC (docs/papers/promoe.md, equation 5): per
+        image, identity, and of its ablations ``row_softmax``: ali-vilab/ProMoE ``models/models_ProMoE_EC.py``.
 
     Example:
         >>> choose = ExpertChoice(1.0)
@@ -171,9 +171,9 @@ class Threshold(Chooser):
     Raises:
         ValueError: for a factor not above 0 or a decay outside [0, 1).
 
-    Source: DiffMoE (``expert``; promoe card, rivals: decay 0.95, start 0. Its capacity predictor, a second network
-        trained to guess the selection, is left out: the score itself is compared) and Expert Race (``pairs``,
-        ``identity``).
+    Source: DiffMoE (``expert``; docs/papers/promoe.md, equation 13: decay 0.95, start 0. Its capacity predictor, a
+        second network trained to guess the selection, is left out: the score itself is compared) and Expert Race
+        (``pairs``, ``identity``).
 
     Example:
         >>> choose = Threshold(1.0)

@@ -30,7 +30,7 @@ class ConditionalSplit(RouterBase):
     Raises:
         ValueError: if no group is named, the inner router is not sparse, or no group ids come.
 
-    Source: ProMoE, unconditional tokens (promoe card 2.2, step 1).
+    Source: ProMoE, unconditional tokens (docs/papers/promoe.md, equation 1).
 
     Example:
         >>> from moeapps.moe.routers import PrototypeScore, Router, TopK
@@ -141,7 +141,7 @@ class MultiGate(RouterBase):
     Raises:
         ValueError: if the sizes do not fit, or a gate sees nothing.
 
-    Source: MMoE, CGC, PLE, HoME (moe-core card 2.14, home card 2.4).
+    Source: MMoE, CGC, PLE, HoME (docs/papers/core.md, equation 15; docs/papers/home.md, equation 1).
 
     Example:
         >>> from moeapps.moe.routers import LinearScore
@@ -239,7 +239,7 @@ class SumRouters(RouterBase):
     Raises:
         ValueError: if they do not fit together.
 
-    Source: HoME, gate plus self-gate (home card 2.6).
+    Source: HoME, gate plus self-gate (docs/papers/home.md, equation 6).
 
     Example:
         >>> from moeapps.moe.routers import Dense, LinearScore, Router

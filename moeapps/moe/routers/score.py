@@ -123,7 +123,7 @@ class LinearScore(Score):
         Raises:
             ValueError: if the shapes do not fit.
 
-        Source: the gate update of MixER (mixer-dsr card 3.2, G6).
+        Source: the gate update of MixER (docs/papers/mixer.md, equation 11).
         """
         wanted = ((features.shape[0], self.weight.shape[1]), (features.shape[0], self.num_outputs))
         if (tuple(features.shape), tuple(targets.shape)) != wanted:
@@ -230,7 +230,7 @@ class PrototypeScore(Score):
     Shape:
         features [N, dim] -> logits [N, num_experts] in [-alpha, alpha]; ``prototypes`` [num_experts, dim].
 
-    Source: ProMoE, prototypical routing (promoe card 2.2): alpha = 1, prototypes N(0, 0.02^2).
+    Source: ProMoE, prototypical routing (docs/papers/promoe.md, equation 2): alpha = 1, prototypes N(0, 0.02^2).
 
     Example:
         >>> PrototypeScore(8, 4)(torch.randn(3, 8)).shape

@@ -24,7 +24,7 @@ def taylor(f: Callable[[Tensor], Tensor], context: Tensor, anchor: Tensor, order
         anchor: where to expand; contexts shaped like ``context``.
         order: 0, 1 or 2.
 
-    Source: NCF and MixER (mixer-dsr card 2.2 a); the published 1.5 JVP + 0.5 JVP of JVP is the same number.
+    Source: NCF and MixER (docs/papers/mixer.md, equation 5); the published 1.5 JVP + 0.5 JVP of JVP is the same number.
     """
     if order == 0:
         return f(anchor)

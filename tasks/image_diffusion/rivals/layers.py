@@ -24,7 +24,7 @@ def dsmoe(
     Raises:
         ValueError: if the shared width is no multiple of the routed one.
 
-    Source: yhlleo/EfficientMoE, as in the promoe card, section 8.
+    Source: yhlleo/EfficientMoE (docs/papers/promoe.md, equation 15).
     """
     parts = round(shared_width / width)
     if parts < 0 or abs(parts * width - shared_width) > 1e-6:

@@ -52,8 +52,8 @@ class StackedGates(RouterBase):
     Raises:
         ValueError: if a gate sees or reads nothing, tables differ in size, or a word is unknown.
 
-    Source: HoME (its card 2.4 and 2.6); AdaTT, whose n learned numbers of a unit start from U(+-1/sqrt(n));
-        cross-stitch networks.
+    Source: HoME (docs/papers/home.md, equations 1 and 6); AdaTT, whose n learned numbers of a unit start from
+        U(+-1/sqrt(n)); cross-stitch networks.
     """
 
     sparse = False
@@ -282,7 +282,7 @@ class FeatureGates(nn.Module):
     Raises:
         ValueError: if a size is below 1.
 
-    Source: HoME (its card 2.5); the zero start is inferred there.
+    Source: HoME (docs/papers/home.md, equation 5); the zero start is inferred.
 
     Example:
         >>> gates, states = FeatureGates(6, (0, 0, 1), num_gates=2, rank=3), torch.randn(2, 5, 6)

@@ -86,7 +86,7 @@ def mmoe(
         mixing: softmax, or a control.
         tower_dim: hidden width of a tower.
 
-    Source: J. Ma et al., KDD 2018 (home card 2.2).
+    Source: J. Ma et al., KDD 2018 (docs/papers/home.md, equation 9).
     """
 
     def plans(tree: TaskTree) -> list[LevelPlan]:

@@ -45,7 +45,7 @@ def swish(p: dict[str, Tensor], k: int, i: int, x: Tensor, c: Tensor) -> Tensor:
 
 
 def naive_geps(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
-    """W + A diag(c) B as matrices, one row at a time (mixer-dsr card 2.2 c)."""
+    """W + A diag(c) B as matrices, one row at a time (docs/papers/mixer.md, equation 2)."""
     m = len(c)
     for i in range(3):
         W, B, A, A_b = p[f"root{i}"][k].T, p[f"down{i}"][k].T, p[f"up{i}"][k, :m].T, p[f"up{i}"][k, m:].T
@@ -55,7 +55,7 @@ def naive_geps(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
 
 
 def naive_coda(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
-    """theta_0 + V c as a whole weight matrix, one row at a time (card 2.2 b)."""
+    """theta_0 + V c as a whole weight matrix, one row at a time (docs/papers/mixer.md, equation 3)."""
     for i in range(3):
         n_in = len(x) + 1
         blocks = p[f"weight{i}"][k].view(1 + len(c), n_in, -1)

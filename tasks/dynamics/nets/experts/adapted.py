@@ -110,8 +110,8 @@ class GEPSExperts(AdaptedExperts):
     Raises:
         ValueError: for another activation or start.
 
-    Source: GEPS (Koupaï et al. 2024) as in MixER (mixer-dsr card 2.2 c), ddrous/MixER ``mixer/learner.py``; there A and
-        B of a layer are cut from one draw, here each has its own.
+    Source: GEPS (Koupaï et al. 2024) as in MixER (docs/papers/mixer.md, equation 2), ddrous/MixER ``mixer/learner.py``;
+        there A and B of a layer are cut from one draw, here each has its own.
 
     Example:
         >>> bank = GEPSExperts(2, 4, 16, width=24)
@@ -214,7 +214,8 @@ class CoDAExperts(AdaptedExperts):
         shift_context: see :class:`MetaExperts`.
         same_init: see :class:`MetaExperts`.
 
-    Source: CoDA (Kirchmeyer et al. 2022) as in MixER (mixer-dsr card 2.2 b), ddrous/MixER ``mixer/learner.py``.
+    Source: CoDA (Kirchmeyer et al. 2022) as in MixER (docs/papers/mixer.md, equation 3), ddrous/MixER
+        ``mixer/learner.py``.
 
     Example:
         >>> CoDAExperts(2, 1, 3).every(torch.zeros(5, 2), torch.zeros(5, 3)).shape

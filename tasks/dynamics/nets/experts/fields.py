@@ -33,9 +33,9 @@ class NCFExperts(MetaExperts):
         shift_context: see :class:`MetaExperts`.
         same_init: see :class:`MetaExperts`.
 
-    Source: NCF (Nzoyem et al. 2025) as in MixER (mixer-dsr card 2.2 a), ddrous/MixER ``mixer/learner.py``; the single
-    hidden layers of the two small nets are as wide as the geometric mean of their ends without its fraction, then
-    rounded up to even, as there.
+    Source: NCF (Nzoyem et al. 2025) as in MixER (docs/papers/mixer.md, equation 4), ddrous/MixER ``mixer/learner.py``;
+    the single hidden layers of the two small nets are as wide as the geometric mean of their ends without its fraction,
+    then rounded up to even, as there.
 
     Example:
         >>> NCFExperts(2, 2, 8).every(torch.zeros(5, 2), torch.zeros(5, 8)).shape

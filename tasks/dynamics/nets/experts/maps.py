@@ -41,7 +41,7 @@ class ShallowPLRNNExperts(MetaExperts):
     Raises:
         ValueError: ``alpha_min`` outside [0, 1] or ``hidden`` below 1.
 
-    Source: Brenner et al. (2024) as in MixER (mixer-dsr card 2.2 d).
+    Source: Brenner et al. (2024) as in MixER (docs/papers/mixer.md, equation 6).
 
     Example:
         >>> ShallowPLRNNExperts(3, 2, 4).every(torch.zeros(5, 6), torch.zeros(5, 4)).shape
