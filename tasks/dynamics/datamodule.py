@@ -167,7 +167,7 @@ class Environments(Dataset[Trajectories]):
         self.whole = whole
 
     def __len__(self) -> int:
-        """Return E."""
+        """Return S."""
         return len(self.whole.x)
 
     def __getitem__(self, index: int) -> Trajectories:

@@ -42,7 +42,7 @@ def switch() -> GateFactory:
 
 
 def soft() -> GateFactory:
-    """Rival: the softmax-weighted sum of all fields, at K times the cost."""
+    """Rival: the softmax-weighted sum of all fields, at E times the cost."""
 
     def build(context_dim: int, num_experts: int) -> Router:
         return Router(LinearScore(context_dim, num_experts, bias=True), Dense())
@@ -68,7 +68,7 @@ def single() -> GateFactory:
 
 
 def by_group() -> GateFactory:
-    """Control: the expert with the number of the group that the network names (family or environment), modulo K."""
+    """Control: the expert with the number of the group that the network names (family or environment), modulo E."""
 
     def build(context_dim: int, num_experts: int) -> Router:
         return Router(TableScore(torch.eye(num_experts)), TopK(1, weighing="ones"))

@@ -13,14 +13,14 @@ from tasks.dynamics.module import Alternation, DynamicsTask
 from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.gates import robust
 
-E, N, T, D, WIDTH, K, PIECE = 12, 3, 9, 2, 8, 4, 4
+S, N, T, D, WIDTH, E, PIECE = 12, 3, 9, 2, 8, 4, 4
 LAYERS = ((D, WIDTH), (WIDTH, WIDTH), (WIDTH, D))
 FIELD = sum(2 * n_in * n_out for n_in, n_out in LAYERS)
 BEND = sum(2 * n_in * PIECE * n_out + 2 * PIECE * n_out for n_in, n_out in LAYERS)
 STAGES = 4
 
 
-def data(environments: int = E) -> Trajectories:
+def data(environments: int = S) -> Trajectories:
     numbers = torch.arange(environments)
     x = torch.randn(environments, N, T, D)
     return Trajectories(
@@ -40,12 +40,12 @@ def task(contributors: int | None = None) -> DynamicsTask:
             num_environments,
             experts=lambda d, k, c: GEPSExperts(d, k, c, width=WIDTH, depth=3),
             gate=robust(),
-            num_experts=K,
-            context_dim=K * PIECE,
+            num_experts=E,
+            context_dim=E * PIECE,
         )
 
     facts = {"domains": {"seen": ["a"], "validation": [], "unseen": []}, "kind": "field"}
-    facts |= {"num_environments": E, "state_dim": D}
+    facts |= {"num_environments": S, "state_dim": D}
     alternation = Alternation(context_steps=3, model_steps=9, rollout_share=0.25, contributors=contributors)
     return DynamicsTask(net=net, facts=facts, alternation=alternation)
 
@@ -64,8 +64,8 @@ class RollOut(torch.nn.Module):
 
 def test_a_roll_out_costs_four_stages_a_sample() -> None:
     batch = data()
-    gate = 2 * E * K * PIECE * K
-    by_hand = gate + E * BEND + E * N * (T - batch.num_given) * STAGES * FIELD
+    gate = 2 * S * E * PIECE * E
+    by_hand = gate + S * BEND + S * N * (T - batch.num_given) * STAGES * FIELD
 
     assert count_flops(RollOut(task().net), batch) == pytest.approx(by_hand, rel=0.01)
 
@@ -79,13 +79,13 @@ def test_steps_of_all_kinds_are_counted_apart() -> None:
         "context, roll-out": 3,
         "model, roll-out": 9,
     }
-    ahead = E * N * (T - 1) * STAGES * FIELD
+    ahead = S * N * (T - 1) * STAGES * FIELD
     for kind, flops in cost.step.items():
         assert 2 * ahead < flops < 3.3 * ahead, kind  # forward, and one or two products of its size backward
     assert cost.flops() == sum(cost.step[kind] * count for kind, count in cost.planned.items())
 
 
 def test_a_third_of_the_environments_is_a_third_of_the_compute() -> None:
-    whole, part = (measure_training(task(count), data(), planned=48).flops() for count in (None, E // 3))
+    whole, part = (measure_training(task(count), data(), planned=48).flops() for count in (None, S // 3))
 
     assert part == pytest.approx(whole / 3, rel=0.01)
