@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeapps.training.evaluation import ScoreTable
+from moeapps.training.scores import ScoreTable
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from moeapps.training.evaluation import ScoreTable
 from moeapps.training.run import (
     config_hash,
     git_commit,
@@ -34,6 +33,7 @@ from moeapps.training.run import (
     versions,
     write_json,
 )
+from moeapps.training.scores import ScoreTable
 from moeapps.training.selection import select
 
 log = logging.getLogger("moeapps")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from moeapps.training.evaluation import DomainScores
+from moeapps.training.scores import DomainScores
 from moeapps.training.task import BaseTask
 from tasks.recommendation.metrics import RankingScores, gauc
 
