@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset
 
 from moeapps.data.gather import GatherConcat
-from moeapps.data.mixing import Mixing, MixingSampler, ShardedBatches
+from moeapps.data.mixing import DomainMixing, MixingSampler, ShardedBatches
 
 Role = Literal["seen", "validation", "unseen"]
 Split = Literal["train", "val", "test"]
@@ -81,7 +81,7 @@ class DomainDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "concat",
+        mixing: DomainMixing = "concat",
         eval_batch_size: int | None = None,
         predict: list[str] | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class DomainDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
-        self.mixing: Mixing = mixing
+        self.mixing: DomainMixing = mixing
         self.predicted = None if predict is None else list(predict)
         _check_predicted(self.predicted, self.domain_names)
         self.sources: dict[str, str] = {}

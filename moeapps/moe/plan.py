@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Assignments sorted by expert, in routing order within an expert; sentinels ("no work") are gone.
+    """A dispatch plan: assignments sorted by expert, in routing order within an expert; sentinels are left out.
 
     Attributes:
         order_M: int64, place in the routing of each sorted assignment.

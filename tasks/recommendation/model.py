@@ -9,7 +9,7 @@ from torch import nn
 
 from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
-from tasks.recommendation.nets.gates import Mixing
+from tasks.recommendation.nets.gates import GateMixing
 from tasks.recommendation.nets.levels import ExpertSettings, LevelPlan, NetFactory, RankingNet, TaskTree
 from tasks.recommendation.nets.plan_parts import numbered, table
 
@@ -30,7 +30,7 @@ def home(
     feature_gates: int = 2,
     feature_rank: int = 8,
     self_gates: bool = True,
-    mixing: Mixing = "softmax",
+    mixing: GateMixing = "softmax",
     category_order: list[str] | None = None,
     category_choice: Literal["given", "one", "random"] = "given",
     category_seed: int = 0,

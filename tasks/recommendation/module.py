@@ -29,11 +29,14 @@ EncoderFactory = Callable[[dict[str, Any]], FeatureEncoder]
 
 
 class Ranker:
-    """What a network is made of, before the sizes of the data are known: an encoder of features and a bank of experts.
+    """The two parts of a ranking network, to be built once the sizes of the data are known: encoder and expert levels.
 
     Args:
-        bank: the experts, as a factory from width and facts; one of `tasks.recommendation.rivals`. None means HoME.
-        encoder: features to one vector, as a factory from facts; None means `FeatureEncoder`.
+        bank: factory of the levels of experts with their towers, called with the width of a feature vector and the
+            facts of the data; HoME or one of `tasks.recommendation.rivals`. (Elsewhere a bank is what one layer holds.)
+            None means HoME.
+        encoder: factory of the module that turns features into one vector, called with the facts; None means
+            `FeatureEncoder`.
     """
 
     def __init__(self, *, bank: NetFactory | None = None, encoder: EncoderFactory | None = None) -> None:
@@ -41,7 +44,7 @@ class Ranker:
         self.encoder = encoder or FeatureEncoder
 
     def build(self, facts: dict[str, Any]) -> tuple[list[FeatureEncoder], RankingNet]:
-        """Return the encoders (several for banks with a table per task: STEM) and the bank."""
+        """Return the encoders (STEM has one per task, other networks a single one) and the levels of experts."""
         first = self.encoder(facts)
         net = cast(RankingNet, self.bank(first.out_dim, facts))
         return [first, *(self.encoder(facts) for _ in range(net.num_inputs - 1))], net

@@ -20,7 +20,9 @@ Features = Tensor | tuple[Tensor, ...]
 
 
 class Score(nn.Module):
-    """Base of all scores: ``score(features, group=..., state=...) -> logits`` or ``(logits, new state)``.
+    """Base of all scores: the part of a router that turns features into logits.
+
+    ``score(features, group=..., state=...)`` returns the logits, or with a memory ``(logits, new state)``.
 
     Args:
         num_outputs: columns of the logits, at least 1.

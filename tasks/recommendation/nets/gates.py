@@ -20,7 +20,7 @@ from moeapps.moe.routers.router import without_autocast
 from moeapps.moe.routers.score import Features
 from moeapps.moe.view_linear import view_linear
 
-Mixing = Literal["softmax", "uniform", "shuffled", "constant"]
+GateMixing = Literal["softmax", "uniform", "shuffled", "constant"]
 Residual = Literal["none", "self_gate", "constant", "ones"]
 Table = Sequence[Sequence[bool]]
 
@@ -76,7 +76,7 @@ class StackedGates(RouterBase):
         reads: Sequence[Sequence[int]],
         *,
         owns: Table | None = None,
-        mixing: Mixing = "softmax",
+        mixing: GateMixing = "softmax",
         residual: Residual = "none",
     ) -> None:
         super().__init__()
