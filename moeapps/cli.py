@@ -106,7 +106,7 @@ def _unknown(first: str, words: list[str], program: str) -> int:
             result = foreign.load()()
             return result if isinstance(result, int) else 0
         print(
-            f"error: `lightning {first}` is no command of moeapps, which installed this `lightning`, and lightning-sdk "
+            f"error: `lightning {first}` is not a command of moeapps, which owns this `lightning`, and lightning-sdk "
             f"(the cloud client of that name) is not installed.\nmoeapps knows: {', '.join(COMMANDS)}. "
             "See `moeapps --help`; for the cloud client, pip install lightning-sdk.",
             file=sys.stderr,

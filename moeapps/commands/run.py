@@ -125,7 +125,7 @@ class Cli(LightningCLI):
             "--test_after_fit",
             type=bool,
             default=True,
-            help="After fit, test with the best checkpoint (fast_dev_run: as is).",
+            help="After fit, test with the best checkpoint (with fast_dev_run: with the current weights).",
         )
         parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
 

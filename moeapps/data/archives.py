@@ -75,7 +75,7 @@ class Package:
         if not self.members:
             raise ValueError(f"package {self.name}: members is empty; list the files to unpack")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", self.name):
-            raise ValueError(f"package name {self.name!r} is not one a registry would take")
+            raise ValueError(f"package name {self.name!r} is not a valid name of a package")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_:~!-]*", self.version):
             raise ValueError(f"package {self.name}: version {self.version!r} is not an exact version")
 

@@ -82,7 +82,7 @@ def safe_extract(
     names = [name for name, _ in written]
     for wanted in members:
         if not fnmatch.filter(names, wanted):
-            raise ArchiveError(f"{archive.name} holds no file {wanted!r}; it is another release than the listed one")
+            raise ArchiveError(f"{archive.name} holds no file {wanted!r}; it is not the listed release")
     return [path for _, path in written]
 
 

@@ -127,7 +127,7 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
             _config_beside(folder),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no results file of this suite ({error!r}); run the test again") from error
+        raise ValueError(f"{file} is not a results file of moeapps ({error!r}); run the test again") from error
 
 
 def _config_beside(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def check_runs(runs: Sequence[RunResults]) -> None:
         before = run.continued_from
         if before is not None and before != run.path.resolve() and before in known:
             raise ValueError(
-                f"{run.path} went on from {known[before].path}: they are one training, not two; give one of them"
+                f"{run.path} continues {known[before].path}: the two are one training; give one of them"
             )
 
 
@@ -68,8 +68,8 @@ def _check_seeds(group: Sequence[RunResults]) -> None:
         seeds = tuple(sorted(run.seeds.items()))
         if seeds in found:
             raise ValueError(
-                f"{run.path} and {found[seeds].path} ran the same config and both have seed {run.seed}: one training "
-                "twice says nothing about another; give one run per seed"
+                f"{run.path} and {found[seeds].path} ran the same config and both have seed {run.seed}: a "
+                "repeated training adds no information; give one run per seed"
             )
         found[seeds] = run
 

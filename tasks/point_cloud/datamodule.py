@@ -241,7 +241,7 @@ class PointCloudData(DomainDataModule):
                 "look at the names of the classes, the ids to ignore and where the labels are read from"
             )
         for name in without:
-            log.warning("domain %s (seen) has no known label in its training scans: it teaches nothing", name)
+            log.warning("domain %s (seen) has no known label in its training scans: it adds nothing to training", name)
 
     def collate(self, items: list[Scan]) -> Batch:
         """Join scans into one batch; it gains ``batch`` [N] and ``ptr`` [B + 1]."""

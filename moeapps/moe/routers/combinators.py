@@ -45,7 +45,8 @@ class ConditionalSplit(RouterBase):
             raise ValueError(f"fixed_groups={tuple(fixed_groups)}: name at least one group id, each once.")
         if not conditional.sparse:
             raise ValueError(
-                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice); a dense gate has no row to spare."
+                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice): a dense gate sends every row to all "
+                "experts."
             )
         self.conditional = conditional
         self.fixed_groups = None if fixed_groups is None else tuple(fixed_groups)

@@ -120,7 +120,7 @@ def warn_of_twin(cost: Cost) -> None:
         match, ratio = cost.twin
         log.warning(
             "this dense twin has %.3f of the mixture's %s; at most %.0f per cent apart is fair: change the mixture's "
-            "widths so that they divide, or say so beside the numbers",
+            "widths so that they divide, or report it beside the numbers",
             ratio,
             TWIN_NAMES[match],
             100 * TWIN_TOLERANCE,

@@ -327,9 +327,9 @@ def integrate(
 def check_likeness(family: Family, likeness: float) -> None:
     """Raise ValueError unless the family can be mixed with the common oscillator in this share."""
     if not 0 <= likeness < 1:
-        raise ValueError(f"likeness={likeness} is not allowed; use a number from 0 up to, but not, 1")
+        raise ValueError(f"likeness={likeness} is not allowed; use a number from 0 to below 1")
     if likeness > 0 and family.field not in OSCILLATORS:
         raise ValueError(
-            f"family {family.name!r} is no oscillator and cannot be made alike (likeness={likeness}); use families of "
-            f"{', '.join(sorted(OSCILLATORS))}"
+            f"family {family.name!r} is not an oscillator and cannot be made alike (likeness={likeness}); use families "
+            f"of {', '.join(sorted(OSCILLATORS))}"
         )

@@ -87,7 +87,7 @@ class TaskTree:
             generator.shuffle(deal)
             if {frozenset(group) for group in _groups(deal)} != sides[0]:
                 return TaskTree(self.tasks, tuple(deal), self.categories)
-        raise ValueError(f"categories {list(self.category)} cannot be dealt out in another way; leave the control out")
+        raise ValueError(f"categories {list(self.category)} cannot be assigned in another way; leave the control out")
 
 
 def _groups(category: Sequence[int]) -> list[list[int]]:

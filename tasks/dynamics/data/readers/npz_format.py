@@ -163,7 +163,7 @@ class NpzTrajectories(DynamicsSource):
         fresh = ~(np.abs(starts - seen) < 1e-6).all(-1).any(-1).any(0)  # a place that leaks anywhere is left out
         if fresh.sum() <= self.val_trajectories:
             raise ValueError(
-                f"{int(fresh.sum())} test trajectories start at no training state; more than "
+                f"{int(fresh.sum())} test trajectories start at an unseen state; more than "
                 f"val_trajectories={self.val_trajectories} are needed"
             )
         return self.test.x[:, fresh]
@@ -189,7 +189,7 @@ class NpzTrajectories(DynamicsSource):
     def _rows(self, domain: str, seen: Sequence[str]) -> range:
         allowed = [*self.default_seen, *self.default_validation, *self.default_unseen]
         if domain not in allowed or (domain == TRAINED) != (domain in seen):
-            raise ValueError(f"domain {domain!r} has no place here; {TRAINED} is seen, the others of {allowed} are not")
+            raise ValueError(f"domain {domain!r} cannot have this role: of {allowed}, only {TRAINED} is a seen domain")
         if domain == TRAINED:
             return range(len(self.train.x))
         assert self.query is not None

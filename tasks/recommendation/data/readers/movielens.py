@@ -248,7 +248,7 @@ class MovieLens100K(LogSource):
         if claims.max(initial=0) > 1:
             raise ValueError(
                 f"seen domains {', '.join(self.roles['seen'])} share {int((claims > 1).sum())} ratings, which would "
-                "be trained on twice; take domains of one kind (genre, age ...), or rest alone"
+                "count twice in training; take domains of one kind (genre, age ...), or only rest"
             )
         return self.fits(domain) & free
 

@@ -125,7 +125,7 @@ class TableFiles(LogSource):
                     raise ValueError(f"unknown domain {name!r}; described are: {', '.join(self.domains)}")
                 for split in needed[role]:
                     if getattr(self.domains[name], split) is None:
-                        raise ValueError(f"{role} domain {name!r} has no {split} files; give it some")
+                        raise ValueError(f"{role} domain {name!r} has no {split} files; give it at least one")
 
     def describe(self, domain: str) -> str:
         """Name the files."""
