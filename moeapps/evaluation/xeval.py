@@ -128,7 +128,7 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
         raise ValueError("no run given; name at least one run folder")
     systems = sorted({str(run.header.get("system")) for run in (*runs, *baseline)})
     if len(systems) > 1:
-        raise ValueError(f"the runs are of several systems ({', '.join(systems)}), without common domains; give runs of one")
+        raise ValueError(f"the runs are of several systems ({', '.join(systems)}); give runs of one")
     every = list({run.path.resolve(): run for run in (*runs, *baseline)}.values())
     check_runs(every)
     chosen = metric or str(runs[0].header.get("main_metric") or next(iter(runs[0].values)))
@@ -296,7 +296,7 @@ def _seed(domain: str) -> int:
 
 
 def _same(a: float, b: float) -> bool:
-    """Whether two numbers are one score but for rounding in single precision."""
+    """Whether two numbers are the same score up to rounding in single precision."""
     return math.isfinite(a) and abs(a - b) <= 1e-4 * max(abs(b), 1e-8)
 
 

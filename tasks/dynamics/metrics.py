@@ -207,7 +207,7 @@ def _pairs(counts: Tensor) -> float:
 
 
 def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]]) -> Tensor:
-    """Give families that cannot be told apart one label.
+    """Give families that cannot be distinguished the same label.
 
     Args:
         family: labels [S], indices into ``names``.

@@ -72,7 +72,7 @@ class MixER(nn.Module):
     # Routing ------------------------------------------------------------------------------------------------------
 
     def group(self, data: Trajectories) -> Tensor:
-        """What oracle gates route by, int64 [S]; -1 where it is unknown."""
+        """The group ids that oracle gates route by, int64 [S]; -1 where unknown."""
         return data.family if self.route_by == "family" else data.env
 
     def route(self, context_Sc: Tensor, group_S: Tensor) -> AnyRouting:

@@ -152,7 +152,7 @@ class DynamicsTask(BaseTask):
         self._own_callbacks: list[L.Callback] = []
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
-        """The partition report and, where there is a gate to fit, its fit; the same ones for training and test."""
+        """Return the partition report and, for a fitted gate, the callback that fits it."""
         if not self._own_callbacks:
             fit = [RouterFit(self.gate_every)] if fitted_routers(self) else []
             self._own_callbacks = [*fit, PartitionReport()]
@@ -175,7 +175,7 @@ class DynamicsTask(BaseTask):
 
     @property
     def model_parameters(self) -> list[nn.Parameter]:
-        """What the model phase trains: everything but the contexts."""
+        """The parameters that the model phase trains: all but the contexts."""
         return [p for p in self.net.parameters() if p.requires_grad and p is not self.net.contexts]
 
     def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
@@ -360,7 +360,7 @@ class DynamicsTask(BaseTask):
             return self.adaptation(net, _normal(data.support), net.group(self.training_data()))
 
     def predict_trajectories(self, data: Trajectories) -> tuple[Tensor, Adapted]:
-        """Roll out the query trajectories of a batch: [S, N, T, D], and what serves them."""
+        """Roll out the query trajectories of a batch: [S, N, T, D], with the contexts and experts used."""
         found, net = self.find_contexts(data), self.net
         routing = net.route_to(found.expert, found.context)
         record_call(net.layer, routing, group=net.group(data))
@@ -395,7 +395,7 @@ class DynamicsTask(BaseTask):
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep where the round began, should it be under way."""
+        """Save the start of the current round, if a round has begun."""
         checkpoint["round_start"] = [value.clone() for value in self._round_start]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

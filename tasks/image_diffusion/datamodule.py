@@ -107,7 +107,7 @@ class ImageData(DomainDataModule):
         return items if isinstance(items, ImageBatch) else ImageBatch.cat(items)
 
     def command(self, name: str) -> Callable[[list[str], Any], int] | None:
-        """Return what runs ``moeapps sample`` and ``moeapps fid-stats`` on these images."""
+        """Return the function behind ``moeapps sample`` or ``moeapps fid-stats`` for these images."""
         from tasks.image_diffusion import commands
 
         found: dict[str, Callable[[list[str], Any], int]] = {

@@ -28,7 +28,7 @@ from tasks.image_diffusion.nets.blocks import (
 
 
 class DiT(nn.Module):
-    """Noisy images, times and labels in; what the process asks for (velocity or noise) out.
+    """From noisy images, times and labels to what the process needs: velocity or noise.
 
     Args:
         image_size: H, edge of the images or latents in pixels; a multiple of ``patch_size``.

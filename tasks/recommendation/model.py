@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoME: experts of categories below, experts of tasks above, and who may see what."""
+"""HoME: experts of categories on level 1, experts of tasks on level 2, and masks of which gate sees which expert."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exponential moving average of the weights that is what evaluation sees, also in the test after ``fit``."""
+"""An exponential moving average of the weights, which evaluation uses, also in the test after ``fit``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who goes where: load, entropy and specialisation of every MoE layer, from counts alone."""
+"""Routing statistics: load, entropy and specialisation of every MoE layer, from counts alone."""
 
 from __future__ import annotations
 

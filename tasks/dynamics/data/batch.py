@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model of dynamics gets: the trajectories of several environments with one time grid each.
+"""The batches of this task: trajectories of several environments, each environment with its own time step.
 
 S environments, N trajectories per environment, T samples, D state size.
 """

@@ -64,7 +64,7 @@ class Adaptation:
         self.steps, self.lr, self.loss, self.sequential = steps, lr, loss, sequential
 
     def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
-        """What a subclass does with all environments at once."""
+        """Adapt all environments at once; a subclass defines how."""
         raise NotImplementedError
 
     def __call__(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
@@ -109,7 +109,7 @@ class Adaptation:
 
 
 class FromZeros(Adaptation):
-    """The published way: contexts start at 0 and the gate decides at every step, so all begin with one expert.
+    """The published way: contexts start at 0 and the gate chooses in every step, so all start with the same expert.
 
     Args:
         steps: Adam steps on the contexts.
@@ -183,7 +183,7 @@ class TryExperts(Adaptation):
         return self._confirm(net, support, context_Sc, kept_S)
 
     def _confirm(self, net: MixER, support: Trajectories, context_Sc: Tensor, kept_S: Tensor) -> Adapted:
-        """Let the gate name an expert; where it names another, the lower support loss decides."""
+        """Ask the gate for an expert; where it disagrees, the expert with the lower support loss is kept."""
         with torch.no_grad():
             named_S = net.best_experts(context_Sc, net.group(support))
             if isinstance(net.layer.router(context_Sc, group=net.group(support)), DenseRouting):

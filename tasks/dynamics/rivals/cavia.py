@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAVIA: contexts that are found anew inside every step, and weights that make this easy."""
+"""CAVIA: every training step first fits new contexts; the weights learn to make this fit easy."""
 
 from __future__ import annotations
 

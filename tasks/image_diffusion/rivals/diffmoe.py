@@ -24,7 +24,7 @@ NORMAL_STD = 0.006
 
 @dataclass(frozen=True, eq=False)
 class CapacityRouting(Routing):
-    """A routing with what a capacity predictor says of each pair.
+    """A routing with the capacity predictor's logit of each pair.
 
     Args:
         capacity_NE: its logits [N, E]; None for an empty one.

@@ -213,7 +213,7 @@ class StackedGates(RouterBase):
         )
 
     def _weights(self, share_NKQ: Tensor) -> tuple[Tensor, Tensor]:
-        """What is applied and what the mixing gates alone give, [N, G, E] each."""
+        """The applied weights, and those of the mixing gates without residuals, [N, G, E] each."""
         if self.see_all and self.num_columns == self.num_gates:  # slots are experts, columns are gates
             weight_NGE = share_NKQ.transpose(1, 2)
             return weight_NGE, weight_NGE.detach()

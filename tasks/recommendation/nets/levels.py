@@ -76,7 +76,7 @@ class TaskTree:
         return TaskTree(self.tasks, (0,) * len(self.tasks), ("all",))
 
     def shuffled(self, seed: int) -> TaskTree:
-        """Categories of the same sizes dealt out at random, never the given partition: a control.
+        """Control: categories of the same sizes, assigned at random, never the given partition.
 
         Raises:
             ValueError: there is no other partition of these sizes.

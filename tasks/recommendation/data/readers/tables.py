@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log of one's own in Parquet or CSV files, read block by block: no file is ever held whole.
+"""Your own log in Parquet or CSV files, read block by block: no file is ever held whole in memory.
 
 One pass over the filter, time and label columns counts the rows of each block and checks them; its result is kept in
 the cache. Training then draws blocks in random order and shuffles rows in windows of blocks
