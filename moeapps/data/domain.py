@@ -316,7 +316,7 @@ class DomainDataModule(L.LightningDataModule):
     # Resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the training order: the next epoch, or this one and the number of its finished steps."""
+        """Return the position in the training order: the next epoch, or this one and its finished steps."""
         epoch, start = 0, 0
         if self._sampler is not None and self.trainer is not None:
             progress = cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress)

@@ -39,9 +39,7 @@ def check_runs(runs: Sequence[RunResults]) -> None:
     for run in runs:
         before = run.continued_from
         if before is not None and before != run.path.resolve() and before in known:
-            raise ValueError(
-                f"{run.path} continues {known[before].path}: the two are one training; give one of them"
-            )
+            raise ValueError(f"{run.path} continues {known[before].path}: the two are one training; give one of them")
 
 
 def variants_of(runs: Sequence[RunResults]) -> list[Variant]:
