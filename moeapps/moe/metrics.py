@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a routing says about itself: load, sparsity, specialisation. Pure functions without gradient.
+"""Metrics of a routing: load, sparsity, specialisation. Pure functions without gradient.
 
 Load metrics take counts [E]; specialisation metrics take an assignment matrix [N, E] (counts, 0/1 or weights, for
 instance ``routing.assignment()``) and labels [N]; two take a routing because they must tell "no work" from work.

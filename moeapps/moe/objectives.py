@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a router can be trained for besides the task: pure functions of a record.
+"""Training objectives of a router besides the task's loss: pure functions of a record.
 
 No coefficient lives in a function: modules hold it (see `moeapps.moe.losses`) and a task adds and logs them, so loss
 scaling, gradient accumulation and data parallelism treat them like any other loss. Rows switched off by the record's

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses on the routing that ProMoE and its rivals bring: pure functions of a record, and the modules YAML names.
+"""Routing losses of ProMoE and its rivals: pure functions of a record, and the modules that YAML names.
 
 Shape legend: N tokens, E experts, D width, G images, M assignments.
 """
@@ -66,7 +66,7 @@ def routing_contrast(
 
 
 def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
-    r"""Push apart experts that like the same tokens, the more so the more they are chosen together.
+    r"""Push apart experts that prefer the same tokens, more strongly the more often they are chosen together.
 
     With :math:`P' = P^T P` of the probabilities and :math:`M' = M^T M` of the selection:
     :math:`\frac{1}{N} \sum_{ij} W_{ij} P'_{ij}`, :math:`W_{ii} = E M'_{ii} / \sum_i M'_{ii}`,

@@ -29,7 +29,7 @@ from tasks.image_diffusion.nets.blocks import (
 
 
 class DiT(nn.Module):
-    """Noisy images, times and labels in; what the process asks for (velocity or noise) out.
+    """From noisy images, times and labels to what the process needs: velocity or noise.
 
     Args:
         facts: from the data module; read are ``image_size``, H, edge of the images or latents in pixels (a multiple of
@@ -164,7 +164,7 @@ def _xavier_experts(bank: Experts) -> None:
 def _check(image_size: int, patch_size: int, dim: int, num_heads: int, depth: int, moe_every: int) -> None:
     if patch_size < 1 or image_size % patch_size:
         raise ValueError(
-            f"image_size={image_size} is no multiple of patch_size={patch_size}; choose a patch that divides the image"
+            f"image_size={image_size} is not a multiple of patch_size={patch_size}; choose a patch that divides it"
         )
     if dim % 4 or dim % num_heads:
         raise ValueError(f"dim={dim} must be a multiple of 4 (position table) and of num_heads={num_heads}")

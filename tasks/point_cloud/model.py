@@ -158,8 +158,8 @@ class PointMoE(nn.Module):
         int64 [B] -> features [N, out_dim], rows as in the batch.
 
     Raises:
-        ValueError: The stage lists disagree in length, a width is no multiple of ``head_dim``, ``orders`` is empty, or
-            ``placement`` is unknown.
+        ValueError: The stage lists disagree in length, a width is not a multiple of ``head_dim``, ``orders`` is empty,
+            or ``placement`` is unknown.
     """
 
     block: ClassVar[type[Block]] = Block

@@ -30,7 +30,7 @@ from tasks.point_cloud.report.tally import tally
 
 
 class PointCloudTask(BaseTask):
-    """Semantic segmentation of scans from several sensors, each answered in its own words.
+    """Semantic segmentation of scans from several sensors, each with its own label set.
 
     The network is not told where a scan comes from; the head is told which label set to answer in. Loss: cross-entropy
     plus Lovász-softmax per domain of the batch, then the mean over domains.
@@ -135,7 +135,7 @@ class PointCloudTask(BaseTask):
         return StepOutput(loss, batch.num_graphs, args, logs, labelled=labelled, parts=shares)
 
     def raw_labels(self, batch: Batch, pred_N: Tensor) -> Tensor:
-        """Class of every raw point: int64 [R], that of its voxel, or what its votes say where the batch brings any."""
+        """Class of every raw point: int64 [R], from its voxel, or from its votes where the batch has votes."""
         if "votes" not in batch:
             return pred_N[batch.inverse]
         most = max(len(self.label_sets[self.domain_names[index]]) for index in batch.domain.tolist())

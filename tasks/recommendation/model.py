@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoME: experts of categories below, experts of tasks above, and who may see what."""
+"""HoME: experts of categories on level 1, experts of tasks on level 2, and masks of which gate sees which expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.nets.embeddings import FeatureEncoder
-from tasks.recommendation.nets.gates import Mixing
+from tasks.recommendation.nets.gates import GateMixing
 from tasks.recommendation.nets.levels import ExpertSettings, LevelPlan, NetFactory, RankingNet, TaskTree
 from tasks.recommendation.nets.plan_parts import numbered, table
 
@@ -68,7 +68,7 @@ def home(
     feature_gates: int = 2,
     feature_rank: int = 8,
     self_gates: bool = True,
-    mixing: Mixing = "softmax",
+    mixing: GateMixing = "softmax",
     category_order: list[str] | None = None,
     category_choice: Literal["given", "one", "random"] = "given",
     category_seed: int = 0,

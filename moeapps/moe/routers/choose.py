@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers by row: each row takes its own k experts, with the weighings that are legal there; top-p is next door."""
+"""Choosers by row: each row takes its own k experts, with the weighings that are allowed there."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TopK(RowChooser):
         return None if self.num_null else float(self.k)
 
     def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
-        """What the selection goes by: the logits, or with a bias the scores the weights are made of plus the bias."""
+        """The numbers that decide the selection: the logits, or with a bias the probabilities plus the bias."""
         if self.bias is None:
             return logits_NX
         score = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
@@ -196,7 +196,7 @@ class GroupLimitedTopK(TopK):
         return num_experts
 
     def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
-        """What the selection goes by, with all but the best groups at minus infinity."""
+        """The numbers that decide the selection, with all but the best groups at minus infinity."""
         score_NGe = super().rank(logits_NX, probs_NX).detach().unflatten(-1, (self.num_groups, -1))
         summed_NGe = score_NGe
         if self.bias is None and self.weighing in ("softmax", "topk_softmax", "sigmoid"):

@@ -23,7 +23,7 @@ def _weights(logits_NE: Tensor, weighing: BatchWeighing) -> Tensor:
 
 
 def _row_softmax(logits_NE: Tensor, group_N: Tensor | None, token_mask: Tensor | None) -> Tensor:
-    """Per expert the softmax over the rows of each group (or over all) that count; 0 for those that do not."""
+    """Softmax per expert over the unmasked rows of each group (or of all); 0 for masked rows."""
     if token_mask is not None:
         logits_NE = logits_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
     if group_N is None or logits_NE.shape[0] == 0:
@@ -49,7 +49,7 @@ def _check(capacity_factor: float, weighing: str, known: tuple[str, ...]) -> Non
 
 
 def _rank_in_group(score_NE: Tensor, group_N: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rank of each row among the rows of its group, by descending score per expert; how many of the group count."""
+    """Rank of each row in its group, by descending logit per expert; number of unmasked rows in the group."""
     num_rows = score_NE.shape[0]
     by_score_NE = torch.sort(score_NE, dim=0, descending=True, stable=True).indices
     by_group_NE = torch.sort(group_N[by_score_NE], dim=0, stable=True).indices
@@ -238,7 +238,7 @@ class Threshold(Chooser):
         return share_of(rows, self.capacity_factor, divisor).minimum(rows * pairs)
 
     def _follow(self, descending: Tensor, c: Tensor) -> None:
-        """Move the thresholds towards the c-th best score; without any row they stay."""
+        """Move the thresholds towards the c-th best logit; without any row they stay."""
         if not descending.shape[0]:
             return
         last = descending.index_select(0, (c - 1).clamp(min=0).view(1))[0].to(self.threshold.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers that leave nobody out: dense mixtures over all (allowed) experts, their sparse limit, and soft slots."""
+"""Choosers that use all experts: dense mixtures over all (allowed) ones, their sparse limit, and soft slots."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-p: each row takes as many experts as it needs, if need be within a budget that is held over the batches."""
+"""Top-p: each row takes as many experts as it needs, optionally within a mean budget over the batches."""
 
 from __future__ import annotations
 

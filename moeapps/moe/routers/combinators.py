@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers made of routers: a fixed expert for flagged rows, many gates over one bank, and sums of routings."""
+"""Routers made of other routers: a fixed expert for flagged rows, many gates over one bank, sums of routings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ConditionalSplit(RouterBase):
             raise ValueError(f"fixed_groups={tuple(fixed_groups)}: name at least one group id, each once.")
         if not conditional.sparse:
             raise ValueError(
-                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice); a dense gate has no row to spare."
+                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice): a dense gate uses all experts."
             )
         self.conditional = conditional
         self.fixed_groups = None if fixed_groups is None else tuple(fixed_groups)
@@ -104,7 +104,7 @@ class ConditionalSplit(RouterBase):
         )
 
     def _fixed(self, group_N: Tensor) -> Tensor:
-        """Which fixed expert each row goes to, bool [N, F]; no True in a row that is routed."""
+        """The fixed expert of each row, bool [N, F]; a row without True is routed."""
         if self.fixed_groups is None:
             return (group_N < 0).unsqueeze(-1)
         return group_N.unsqueeze(-1) == torch.tensor(self.fixed_groups, device=group_N.device)

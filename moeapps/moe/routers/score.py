@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores: modules that map what is routed on to one logit per column, ``[N, num_outputs]``.
+"""Scores: modules that map features to logits, one per column, ``[N, num_outputs]``.
 
 Columns are the routed experts, followed by the null experts and the gated shared experts of choosers that have them.
 Scores compute in the precision they are given (the router hands them at least float32); their parameters follow.
@@ -20,7 +20,9 @@ Features = Tensor | tuple[Tensor, ...]
 
 
 class Score(nn.Module):
-    """Base of all scores: ``score(features, group=..., state=...) -> logits`` or ``(logits, new state)``.
+    """Base of all scores: the part of a router that turns features into logits.
+
+    ``score(features, group=..., state=...)`` returns the logits, or with a memory ``(logits, new state)``.
 
     Args:
         num_outputs: columns of the logits, at least 1.

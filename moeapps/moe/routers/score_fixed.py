@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores that do not look at the features: tables of group ids, constants, chance. Oracles and controls."""
+"""Scores that do not read the features: tables of group ids, constants, chance. Oracles and controls."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAVIA: contexts that are found anew inside every step, and weights that make this easy."""
+"""CAVIA: every training step first fits new contexts; the weights learn to make this fit easy."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class CaviaTask(DynamicsTask):
 
     def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
         """Mean error after the inner loop, differentiable through it."""
-        zero_Ed = data.x.new_zeros(len(data.x), self.net.context_dim)
-        context_Ed = zero_Ed.requires_grad_()
-        routing = self.net.route(context_Ed, self.net.group(data))
+        zero_Sc = data.x.new_zeros(len(data.x), self.net.context_dim)
+        context_Sc = zero_Sc.requires_grad_()
+        routing = self.net.route(context_Sc, self.net.group(data))
         for _ in range(self.inner_steps):
             # The sum keeps environments apart: each takes a step of its own.
-            error = self._errors(data, context_Ed, routing, rollout=rollout).sum()
-            (gradient,) = torch.autograd.grad(error, [context_Ed], create_graph=True)
-            context_Ed = context_Ed - self.inner_lr * gradient
+            error = self._errors(data, context_Sc, routing, rollout=rollout).sum()
+            (gradient,) = torch.autograd.grad(error, [context_Sc], create_graph=True)
+            context_Sc = context_Sc - self.inner_lr * gradient
         with torch.no_grad():
-            self.net.contexts[data.env] = context_Ed
-        return self._errors(data, context_Ed, routing, rollout=rollout).mean()
+            self.net.contexts[data.env] = context_Sc
+        return self._errors(data, context_Sc, routing, rollout=rollout).mean()

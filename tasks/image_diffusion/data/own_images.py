@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a user: a folder of classes per domain, or an npz file per domain."""
+"""Your own images: a folder of classes per domain, or an npz file per domain."""
 
 from __future__ import annotations
 

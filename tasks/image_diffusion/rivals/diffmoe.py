@@ -27,7 +27,7 @@ Source: docs/papers/promoe.md, equations 12 and 13.
 
 @dataclass(frozen=True, eq=False)
 class CapacityRouting(Routing):
-    """A routing with what a capacity predictor says of each pair.
+    """A routing with the capacity predictor's logit of each pair.
 
     Args:
         capacity_NE: its logits [N, E]; None for an empty one.

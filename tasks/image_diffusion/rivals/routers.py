@@ -134,7 +134,7 @@ def diffmoe(
 
 
 class ClassTable(nn.Module):
-    """Something that needs the data's table from class to super-class; the task hands it over.
+    """Base of modules that need the table from class to super-class; the task sets it from the facts.
 
     Attributes:
         table: int64 [K]; empty until then.

@@ -68,7 +68,7 @@ class DomainGuidedScore(Score):
 def domain_guided_router(
     *, num_experts: int = 4, top_k: int = 2, num_domains: int = 6, domain_dim: int = 16
 ) -> RouterFactory:
-    """Point-MoE's router, told the domain of each voxel: a rival that needs labels of the data set.
+    """Point-MoE's router that also reads the domain of each voxel: a rival that needs the data set's name.
 
     Args:
         num_experts: E.

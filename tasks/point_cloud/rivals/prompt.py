@@ -38,7 +38,7 @@ MODES: tuple[Mode, ...] = ("oracle", "classifier", "generic")
 
 
 class PromptRows:
-    """Which rows of each resolution belong to which prompt, told to the norms for the duration of one pass.
+    """The prompt of each row at each resolution, which the norms read during one pass.
 
     A norm sees rows and no level, but their number says which level it is: if two levels have equally many rows, no
     voxels were merged between them, so they hold the same voxels in the same order.

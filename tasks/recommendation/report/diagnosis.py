@@ -143,7 +143,7 @@ def degradation(sample: LevelSample) -> dict[str, dict[str, float]]:
 
 
 def gates(sample: LevelSample) -> dict[str, dict[str, float]]:
-    """How decided each gate is, and what it leaves to its own experts."""
+    """How certain each gate is, and how much weight its own experts get."""
     share_GNE = sample.share.double()
     found = {}
     for g, name in enumerate(sample.gates):

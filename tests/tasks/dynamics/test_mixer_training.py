@@ -18,10 +18,10 @@ from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.modulation import SelfModulation
 from tasks.dynamics.rivals import gates as rival_gates
 from tasks.dynamics.rivals.cavia import CaviaTask
-from tests.tasks.dynamics.mixer_common import C, D, E, K, network, spirals
+from tests.tasks.dynamics.mixer_common import C, D, E, S, network, spirals
 
 DOMAINS = {"domains": {"seen": ["a"], "validation": ["b"], "unseen": ["c"]}}
-FACTS = {**DOMAINS, "num_environments": E, "state_dim": D, "kind": "field"}
+FACTS = {**DOMAINS, "num_environments": S, "state_dim": D, "kind": "field"}
 
 
 def task(net: Callable[[int, int], MixER] | None = None, **options: Any) -> DynamicsTask:
@@ -60,7 +60,7 @@ def test_phases_alternate_and_the_last_share_of_the_steps_trains_roll_outs() -> 
 
 def test_contributors_are_one_environment_and_its_nearest() -> None:
     made = task(alternation=Alternation(contributors=2))
-    made.net.contexts.data = torch.tensor([0.0, 9.0, 4.0, 0.1, 9.1, 4.1])[:, None].expand(E, C).clone()
+    made.net.contexts.data = torch.tensor([0.0, 9.0, 4.0, 0.1, 9.1, 4.1])[:, None].expand(S, C).clone()
     found = {tuple(made._contributing(spirals()).env.tolist()) for _ in range(40)}
 
     assert found == {(0, 3), (1, 4), (2, 5)}
@@ -73,8 +73,8 @@ def test_losses_for_the_gate_are_those_of_each_expert_alone() -> None:
 
     assert torch.equal(contexts, made.net.contexts)
     assert losses is not None
-    for k in range(K):
-        routing = made.net.route_to(torch.full((E,), k), contexts)
+    for k in range(E):
+        routing = made.net.route_to(torch.full((S,), k), contexts)
         alone = scaled_errors(*made.net.shoot(data, contexts, routing), data.scale)
         torch.testing.assert_close(losses[:, k], alone)
     assert made.routing_losses("net.layer", needed=False)[1] is None

@@ -162,7 +162,7 @@ def test_patches_come_back_where_they_were() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 10}, "image_size=10 is no multiple of patch_size=4"),
+        ({"image_size": 10}, "image_size=10 is not a multiple of patch_size=4"),
         ({"dim": 18, "num_heads": 2}, "multiple of 4"),
         ({"num_heads": 3}, "num_heads=3"),
         ({"depth": 0}, "depth=0"),

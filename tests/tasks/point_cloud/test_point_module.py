@@ -13,7 +13,7 @@ from torch_geometric.data import Batch
 
 from moeapps.evaluation.units import pooled_score
 from moeapps.moe import MoERecorder, Record, Routing
-from moeapps.training.evaluation import DomainScores
+from moeapps.training.scores import DomainScores
 from tasks.point_cloud.losses import segmentation_loss
 from tasks.point_cloud.metrics import confusion, scores
 from tasks.point_cloud.model import PointMoE

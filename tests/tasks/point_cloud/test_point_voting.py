@@ -278,8 +278,8 @@ def test_votes_are_for_tests_and_not_for_training_or_validation(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rotations": ()}, "look once"),
-        ({"scales": ()}, "look once"),
+        ({"rotations": ()}, "give one view"),
+        ({"scales": ()}, "give one view"),
         ({"scales": (1.0, 0.0)}, "above 0"),
         ({"max_fragments": 0}, "1 or more"),
     ],
