@@ -120,7 +120,7 @@ class BaseTask(L.LightningModule):
         self.last_records: list[Record] = []
         self.last_answer: Callable[[], Any] | None = None
         self.last_domain: str | None = None
-        self.record_keeps: Collection[Kept] = ()
+        self.record_keeps: Collection[Kept] = ()  # what callbacks want of the next test batch's records
         self._last_step = 0
         self._label_seen = False
         self._steps_without = 0
@@ -347,7 +347,7 @@ class BaseTask(L.LightningModule):
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Let go of the records."""
         self.last_records = []
-        self.last_answer = None
+        self.last_answer, self.record_keeps = None, ()
 
     # Optimisation -------------------------------------------------------------------------------------------------
 

@@ -29,16 +29,16 @@ class LayerWork:
     """What one layer did in a test, in float64.
 
     Args:
-        last: its last record.
         work_DE: work of each expert on each seen domain, a row counting 1.
         sums: [3], the sum of the weights, assignments to an expert, rows.
         tables: factor -> [D, L, E], the work by label, too; rows without a label are left out.
+        alike: see `prototype_likeness`; read with the batch, since averaged weights are in place only then.
     """
 
-    last: Record
     work_DE: Tensor
     sums: Tensor
     tables: dict[str, Tensor] = field(default_factory=dict)
+    alike: dict[str, float] = field(default_factory=dict)
 
 
 class ExpertReport(L.Callback):
@@ -57,8 +57,8 @@ class ExpertReport(L.Callback):
     metrics/test.json as groups ``experts`` (means over layers) and ``experts.<number>`` (a layer); where a network has
     several stages each has its groups: ``encoder``, ``encoder.<stage>.<block>``, ``decoder`` ...
 
-    Nothing is run: the report reads the records of the test's own pass. A task with numbers of its own overrides
-    `numbers`, `count` or `finish`.
+    The network is not run for it: the report reads the records of the test's own pass. A task with numbers of its own
+    overrides `numbers`, `count` or `finish`.
     """
 
     keep: ClassVar[tuple[Kept, ...]] = ()
@@ -78,7 +78,8 @@ class ExpertReport(L.Callback):
     ) -> None:
         """Ask the records of the batch for what the report needs."""
         task = cast(BaseTask, pl_module)
-        task.record_keeps = self.keep if self.wants(task.data.eval_domains("test")[dataloader_idx]) else ()
+        if self.keep and self.wants(task.data.eval_domains("test")[dataloader_idx]):
+            task.record_keeps = {*task.record_keeps, *self.keep}
 
     def on_test_batch_end(
         self,
@@ -91,7 +92,6 @@ class ExpertReport(L.Callback):
     ) -> None:
         """Count the rows of the batch."""
         task = cast(BaseTask, pl_module)
-        task.record_keeps = ()
         if task.last_records and self.wants(str(task.last_domain)):
             self.count(task, batch, task.last_records, self.domains.index(str(task.last_domain)))
 
@@ -131,7 +131,7 @@ class ExpertReport(L.Callback):
         told |= {"least": float(load_E.min()), "most": float(load_E.max())}
         weight, pairs, rows = layer.sums.tolist()
         told |= {"per_token": pairs / max(1.0, rows), "gate": weight / max(1.0, pairs)}
-        return told | prototype_likeness(layer.last)
+        return told | layer.alike
 
     def finish(self, task: BaseTask, folder: Path | None) -> None:
         """Set ``result`` and, where there is a folder, write metrics/experts.json."""
@@ -148,9 +148,9 @@ class ExpertReport(L.Callback):
         work_NE, weight_NE = record.work()[held], record.routing.assignment().detach()[held]
         num_experts = work_NE.shape[1]
         layer = self.layers.setdefault(
-            record.place, LayerWork(record, work_NE.new_zeros(len(self.domains), num_experts), work_NE.new_zeros(3))
+            record.place, LayerWork(work_NE.new_zeros(len(self.domains), num_experts), work_NE.new_zeros(3))
         )
-        layer.last = record
+        layer.alike = prototype_likeness(record)
         layer.work_DE[domain] += work_NE.sum(0)
         layer.sums += torch.stack(
             [weight_NE.double().sum(), (weight_NE != 0).double().sum(), work_NE.new_tensor(float(len(work_NE)))]

@@ -22,7 +22,7 @@ from tests.tasks.point_cloud.rivals_common import ATTENTION, FACTS, mixed
 def idle_trainer() -> SimpleNamespace:
     """What the report asks of a trainer that writes nothing."""
     data = SimpleNamespace(present=lambda role: ["room", "street"])
-    return SimpleNamespace(datamodule=data, world_size=1, fast_dev_run=True, barebones=False)
+    return SimpleNamespace(datamodule=data, world_size=1, is_global_zero=True, fast_dev_run=True, barebones=False)
 
 
 def test_information_of_experts_that_follow_domain_or_class_alone() -> None:
