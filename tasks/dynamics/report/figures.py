@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
@@ -279,10 +280,12 @@ class SystemFigures(L.Callback):
     ) -> None:
         """Draw a seen domain."""
         data = cast(Any, trainer).datamodule
-        domain = data.eval_domains("test")[dataloader_idx]
+        domain, answer = data.eval_domains("test")[dataloader_idx], cast(BaseTask, pl_module).last_answer
         if run_dir(trainer) is None or not trainer.is_global_zero or batch_idx or data.role_of(domain) != "seen":
             return
-        answers = cast(Any, pl_module).predict_step(batch, batch_idx, dataloader_idx)
+        if answer is None:
+            return
+        answers = answer()
         self._contexts.append(answers)
         self._draw(trainer, answers, batch.num_given)
 
