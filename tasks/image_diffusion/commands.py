@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import Split
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import from_uint8
 from tasks.image_diffusion.data.own_images import ENDINGS, read_image
-from tasks.image_diffusion.data.readers.arrays import write_arrays
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.autoencoder import LatentDecoder
 from tasks.image_diffusion.nets.samplers import sample

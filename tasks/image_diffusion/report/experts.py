@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json
 from moeapps.moe import PrototypeScore, Record, Routing
 from moeapps.moe.metrics import contingency, load, mutual_information
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.losses import num_routed
 from tasks.image_diffusion.metrics import TIME_BINS

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
+from moeapps.files import write_json
 from moeapps.moe import Record, Routing
 from moeapps.moe.metrics import contingency, mutual_information
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from tasks.point_cloud.module import PointCloudTask
 from tasks.point_cloud.nets.text import normalise_name
 
