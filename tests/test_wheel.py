@@ -75,12 +75,13 @@ def test_the_source_archive_holds_the_tests_and_what_they_read(built: Path) -> N
 
 
 def test_the_wheel_alone_trains_and_lists_in_a_bare_environment(wheel: Path, tmp_path: Path) -> None:
-    call(sys.executable, "-m", "venv", tmp_path / "bare", folder=tmp_path)
+    call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare", folder=tmp_path)
     programs = tmp_path / "bare" / "bin"
     packages = call(programs / "python", "-c", "import site; print(site.getsitepackages()[0])", folder=tmp_path).strip()
     # Path files in a folder that a path file names are not read: the editable moeapps of this environment stays out.
     (Path(packages) / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    call(programs / "python", "-m", "pip", "install", "--no-index", wheel, folder=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python"]
+    call(*pip, "install", "--no-index", "--no-compile", wheel, folder=tmp_path)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
 

@@ -55,10 +55,9 @@ def located(words: Sequence[str]) -> list[str]:
 
 def _configs(pattern: str) -> dict[str, Path]:
     """Configs by what is to be typed: packaged ones and those below ``configs`` here, which win."""
-    found: dict[str, Path] = {}
-    for folder in (packaged_configs(), Path("configs")):
-        for path in folder.glob(pattern) if folder is not None else []:
-            found[(Path("configs") / path.relative_to(folder)).as_posix()] = path
+    here = Path("configs")
+    folders = [packaged_configs() or here, here]
+    found = {(here / path.relative_to(folder)).as_posix(): path for folder in folders for path in folder.glob(pattern)}
     return dict(sorted(found.items()))
 
 

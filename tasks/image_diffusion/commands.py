@@ -5,23 +5,23 @@ from __future__ import annotations
 
 from moeapps.commands.tasks import TaskCommand
 
-_IMAGES = {
-    "data": "tasks.image_diffusion.datamodule:ImageData",
-    "systems": "systems that draw images, such as configs/promoe.yaml",
-}
+_DATA = "tasks.image_diffusion.datamodule:ImageData"
+_SYSTEMS = "systems that draw images, such as configs/promoe.yaml"
 
 COMMANDS: tuple[TaskCommand, ...] = (
     TaskCommand(
         "sample",
         "draw images with a trained run",
         "tasks.image_diffusion.report.sample:main",
+        data=_DATA,
+        systems=_SYSTEMS,
         weights=True,
-        **_IMAGES,
     ),
     TaskCommand(
         "fid-stats",
         "statistics of images, for Fréchet distances",
         "tasks.image_diffusion.report.fid_stats:main",
-        **_IMAGES,
+        data=_DATA,
+        systems=_SYSTEMS,
     ),
 )
