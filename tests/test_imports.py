@@ -166,14 +166,9 @@ def test_the_command_line_imports_the_standard_library_at_module_level(path: Pat
 
 
 def graph(*, lazy: bool) -> dict[str, set[str]]:
-    """Return module -> modules that it has imported, the packages around them included."""
-    found: dict[str, set[str]] = {}
-    for name, path in MODULES.items():
-        targets = {module_of(target) for target in imported(path, lazy=lazy, typing=False)} & MODULES.keys()
-        around = {".".join(target.split(".")[:end]) for target in targets for end in range(1, target.count(".") + 1)}
-        found[name] = targets | {package for package in around if not inside(name, package)}
-        found[name].discard(name)
-    return found
+    """Return module -> modules that it imports."""
+    found = {name: imported(path, lazy=lazy, typing=False) for name, path in MODULES.items()}
+    return {name: {module_of(target) for target in targets} - {name} for name, targets in found.items()}
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["at module level", "inside functions too"])
