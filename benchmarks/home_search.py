@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there a setting in which HoME beats MMoE on rare tasks? ``python -m benchmarks.home_search [--only PATTERN ...]``.
+"""In four passes, where does HoME beat MMoE on rare tasks? ``python -m benchmarks.home_search [--only PATTERN ...]``.
+
+The settings vary the evidence's second regime, four passes over 60,000 rows; one pass over many is the base config.
 
 Every setting trains HoME and MMoE of equal parameters with the same data, epochs and seeds, each with two learning
 rates of which it keeps the better; three seeds, on other data than the evidence. What counts is the expected GAUC of

@@ -162,6 +162,8 @@ class BaseTask(L.LightningModule):
     def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
         """Return how many of the first ``steps`` training steps are of each kind, where kinds differ in compute.
 
+        Work between the steps that costs as much (MixER's fits of its gate) is a kind of its own.
+
         Args:
             steps: steps taken.
             planned: steps of the whole run, should the kind of a step depend on it.

@@ -32,6 +32,7 @@ from tasks.dynamics.report.predictions import TrajectoryWriter
 
 log = logging.getLogger("moeapps")
 Phase = Literal["context", "model"]
+FIT = "fit of the gate"
 
 
 @dataclass
@@ -201,13 +202,22 @@ class DynamicsTask(BaseTask):
         return self.alternation.phase(step)
 
     def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
-        """Steps on contexts and on weights, from sample to sample and over whole roll-outs."""
+        """Steps on contexts and on weights, from sample to sample and over whole roll-outs; fits of the gate.
+
+        A fit tries every expert on every environment. One that came after the gate had frozen is counted all the same.
+        """
         ways = ("one sample ahead", "roll-out")
         kinds = (f"{self.phase(step)}, {ways[self._rolls_out(step, planned)]}" for step in range(steps))
-        return dict(Counter(kinds))
+        early = [max(0, router.warmup - 1) for router in fitted_routers(self).values()]
+        fits = sum(max(0, steps // self.gate_every - calls) for calls in early)
+        return {**Counter(kinds), **({FIT: fits} if early else {})}
 
     def differentiate(self, batch: Trajectories, kind: str) -> None:
-        """Run forward and backward of one step of a kind."""
+        """Run forward and backward of one step of a kind, or what a fit of the gate reads."""
+        if kind == FIT:
+            with torch.no_grad():
+                self._losses_of_experts(batch)
+            return
         phase, way = kind.split(", ")
         loss = self.training_loss(self._contributing(batch), rollout=way == "roll-out")
         params = [self.net.contexts] if phase == "context" else self.model_parameters
@@ -337,13 +347,16 @@ class DynamicsTask(BaseTask):
         contexts_Ed = self.net.contexts.detach()
         if not needed:
             return contexts_Ed, None
-        data, K = self.training_data(), self.net.num_experts
-        E = len(data.x)
+        return contexts_Ed, self._losses_of_experts(self.training_data())
+
+    def _losses_of_experts(self, data: Trajectories) -> Tensor:
+        """The one-step loss [E, K] of every environment, in the order of their numbers, under every expert."""
+        E, K = len(data.x), self.net.num_experts
         rows = torch.arange(E, device=self.device).repeat(K)
         expert = torch.arange(K, device=self.device).repeat_interleave(E)
-        every, context = data.environments(rows), contexts_Ed[rows]
+        every, context = data.environments(rows), self.net.contexts.detach()[rows]
         error = self._errors(every, context, self.net.route_to(expert, context), rollout=False)
-        return contexts_Ed, error.view(K, E).T
+        return error.view(K, E).T
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ class MoESummary(L.Callback):
         """What the training steps so far have cost, those before a checkpoint included; None if not known."""
         if self.training is None or self._kinds is None:
             return self._earlier
-        return self.training.flops(self._kinds(self.steps, sum(self.training.planned.values())))
+        return self.training.flops(self._kinds(self.steps, self.training.steps))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure for the results file, if that has not happened."""
@@ -146,8 +146,8 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int, training: Tra
         match, ratio = cost.twin
         table.add_row("dense twin", f"{TWIN_NAMES[match]} over the mixture's", f"{ratio:.3f}")
     if training is not None:
-        steps = sum(training.planned.values())
-        table.add_row("FLOPs of the training", f"{steps:,} steps, forward and backward", f"{training.flops():.4g}")
+        told = f"{training.steps:,} steps, forward and backward"
+        table.add_row("FLOPs of the training", told, f"{training.flops():.4g}")
     if cost.layers:
         table.add_row("MoE layers", experts_of(cost), str(len(cost.layers)))
         if any(layer.num_experts > 1 for layer in cost.layers):

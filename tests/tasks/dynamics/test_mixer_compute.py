@@ -11,7 +11,8 @@ from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER
 from tasks.dynamics.module import Alternation, DynamicsTask
 from tasks.dynamics.nets.experts import GEPSExperts
-from tasks.dynamics.nets.gates import robust
+from tasks.dynamics.nets.gates import GateFactory, robust
+from tasks.dynamics.rivals.gates import single
 
 E, N, T, D, WIDTH, K, PIECE = 12, 3, 9, 2, 8, 4, 4
 LAYERS = ((D, WIDTH), (WIDTH, WIDTH), (WIDTH, D))
@@ -33,15 +34,15 @@ def data(environments: int = E) -> Trajectories:
     )
 
 
-def task(contributors: int | None = None) -> DynamicsTask:
+def task(contributors: int | None = None, warmup: int = 0, gate: GateFactory | None = None) -> DynamicsTask:
     def net(state_dim: int, num_environments: int) -> FieldMixER:
         return FieldMixER(
             state_dim,
             num_environments,
             experts=lambda d, k, c: GEPSExperts(d, k, c, width=WIDTH, depth=3),
-            gate=robust(),
-            num_experts=K,
-            context_dim=K * PIECE,
+            gate=gate or robust(warmup=warmup),
+            num_experts=1 if gate else K,
+            context_dim=PIECE if gate else K * PIECE,
         )
 
     facts = {"domains": {"seen": ["a"], "validation": [], "unseen": []}, "kind": "field"}
@@ -78,14 +79,29 @@ def test_steps_of_all_kinds_are_counted_apart() -> None:
         "model, one sample ahead": 27,
         "context, roll-out": 3,
         "model, roll-out": 9,
+        "fit of the gate": 24,
     }
+    assert cost.steps == 48
     ahead = E * N * (T - 1) * STAGES * FIELD
     for kind, flops in cost.step.items():
+        if kind == "fit of the gate":  # every expert on every environment, forward
+            assert flops == pytest.approx(K * (ahead + E * BEND), rel=0.01)
+            continue
         assert 2 * ahead < flops < 3.3 * ahead, kind  # forward, and one or two products of its size backward
     assert cost.flops() == sum(cost.step[kind] * count for kind, count in cost.planned.items())
 
 
-def test_a_third_of_the_environments_is_a_third_of_the_compute() -> None:
-    whole, part = (measure_training(task(count), data(), planned=48).flops() for count in (None, E // 3))
+def test_fits_begin_after_the_warm_up_and_only_a_fitted_gate_has_any() -> None:
+    late, fixed = task(warmup=10), task(gate=single())
 
-    assert part == pytest.approx(whole / 3, rel=0.01)
+    assert late.step_kinds(48, 48)["fit of the gate"] == 24 - 9  # the tenth call is the first that reads losses
+    assert late.step_kinds(12, 48)["fit of the gate"] == 0
+    assert "fit of the gate" not in fixed.step_kinds(48, 48)
+
+
+def test_a_third_of_the_environments_is_a_third_of_the_compute_of_steps_not_of_fits() -> None:
+    whole, part = (measure_training(task(count), data(), planned=48) for count in (None, E // 3))
+
+    steps = {kind: count for kind, count in whole.planned.items() if kind != "fit of the gate"}
+    assert part.flops(steps) == pytest.approx(whole.flops(steps) / 3, rel=0.01)
+    assert part.step["fit of the gate"] == whole.step["fit of the gate"]
