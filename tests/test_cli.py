@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from moeapps import cli
@@ -275,6 +276,18 @@ def test_a_class_path_of_before_is_told_with_its_new_name(tmp_path: Path, capsys
     message = capsys.readouterr().err
     assert f"{file}: {old} is now {new}. Write the new path; checkpoints from before the move" in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_checkpoint_of_before_is_told_with_the_new_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = {"class_path": "tasks.point_cloud.attention.Attention"}
+    file = tmp_path / "old.ckpt"
+    torch.save({"hyper_parameters": {"_class_path": "tests.toy.ToyTask", "net": net}}, file)
+
+    assert main(["fit", *FAST, "--ckpt_path", str(file)]) == 2
+
+    message = capsys.readouterr().err
+    assert f"error: {file}: {net['class_path']} is now tasks.point_cloud.nets.attention.Attention" in message
+    assert "checkpoints from before the move are not supported" in message
 
 
 def test_no_config_of_ours_has_a_class_path_of_before() -> None:
