@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json
 from moeapps.moe.metrics import contingency, load, mutual_information
 from moeapps.moe.objectives import routed
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask, Factor
 
 Groups = dict[str, dict[str, float]]
