@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from moeapps.training.optim import Cosine, OptimizerConfig
 from tasks.recommendation.data.multitask_log import MultitaskLog, default_rates
 from tasks.recommendation.datamodule import RecommendationData
 from tasks.recommendation.metrics import gauc
-from tasks.recommendation.model import home
-from tasks.recommendation.module import Ranker, RankingTask
+from tasks.recommendation.model import Ranker, home
+from tasks.recommendation.module import RankingTask
 from tasks.recommendation.rivals import mmoe
 
 RESULTS = Path(__file__).parent / "results" / "home_search.json"
@@ -125,7 +126,7 @@ def train(setting: Setting, model: str, lr: float, seed: int) -> dict[str, float
     data = RecommendationData(source=source, seed=seed, batch_size=setting.batch_size, eval_batch_size=4096)
     data.prepare_data()
     task = RankingTask(
-        net=Ranker(bank=bank),
+        net=partial(Ranker, bank=bank),
         facts=data.facts,
         optimizer=OptimizerConfig(lr=lr, weight_decay=setting.weight_decay),
         schedule=Cosine(warmup=0.05),

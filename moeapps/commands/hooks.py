@@ -53,7 +53,7 @@ def run_hook(command: TaskCommand, args: list[str]) -> int:
 
 
 def _told(command: TaskCommand, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None) -> int:
-    """Run it; a wrong configuration or a damaged file is told without a traceback."""
+    """Run it; report a wrong configuration or a damaged file without a traceback."""
     from moeapps.data.archives import ArchiveError
 
     try:

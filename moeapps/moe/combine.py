@@ -76,9 +76,7 @@ def with_shared(routing: Routing, work: Work) -> Routing:
         )
     row_M = torch.arange(num_rows, device=device).repeat_interleave(num_shared)
     if routing.target_M is not None:
-        raise ValueError(
-            "a routing with target_M cannot be joined by shared experts: which output row would they add to?"
-        )
+        raise ValueError("a routing with target_M cannot be joined by shared experts, whose output row is not defined")
     return Routing(
         row_M=torch.cat([routing.row_M, row_M]),
         expert_M=torch.cat([expert_M, ids_NS.reshape(-1)]),
@@ -240,7 +238,7 @@ class Stack(Combiner):
     Raises:
         ValueError: for routings without a fixed number of experts per row (expert choice over the batch, slots).
 
-    Source: Meta-DMoE, whose aggregator reads one token per expert (its card 2.2).
+    Source: Meta-DMoE, whose aggregator reads one token per expert (docs/papers/meta_dmoe.md, equation 2).
 
     Example:
         >>> from moeapps.moe import LinearScore, MLPExperts, MoELayer, Router, TopK

@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
     Raises:
         ValueError: if the sizes of router and experts do not fit, or a sparse router meets experts that need all rows.
 
-    Source: DESIGN of this suite; the equation is the one all seven systems share.
+    Source: docs/papers/core.md, equation 1, which all seven systems share.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ class MoELayer(nn.Module):
         x = read_rows(x, mask_N, 1 if per_expert else 0)
         if routing is None:
             if per_expert and features is None:
-                raise ValueError("per_expert=True gives every expert another x: say what to route on by features=.")
+                raise ValueError("with per_expert=True every expert has its own x: give what to route on as features=.")
             routing = self._route(x if features is None else features, state, mask_N, _flat(group))
         rows = tuple(read_rows(s.reshape(-1, *s.shape[len(lead) :]), mask_N) for s in side)
         work = Work(

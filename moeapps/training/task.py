@@ -19,9 +19,9 @@ from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.record import MoERecorder, Record
-from moeapps.training.evaluation import DomainScores
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
+from moeapps.training.scores import DomainScores
 from moeapps.training.sparse import build_optimizer, clip_gradients
 
 Stage = Literal["train", "val", "test"]
@@ -78,7 +78,7 @@ class BaseTask(L.LightningModule):
         schedule: learning-rate schedule over the run.
 
     Raises:
-        ValueError: ``facts`` without domains, or two auxiliary losses of one name.
+        ValueError: ``facts`` without domains or one of ``needed_facts``, or two auxiliary losses of one name.
     """
 
     monitor: ClassVar[str] = "val/validation/loss"
@@ -86,6 +86,7 @@ class BaseTask(L.LightningModule):
     main_metric: ClassVar[str] = "loss"
     monitor_minimum: ClassVar[int] = 1
     monitor_unit: ClassVar[str] = "items"
+    needed_facts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -99,8 +100,9 @@ class BaseTask(L.LightningModule):
         if hparams_mixin._given_hyperparameters.get() is not None:
             # Only the command line gives plain values; live modules would make the checkpoint unsafe to load.
             self.save_hyperparameters(logger=False)
-        if "domains" not in facts:
-            raise ValueError(f"facts has no 'domains' but {sorted(facts)}; give the data module's facts")
+        missing = sorted({"domains", *self.needed_facts} - set(facts))
+        if missing:
+            raise ValueError(f"facts lacks {missing}, it has {sorted(facts)}; give the facts of the task's data module")
         names = [loss.name for loss in aux_losses or []]
         if len(set(names)) < len(names):
             raise ValueError(f"auxiliary losses {names} share a name; give each its own")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import DomainDataModule, Role, Split
-from moeapps.data.mixing import Mixing
+from moeapps.data.mixing import DomainMixing
 from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
@@ -47,7 +47,7 @@ class ImageData(DomainDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "balanced",
+        mixing: DomainMixing = "balanced",
         eval_batch_size: int | None = None,
     ) -> None:
         self.source = source or GlyphShapes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -29,13 +30,13 @@ from tasks.point_cloud.report.tally import tally
 
 
 class PointCloudTask(BaseTask):
-    """Semantic segmentation of scans from several sensors, each answered in its own words.
+    """Semantic segmentation of scans from several sensors, each with its own label set.
 
     The network is not told where a scan comes from; the head is told which label set to answer in. Loss: cross-entropy
     plus Lovász-softmax per domain of the batch, then the mean over domains.
 
     Args:
-        net: the network.
+        net: makes the network from the facts.
         facts: from the data module: ``domains``, ``domain_names``, ``label_sets`` and ``in_dim``.
         text: vectors of the class names; None means `TaxonomyText`.
         logit_scale: factor of the cosine between a point and a class name, > 0 (paper: about 100).
@@ -46,7 +47,7 @@ class PointCloudTask(BaseTask):
         schedule: learning-rate schedule (paper: one cycle).
 
     Raises:
-        ValueError: ``facts`` lacks an entry, or the data has another number of input channels than the network.
+        ValueError: ``facts`` lacks an entry.
     """
 
     monitor: ClassVar[str] = "val/validation/miou"
@@ -54,11 +55,12 @@ class PointCloudTask(BaseTask):
     main_metric: ClassVar[str] = "miou"
     monitor_minimum: ClassVar[int] = 5
     monitor_unit: ClassVar[str] = "tiles"
+    needed_facts: ClassVar[tuple[str, ...]] = ("domain_names", "label_sets", "in_dim")
 
     def __init__(
         self,
         *,
-        net: PointMoE,
+        net: Callable[[dict[str, Any]], PointMoE],
         facts: dict[str, Any],
         text: TextVectors | None = None,
         logit_scale: float = 100.0,
@@ -69,17 +71,12 @@ class PointCloudTask(BaseTask):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
-        missing = {"domain_names", "label_sets", "in_dim"} - set(facts)
-        if missing:
-            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of PointCloudData")
-        if facts["in_dim"] != net.in_dim:
-            raise ValueError(f"the data has {facts['in_dim']} channels but net.in_dim={net.in_dim}; set them equal")
-        self.net = net
+        self.net = net(facts)
         self.label_sets: dict[str, list[str]] = facts["label_sets"]
         self.domain_names: list[str] = facts["domain_names"]
         self.lovasz_weight = lovasz_weight
         self.head = LanguageHead(
-            net.out_dim, self.label_sets, text or TaxonomyText(), scale=logit_scale, learn_scale=learn_logit_scale
+            self.net.out_dim, self.label_sets, text or TaxonomyText(), scale=logit_scale, learn_scale=learn_logit_scale
         )
 
     def configure_metrics(self, domain: str) -> MetricCollection:
@@ -138,7 +135,7 @@ class PointCloudTask(BaseTask):
         return StepOutput(loss, batch.num_graphs, args, logs, labelled=labelled, parts=shares)
 
     def raw_labels(self, batch: Batch, pred_N: Tensor) -> Tensor:
-        """Class of every raw point: int64 [R], that of its voxel, or what its votes say where the batch brings any."""
+        """Class of every raw point: int64 [R], from its voxel, or from its votes where the batch has votes."""
         if "votes" not in batch:
             return pred_N[batch.inverse]
         most = max(len(self.label_sets[self.domain_names[index]]) for index in batch.domain.tolist())

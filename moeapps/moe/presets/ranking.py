@@ -43,7 +43,7 @@ def home_level(
     Raises:
         ValueError: if a gate sees nothing, sizes do not fit, or plain experts come without ``hidden_dim``.
 
-    Source: HoME (its card 2.3 to 2.6).
+    Source: HoME (docs/papers/home.md).
 
     Example:
         >>> sees, owns = [[True, True, False], [True, False, True]], [[False, True, False], [False, False, True]]
@@ -100,7 +100,7 @@ def aw_moe(
     Raises:
         ValueError: for an unknown ``gate_norm``.
 
-    Source: AW-MoE (its card 2.2 and 2.3, recalled there).
+    Source: AW-MoE (docs/papers/aw_moe.md, equations 1 and 2; recalled).
 
     Example:
         >>> layer = aw_moe(behaviour_dim=6)(8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What experts know: how much a layer's choice of experts tells about domain, class and noise level of a token.
+"""What experts know: the information in a layer's choice of experts about domain, class and noise level of a token.
 
 Shape legend: N tokens, L labels of a factor, E experts.
 """

@@ -20,7 +20,7 @@ from moeapps.moe.routers.router import without_autocast
 from moeapps.moe.routers.score import Features
 from moeapps.moe.view_linear import view_linear
 
-Mixing = Literal["softmax", "uniform", "shuffled", "constant"]
+GateMixing = Literal["softmax", "uniform", "shuffled", "constant"]
 Residual = Literal["none", "self_gate", "constant", "ones"]
 Table = Sequence[Sequence[bool]]
 
@@ -52,8 +52,8 @@ class StackedGates(RouterBase):
     Raises:
         ValueError: if a gate sees or reads nothing, tables differ in size, or a word is unknown.
 
-    Source: HoME (its card 2.4 and 2.6); AdaTT, whose n learned numbers of a unit start from U(+-1/sqrt(n));
-        cross-stitch networks.
+    Source: HoME (docs/papers/home.md, equations 1 and 6); AdaTT, whose n learned numbers of a unit start from
+        U(+-1/sqrt(n)); cross-stitch networks.
     """
 
     sparse = False
@@ -76,7 +76,7 @@ class StackedGates(RouterBase):
         reads: Sequence[Sequence[int]],
         *,
         owns: Table | None = None,
-        mixing: Mixing = "softmax",
+        mixing: GateMixing = "softmax",
         residual: Residual = "none",
     ) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class StackedGates(RouterBase):
         )
 
     def _weights(self, share_NKQ: Tensor) -> tuple[Tensor, Tensor]:
-        """What is applied and what the mixing gates alone give, [N, G, E] each."""
+        """The applied weights, and those of the mixing gates without residuals, [N, G, E] each."""
         if self.see_all and self.num_columns == self.num_gates:  # slots are experts, columns are gates
             weight_NGE = share_NKQ.transpose(1, 2)
             return weight_NGE, weight_NGE.detach()
@@ -282,7 +282,7 @@ class FeatureGates(nn.Module):
     Raises:
         ValueError: if a size is below 1.
 
-    Source: HoME (its card 2.5); the zero start is inferred there.
+    Source: HoME (docs/papers/home.md, equation 5); the zero start is inferred.
 
     Example:
         >>> gates, states = FeatureGates(6, (0, 0, 1), num_gates=2, rank=3), torch.randn(2, 5, 6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After a test: are experts silent, seized by one task, ignored by rare tasks? Numbers, a report, a figure.
+"""After a test: numbers, report and figure on experts that are silent, serve one task only or miss rare tasks.
 
 Shape legend: N rows, E experts, o units, G gates.
 """

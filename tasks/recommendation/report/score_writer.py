@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves a run: predicted probabilities as tables, and intervals of GAUC over users."""
+"""Outputs of a run: predicted probabilities as tables, and intervals of GAUC over users."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ScoreTable:
 
 
 class ScoreWriter(L.Callback):
-    """Write what ``predict`` says as predictions/<domain>.parquet or .csv, one row per impression.
+    """Write the answers of ``predict`` as predictions/<domain>.parquet or .csv, one row per impression.
 
     Columns: ``row`` (number in the source), ``user``, ``domain``, then one probability per task under the task's name.
     ``predict_step`` returns the probabilities [B, T], or a mapping with them under ``probability``. With several

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ def test_means_are_taken_over_the_layers_of_encoder_and_decoder() -> None:
 
 
 def test_report_counts_every_voxel_at_every_resolution(make_scan) -> None:
-    task = PointCloudTask(net=PointMoE(moe=point_moe(), **ATTENTION), facts=FACTS).eval()
+    task = PointCloudTask(net=partial(PointMoE, moe=point_moe(), **ATTENTION), facts=FACTS).eval()
     trainer = idle_trainer()
     task.trainer = trainer
     report = ExpertReport()
@@ -74,7 +75,7 @@ def test_report_counts_every_voxel_at_every_resolution(make_scan) -> None:
 
 
 def test_report_of_an_oracle_router_is_one(make_scan) -> None:
-    task = PointCloudTask(net=PointMoE(moe=point_moe(), **ATTENTION), facts=FACTS).eval()
+    task = PointCloudTask(net=partial(PointMoE, moe=point_moe(), **ATTENTION), facts=FACTS).eval()
     trainer = idle_trainer()
     task.trainer = trainer
     report = ExpertReport()
@@ -94,7 +95,7 @@ def test_report_of_an_oracle_router_is_one(make_scan) -> None:
 
 
 def test_a_dense_network_has_nothing_to_report(make_scan) -> None:
-    task = PointCloudTask(net=PointMoE(moe=dense(), **ATTENTION), facts=FACTS).eval()
+    task = PointCloudTask(net=partial(PointMoE, moe=dense(), **ATTENTION), facts=FACTS).eval()
     trainer = idle_trainer()
     task.trainer, task.last_domain = trainer, "room"
     report, batch = ExpertReport(), mixed(make_scan, 0)

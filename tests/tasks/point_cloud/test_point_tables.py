@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeapps.training.evaluation import DomainScores
+from moeapps.training.scores import DomainScores
 from tasks.point_cloud.metrics import confusion, segmentation_metrics
 from tasks.point_cloud.report.tables import class_rows, domain_table, markdown, write_class_tables
 

@@ -35,7 +35,7 @@ def inputs(rows: int = 9) -> Tensor:
     return torch.randn(1, rows, DIM, dtype=torch.float64, requires_grad=True)
 
 
-# --- the equations of the card, sections 2.3 to 2.6, one row of the tables at a time ---
+# --- docs/papers/home.md, equations 1 to 7, one row of the tables at a time ---
 
 
 def feature_gate(gates: FeatureGates, v: int, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def test_network_is_the_equations_of_the_card_in_values_and_all_gradients(own: i
         assert b.any()
 
 
-# --- laws of the card, section 9 ---
+# --- laws of the network ---
 
 
 @pytest.mark.parametrize("low", [1, 2, 3, 5])
