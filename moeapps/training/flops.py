@@ -216,9 +216,9 @@ def _grouped_mm(a: torch.Size, b: torch.Size) -> int:
 def _product(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
     """A matrix product; of a sparse matrix what is stored counts."""
     if a.layout is not torch.strided:
-        return 2 * a._nnz() * b.shape[-1]
+        return int(2 * a._nnz() * b.shape[-1])
     if b.layout is not torch.strided:
-        return 2 * b._nnz() * a.shape[-2]
+        return int(2 * b._nnz() * a.shape[-2])
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
