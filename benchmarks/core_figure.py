@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import wrapped
 from moeapps.training.run import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def share_block(shares: dict[str, Any]) -> str:
 def write_page(report: dict[str, Any], shares: dict[str, Any], page: Path) -> None:
     """Replace the block between the two marks."""
     text = page.read_text(encoding="utf-8")
-    write_text(page, BLOCK.sub(lambda match: match[1] + block(report) + share_block(shares) + match[2], text))
+    write_text(page, BLOCK.sub(lambda match: match[1] + wrapped(block(report) + share_block(shares)) + match[2], text))
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import wrapped
 from moeapps.evaluation.results import RunResults, read_results
 from moeapps.training.run import write_json, write_text
 
@@ -28,11 +29,14 @@ ROLES = ("seen", "validation", "unseen")
 CLAIMS = (
     ("point_moe", "C1a"),
     ("point_moe", "C2a"),
+    ("home", "C9a"),
+    ("home", "C9b"),
+    ("home", "C9j"),
     ("home", "C4a"),
-    ("home", "C8c"),
-    ("mixer", "C1a"),
-    ("mixer", "C1c"),
+    ("mixer", "C1h"),
+    ("mixer", "C1g"),
     ("mixer", "C6c"),
+    ("mixer", "C7a"),
     ("promoe", "C1a"),
     ("promoe", "C1g"),
     ("promoe", "C1i"),
@@ -187,7 +191,7 @@ def difference(claim: dict[str, Any]) -> str:
 def write_readme(report: dict[str, Any], readme: Path) -> None:
     """Replace the blocks between the marks of the demo and of the verdicts."""
     text = readme.read_text(encoding="utf-8")
-    text = BLOCK.sub(lambda found: found[1] + table(report) + found[2], text)
+    text = BLOCK.sub(lambda found: found[1] + wrapped(table(report)) + found[2], text)
     write_text(readme, VERDICTS.sub(lambda found: found[1] + verdicts() + found[2], text))
 
 

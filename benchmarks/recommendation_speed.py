@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from moeapps.training.sparse import build_optimizer
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.metrics import gauc
-from tasks.recommendation.model import home
-from tasks.recommendation.module import Ranker, RankingTask, masked_losses
+from tasks.recommendation.model import Ranker, home
+from tasks.recommendation.module import RankingTask, masked_losses
 from tasks.recommendation.nets.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
 from tasks.recommendation.rivals import mmoe
 
@@ -99,7 +100,7 @@ def stepper(module: nn.Module, answer: Callable[[], Tensor], batch: Interactions
 
 def ranking_step(bank: Any, batch: Interactions) -> Callable[[], None]:
     """A training step of a ranking network."""
-    task = RankingTask(net=Ranker(bank=bank), facts=facts()).train()
+    task = RankingTask(net=partial(Ranker, bank=bank), facts=facts()).train()
     return stepper(task, lambda: task(batch), batch)
 
 
@@ -128,7 +129,7 @@ def flops(answer: Callable[[], Tensor]) -> int:
 
 def dense_twin(batch: Interactions) -> Dense:
     """The dense network whose FLOPs are those of MMoE."""
-    task = RankingTask(net=Ranker(bank=MMOE), facts=facts()).eval()
+    task = RankingTask(net=partial(Ranker, bank=MMOE), facts=facts()).eval()
     wanted = flops(lambda: task(batch)) / len(batch)
     width = FeatureEncoder(facts()).out_dim
     return Dense(round(wanted / 2 / (width + 6)))

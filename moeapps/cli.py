@@ -81,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _missing_config(words: Sequence[str]) -> str | None:
-    """Say which ``--config`` file is not there, before anything slow is imported; None where all are."""
+    """Return a message on a missing ``--config`` file, before anything slow is imported; None where all exist."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         path = value if equals else following
@@ -98,7 +98,7 @@ def _missing_config(words: Sequence[str]) -> str | None:
 
 
 def _unknown(first: str, words: list[str], program: str) -> int:
-    """Hand a word that is not ours to lightning-sdk if we were called by its script's name; else explain."""
+    """Pass an unknown command to lightning-sdk if we were called as ``lightning``; else explain."""
     if program == "lightning":
         foreign = _lightning_sdk()
         if foreign is not None:
@@ -106,7 +106,7 @@ def _unknown(first: str, words: list[str], program: str) -> int:
             result = foreign.load()()
             return result if isinstance(result, int) else 0
         print(
-            f"error: `lightning {first}` is no command of moeapps, which installed this `lightning`, and lightning-sdk "
+            f"error: `lightning {first}` is not a command of moeapps, which owns this `lightning`, and lightning-sdk "
             f"(the cloud client of that name) is not installed.\nmoeapps knows: {', '.join(COMMANDS)}. "
             "See `moeapps --help`; for the cloud client, pip install lightning-sdk.",
             file=sys.stderr,

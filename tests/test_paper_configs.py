@@ -59,7 +59,7 @@ def latents(folder: Path) -> list[str]:
 
 
 def small_images(folder: Path) -> list[str]:
-    return [*latents(folder), *words(num_classes=3, patch_size=8, dim=32, depth=2, num_heads=2)]
+    return [*latents(folder), *words(patch_size=8, dim=32, depth=2, num_heads=2)]
 
 
 def small_scans(folder: Path) -> list[str]:

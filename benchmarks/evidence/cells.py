@@ -19,6 +19,8 @@ FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
 ONE_SEED_BOUND = 1e-3  # Relative; what other instruction sets were seen to change (ProMoE 1e-3, Point-MoE 4e-5).
 _SCALARS = ("params_total", "params_active", "flops_per_token", "train_flops")
+_GEOMETRIC = "geometric."
+_ROLES = ("seen", "validation", "unseen")
 
 
 class CellError(ValueError):
@@ -50,6 +52,7 @@ class CellResult:
         instruction_set: What torch's kernels used (``AVX2``, ``AVX512`` ...); empty for a cell older than the field.
         threads: Threads of torch, or None for such a cell.
         versions: Versions of Python and packages.
+        roles: Domain -> seen, validation or unseen.
         train_flops: Operations of all training steps, forward and backward, or None if the run did not say.
     """
 
@@ -73,6 +76,7 @@ class CellResult:
     instruction_set: str = ""
     threads: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
     train_flops: int | None = None
 
     @property
@@ -83,13 +87,30 @@ class CellResult:
     def value(self, metric: str) -> float:
         """Give one metric, or ``params_total``, ``params_active``, ``flops_per_token`` or ``train_flops``.
 
+        ``geometric.<role>/<name>`` is the geometric mean over the domains of a role of each domain's own ``<name>``: a
+        domain counts once whatever the size of its errors, where the arithmetic mean is ruled by the worst.
+
         Raises:
             CellError: If the cell has no such number; the text lists what there is.
         """
-        found = getattr(self, metric) if metric in _SCALARS else self.metrics.get(metric)
+        found = getattr(self, metric) if metric in _SCALARS else self._score(metric)
         if found is None:
             raise CellError(f"cell {self.cell.stem} has no finite {metric!r}; it has {', '.join(sorted(self.metrics))}")
         return float(found)
+
+    def has(self, metric: str) -> bool:
+        """Whether there is a score of this name."""
+        return self._score(metric) is not None
+
+    def _score(self, metric: str) -> float | None:
+        if not metric.startswith(_GEOMETRIC):
+            return self.metrics.get(metric)
+        role, _, name = metric.removeprefix(_GEOMETRIC).partition("/")
+        values = [self.metrics.get(f"{domain}/{name}") for domain in self.domains if self.roles.get(domain) == role]
+        known = [value for value in values if value is not None and value >= 0]
+        if not known or len(known) < len(values):
+            return None
+        return 0.0 if 0.0 in known else math.exp(math.fsum(map(math.log, known)) / len(known))
 
 
 def cell_path(folder: Path, cell: Cell) -> Path:
@@ -177,6 +198,7 @@ def collect(run_root: Path, cell: Cell, *, system: str, definition: str, cpu_s: 
         instruction_set=str(header.get("machine", {}).get("instruction_set", "")),
         threads=header.get("machine", {}).get("threads"),
         versions=dict(header.get("versions", {})),
+        roles={row["domain"]: row["role"] for row in rows if row["role"] in _ROLES},
         train_flops=header.get("train_flops"),
     )
 

@@ -202,7 +202,7 @@ def _variant(grid: Grid, name: str, results: Results) -> dict[str, Any]:
     entry["mean"] = {
         metric: _rounded(math.fsum(result.value(metric) for result in found) / len(found))
         for metric in grid.show
-        if found and all(metric in result.metrics for result in found)
+        if found and all(result.has(metric) for result in found)
     }
     return entry
 

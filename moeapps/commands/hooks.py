@@ -53,7 +53,7 @@ def run_hook(name: str, summary: str, args: list[str], *, weights: bool) -> int:
 
 
 def _told(name: str, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None, weights: bool) -> int:
-    """Run it; a wrong configuration or a damaged file is told without a traceback."""
+    """Run it; report a wrong configuration or a damaged file without a traceback."""
     from moeapps.commands.messages import UsageError
     from moeapps.data.archives import ArchiveError
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps fit | validate | test | predict``: LightningCLI in subclass mode, with its sharp edges taken off."""
+"""``moeapps fit | validate | test | predict``: LightningCLI in subclass mode, made friendlier."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DESCRIPTIONS = {
 
 
 def usage(command: str) -> str:
-    """Return the first lines of a command's help: what is typed most, before the list of all options."""
+    """Return the first lines of a command's help: the most common uses, before the list of all options."""
     if command != "fit":
         return f"""moeapps {command} --run runs/SYSTEM/NAME [--OPTION VALUE ...]
        moeapps {command} --config FILE [--config OVERLAY ...] --ckpt_path FILE
@@ -125,7 +125,7 @@ class Cli(LightningCLI):
             "--test_after_fit",
             type=bool,
             default=True,
-            help="After fit, test with the best checkpoint (fast_dev_run: as is).",
+            help="After fit, test with the best checkpoint (with fast_dev_run: with the current weights).",
         )
         parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
 
@@ -136,7 +136,7 @@ class Cli(LightningCLI):
     # Construction -------------------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; a ValueError of theirs is a wrong configuration, told without a traceback."""
+        """Build data, model and trainer; report their ValueErrors as a wrong configuration, without a traceback."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -177,7 +177,7 @@ class Cli(LightningCLI):
         return [csv, *extra]
 
     def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
-        """Every callback of ours of which the configuration holds no own instance and that it does not switch off."""
+        """Our default callbacks, without those that the configuration gives itself or switches off."""
         task = cast(BaseTask, self.model)
         writer = task.prediction_writer() or ours.PredictionWriter()
         wanted: list[tuple[type[Callback], Callable[[], Callback], bool]] = [
@@ -325,7 +325,7 @@ def run(args: Sequence[str]) -> Cli:
 
 
 def main(args: list[str]) -> int:
-    """Run one training command; a wrong configuration is told in a few lines (--debug: with its traceback)."""
+    """Run one training command; report a wrong configuration in a few lines (--debug: with its traceback)."""
     debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
     try:
         run([word for word in args if word != "--debug"])

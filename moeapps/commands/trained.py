@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder as its task and data again, with trained weights: for commands and benchmarks that look at a run."""
+"""Rebuild task and data of a run folder, with trained weights, for commands and benchmarks."""
 
 from __future__ import annotations
 

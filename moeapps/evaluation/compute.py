@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compared runs cost, and whether they may be compared at all: beside the scores, not in them."""
+"""The compute of compared runs, and whether it allows a comparison."""
 
 from __future__ import annotations
 

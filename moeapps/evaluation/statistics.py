@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals and verdicts: what a handful of paired runs can and cannot say.
+"""Intervals and verdicts: what a handful of paired runs can and cannot show.
 
 Two kinds of uncertainty are kept apart. *Between runs* (other seeds, other generated data) the interval is a paired t
 over the per-seed differences. *Within one run* (other test units of the same kind) it is a seeded percentile bootstrap

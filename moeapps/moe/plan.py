@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which the assignments of a routing are computed: expert by expert, without those that need no work.
+"""The dispatch plan of a routing: its assignments sorted by expert, without those that need no work.
 
 Shape legend: N rows, M assignments, E experts, K chosen per row; M of a plan counts real assignments alone.
 """
@@ -20,7 +20,7 @@ from moeapps.moe.routing import Routing
 
 @dataclass(frozen=True)
 class Plan:
-    """Assignments sorted by expert, in routing order within an expert; sentinels ("no work") are gone.
+    """A dispatch plan: assignments sorted by expert, in routing order within an expert; sentinels are left out.
 
     Attributes:
         order_M: int64, place in the routing of each sorted assignment.

@@ -199,7 +199,7 @@ class DenseRouting:
     Raises:
         ValueError: if the last dimension of ``weight`` is not ``num_experts``.
 
-    Source: MMoE and its descendants (moe-core card 2.14).
+    Source: MMoE and its descendants (docs/papers/core.md, equation 15).
 
     Example:
         >>> allowed = torch.tensor([[True, True], [True, False]])
@@ -264,7 +264,7 @@ class SlotRouting:
     Raises:
         ValueError: if the two shapes differ or are not three-dimensional.
 
-    Source: soft MoE (moe-core card 2.17); the one-hot form is GShard's.
+    Source: soft MoE (docs/papers/core.md, equation 16); the one-hot form is GShard's.
 
     Example:
         >>> r = SlotRouting(torch.full((4, 2, 3), 0.25), torch.full((4, 2, 3), 1 / 6))

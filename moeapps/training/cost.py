@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs: total and active parameters, FLOPs per token on one example batch, FLOPs of a whole training."""
+"""The cost of a model: total and active parameters, FLOPs per token on an example batch, FLOPs of a training."""
 
 from __future__ import annotations
 
@@ -109,15 +109,17 @@ def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None)
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """The FLOPs of training steps, forward and backward; evaluation is not part of them.
+    """The FLOPs of a training: its steps, forward and backward, and what goes on between them; no evaluation.
 
     Args:
         step: kind of step -> FLOPs of one, of all processes together.
-        planned: kind -> number of steps that the run is to take.
+        planned: kind -> number of steps that the run is to take, or of whatever else it does between them.
+        steps: training steps that the run is to take.
     """
 
     step: Mapping[str, int]
     planned: Mapping[str, int]
+    steps: int
 
     def flops(self, steps: Mapping[str, int] | None = None) -> int:
         """Return the FLOPs of so many steps of each kind; None means those planned."""
@@ -150,7 +152,7 @@ def measure_training(
         with isolate_rng(), torch.enable_grad(), precision.forward_context(), counting() as flops:
             twin.differentiate(moved, kind)
         step[kind] = processes * flops.total
-    return TrainingCost(step, kinds)
+    return TrainingCost(step, kinds, planned)
 
 
 def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
@@ -171,7 +173,7 @@ def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
 
 
 def missing_of_twins(records: Sequence[Record]) -> tuple[Match, int] | None:
-    """Return what the dense twins are matched in, and by how much the network of mixtures has more of it."""
+    """Return what the dense twins are matched in, and the ratio of the network with mixtures to the twin in it."""
     match: Match | None = None
     flops, params = 0, {}
     for record in records:

@@ -71,6 +71,7 @@ def counting(module: nn.Module | None = None) -> Iterator[Flops]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole attention layer
     mode = FlopCounterMode(display=False, custom_mapping=formulas())
+    mode.mod_tracker = _Whole()  # type: ignore[assignment]
     flops = Flops(mode)
     watch = _Watch(module, flops)
     try:
@@ -80,6 +81,18 @@ def counting(module: nn.Module | None = None) -> Iterator[Flops]:
         watch.stop()
         torch.backends.mha.set_fastpath_enabled(fast)
     watch.warn()
+
+
+class _Whole:
+    """In place of torch's tracker of modules, whose hooks refuse a parameter as input where gradients are off."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> _Whole:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 class _Watch:
@@ -100,6 +113,8 @@ class _Watch:
         self._open.append(self._flops.total)
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not self._open:  # another hook has failed before ours
+            return
         before = self._open.pop()
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         self._called.add(module)

@@ -65,7 +65,7 @@ def sample_images(words: Sequence[str], task: Any, data: ImageData) -> int:
     path = options.out / "samples.npz"
     if data.facts["latent"] and decoder is None:
         write_arrays(path, x=image.numpy(), y=label.numpy())
-        print("the model draws latents: x holds them as they are; give --vae DIR for pictures")
+        print("the model draws latents, and x holds these latents; give --vae DIR to decode them")
     else:
         image = torch.cat([decoder(part) for part in image.split(8)]) if decoder is not None else image
         write_adm(path, image=image, label=label)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import DomainDataModule, Role, Split
-from moeapps.data.mixing import Mixing
+from moeapps.data.mixing import DomainMixing
 from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
@@ -48,7 +48,7 @@ class ImageData(DomainDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "balanced",
+        mixing: DomainMixing = "balanced",
         eval_batch_size: int | None = None,
     ) -> None:
         self.source = source or GlyphShapes()
@@ -107,7 +107,7 @@ class ImageData(DomainDataModule):
         return items if isinstance(items, ImageBatch) else ImageBatch.cat(items)
 
     def command(self, name: str) -> Callable[[list[str], Any], int] | None:
-        """Return what runs ``moeapps sample`` and ``moeapps fid-stats`` on these images."""
+        """Return the function behind ``moeapps sample`` or ``moeapps fid-stats`` for these images."""
         from tasks.image_diffusion import commands
 
         found: dict[str, Callable[[list[str], Any], int]] = {

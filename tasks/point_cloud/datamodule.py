@@ -14,7 +14,7 @@ from torch_geometric.data import Batch
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import DomainDataModule
-from moeapps.data.mixing import Mixing
+from moeapps.data.mixing import DomainMixing
 from tasks.point_cloud.data.dataset import Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
@@ -79,7 +79,7 @@ class PointCloudData(DomainDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "concat",
+        mixing: DomainMixing = "concat",
         eval_batch_size: int | None = None,
         data_seed: int = 0,
         train_scenes: int = 48,
@@ -241,7 +241,7 @@ class PointCloudData(DomainDataModule):
                 "look at the names of the classes, the ids to ignore and where the labels are read from"
             )
         for name in without:
-            log.warning("domain %s (seen) has no known label in its training scans: it teaches nothing", name)
+            log.warning("domain %s (seen) has no known label in its training scans: it adds nothing to training", name)
 
     def collate(self, items: list[Scan]) -> Batch:
         """Join scans into one batch; it gains ``batch`` [N] and ``ptr`` [B + 1]."""

@@ -1,17 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoME: experts of categories below, experts of tasks above, and who may see what."""
+"""HoME: experts of categories on level 1, experts of tasks on level 2, and masks of which gate sees which expert."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
-from tasks.recommendation.nets.gates import Mixing
+from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.nets.embeddings import FeatureEncoder
+from tasks.recommendation.nets.gates import GateMixing
 from tasks.recommendation.nets.levels import ExpertSettings, LevelPlan, NetFactory, RankingNet, TaskTree
 from tasks.recommendation.nets.plan_parts import numbered, table
+
+
+class Ranker(nn.Module):
+    """An encoder of features, and the levels of experts and towers behind it.
+
+    Args:
+        facts: from the data module: tasks, categories and the sizes of the features.
+        bank: the experts, as a factory from width and facts; one of `tasks.recommendation.rivals`. None means HoME.
+        encoder: features to one vector, as a factory from facts; None means `FeatureEncoder`.
+
+    Shape:
+        a batch of N rows -> logits [N, T].
+    """
+
+    def __init__(
+        self,
+        facts: dict[str, Any],
+        *,
+        bank: NetFactory | None = None,
+        encoder: Callable[[dict[str, Any]], FeatureEncoder] | None = None,
+    ) -> None:
+        super().__init__()
+        encoder = encoder or FeatureEncoder
+        first = encoder(facts)
+        self.bank = cast(RankingNet, (bank or home())(first.out_dim, facts))
+        # One for all tasks, but for banks with a table per task (STEM).
+        self.encoders = nn.ModuleList([first, *(encoder(facts) for _ in range(self.bank.num_inputs - 1))])
+
+    def forward(self, batch: Interactions) -> Tensor:
+        """Logits."""
+        states = [encoder(batch) for encoder in self.encoders]
+        z_SNd = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+        logits: Tensor = self.bank(z_SNd)
+        return logits
 
 
 def home(
@@ -30,7 +68,7 @@ def home(
     feature_gates: int = 2,
     feature_rank: int = 8,
     self_gates: bool = True,
-    mixing: Mixing = "softmax",
+    mixing: GateMixing = "softmax",
     category_order: list[str] | None = None,
     category_choice: Literal["given", "one", "random"] = "given",
     category_seed: int = 0,
@@ -67,7 +105,7 @@ def home(
     Raises:
         ValueError: levels is not 1 or 2, a gate would see nothing, or the data has other categories.
 
-    Source: X. Wang et al., arXiv 2408.05430 (home card 2).
+    Source: X. Wang et al., arXiv 2408.05430 (docs/papers/home.md, equations 1 to 7).
     """
     if levels not in (1, 2):
         raise ValueError(f"levels={levels}: HoME has 2 levels, or 1 in the ablation")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence.__main__ import ROOT, all_results, to_json
-from benchmarks.evidence.cells import CellResult, read_cells
+from benchmarks.evidence.cells import CellError, CellResult, read_cells
 from benchmarks.evidence.grid import Cell, Claim, GridError, Ladder, Variant, list_systems, load_grid
 from benchmarks.evidence.report import render
 from benchmarks.evidence.summary import summarise
-from tests.evaluation.evidence_common import TIE, WIN, results, toy
+from tests.evaluation.evidence_common import TIE, WIN, result, results, toy
 
 PLAIN = Ladder({"plain": Variant()}, "moe", "dense", "unseen/miou", "higher", "")
 
@@ -178,7 +178,7 @@ def test_page_shows_losses_as_plainly_as_wins() -> None:
     cells = results(moe=[0.4, 0.41, 0.42], dense=[0.5, 0.5, 0.5], same=[0.5, 0.5, 0.5])
     page = render([summarise(toy(), cells)])
     assert "| C1 | Experts help on unseen domains. | superiority | unseen/miou ↑ |" in page
-    assert "−0.09 [−0.1148, −0.06516] | 1.00× | 1.00× | **not supported** |" in page
+    assert "−0.09 [−0.1148, −0.06516] | 1.00× | 1.00× | 1.00× | **not supported** |" in page
 
 
 # --- what is committed ---
@@ -211,3 +211,17 @@ def test_every_committed_grid_can_be_read_and_its_configs_exist() -> None:
 def test_committed_page_follows_from_the_committed_results() -> None:
     page = ROOT / "docs" / "evidence.md"
     assert page.read_text(encoding="utf-8") == render(all_results(ROOT))
+
+
+def test_the_geometric_mean_counts_every_domain_of_a_role_once_whatever_its_size() -> None:
+    roles = {"kitchen": "seen", "hall": "seen", "street": "unseen"}
+    metrics = {"kitchen/mse": 1e-4, "hall/mse": 1.0, "street/mse": 7.0, "seen/mse": 0.50005}
+    cell = result("moe", 1, 0.0, domains=list(roles), roles=roles, metrics=metrics)
+
+    assert cell.value("geometric.seen/mse") == pytest.approx(1e-2)  # the root of 1e-4 times 1
+    ten_times = replace(cell, metrics={**metrics, "kitchen/mse": 1e-3})
+    assert ten_times.value("geometric.seen/mse") == pytest.approx(1e-2 * 10**0.5)
+    assert not replace(cell, metrics={**metrics, "hall/mse": -1.0}).has("geometric.seen/mse")
+    assert not replace(cell, roles={}).has("geometric.seen/mse")
+    with pytest.raises(CellError, match=r"no finite 'geometric.seen/miou'"):
+        cell.value("geometric.seen/miou")

@@ -163,3 +163,16 @@ def test_lookups_norms_and_parts_without_a_row_are_not_named() -> None:
             return y
 
     assert count_flops(Net(), torch.zeros(B, L, dtype=torch.int64)) == 0
+
+
+def test_a_parameter_may_be_what_a_module_is_called_with() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.context, self.map = nn.Parameter(torch.zeros(B, D)), nn.Linear(D, D)
+
+        def forward(self) -> Tensor:
+            y: Tensor = self.map(self.context)
+            return y
+
+    assert count_flops(Net()) == 2 * B * D * D

@@ -35,7 +35,7 @@ def aw_moe(
     Raises:
         ValueError: for an unknown ``gate_norm``.
 
-    Source: AW-MoE (its card 2.2 and 2.3, recalled there).
+    Source: AW-MoE (docs/papers/aw_moe.md, equations 1 and 2; recalled).
 
     Example:
         >>> layer = aw_moe(behaviour_dim=6)(8)

@@ -57,7 +57,7 @@ def point_moe(
         num_shared: always-on experts beside the E.
         backend: how sparse routings are computed.
 
-    Source: Point-MoE (its card 2.2 and 2.3).
+    Source: Point-MoE (docs/papers/point_moe.md, equations 1 and 2).
 
     Example:
         >>> point_moe(num_experts=4)(8).experts.w_in.shape
@@ -112,7 +112,7 @@ def unimoe_audio(
     Raises:
         ValueError: for an unknown ``shared_weighting`` or ``weighing``.
 
-    Source: UniMoE-Audio (its card 2.4 and 2.5).
+    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 1 to 5).
 
     Example:
         >>> unimoe_audio()(16).router.num_experts
@@ -176,7 +176,7 @@ def promoe(
         router: another router of the conditional rows over the E experts.
         backend: how sparse routings are computed.
 
-    Source: ProMoE (its card 2.2 and 2.4).
+    Source: ProMoE (docs/papers/promoe.md, equations 1 to 3 and 5).
 
     Example:
         >>> layer = promoe(num_experts=3)(8)
@@ -215,7 +215,7 @@ def meta_dmoe(
         row_dims: dimensions of one input, 3 for images.
         leave_out: rows of group s do not see expert s (group E sees all): a domain must not ask its own specialist.
 
-    Source: Meta-DMoE (its card 2.1 and 2.2).
+    Source: Meta-DMoE (docs/papers/meta_dmoe.md, equations 1 and 2).
 
     Example:
         >>> nets = [nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(3)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers: a score, a chooser that owns its weighings, optional noise and capacity, and combinators."""
+"""Routers: a score that gives logits, a chooser that turns them into a routing, noise, capacity, combinators."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class FittedRouter(Router):
     Raises:
         ValueError: noise or warmup below 0, or losses that do not fit the features and experts (in ``fit``).
 
-    Source: MixER (mixer-dsr card 2.1 and 3.2, G6); ``warmup`` is ours.
+    Source: MixER (docs/papers/mixer.md, equations 1 and 11); ``warmup`` is ours.
 
     Example:
         >>> from moeapps.moe import FittedRouter, LowestLoss

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write what ``predict`` made into the run folder."""
+"""Write the answers of ``predict`` into the run folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who goes where: load, entropy and specialisation of every MoE layer, from counts alone."""
+"""Routing statistics: load, entropy and specialisation of every MoE layer, from counts alone."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class RoutingMonitor(L.Callback):
             name, expert, share = found[0]
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             log.warning(
-                "expert %d of %s%s got %.2g of the mean load in an evaluation: it does next to nothing. If that lasts "
+                "expert %d of %s%s got %.2g of the mean load in an evaluation: it is almost unused. If that lasts "
                 "beyond the first steps, balance the router (aux_losses, BiasBalancing) or use fewer experts",
                 expert, name, more, share,
             )  # fmt: skip

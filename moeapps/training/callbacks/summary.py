@@ -62,7 +62,7 @@ class MoESummary(L.Callback):
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep how many steps were taken and what they have cost."""
+        """Save how many steps were taken and what they have cost."""
         return {"steps": self.steps, "train_flops": self.train_flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class MoESummary(L.Callback):
         """What the training steps so far have cost, those before a checkpoint included; None if not known."""
         if self.training is None or self._kinds is None:
             return self._earlier
-        return self.training.flops(self._kinds(self.steps, sum(self.training.planned.values())))
+        return self.training.flops(self._kinds(self.steps, self.training.steps))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure for the results file, if that has not happened."""
@@ -115,12 +115,12 @@ class MoESummary(L.Callback):
 
 
 def warn_of_twin(cost: Cost) -> None:
-    """Say it where a dense twin is not matched within 2 per cent."""
+    """Warn where a dense twin is not matched within 2 per cent."""
     if cost.twin is not None and abs(cost.twin[1] - 1) > TWIN_TOLERANCE:
         match, ratio = cost.twin
         log.warning(
             "this dense twin has %.3f of the mixture's %s; at most %.0f per cent apart is fair: change the mixture's "
-            "widths so that they divide, or say so beside the numbers",
+            "widths so that they divide, or report it beside the numbers",
             ratio,
             TWIN_NAMES[match],
             100 * TWIN_TOLERANCE,
@@ -146,8 +146,8 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int, training: Tra
         match, ratio = cost.twin
         table.add_row("dense twin", f"{TWIN_NAMES[match]} over the mixture's", f"{ratio:.3f}")
     if training is not None:
-        steps = sum(training.planned.values())
-        table.add_row("FLOPs of the training", f"{steps:,} steps, forward and backward", f"{training.flops():.4g}")
+        told = f"{training.steps:,} steps, forward and backward"
+        table.add_row("FLOPs of the training", told, f"{training.flops():.4g}")
     if cost.layers:
         table.add_row("MoE layers", experts_of(cost), str(len(cost.layers)))
         if any(layer.num_experts > 1 for layer in cost.layers):
@@ -167,6 +167,6 @@ def experts_of(cost: Cost) -> str:
 
 
 def choice_of(task: nn.Module) -> str:
-    """Say among which rows the routers of a model choose in evaluation."""
+    """Say which other rows decide a row's experts in evaluation."""
     pools = {layer.router.pool for layer in task.modules() if isinstance(layer, MoELayer)}
     return "; ".join(text for pool, text in _CHOICES.items() if pool in pools)

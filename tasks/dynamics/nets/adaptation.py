@@ -4,7 +4,7 @@
 Environments do not see each other: losses are summed, not averaged, and Adam is elementwise, so adapting all at once
 (bulk) gives the contexts of adapting them one by one (sequential).
 
-Shape letters: E environments, K experts, B candidate experts, d context width.
+Shape letters: S environments, E experts, B candidate experts, c context width.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Adapted:
     """What adaptation found.
 
     Attributes:
-        context: [E, d].
-        expert: int64 [E], the expert that serves each environment.
-        support_loss: [E], error one sample ahead on the support, over the mean squared increment.
-        gate_agrees: bool [E], whether the gate sends the new context to that expert.
+        context: [S, c].
+        expert: int64 [S], the expert that serves each environment.
+        support_loss: [S], error one sample ahead on the support, over the mean squared increment.
+        gate_agrees: bool [S], whether the gate sends the new context to that expert.
     """
 
     context: Tensor
@@ -63,21 +63,21 @@ class Adaptation:
             raise ValueError(f"steps={steps}, lr={lr}, loss={loss!r}: use 0 or more, above 0, shooting or rollout")
         self.steps, self.lr, self.loss, self.sequential = steps, lr, loss, sequential
 
-    def adapt(self, net: MixER, support: Trajectories, groups_E: Tensor) -> Adapted:
-        """What a subclass does with all environments at once."""
+    def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
+        """Adapt all environments at once; a subclass defines how."""
         raise NotImplementedError
 
-    def __call__(self, net: MixER, support: Trajectories, groups_E: Tensor) -> Adapted:
+    def __call__(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
         """Find contexts for the environments of ``support``.
 
         Args:
             net: the trained network; nothing in it changes.
             support: observed trajectories of the new environments.
-            groups_E: groups of the trained environments (for oracle gates), in the order of their numbers.
+            groups_S: groups of the trained environments (for oracle gates), in the order of their numbers.
         """
         if not self.sequential:
-            return self.adapt(net, support, groups_E)
-        parts = [self.adapt(net, support.environments(torch.tensor([e])), groups_E) for e in range(len(support.x))]
+            return self.adapt(net, support, groups_S)
+        parts = [self.adapt(net, support.environments(torch.tensor([e])), groups_S) for e in range(len(support.x))]
         return Adapted(
             *(
                 torch.cat([getattr(part, name) for part in parts])
@@ -85,31 +85,31 @@ class Adaptation:
             )
         )
 
-    def errors(self, net: MixER, data: Trajectories, context_Ed: Tensor, routing: AnyRouting) -> Tensor:
-        """The loss of each environment, [E]."""
+    def errors(self, net: MixER, data: Trajectories, context_Sc: Tensor, routing: AnyRouting) -> Tensor:
+        """The loss of each environment, [S]."""
         if self.loss == "rollout":
-            return scaled_errors(net.rollout(data, context_Ed, routing), data.x, data.mask, data.scale)
-        return scaled_errors(*net.shoot(data, context_Ed, routing), data.scale)
+            return scaled_errors(net.rollout(data, context_Sc, routing), data.x, data.mask, data.scale)
+        return scaled_errors(*net.shoot(data, context_Sc, routing), data.scale)
 
     def descend(
-        self, net: MixER, data: Trajectories, start_Ed: Tensor, route: Callable[[Tensor], AnyRouting], steps: int
+        self, net: MixER, data: Trajectories, start_Sc: Tensor, route: Callable[[Tensor], AnyRouting], steps: int
     ) -> Tensor:
-        """Contexts after Adam steps from ``start_Ed``; a context whose gradient is not finite stays for that step."""
+        """Contexts after Adam steps from ``start_Sc``; a context whose gradient is not finite stays for that step."""
         with torch.enable_grad():
-            context_Ed = start_Ed.detach().clone().requires_grad_()
-            optimizer = torch.optim.Adam([context_Ed], lr=self.lr)
+            context_Sc = start_Sc.detach().clone().requires_grad_()
+            optimizer = torch.optim.Adam([context_Sc], lr=self.lr)
             for _ in range(steps):
-                loss = self.errors(net, data, context_Ed, route(context_Ed)).sum()
-                (gradient,) = torch.autograd.grad(loss, [context_Ed], allow_unused=True)
+                loss = self.errors(net, data, context_Sc, route(context_Sc)).sum()
+                (gradient,) = torch.autograd.grad(loss, [context_Sc], allow_unused=True)
                 if gradient is None:
                     break  # experts that read no context
-                context_Ed.grad = gradient.where(gradient.isfinite().all(1, keepdim=True), 0)
+                context_Sc.grad = gradient.where(gradient.isfinite().all(1, keepdim=True), 0)
                 optimizer.step()
-        return context_Ed.detach()
+        return context_Sc.detach()
 
 
 class FromZeros(Adaptation):
-    """The published way: contexts start at 0 and the gate decides at every step, so all begin with one expert.
+    """The published way: contexts start at 0 and the gate chooses in every step, so all start with the same expert.
 
     Args:
         steps: Adam steps on the contexts.
@@ -118,20 +118,20 @@ class FromZeros(Adaptation):
         sequential: see :class:`Adaptation`.
     """
 
-    def adapt(self, net: MixER, support: Trajectories, groups_E: Tensor) -> Adapted:
+    def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
         """Descend from 0 under the gate."""
-        group_E = net.group(support)
+        group_S = net.group(support)
 
-        def route(context_Ed: Tensor) -> AnyRouting:
-            routing: AnyRouting = net.layer.router(context_Ed, group=group_E)
+        def route(context_Sc: Tensor) -> AnyRouting:
+            routing: AnyRouting = net.layer.router(context_Sc, group=group_S)
             return routing
 
-        start_Ed = torch.zeros(len(support.x), net.context_dim, device=support.x.device)
-        context_Ed = self.descend(net, support, start_Ed, route, self.steps)
+        start_Sc = torch.zeros(len(support.x), net.context_dim, device=support.x.device)
+        context_Sc = self.descend(net, support, start_Sc, route, self.steps)
         with torch.no_grad():
-            loss_E = scaled_errors(*net.shoot(support, context_Ed, route(context_Ed)), support.scale)
-            expert_E = net.best_experts(context_Ed, group_E)
-        return Adapted(context_Ed, expert_E, loss_E, torch.ones_like(expert_E, dtype=torch.bool))
+            loss_S = scaled_errors(*net.shoot(support, context_Sc, route(context_Sc)), support.scale)
+            expert_S = net.best_experts(context_Sc, group_S)
+        return Adapted(context_Sc, expert_S, loss_S, torch.ones_like(expert_S, dtype=torch.bool))
 
 
 class TryExperts(Adaptation):
@@ -165,34 +165,34 @@ class TryExperts(Adaptation):
             raise ValueError(f"warmup={warmup} is a share of the steps and must lie in [0, 1]")
         self.warmup = round(warmup * steps)
 
-    def adapt(self, net: MixER, support: Trajectories, groups_E: Tensor) -> Adapted:
+    def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
         """Try, keep, confirm."""
-        E = len(support.x)
-        busy_B, starts_Bd = net.expert_starts(groups_E)
+        S = len(support.x)
+        busy_B, starts_Bc = net.expert_starts(groups_S)
         B = len(busy_B)
-        every = support.environments(torch.arange(E, device=busy_B.device).repeat(B))  # candidate by candidate
-        expert = busy_B.repeat_interleave(E)
+        every = support.environments(torch.arange(S, device=busy_B.device).repeat(B))  # candidate by candidate
+        expert = busy_B.repeat_interleave(S)
         context = self.descend(
-            net, every, starts_Bd.repeat_interleave(E, 0), lambda c: net.route_to(expert, c), self.warmup
+            net, every, starts_Bc.repeat_interleave(S, 0), lambda c: net.route_to(expert, c), self.warmup
         )
-        best_E = _finite(self._loss(net, every, context, expert)).view(B, E).argmin(0)
-        kept_E = busy_B[best_E]
-        start_Ed = context.view(B, E, -1)[best_E, torch.arange(E, device=best_E.device)]
+        best_S = _finite(self._loss(net, every, context, expert)).view(B, S).argmin(0)
+        kept_S = busy_B[best_S]
+        start_Sc = context.view(B, S, -1)[best_S, torch.arange(S, device=best_S.device)]
         rest = self.steps - self.warmup
-        context_Ed = self.descend(net, support, start_Ed, lambda c: net.route_to(kept_E, c), rest)
-        return self._confirm(net, support, context_Ed, kept_E)
+        context_Sc = self.descend(net, support, start_Sc, lambda c: net.route_to(kept_S, c), rest)
+        return self._confirm(net, support, context_Sc, kept_S)
 
-    def _confirm(self, net: MixER, support: Trajectories, context_Ed: Tensor, kept_E: Tensor) -> Adapted:
-        """Let the gate name an expert; where it names another, the lower support loss decides."""
+    def _confirm(self, net: MixER, support: Trajectories, context_Sc: Tensor, kept_S: Tensor) -> Adapted:
+        """Ask the gate for an expert; where it disagrees, the expert with the lower support loss is kept."""
         with torch.no_grad():
-            named_E = net.best_experts(context_Ed, net.group(support))
-            if isinstance(net.layer.router(context_Ed, group=net.group(support)), DenseRouting):
-                kept_E = named_E
-            kept_loss_E = self._loss(net, support, context_Ed, kept_E)
-            named_loss_E = self._loss(net, support, context_Ed, named_E)
-        better_E = _finite(named_loss_E) < _finite(kept_loss_E)
-        expert_E = torch.where(better_E, named_E, kept_E)
-        return Adapted(context_Ed, expert_E, torch.where(better_E, named_loss_E, kept_loss_E), expert_E == named_E)
+            named_S = net.best_experts(context_Sc, net.group(support))
+            if isinstance(net.layer.router(context_Sc, group=net.group(support)), DenseRouting):
+                kept_S = named_S
+            kept_loss_S = self._loss(net, support, context_Sc, kept_S)
+            named_loss_S = self._loss(net, support, context_Sc, named_S)
+        better_S = _finite(named_loss_S) < _finite(kept_loss_S)
+        expert_S = torch.where(better_S, named_S, kept_S)
+        return Adapted(context_Sc, expert_S, torch.where(better_S, named_loss_S, kept_loss_S), expert_S == named_S)
 
     @torch.no_grad()
     def _loss(self, net: MixER, data: Trajectories, context: Tensor, expert: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ GateFactory = Callable[[int, int], RouterBase]
 
 
 def published(*, noise: float = 1e-4, max_rounds: int = 20, tol: float = 1e-4) -> GateFactory:
-    """MixER's gate as published: K-means that starts near 0 or warm and gives up easily, greedy match, least squares.
+    """MixER's gate as published: K-means from near 0 or warm, often abandoned; greedy match; least squares.
 
     Args:
         noise: standard deviation added to the contexts before the fit.
@@ -36,7 +36,7 @@ def robust(
     freeze_after: int | None = 100,
     warmup: int = 0,
 ) -> GateFactory:
-    """Our variant: K-means++ restarts beside the warm start, optimal match, hysteresis, freeze; never gives up.
+    """Our variant: K-means++ restarts beside the warm start, optimal match, hysteresis, freeze; no fit is abandoned.
 
     An expert reads a piece of the context of its own, so only the chosen expert's piece is trained and contexts cluster
     by expert, whatever the families are. ``warmup`` breaks that circle.

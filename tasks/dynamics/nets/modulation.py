@@ -24,7 +24,7 @@ def taylor(f: Callable[[Tensor], Tensor], context: Tensor, anchor: Tensor, order
         anchor: where to expand; contexts shaped like ``context``.
         order: 0, 1 or 2.
 
-    Source: NCF and MixER (mixer-dsr card 2.2 a); the published 1.5 JVP + 0.5 JVP of JVP is the same number.
+    Source: NCF and MixER (docs/papers/mixer.md, equation 5); the published 1.5 JVP + 0.5 JVP of JVP is the same number.
     """
     if order == 0:
         return f(anchor)
@@ -66,15 +66,15 @@ class SelfModulation:
         self.order, self.pool, self.neighbours = order, pool, neighbours
 
     @torch.no_grad()
-    def choose(self, context_Ed: Tensor) -> Tensor:
-        """Rows of the neighbours of each environment, int64 [E, p]; p is at most what there is."""
-        E = context_Ed.shape[0]
+    def choose(self, context_Sc: Tensor) -> Tensor:
+        """Rows of the neighbours of each environment, int64 [S, p]; p is at most what there is."""
+        S = context_Sc.shape[0]
         if self.neighbours == "random":
-            return torch.rand(E, E, device=context_Ed.device).argsort(1)[:, : self.pool]
+            return torch.rand(S, S, device=context_Sc.device).argsort(1)[:, : self.pool]
         if self.neighbours == "smallest":
-            return context_Ed.abs().mean(1).argsort(dim=0, stable=True)[: self.pool].expand(E, -1)
-        distance_EE = (context_Ed[:, None] - context_Ed[None]).abs().mean(-1)
+            return context_Sc.abs().mean(1).argsort(dim=0, stable=True)[: self.pool].expand(S, -1)
+        distance_SS = (context_Sc[:, None] - context_Sc[None]).abs().mean(-1)
         # Contexts may coincide (all are 0 at first): the environment itself still comes first, or last.
-        distance_EE.fill_diagonal_(-1.0 if self.neighbours == "nearest" else torch.inf)
-        available = E if self.neighbours == "nearest" else max(1, E - 1)
-        return distance_EE.argsort(dim=1, stable=True)[:, : min(self.pool, available)]
+        distance_SS.fill_diagonal_(-1.0 if self.neighbours == "nearest" else torch.inf)
+        available = S if self.neighbours == "nearest" else max(1, S - 1)
+        return distance_SS.argsort(dim=1, stable=True)[:, : min(self.pool, available)]

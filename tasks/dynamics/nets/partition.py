@@ -46,7 +46,7 @@ def published_kmeans(
     Returns:
         Centroids [E, D] and labels int64 [N], or None.
 
-    Source: MixER (mixer-dsr card 3.2, G3).
+    Source: MixER (docs/papers/mixer.md, equation 9).
     """
     num = centroids_ED.shape[0]
     for _ in range(max_rounds - 1):
@@ -137,7 +137,7 @@ def greedy_assignment(costs: Tensor) -> Tensor:
     Returns:
         int64 [E], a permutation.
 
-    Source: MixER (mixer-dsr card 3.2, G5).
+    Source: MixER (docs/papers/mixer.md, equation 10).
     """
     free = costs.clone()
     taken = []
@@ -177,7 +177,7 @@ class PublishedKMeans(Partition):
     Raises:
         ValueError: a number outside its range.
 
-    Source: MixER (mixer-dsr card 3.2).
+    Source: MixER (docs/papers/mixer.md, equations 9 and 10).
 
     Example:
         >>> gate = PublishedKMeans()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batched fixed-step solvers of ordinary differential equations with a step size per environment.
 
-E environments, N trajectories per environment, T samples, D state size. All trajectories take their steps together,
+S environments, N trajectories per environment, T samples, D state size. All trajectories take their steps together,
 so a solve costs ``stages * substeps * (T - 1)`` calls of the field, whatever the horizons are.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Field = Callable[[Tensor, Tensor], Tensor]
-"""``field(t [E], x [E, N, D]) -> dx/dt [E, N, D]``."""
+"""``field(t [S], x [S, N, D]) -> dx/dt [S, N, D]``."""
 
 Method = Literal["euler", "heun", "rk4", "dopri5"]
 
@@ -41,10 +41,10 @@ def solve(
     own trajectory only; `diverged` says which ones.
 
     Args:
-        field: right-hand side, called as ``field(t [E], x [E, N, D])``; must not change x in place.
-        x0: initial states [E, N, D]; its dtype is that of the solution.
-        t0: first time, [E] or one number for all.
-        dt: time between two samples [E], positive.
+        field: right-hand side, called as ``field(t [S], x [S, N, D])``; must not change x in place.
+        x0: initial states [S, N, D]; its dtype is that of the solution.
+        t0: first time, [S] or one number for all.
+        dt: time between two samples [S], positive.
         num_steps: T, number of samples including the first; at least 1.
         method: euler, heun, rk4 or dopri5.
         substeps: steps between two samples, at least 1; not for dopri5.
@@ -52,19 +52,19 @@ def solve(
         atol: absolute tolerance of dopri5.
 
     Returns:
-        [E, N, T, D].
+        [S, N, T, D].
 
     Raises:
         ValueError: a wrong shape, an unknown method, or a count below 1.
         ImportError: dopri5 without torchdiffeq.
     """
-    E = x0.shape[0] if x0.dim() == 3 else -1
-    if x0.dim() != 3 or dt.shape != (E,):
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}, dt {tuple(dt.shape)}; they must be [E, N, D] and [E]")
+    S = x0.shape[0] if x0.dim() == 3 else -1
+    if x0.dim() != 3 or dt.shape != (S,):
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}, dt {tuple(dt.shape)}; they must be [S, N, D] and [S]")
     if num_steps < 1 or substeps < 1:
         raise ValueError(f"num_steps={num_steps} and substeps={substeps} must be 1 or more")
     dt = dt.to(x0.dtype)
-    t0 = torch.as_tensor(t0, dtype=x0.dtype, device=x0.device).expand(E)
+    t0 = torch.as_tensor(t0, dtype=x0.dtype, device=x0.device).expand(S)
     if method == "dopri5":
         return _adaptive(field, x0, t0, dt, num_steps, rtol, atol)
     if method not in _STEPS:
@@ -88,7 +88,7 @@ def diverged(x: Tensor, limit: float = float("inf")) -> Tensor:
 
 # --- fixed steps ------------------------------------------------------------------------------------------------------
 
-# A step takes the times t, t + h/2 and t + h [E], the state and h, h/2, h/6 [E, 1, 1]. Steps are written with few
+# A step takes the times t, t + h/2 and t + h [S], the state and h, h/2, h/6 [S, 1, 1]. Steps are written with few
 # kernels: at the sizes of this task the launch of a kernel costs more than its arithmetic.
 _Step = Callable[[Field, tuple[Tensor, Tensor, Tensor], Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]
 
@@ -118,7 +118,7 @@ _STEPS: dict[str, _Step] = {"euler": _euler, "heun": _heun, "rk4": _rk4}
 
 def _fixed(step: _Step, field: Field, x: Tensor, t0: Tensor, dt: Tensor, num_steps: int, substeps: int) -> Tensor:
     halves = torch.arange(2 * substeps * (num_steps - 1) + 1, dtype=x.dtype, device=x.device) / (2 * substeps)
-    times = (t0 + halves[:, None] * dt).unbind()  # every half step, computed at once; each [E]
+    times = (t0 + halves[:, None] * dt).unbind()  # every half step, computed at once; each [S]
     width = (dt / substeps)[:, None, None]
     h = (width, width / 2, width / 6)
     states = [x]
@@ -126,7 +126,7 @@ def _fixed(step: _Step, field: Field, x: Tensor, t0: Tensor, dt: Tensor, num_ste
         x = step(field, (times[2 * n], times[2 * n + 1], times[2 * n + 2]), x, h)
         if (n + 1) % substeps == 0:
             states.append(x)
-    return torch.stack(states, dim=2)  # [E, N, T, D]
+    return torch.stack(states, dim=2)  # [S, N, T, D]
 
 
 # --- adaptive steps ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of reconstructed systems, drawn from plain arrays.
 
-Matplotlib is imported when a figure is made and not before. E environments, N trajectories, T samples, D states.
+Matplotlib is imported when a figure is made and not before. S environments, N trajectories, T samples, D states.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
@@ -46,9 +47,9 @@ def trajectory_figure(
 
     Args:
         title: heading.
-        truth: [E, N, T, D], nan where missing.
-        pred: [E, N, T, D]; where it is not finite the line ends.
-        dt: seconds between samples [E].
+        truth: [S, N, T, D], nan where missing.
+        pred: [S, N, T, D]; where it is not finite the line ends.
+        dt: seconds between samples [S].
         names: one per environment.
         most: most panels; evenly spaced environments are shown.
         trajectory: which of the N is drawn.
@@ -76,8 +77,8 @@ def phase_figure(title: str, truth: Floats, pred: Floats, names: Sequence[str], 
 
     Args:
         title: heading.
-        truth: [E, N, T, D], D at least 2.
-        pred: [E, N, T, D].
+        truth: [S, N, T, D], D at least 2.
+        pred: [S, N, T, D].
         names: one per environment.
         most: most panels.
 
@@ -106,10 +107,10 @@ def principal_plane(points: Floats) -> tuple[Floats, Floats]:
     """Project points onto the two directions of largest variance.
 
     Args:
-        points: [E, d].
+        points: [S, c].
 
     Returns:
-        [E, 2], and the share of the variance along each direction [2]; 0 where d = 1 has no second one.
+        [S, 2], and the share of the variance along each direction [2]; 0 where d = 1 has no second one.
     """
     centred = points - points.mean(axis=0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
@@ -125,9 +126,9 @@ def context_figure(title: str, context: Floats, family: Ints, expert: Ints, fami
 
     Args:
         title: heading.
-        context: [E, d].
-        family: label [E], -1 unknown.
-        expert: [E].
+        context: [S, c].
+        family: label [S], -1 unknown.
+        expert: [S].
         families: family names.
 
     Returns:
@@ -157,8 +158,8 @@ def gate_figure(title: str, steps: Ints, expert: Ints, family: Ints, families: S
     Args:
         title: heading.
         steps: training step of each snapshot [S], rising.
-        expert: expert of each environment at each snapshot [S, E].
-        family: hidden label [E].
+        expert: expert of each environment at each snapshot [H, S].
+        family: hidden label [S].
         families: family names.
 
     Returns:
@@ -172,7 +173,7 @@ def gate_figure(title: str, steps: Ints, expert: Ints, family: Ints, families: S
 
     if not len(steps) or expert.shape != (len(steps), len(family)):
         raise ValueError(
-            f"{title}: steps {steps.shape}, expert {expert.shape}, family {family.shape}; give [S], [S, E], [E]"
+            f"{title}: steps {steps.shape}, expert {expert.shape}, family {family.shape}; give [H], [H, S], [S]"
         )
     order = np.argsort(family, kind="stable")
     num = int(expert.max()) + 1
@@ -279,10 +280,12 @@ class SystemFigures(L.Callback):
     ) -> None:
         """Draw a seen domain."""
         data = cast(Any, trainer).datamodule
-        domain = data.eval_domains("test")[dataloader_idx]
+        domain, answer = data.eval_domains("test")[dataloader_idx], cast(BaseTask, pl_module).last_answer
         if run_dir(trainer) is None or not trainer.is_global_zero or batch_idx or data.role_of(domain) != "seen":
             return
-        answers = cast(Any, pl_module).predict_step(batch, batch_idx, dataloader_idx)
+        if answer is None:
+            return
+        answers = answer()
         self._contexts.append(answers)
         self._draw(trainer, answers, batch.num_given)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.moe import MoERecorder
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
 from moeapps.training.run import run_dir, write_json
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
@@ -43,8 +44,8 @@ class PartitionReport(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember who went where."""
         task = cast("DynamicsTask", pl_module)
-        expert_E = self.experts(task)
-        self.history.append({"step": int(task.inner_step), "expert": expert_E.tolist()})
+        expert_S = self.experts(task)
+        self.history.append({"step": int(task.inner_step), "expert": expert_S.tolist()})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the scores of the partition."""
@@ -76,19 +77,20 @@ class PartitionReport(L.Callback):
         return {"partition": self._last} if self._last else {}
 
     def experts(self, task: DynamicsTask) -> Tensor:
-        """The expert of every trained environment, int64 [E]."""
-        with torch.no_grad():
-            return task.net.best_experts(task.net.contexts, task.net.group(task.training_data()))
+        """The expert of every trained environment, int64 [S]; -1 for none."""
+        with torch.no_grad(), MoERecorder(task) as recorder:
+            task.net.route(task.net.contexts, task.net.group(task.training_data()))
+        return recorder.records[0].chosen()
 
     def measure(self, trainer: L.Trainer, task: DynamicsTask) -> dict[str, float]:
         """Return scores of the partition and counts of the training."""
-        expert_E, family_E = self.experts(task), task.training_data().family
+        expert_S, family_S = self.experts(task), task.training_data().family
         names = cast(list[str], task.facts.get("families", []))
         values = {
-            "ari": adjusted_rand_index(expert_E, family_E),
-            "ari_identifiable": adjusted_rand_index(expert_E, merged(family_E, names, ODEBENCH_ALIKE)),
-            "purity": purity(expert_E, family_E),
-            "experts": float(len(expert_E.unique())),
+            "ari": adjusted_rand_index(expert_S, family_S),
+            "ari_identifiable": adjusted_rand_index(expert_S, merged(family_S, names, ODEBENCH_ALIKE)),
+            "purity": purity(expert_S, family_S),
+            "experts": float(len(expert_S.unique())),
             "skipped": float(task.skipped),
         }
         for router in fitted_routers(task).values():

@@ -37,8 +37,8 @@ def save_trajectories(path: Path, arrays: Mapping[str, Any]) -> None:
 class TrajectoryWriter(BasePredictionWriter):
     """Write ``predictions/<domain>.npz`` in ``predict``.
 
-    Arrays: ``X`` predicted and ``truth`` [E, N, T, D], ``t`` [E, T] seconds, ``names``, ``env``, ``family``, ``expert``
-    [E], ``context`` [E, d]. Further batches of a domain get a number.
+    Arrays: ``X`` predicted and ``truth`` [S, N, T, D], ``t`` [S, T] seconds, ``names``, ``env``, ``family``, ``expert``
+    [S], ``context`` [S, c]. Further batches of a domain get a number.
     """
 
     def __init__(self) -> None:

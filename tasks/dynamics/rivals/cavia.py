@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAVIA: contexts that are found anew inside every step, and weights that make this easy."""
+"""CAVIA: every training step first fits new contexts; the weights learn to make this fit easy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.model import NetFactory
+from tasks.dynamics.model import MixER
 from tasks.dynamics.module import Alternation, DynamicsTask, Phase
 from tasks.dynamics.nets.adaptation import Adaptation
 
@@ -23,7 +24,7 @@ class CaviaTask(DynamicsTask):
     weights; ``alternation.context_steps`` and ``context_lr`` are not used.
 
     Args:
-        net: network with one expert.
+        net: makes a network with one expert from the facts.
         facts: see `DynamicsTask`.
         inner_steps: gradient steps on the contexts inside a training step.
         inner_lr: their step size (of plain gradient descent on the error of each environment).
@@ -38,13 +39,13 @@ class CaviaTask(DynamicsTask):
     Raises:
         ValueError: more than one expert (the published trainer goes with no gate), or a number outside its range.
 
-    Source: Zintgraf et al. (2019); named as a baseline in MixER (mixer-dsr card 2.2 e).
+    Source: Zintgraf et al. (2019); named as a baseline in MixER (docs/papers/mixer.md, equation 17).
     """
 
     def __init__(
         self,
         *,
-        net: NetFactory,
+        net: Callable[[dict[str, Any]], MixER],
         facts: dict[str, Any],
         inner_steps: int = 3,
         inner_lr: float = 0.1,
@@ -80,14 +81,14 @@ class CaviaTask(DynamicsTask):
 
     def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
         """Mean error after the inner loop, differentiable through it."""
-        zero_Ed = data.x.new_zeros(len(data.x), self.net.context_dim)
-        context_Ed = zero_Ed.requires_grad_()
-        routing = self.net.route(context_Ed, self.net.group(data))
+        zero_Sc = data.x.new_zeros(len(data.x), self.net.context_dim)
+        context_Sc = zero_Sc.requires_grad_()
+        routing = self.net.route(context_Sc, self.net.group(data))
         for _ in range(self.inner_steps):
             # The sum keeps environments apart: each takes a step of its own.
-            error = self._errors(data, context_Ed, routing, rollout=rollout).sum()
-            (gradient,) = torch.autograd.grad(error, [context_Ed], create_graph=True)
-            context_Ed = context_Ed - self.inner_lr * gradient
+            error = self._errors(data, context_Sc, routing, rollout=rollout).sum()
+            (gradient,) = torch.autograd.grad(error, [context_Sc], create_graph=True)
+            context_Sc = context_Sc - self.inner_lr * gradient
         with torch.no_grad():
-            self.net.contexts[data.env] = context_Ed
-        return self._errors(data, context_Ed, routing, rollout=rollout).mean()
+            self.net.contexts[data.env] = context_Sc
+        return self._errors(data, context_Sc, routing, rollout=rollout).mean()

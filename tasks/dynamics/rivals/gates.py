@@ -10,7 +10,7 @@ from tasks.dynamics.nets.gates import GateFactory
 
 
 def hard_em(*, noise: float = 1e-4) -> GateFactory:
-    """Rival: every environment to the expert with the lowest loss, then least squares; experts may idle.
+    """Rival: every environment goes to the expert with the lowest loss, then least squares; experts may be unused.
 
     Args:
         noise: standard deviation added to the contexts before the fit.
@@ -23,7 +23,7 @@ def hard_em(*, noise: float = 1e-4) -> GateFactory:
 
 
 def frozen() -> GateFactory:
-    """Rival: a random linear gate that nothing trains; what the published code's gradient gate amounts to."""
+    """Rival: a random linear gate that is never trained; the gradient gate of the published code amounts to this."""
 
     def build(context_dim: int, num_experts: int) -> Router:
         score = LinearScore(context_dim, num_experts, bias=True).requires_grad_(False)
@@ -33,7 +33,7 @@ def frozen() -> GateFactory:
 
 
 def switch() -> GateFactory:
-    """Rival: top-1, the field scaled by the gate's probability, so that the gate learns by gradient."""
+    """Rival: the top-1 expert, with its field scaled by the gate's probability, so that the gate learns by gradient."""
 
     def build(context_dim: int, num_experts: int) -> Router:
         return Router(LinearScore(context_dim, num_experts, bias=True), TopK(1))
@@ -42,7 +42,7 @@ def switch() -> GateFactory:
 
 
 def soft() -> GateFactory:
-    """Rival: the softmax-weighted sum of all fields, at K times the cost."""
+    """Rival: the softmax-weighted sum of all fields, at E times the cost."""
 
     def build(context_dim: int, num_experts: int) -> Router:
         return Router(LinearScore(context_dim, num_experts, bias=True), Dense())
@@ -68,7 +68,7 @@ def single() -> GateFactory:
 
 
 def by_group() -> GateFactory:
-    """Control: the expert with the number of the group that the network names (family or environment), modulo K."""
+    """Control: a row with group g (family or environment) goes to expert g modulo E."""
 
     def build(context_dim: int, num_experts: int) -> Router:
         return Router(TableScore(torch.eye(num_experts)), TopK(1, weighing="ones"))

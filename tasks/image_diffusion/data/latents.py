@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of a user as domains, in any of four layouts, found by what lies in the folder."""
+"""Your own latents as domains, in one of four layouts that are recognised by the files in the folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a user: a folder of classes per domain, or an npz file per domain."""
+"""Your own images: a folder of classes per domain, or an npz file per domain."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class OwnImages(ImageSource):
 def centre_crop(image: Any, size: int) -> Any:
     """Halve by box filter while the short side is at least twice ``size``, scale it to ``size``, crop the centre.
 
-    The ImageNet preparation of guided diffusion (promoe card 7.1).
+    The ImageNet preparation of guided diffusion (docs/papers/promoe.md, file formats).
 
     Args:
         image: a PIL image.

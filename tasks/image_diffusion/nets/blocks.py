@@ -26,7 +26,7 @@ PositionOrder = Literal["columns_first", "rows_first"]
 
 
 def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """Shift and scale by what the condition says: x (1 + scale) + shift, one pass over memory."""
+    """Shift and scale as the condition says: x (1 + scale) + shift, in one pass over memory."""
     return torch.addcmul(shift_B1D, x_BLD, 1 + scale_B1D)
 
 

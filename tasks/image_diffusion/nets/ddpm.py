@@ -6,8 +6,8 @@ r"""Denoising diffusion with a learned variance: 1000 steps, linear betas, the n
 Time t in [0, 1] is the step k = floor(T t). The network gives 2C channels: noise, and where the logarithm of the
 variance lies between those of :math:`\beta_k` and of the posterior.
 
-Source: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Song et al. 2021 (DDIM); numbers as in the
-promoe card, section 3.
+Source: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Song et al. 2021 (DDIM); numbers as in
+docs/papers/promoe.md, equation 10.
 
 Shape legend: B images, C channels, T steps.
 """

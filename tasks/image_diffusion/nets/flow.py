@@ -37,7 +37,7 @@ class RectifiedFlow(Process):
     Raises:
         ValueError: for a std or shift not above 0, or an unknown distribution.
 
-    Source: ProMoE (promoe card 3); logit-normal times of Stable Diffusion 3.
+    Source: ProMoE (docs/papers/promoe.md, equation 8); logit-normal times of Stable Diffusion 3.
     """
 
     default_solver = "heun"
@@ -112,7 +112,8 @@ def data_first(network: Network, *, time_scale: float = 1.0) -> Network:
     Returns:
         (x, 1000 t, label) -> eps - x0.
 
-    Source: promoe card 3; the other direction is that of KwaiVGI/DiffMoE ``diffusion/rectified_flow.py``.
+    Source: docs/papers/promoe.md, equation 8; the other direction is that of KwaiVGI/DiffMoE
+    ``diffusion/rectified_flow.py``.
     """
 
     def ours(x: Tensor, time_B: Tensor, label_B: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a diffusion process must say: how to noise, what the network is told and asked, and how to go back.
+"""The interface of a diffusion process: how to add noise, what the network reads and predicts, and how to go back.
 
 One convention everywhere: time t in [0, 1], t = 0 is data and t = 1 is noise.
 

@@ -2,7 +2,7 @@
 """Files that the evaluation of guided diffusion (ADM) reads: samples and reference statistics as npz.
 
 Samples: ``arr_0`` uint8 [N, H, W, 3], ``arr_1`` labels. Statistics: ``mu`` [d] and ``sigma`` [d, d], and ours besides:
-``extractor`` (whose features), ``n`` (of how many images). (promoe card 4 and 7.5)
+``extractor`` (whose features), ``n`` (of how many images). (docs/papers/promoe.md, file formats)
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few images of a style never seen: what tuning prototypes and experts alone makes of them.
+"""Few-shot tuning: adapt only prototypes and experts to a few images of an unseen style.
 
 Shape legend: B images.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is said of a set of drawn images, each number beside the same number of real images.
+"""The numbers reported for a set of drawn images, each beside the same number for real images.
 
 Shape legend: N drawn images.
 """

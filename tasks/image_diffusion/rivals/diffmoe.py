@@ -19,12 +19,15 @@ from moeapps.moe.routers.router import RouterBase, device_of, full_precision, wi
 from moeapps.moe.routers.score import Features
 
 NORMAL_STD = 0.006
-"""Standard deviation of the router weights of EC-DiT and DiffMoE at the start (promoe card 8)."""
+"""Standard deviation of the router weights of EC-DiT and DiffMoE at the start.
+
+Source: docs/papers/promoe.md, equations 12 and 13.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class CapacityRouting(Routing):
-    """A routing with what a capacity predictor says of each pair.
+    """A routing with the capacity predictor's logit of each pair.
 
     Args:
         capacity_NE: its logits [N, E]; None for an empty one.
@@ -52,7 +55,7 @@ class DiffMoERouter(RouterBase):
         evaluation: as above.
         decay: of the threshold (DiffMoE: 0.95).
 
-    Source: DiffMoE (promoe card 8): weights N(0, 0.006^2), thresholds start at 0.
+    Source: DiffMoE (docs/papers/promoe.md, equation 13): weights N(0, 0.006^2), thresholds start at 0.
     """
 
     threshold: Tensor

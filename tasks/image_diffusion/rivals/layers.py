@@ -22,13 +22,13 @@ def dsmoe(
         scale: factor on the gates (released code: 2.0 to 2.5).
 
     Raises:
-        ValueError: if the shared width is no multiple of the routed one.
+        ValueError: if the shared width is not a multiple of the routed one.
 
-    Source: yhlleo/EfficientMoE, as in the promoe card, section 8.
+    Source: yhlleo/EfficientMoE (docs/papers/promoe.md, equation 15).
     """
     parts = round(shared_width / width)
     if parts < 0 or abs(parts * width - shared_width) > 1e-6:
-        raise ValueError(f"shared_width={shared_width} is no multiple of width={width}")
+        raise ValueError(f"shared_width={shared_width} is not a multiple of width={width}")
     make_router = routers.dsmoe(num_experts=num_experts, top_k=top_k, scale=scale)
 
     def build(dim: int) -> MoELayer:

@@ -2,7 +2,7 @@
 """Routers of ProMoE's rivals as factories, width in, router out; any of them goes under the conditional split.
 
 What the core has is composed here, DiffMoE's router is next door; new are the routers guided by classes and by clusters
-of the paper's ablation. Equations: promoe card, sections 2.5 and 8.
+of the paper's ablation. Equations: docs/papers/promoe.md, equations 11 to 16.
 
 Shape legend: N tokens, D width, E experts, K classes.
 """
@@ -134,7 +134,7 @@ def diffmoe(
 
 
 class ClassTable(nn.Module):
-    """Something that needs the data's table from class to super-class; the task hands it over.
+    """Base of modules that need the table from class to super-class; the task sets it from the facts.
 
     Attributes:
         table: int64 [K]; empty until then.
@@ -192,7 +192,7 @@ class PooledScore(Score):
     Shape:
         features [N, D] and group int64 [N], one id per image -> logits [N, E]. Masked tokens are in no mean.
 
-    Source: ProMoE's ablation "classification routing" (promoe card 2.5).
+    Source: ProMoE's ablation "classification routing" (docs/papers/promoe.md, equation 16).
     """
 
     reads_mask: ClassVar[bool] = True
@@ -249,7 +249,7 @@ class KMeansScore(Score):
         num_experts: E, centroids.
         conditional_only: let only tokens of images with a class (group >= 0) move centroids; for use under the split.
 
-    Source: ProMoE's ablation "k-means routing" (promoe card 2.5).
+    Source: ProMoE's ablation "k-means routing" (docs/papers/promoe.md, equation 16).
     """
 
     reads_mask: ClassVar[bool] = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items for the network: voxels of one scan, with features, labels and the way back to the raw points."""
+"""Items for the network: voxels of one scan, with features, labels and the map back to the raw points."""
 
 from __future__ import annotations
 

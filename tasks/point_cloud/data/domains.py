@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nine simulated domains: which sensor looks at which world, and in which words it answers."""
+"""The nine simulated domains: the sensor, the world and the label set of each."""
 
 from __future__ import annotations
 

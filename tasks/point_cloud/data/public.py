@@ -95,7 +95,7 @@ class PublicScans(PointSource):
 
 
 def to_arrays(raw: RawScan, name: str, voxel: float) -> ScanArrays:
-    """Bring a scan of any reader into the form that all domains share.
+    """Convert a scan of any reader to the form that all domains share.
 
     Light is the intensity, or the luminance of the colour, or nothing. Normals come from the points themselves in
     every domain, since files that bring their own would tell the network where they come from.

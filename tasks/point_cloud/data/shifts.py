@@ -125,7 +125,7 @@ def _changed(spec: DomainSpec, sensor: dict[str, float], answer_in: str) -> Doma
     if unknown:
         raise ValueError(f"sensor fields {unknown} do not exist; {spec.name} has {', '.join(known)}")
     if type(DOMAINS[answer_in].world) is not type(spec.world):
-        raise ValueError(f"{spec.name} cannot answer in the words of {answer_in}: their worlds hold other things")
+        raise ValueError(f"{spec.name} cannot answer in the words of {answer_in}: their scenes hold other classes")
     values: dict[str, Any] = {
         name: int(value) if known[name] == "int" else float(value) for name, value in sensor.items()
     }

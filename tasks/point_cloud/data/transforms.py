@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random views of a scan for training, and fixed tiles of it for testing. Every draw comes from the generator given."""
+"""Random views of a scan for training and fixed tiles for testing. All random numbers come from the given generator."""
 
 from __future__ import annotations
 

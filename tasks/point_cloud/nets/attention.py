@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention within runs of a space-filling curve, and the convolution that tells a voxel where it stands (xCPE).
+"""Attention within runs of a space-filling curve, and the convolution that encodes a voxel's position (xCPE).
 
 Shape legend: N voxels, P runs, K voxels in a run, D width, H heads, A = D / H head width.
 """
@@ -82,7 +82,7 @@ class PatchAttention(nn.Module):
 
 
 def apply_layer(layer: nn.Module, x_ND: Tensor, level: Level, features: Tensor | None = None) -> Tensor:
-    """Call a layer made by a `LayerFactory`, telling a mixture the domain of each row and what to route on.
+    """Call a layer made by a `LayerFactory`; a mixture also gets the domain of each row and the features to route on.
 
     Only table and domain-guided routers (controls) and metrics look at the domain; a plain layer takes ``x`` alone.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network said about a scan, as a file that point-cloud viewers open."""
+"""Predictions for a scan as a file that point-cloud viewers open."""
 
 from __future__ import annotations
 

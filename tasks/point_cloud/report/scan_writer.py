@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``predict`` as files for people: every scan whole, coloured by class, with the expert of each point."""
+"""Write the scans of ``predict`` for viewers: whole scans coloured by class, with the expert of each point."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def joined(tiles: Sequence[dict[str, Any]]) -> tuple[PointPrediction, int]:
 
 
 def class_list(names: tuple[str, ...]) -> str:
-    """Return the lines ``id,name,red,green,blue`` of the classes, and of 255: points about which nothing was said."""
+    """Return the lines ``id,name,red,green,blue`` of the classes, and of 255: points without a prediction."""
     rows = zip([*range(len(names)), NOTHING], [*names, "none"], class_colors(names).tolist(), strict=True)
     quoted = ((number, name.replace('"', '""'), color) for number, name, color in rows)
     lines = [f'{number},"{name}",{",".join(map(str, color))}' for number, name, color in quoted]

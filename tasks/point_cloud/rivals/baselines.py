@@ -68,7 +68,7 @@ class DomainGuidedScore(Score):
 def domain_guided_router(
     *, num_experts: int = 4, top_k: int = 2, num_domains: int = 6, domain_dim: int = 16
 ) -> RouterFactory:
-    """Point-MoE's router, told the domain of each voxel: a rival that needs labels of the data set.
+    """Point-MoE's router that also reads the domain of each voxel: a rival that needs the data set's name.
 
     Args:
         num_experts: E.
@@ -138,7 +138,7 @@ class ConvUNet(PointMoE):
     """Sanity floor: a residual U-Net of submanifold convolutions, with the stem, pooling and unpooling of `PointMoE`.
 
     Args:
-        in_dim: channels of the input features.
+        facts: as `PointMoE` reads them.
         enc_depths: blocks of each encoder stage.
         enc_dims: widths of the encoder stages.
         dec_depths: blocks of each decoder stage, finest first.
@@ -153,8 +153,8 @@ class ConvUNet(PointMoE):
 
     def __init__(
         self,
+        facts: dict[str, Any],
         *,
-        in_dim: int = 6,
         enc_depths: Sequence[int] = (1, 1, 2),
         enc_dims: Sequence[int] = (32, 64, 96),
         dec_depths: Sequence[int] = (1, 1),
@@ -163,7 +163,7 @@ class ConvUNet(PointMoE):
         norm_momentum: float = 0.05,
     ) -> None:
         super().__init__(
-            in_dim=in_dim,
+            facts,
             moe=linear(),
             enc_depths=enc_depths,
             enc_dims=enc_dims,
@@ -186,8 +186,8 @@ class MisalignedTask(PointCloudTask):
 
     In the domains at odd places of ``facts["domain_names"]`` class c is matched with the name of class c + 1 (the last
     with the first), so the same surface must be called "wall" in one domain and "floor" in another: no function of the
-    surface alone can answer both. The released code does this to S3DIS by accident (card 6.3). Scores are comparable
-    within this task only, and mean nothing on unseen domains.
+    surface alone can answer both. The released code does this to S3DIS by accident (docs/papers/point_moe.md, known
+    faults). Scores are comparable within this task only, and mean nothing on unseen domains.
 
     Args:
         facts: see `PointCloudTask`.

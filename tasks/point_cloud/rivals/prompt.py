@@ -14,7 +14,7 @@ Shape legend: N voxels of a level, D width, P prompts, V length of a prompt's ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ MODES: tuple[Mode, ...] = ("oracle", "classifier", "generic")
 
 
 class PromptRows:
-    """Which rows of each resolution belong to which prompt, told to the norms for the duration of one pass.
+    """The prompt of each row at each resolution, which the norms read during one pass.
 
     A norm sees rows and no level, but their number says which level it is: if two levels have equally many rows, no
     voxels were merged between them, so they hold the same voxels in the same order.
@@ -170,6 +170,7 @@ class PromptedPointMoE(PointMoE):
       probability ``generic_scans`` in a share ``generic_batches`` of the batches; in evaluation every scan has it.
 
     Args:
+        facts: as `PointMoE` reads them.
         domains: the seen domains.
         mode: see above.
         stand_in: for each domain never trained on, the seen domain whose prompt it gets in mode ``oracle``.
@@ -186,6 +187,7 @@ class PromptedPointMoE(PointMoE):
 
     def __init__(
         self,
+        facts: dict[str, Any],
         *,
         domains: Sequence[str],
         mode: Mode = "oracle",
@@ -197,7 +199,7 @@ class PromptedPointMoE(PointMoE):
         generic_scans: float = 1 / 6,
         **backbone: Any,
     ) -> None:
-        super().__init__(**backbone)
+        super().__init__(facts, **backbone)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: choose from {', '.join(MODES)}")
         if not domains or not set((stand_in or {}).values()) <= set(domains):
@@ -275,7 +277,7 @@ class PromptTask(PointCloudTask):
     """`PointCloudTask` that tells the network the names of the domains and trains its detector, if it has one.
 
     Args:
-        net: the network.
+        net: makes the network from the facts.
         facts: see `PointCloudTask`.
         detector_weight: weight of the detector's cross-entropy; it shares no parameter with the rest.
         detector_smoothing: label smoothing of that loss (paper's code: 0.1).
@@ -290,7 +292,7 @@ class PromptTask(PointCloudTask):
     def __init__(
         self,
         *,
-        net: PromptedPointMoE,
+        net: Callable[[dict[str, Any]], PromptedPointMoE],
         facts: dict[str, Any],
         detector_weight: float = 1.0,
         detector_smoothing: float = 0.1,

@@ -188,7 +188,7 @@ class FeatureEncoder(nn.Module):
         self.dense_dim, self.dim, self.check_ids = int(facts["dense_dim"]), dim, check_ids
         self.out_dim = self.dense_dim + dim * (len(self.fields) + len(self.bags))
         if self.out_dim == 0:
-            raise ValueError("the data has no feature: no dense column, no id field and no bag; give it some")
+            raise ValueError("the data has no feature: no dense column, no id field and no bag; give it at least one")
         self.place = self._places(shared or {})
         sizes = self._sizes()
         self.table = (table or PlainTable)(sizes, dim) if sizes else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moeapps.moe import DenseRouting, RouterBase
 from moeapps.moe.routers.router import without_autocast
 from moeapps.moe.routers.score import Features
-from tasks.recommendation.nets.gates import Mixing, Residual, Table
+from tasks.recommendation.nets.gates import GateMixing, Residual, Table
 
 _NEVER, _ZERO = -1, -2  # what fills a slot of a gate that sees fewer experts: weight 0, or a logit of 0
 
@@ -49,8 +49,8 @@ class StackedGates(RouterBase):
     Raises:
         ValueError: if a gate sees or reads nothing, tables differ in size, or a word is unknown.
 
-    Source: HoME (its card 2.4 and 2.6); AdaTT, whose n learned numbers of a unit start from U(+-1/sqrt(n));
-        cross-stitch networks.
+    Source: HoME (docs/papers/home.md, equations 1 and 6); AdaTT, whose n learned numbers of a unit start from
+        U(+-1/sqrt(n)); cross-stitch networks.
     """
 
     sparse = False
@@ -73,7 +73,7 @@ class StackedGates(RouterBase):
         reads: Sequence[Sequence[int]],
         *,
         owns: Table | None = None,
-        mixing: Mixing = "softmax",
+        mixing: GateMixing = "softmax",
         residual: Residual = "none",
     ) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class StackedGates(RouterBase):
         )
 
     def _weights(self, share_NKQ: Tensor) -> tuple[Tensor, Tensor]:
-        """What is applied and what the mixing gates alone give, [N, G, E] each."""
+        """The applied weights, and those of the mixing gates without residuals, [N, G, E] each."""
         if self.see_all and self.num_columns == self.num_gates:  # slots are experts, columns are gates
             weight_NGE = share_NKQ.transpose(1, 2)
             return weight_NGE, weight_NGE.detach()

@@ -39,7 +39,7 @@ class FeatureGates(nn.Module):
     Raises:
         ValueError: if a size is below 1.
 
-    Source: HoME (its card 2.5); the zero start is inferred there.
+    Source: HoME (docs/papers/home.md, equation 5); the zero start is inferred.
 
     Example:
         >>> gates, states = FeatureGates(6, (0, 0, 1), num_gates=2, rank=3), torch.randn(2, 5, 6)

@@ -16,7 +16,7 @@ from moeapps.moe import AnyRouting, LinearScore, MultiGate, RouterBase, SumRoute
 from moeapps.moe.routers.choose_dense import DenseWeighing
 from moeapps.moe.routers.score import Features
 
-Mixing = Literal["softmax", "uniform", "shuffled", "constant"]
+GateMixing = Literal["softmax", "uniform", "shuffled", "constant"]
 Residual = Literal["none", "self_gate", "constant", "ones"]
 Table = Sequence[Sequence[bool]]
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from moeapps.moe import ActivationName, AnyRouting, Combiner, DenseRouting, MoELayer, NormalisedExperts, RouterBase
 from moeapps.moe.combine import Work
 from moeapps.moe.normalised import Norm
+from moeapps.moe.record import record_experts
 from moeapps.moe.view_linear import view_linear
 from tasks.recommendation.nets.fast_gates import StackedGates
 from tasks.recommendation.nets.feature_gates import FeatureGates
-from tasks.recommendation.nets.gates import HomeGates, Mixing, Residual
+from tasks.recommendation.nets.gates import GateMixing, HomeGates, Residual
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TaskTree:
         return TaskTree(self.tasks, (0,) * len(self.tasks), ("all",))
 
     def shuffled(self, seed: int) -> TaskTree:
-        """Categories of the same sizes dealt out at random, never the given partition: a control.
+        """Control: categories of the same sizes, assigned at random, never the given partition.
 
         Raises:
             ValueError: there is no other partition of these sizes.
@@ -89,7 +90,7 @@ class TaskTree:
             generator.shuffle(deal)
             if {frozenset(group) for group in _groups(deal)} != sides[0]:
                 return TaskTree(self.tasks, tuple(deal), self.categories)
-        raise ValueError(f"categories {list(self.category)} cannot be dealt out in another way; leave the control out")
+        raise ValueError(f"categories {list(self.category)} cannot be assigned in another way; leave the control out")
 
 
 def _groups(category: Sequence[int]) -> list[list[int]]:
@@ -98,7 +99,7 @@ def _groups(category: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """One level of the bank: who reads what and who sees whom.
+    """A level plan: which view each expert reads, and which experts each gate sees.
 
     Args:
         views: for each view the state it is made of; without feature-gates a view is its state.
@@ -131,14 +132,14 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """What an expert is and how gates weigh; one for all levels.
+    """How experts are built and how gates weigh them, the same for all levels.
 
     Args:
         width: o, units of an expert's output.
         hidden: units of a hidden layer in each expert; None for a single layer.
         norm: normalisation at the output: batch, layer or none.
         activation: after the normalisation.
-        mixing: softmax, or one of the controls; see `StackedGates`.
+        mixing: how a gate weighs the experts it sees: softmax, or a control; see `StackedGates`.
         residual: what joins over a gate's own experts; see `StackedGates`.
         feature_gates: L, low-rank gates per view; 0 for none.
         feature_rank: r, their rank.
@@ -152,7 +153,7 @@ class ExpertSettings:
     hidden: int | None = None
     norm: Norm = "none"
     activation: ActivationName = "relu"
-    mixing: Mixing = "softmax"
+    mixing: GateMixing = "softmax"
     residual: Residual = "none"
     feature_gates: int = 0
     feature_rank: int = 8
@@ -185,7 +186,7 @@ class GateMix(Combiner):
     def forward(self, work: Work, routing: AnyRouting) -> Tensor:
         """The mixtures."""
         assert isinstance(routing, DenseRouting)
-        h_NEo = work.experts.every(work.x)
+        h_NEo = record_experts(work.experts.every(work.x))
         weight_NGE = routing.weight.transpose(0, 1).to(h_NEo.dtype)
         if self.keep is None:
             return torch.bmm(weight_NGE, h_NEo).transpose(0, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plans are written with: tables of who sees what, names, the settings of plain experts, checks."""
+"""Helpers to write level plans: tables of which gate sees which expert, names, settings of plain experts, checks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shared_names(num: int) -> tuple[str, ...]:
 
 
 def numbered(names: Sequence[str]) -> tuple[str, ...]:
-    """Names made unlike: a repeated one gets a number."""
+    """Make names unique: a repeated one gets a number."""
     return tuple(f"{n}.{names[:i].count(n)}" if names.count(n) > 1 else n for i, n in enumerate(names))
 
 

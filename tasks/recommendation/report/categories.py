@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores as means over the tasks of a category, and how far a model stays below the truth where the truth is known."""
+"""Mean scores over the tasks of a category, and the distance to the true probabilities where these are known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from moeapps.training.evaluation import DomainScores
+from moeapps.training.scores import DomainScores
 from moeapps.training.task import BaseTask
 from tasks.recommendation.metrics import RankingScores, gauc
 
@@ -71,7 +71,7 @@ def category_means(rows: list[dict[str, Any]], tasks: list[str], categories: lis
 
 
 def oracle_scores(scores: DomainScores, tasks: list[str]) -> Groups:
-    """What the true probabilities score, and how far the model is below; nothing for logs that do not know them."""
+    """The scores of the true probabilities and the model's distance to them; empty for logs without them."""
     found: dict[str, dict[str, list[float]]] = {}
     margins = []
     for (_, role), metrics in zip(scores.domains.items(), scores.metrics, strict=True):

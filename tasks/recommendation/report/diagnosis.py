@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three illnesses of multi-gate experts as numbers with thresholds: collapse, degradation, underfitting.
 
-Pure functions of what a level computed on some rows. Names and thresholds follow home card 4.1; the threshold of
-collapse (0.9) is the paper's, the others are ours.
+Pure functions of what a level computed on some rows. Names and thresholds: docs/papers/home.md, equation 14; the
+threshold of collapse (0.9) is the paper's, the others are ours.
 
 Shape legend: N rows, E experts, o units of an expert, G gates.
 """
@@ -143,7 +143,7 @@ def degradation(sample: LevelSample) -> dict[str, dict[str, float]]:
 
 
 def gates(sample: LevelSample) -> dict[str, dict[str, float]]:
-    """How decided each gate is, and what it leaves to its own experts."""
+    """How certain each gate is, and how much weight its own experts get."""
     share_GNE = sample.share.double()
     found = {}
     for g, name in enumerate(sample.gates):

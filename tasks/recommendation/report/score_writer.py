@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves a run: predicted probabilities as tables."""
+"""Outputs of a run: predicted probabilities as tables."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ScoreTable:
 
 
 class ScoreWriter(L.Callback):
-    """Write what ``predict`` says as predictions/<domain>.parquet or .csv, one row per impression.
+    """Write the answers of ``predict`` as predictions/<domain>.parquet or .csv, one row per impression.
 
     Columns: ``row`` (number in the source), ``user``, ``domain``, then one probability per task under the task's name.
     ``predict_step`` returns the probabilities [B, T], or a mapping with them under ``probability``. With several

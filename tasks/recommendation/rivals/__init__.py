@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published rivals as plans of one bank: single task to STEM, each a table of who reads and sees what.
+"""Published rivals as level plans, from single task to STEM: tables of what experts read and gates see.
 
 Each function returns a factory for `RankingTask`. Experts of one network are alike: ``width`` units, one layer or, with
 ``hidden``, two. T tasks, C categories.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
-from tasks.recommendation.nets.gates import Mixing
+from tasks.recommendation.nets.gates import GateMixing
 from tasks.recommendation.nets.levels import LevelPlan, NetFactory, TaskTree
 from tasks.recommendation.nets.plan_parts import network, plain, shared_names, table
 
@@ -72,7 +72,7 @@ def mmoe(
     hidden: int | None = None,
     norm: Norm = "none",
     activation: ActivationName = "relu",
-    mixing: Mixing = "softmax",
+    mixing: GateMixing = "softmax",
     tower_dim: int = 16,
 ) -> NetFactory:
     """MMoE: shared experts, a softmax gate per task.
@@ -86,7 +86,7 @@ def mmoe(
         mixing: softmax, or a control.
         tower_dim: hidden width of a tower.
 
-    Source: J. Ma et al., KDD 2018 (home card 2.2).
+    Source: J. Ma et al., KDD 2018 (docs/papers/home.md, equation 9).
     """
 
     def plans(tree: TaskTree) -> list[LevelPlan]:

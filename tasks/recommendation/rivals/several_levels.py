@@ -38,7 +38,7 @@ def ple(
         mask: whether a task is kept from the experts of others.
         tower_dim: hidden width of a tower.
 
-    Source: H. Tang et al., RecSys 2020 (home card 2.2).
+    Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
     """
     at_least(levels=(levels, 1), experts=(shared_experts + task_experts, 1))
 
@@ -76,7 +76,7 @@ def cgc(
         mask: whether a task is kept from the experts of others; without, it is MMoE.
         tower_dim: hidden width of a tower.
 
-    Source: H. Tang et al., RecSys 2020 (home card 2.2).
+    Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
     """
     return ple(
         levels=1,
@@ -160,7 +160,7 @@ def adatt(
             numbers in every unit, of one expert as well.
         tower_dim: hidden width of a tower.
 
-    Source: D. Li et al., KDD 2023 (home card 2.2); facebookresearch/AdaTT ``mtl_lib.py``.
+    Source: D. Li et al., KDD 2023 (docs/papers/home.md, equation 11); facebookresearch/AdaTT ``mtl_lib.py``.
     """
     at_least(levels=(levels, 1), task_experts=(task_experts, 1))
 
@@ -213,7 +213,7 @@ def stem(
         stop_gradient: keep a task's loss from the experts and embeddings of other tasks.
         tower_dim: hidden width of a tower.
 
-    Source: L. Su et al., AAAI 2024 (recalled in home card 8).
+    Source: L. Su et al., AAAI 2024 (docs/papers/home.md, equation 13; recalled).
     """
     at_least(experts=(shared_experts + task_experts, 1))
 

@@ -89,7 +89,7 @@ def test_gate_map_groups_environments_by_family() -> None:
     shown = figure.axes[0].collections[0].get_array().reshape(4, 3)
 
     np.testing.assert_array_equal(shown, [[1, 1, 1], [1, 1, 1], [0, 0, 2], [0, 1, 2]])
-    with pytest.raises(ValueError, match=r"\[S, E\]"):
+    with pytest.raises(ValueError, match=r"\[H, S\]"):
         gate_figure("g", steps, expert.T, family, ["a", "b"])
 
 

@@ -20,10 +20,10 @@ from readers_common import OWN_NAMES, random_scan
 from moeapps.cli import main
 from moeapps.commands.run import run
 from tasks.point_cloud.data.public import to_arrays
-from tasks.point_cloud.data.readers import OwnLabels, RawScan, class_colors, read_ply, write_own_labels, write_own_scan
+from tasks.point_cloud.data.readers import OwnLabels, RawScan, read_ply, write_own_labels, write_own_scan
 from tasks.point_cloud.data.readers.las import read_las
 from tasks.point_cloud.data.sources import LasFiles
-from tasks.point_cloud.report.predictions import PointPrediction, name_color
+from tasks.point_cloud.report.predictions import PointPrediction, class_colors, name_color
 from tasks.point_cloud.report.scan_writer import ScanWriter, class_list, joined, write_whole
 
 pytestmark = pytest.mark.medium

@@ -38,7 +38,7 @@ def inputs(rows: int = 9) -> Tensor:
     return torch.randn(1, rows, DIM, dtype=torch.float64, requires_grad=True)
 
 
-# --- the equations of the card, sections 2.3 to 2.6, one row of the tables at a time ---
+# --- docs/papers/home.md, equations 1 to 7, one row of the tables at a time ---
 
 
 def feature_gate(gates: FeatureGates, v: int, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def test_biases_of_own_pairs_close_the_gates_to_their_own_experts_alone(fast_gat
         assert float(probs[:, (sees & ~owns)[closed]].max()) > 0.1
 
 
-# --- laws of the card, section 9 ---
+# --- laws of the network ---
 
 
 @pytest.mark.parametrize("low", [1, 2, 3, 5])

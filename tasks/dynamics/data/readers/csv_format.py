@@ -75,7 +75,7 @@ def _number(cell: str, where: str) -> float:
     try:
         value = float(text) if text else float("nan")
     except ValueError as error:
-        raise SeriesFormatError(f"{where}: {text!r} is no number; leave the cell empty where it is missing") from error
+        raise SeriesFormatError(f"{where}: {text!r} is not a number; leave missing cells empty") from error
     if np.isinf(value):
         raise SeriesFormatError(f"{where}: infinite value; leave the cell empty where it is missing")
     return value

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trajectories in the npz layouts of the JAX examples of NCF and MixER (ddrous/ncflow, ddrous/MixER).
 
-``X`` [E, N, T, D] with ``t`` [T], or by family ``X`` [F, E, N, T, D] with ``t`` [F, T]. Beside the latter may lie
-``<stem>_bounds.npy`` [F, E, 1, 1, D], the largest absolute values, and ``<stem>_envs.json``, the parameters.
+``X`` [S, N, T, D] with ``t`` [T], or by family ``X`` [F, S, N, T, D] with ``t`` [F, T]. Beside the latter may lie
+``<stem>_bounds.npy`` [F, S, 1, 1, D], the largest absolute values, and ``<stem>_envs.json``, the parameters.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class NpzFile:
     """One file, families laid one after another.
 
     Attributes:
-        x: [E, N, T, D] over all families.
-        dt: seconds between samples [E].
-        family: number of the family [E]; all 0 in the layout without families.
-        bounds: largest absolute values [E, D], or None.
+        x: [S, N, T, D] over all families.
+        dt: seconds between samples [S].
+        family: number of the family [S]; all 0 in the layout without families.
+        bounds: largest absolute values [S, D], or None.
         parameters: what the json says, or None.
     """
 
@@ -57,22 +57,22 @@ def read_npz(path: Path) -> NpzFile:
         x = x[None]
     if x.ndim != 5 or t.shape != (x.shape[0], x.shape[3]) or x.shape[3] < 2:
         raise SeriesFormatError(
-            f"{path.name}: X has shape {x.shape}, t {t.shape}; expected X [E, N, T, D] with t [T], or "
-            "X [F, E, N, T, D] with t [F, T], T at least 2"
+            f"{path.name}: X has shape {x.shape}, t {t.shape}; expected X [S, N, T, D] with t [T], or "
+            "X [F, S, N, T, D] with t [F, T], T at least 2"
         )
     steps = np.diff(t)
     if not (steps > 0).all() or not np.allclose(steps, steps[:, :1], rtol=1e-3):
         raise SeriesFormatError(f"{path.name}: t is not evenly spaced and rising; resample the trajectories")
-    F, E = x.shape[:2]
+    F, S = x.shape[:2]
     bounds_path, json_path = (path.with_name(path.stem + end) for end in ("_bounds.npy", "_envs.json"))
     bounds = np.load(bounds_path, allow_pickle=False) if bounds_path.is_file() else None
-    if bounds is not None and bounds.shape != (F, E, 1, 1, x.shape[4]):
-        raise SeriesFormatError(f"{bounds_path.name} has shape {bounds.shape}, expected {(F, E, 1, 1, x.shape[4])}")
+    if bounds is not None and bounds.shape != (F, S, 1, 1, x.shape[4]):
+        raise SeriesFormatError(f"{bounds_path.name} has shape {bounds.shape}, expected {(F, S, 1, 1, x.shape[4])}")
     return NpzFile(
-        x=x.reshape(F * E, *x.shape[2:]),
-        dt=np.repeat(steps.mean(1), E),
-        family=np.repeat(np.arange(F), E),
-        bounds=None if bounds is None else bounds.reshape(F * E, -1),
+        x=x.reshape(F * S, *x.shape[2:]),
+        dt=np.repeat(steps.mean(1), S),
+        family=np.repeat(np.arange(F), S),
+        bounds=None if bounds is None else bounds.reshape(F * S, -1),
         parameters=json.loads(json_path.read_text(encoding="utf-8")) if json_path.is_file() else None,
     )
 
@@ -82,7 +82,7 @@ def write_npz(path: Path, x: Floats, t: Floats, parameters: Any = None) -> None:
 
     Args:
         path: file to write.
-        x: [E, N, T, D] or [F, E, N, T, D].
+        x: [S, N, T, D] or [F, S, N, T, D].
         t: [T] or [F, T].
         parameters: anything that json can say.
     """
@@ -158,12 +158,12 @@ class NpzTrajectories(DynamicsSource):
         self._test = self._without_leak()
 
     def _without_leak(self) -> Floats:
-        """Test trajectories [E, N, T, D] that start at no initial condition of training."""
-        starts, seen = self.test.x[:, :, None, 0], self.train.x[:, None, :, 0]  # [E, N, 1, D], [E, 1, N', D]
+        """Test trajectories [S, N, T, D] that start at no initial condition of training."""
+        starts, seen = self.test.x[:, :, None, 0], self.train.x[:, None, :, 0]  # [S, N, 1, D], [S, 1, N', D]
         fresh = ~(np.abs(starts - seen) < 1e-6).all(-1).any(-1).any(0)  # a place that leaks anywhere is left out
         if fresh.sum() <= self.val_trajectories:
             raise ValueError(
-                f"{int(fresh.sum())} test trajectories start at no training state; more than "
+                f"{int(fresh.sum())} test trajectories start at an unseen state; more than "
                 f"val_trajectories={self.val_trajectories} are needed"
             )
         return self.test.x[:, fresh]
@@ -189,7 +189,7 @@ class NpzTrajectories(DynamicsSource):
     def _rows(self, domain: str, seen: Sequence[str]) -> range:
         allowed = [*self.default_seen, *self.default_validation, *self.default_unseen]
         if domain not in allowed or (domain == TRAINED) != (domain in seen):
-            raise ValueError(f"domain {domain!r} has no place here; {TRAINED} is seen, the others of {allowed} are not")
+            raise ValueError(f"domain {domain!r} cannot have this role: of {allowed}, only {TRAINED} is a seen domain")
         if domain == TRAINED:
             return range(len(self.train.x))
         assert self.query is not None

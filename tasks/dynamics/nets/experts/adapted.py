@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Banks of vector fields whose weights follow the context: GEPS and CoDA.
 
-Shape letters: K experts, C rows of one expert (padded), D state size, m context numbers that an expert reads, E
+Shape letters: E experts, C rows of one expert (padded), D state size, m context numbers that an expert reads, S
 environments, A activations of a perceptron.
 """
 
@@ -29,7 +29,7 @@ class AdaptedExperts(MetaExperts):
 
     Args:
         state_dim: D.
-        num_experts: K.
+        num_experts: E.
         context_dim: whole width of a context.
         width: hidden width.
         depth: linear layers.
@@ -96,7 +96,7 @@ class GEPSExperts(AdaptedExperts):
 
     Args:
         state_dim: D.
-        num_experts: K.
+        num_experts: E.
         context_dim: whole width of a context.
         width: hidden width.
         depth: linear layers.
@@ -110,8 +110,8 @@ class GEPSExperts(AdaptedExperts):
     Raises:
         ValueError: for another activation or start.
 
-    Source: GEPS (Koupaï et al. 2024) as in MixER (mixer-dsr card 2.2 c), ddrous/MixER ``mixer/learner.py``; there A and
-        B of a layer are cut from one draw, here each has its own.
+    Source: GEPS (Koupaï et al. 2024) as in MixER (docs/papers/mixer.md, equation 2), ddrous/MixER ``mixer/learner.py``;
+        there A and B of a layer are cut from one draw, here each has its own.
 
     Example:
         >>> bank = GEPSExperts(2, 4, 16, width=24)
@@ -147,12 +147,12 @@ class GEPSExperts(AdaptedExperts):
         if start not in get_args(Start):
             raise ValueError(f"start={start!r}; use {' or '.join(get_args(Start))}")
         self.start = start
-        K, m = num_experts, self.piece_dim
+        E, m = num_experts, self.piece_dim
         for i, (n_in, n_out) in enumerate(self.sizes):
-            setattr(self, f"root{i}", nn.Parameter(torch.empty(K, n_in, n_out)))  # W
-            setattr(self, f"bias{i}", nn.Parameter(torch.empty(K, 1, n_out)))  # b
-            setattr(self, f"down{i}", nn.Parameter(torch.empty(K, n_in, m)))  # B
-            setattr(self, f"up{i}", nn.Parameter(torch.empty(K, 2 * m, n_out)))  # A over A_b
+            setattr(self, f"root{i}", nn.Parameter(torch.empty(E, n_in, n_out)))  # W
+            setattr(self, f"bias{i}", nn.Parameter(torch.empty(E, 1, n_out)))  # b
+            setattr(self, f"down{i}", nn.Parameter(torch.empty(E, n_in, m)))  # B
+            setattr(self, f"up{i}", nn.Parameter(torch.empty(E, 2 * m, n_out)))  # A over A_b
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -173,25 +173,25 @@ class GEPSExperts(AdaptedExperts):
         layers = sum(2 * (n_in * n_out + n_in * m + 2 * m * n_out) for n_in, n_out in self.sizes)
         return layers + self.slope_flops
 
-    def bind(self, context_Ec: Tensor, expert_E: Tensor, weight_E: Tensor) -> Callable[[Tensor], Tensor]:
+    def bind(self, context_Sc: Tensor, expert_S: Tensor, weight_S: Tensor) -> Callable[[Tensor], Tensor]:
         """A perceptron per environment, the context multiplied into its weights; see :meth:`MetaExperts.bind`."""
-        piece_E1m = self._piece(context_Ec, expert_E)[:, None]
+        piece_S1m = self._piece(context_Sc, expert_S)[:, None]
         layers = []
         for i in range(len(self.sizes)):
             root, down, up, bias = (
-                self.stacks()[f"{name}{i}"].index_select(0, expert_E) for name in ("root", "down", "up", "bias")
+                self.stacks()[f"{name}{i}"].index_select(0, expert_S) for name in ("root", "down", "up", "bias")
             )
             adapt, lift = up.chunk(2, 1)
-            layers.append((torch.baddbmm(root, down * piece_E1m, adapt), torch.baddbmm(bias, piece_E1m, lift)))
-        return _perceptron(layers, weight_E, _slopes(self.slope, piece_E1m, expert_E))
+            layers.append((torch.baddbmm(root, down * piece_S1m, adapt), torch.baddbmm(bias, piece_S1m, lift)))
+        return _perceptron(layers, weight_S, _slopes(self.slope, piece_S1m, expert_S))
 
-    def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
+    def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
         """The perceptrons of all blocks."""
-        h, slopes = x_KCD, _slopes(p.get("slope"), piece_KCm)
+        h, slopes = x_ECD, _slopes(p.get("slope"), piece_ECm)
         for i, (_, n_out) in enumerate(self.sizes):
             root, down, up, bias = (p[f"{name}{i}"] for name in ("root", "down", "up", "bias"))
-            both = h @ torch.cat([root, down], -1)  # (K, C, out + m)
-            code = torch.cat([both[..., n_out:] * piece_KCm, piece_KCm], -1)  # (K, C, 2m)
+            both = h @ torch.cat([root, down], -1)  # (E, C, out + m)
+            code = torch.cat([both[..., n_out:] * piece_ECm, piece_ECm], -1)  # (E, C, 2m)
             h = torch.baddbmm(both[..., :n_out] + bias, code, up)
             if i + 1 < len(self.sizes):
                 h = _swish(h, slopes, i)
@@ -205,7 +205,7 @@ class CoDAExperts(AdaptedExperts):
 
     Args:
         state_dim: D.
-        num_experts: K.
+        num_experts: E.
         context_dim: whole width of a context.
         width: hidden width.
         depth: linear layers.
@@ -214,7 +214,8 @@ class CoDAExperts(AdaptedExperts):
         shift_context: see :class:`MetaExperts`.
         same_init: see :class:`MetaExperts`.
 
-    Source: CoDA (Kirchmeyer et al. 2022) as in MixER (mixer-dsr card 2.2 b), ddrous/MixER ``mixer/learner.py``.
+    Source: CoDA (Kirchmeyer et al. 2022) as in MixER (docs/papers/mixer.md, equation 3), ddrous/MixER
+        ``mixer/learner.py``.
 
     Example:
         >>> CoDAExperts(2, 1, 3).every(torch.zeros(5, 2), torch.zeros(5, 3)).shape
@@ -270,42 +271,42 @@ class CoDAExperts(AdaptedExperts):
         layers = sum(2 * (1 + self.piece_dim) * (n_in + 1) * n_out for n_in, n_out in self.sizes)
         return layers + self.slope_flops
 
-    def bind(self, context_Ec: Tensor, expert_E: Tensor, weight_E: Tensor) -> Callable[[Tensor], Tensor]:
+    def bind(self, context_Sc: Tensor, expert_S: Tensor, weight_S: Tensor) -> Callable[[Tensor], Tensor]:
         """A perceptron per environment with the weights of its context; see :meth:`MetaExperts.bind`."""
-        piece_Em = self._piece(context_Ec, expert_E)
-        factor_Ef = F.pad(piece_Em, (1, 0), value=1.0)
+        piece_Sm = self._piece(context_Sc, expert_S)
+        factor_Sf = F.pad(piece_Sm, (1, 0), value=1.0)
         layers = []
         for i, (n_in, n_out) in enumerate(self.sizes):
-            own = self.stacks()[f"weight{i}"].index_select(0, expert_E)
-            whole = torch.einsum("ef,efio->eio", factor_Ef, own.view(len(own), -1, n_in + 1, n_out))
+            own = self.stacks()[f"weight{i}"].index_select(0, expert_S)
+            whole = torch.einsum("sf,sfio->sio", factor_Sf, own.view(len(own), -1, n_in + 1, n_out))
             layers.append((whole[:, :n_in], whole[:, n_in:]))
-        return _perceptron(layers, weight_E, _slopes(self.slope, piece_Em[:, None], expert_E))
+        return _perceptron(layers, weight_S, _slopes(self.slope, piece_Sm[:, None], expert_S))
 
-    def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
+    def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
         """The perceptrons of all blocks."""
-        h, slopes = x_KCD, _slopes(p.get("slope"), piece_KCm)
+        h, slopes = x_ECD, _slopes(p.get("slope"), piece_ECm)
         one = torch.ones_like(h[..., :1])
-        factor = torch.cat([one, piece_KCm], -1).unsqueeze(-1)  # (K, C, 1 + m, 1)
+        factor = torch.cat([one, piece_ECm], -1).unsqueeze(-1)  # (E, C, 1 + m, 1)
         for i in range(len(self.sizes)):
-            inputs = (factor * torch.cat([h, one], -1).unsqueeze(-2)).flatten(-2)  # (K, C, (1 + m)(in + 1))
+            inputs = (factor * torch.cat([h, one], -1).unsqueeze(-2)).flatten(-2)  # (E, C, (1 + m)(in + 1))
             h = inputs @ p[f"weight{i}"]
             if i + 1 < len(self.sizes):
                 h = _swish(h, slopes, i)
         return h
 
 
-def _slopes(slope: Tensor | None, piece_KCm: Tensor, expert_E: Tensor | None = None) -> Tensor | None:
-    """Slopes of the activations, [K, C, A] for the context of every row; None where all are 1.
+def _slopes(slope: Tensor | None, piece_ECm: Tensor, expert_S: Tensor | None = None) -> Tensor | None:
+    """Slopes of the activations, [E, C, A] for the context of every row; None where all are 1.
 
     Args:
-        slope: [K, 1 + m, A].
-        piece_KCm: what is read of the contexts.
-        expert_E: whose slopes; None takes those of all, in order.
+        slope: [E, 1 + m, A].
+        piece_ECm: what is read of the contexts.
+        expert_S: whose slopes; None takes those of all, in order.
     """
     if slope is None:
         return None
-    own = slope if expert_E is None else slope.index_select(0, expert_E)
-    return torch.baddbmm(own[:, :1], piece_KCm, own[:, 1:])
+    own = slope if expert_S is None else slope.index_select(0, expert_S)
+    return torch.baddbmm(own[:, :1], piece_ECm, own[:, 1:])
 
 
 def _swish(h: Tensor, slopes: Tensor | None, place: int) -> Tensor:
@@ -314,16 +315,16 @@ def _swish(h: Tensor, slopes: Tensor | None, place: int) -> Tensor:
 
 
 def _perceptron(
-    layers: list[tuple[Tensor, Tensor]], weight_E: Tensor, slopes_E1A: Tensor | None
+    layers: list[tuple[Tensor, Tensor]], weight_S: Tensor, slopes_S1A: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
-    """Perceptrons with weights [E, in, out] and biases [E, 1, out]; the last layer takes the factor of the output."""
-    weight_E11 = weight_E[:, None, None]
-    last = [part * weight_E11 for part in layers[-1]]
+    """Perceptrons with weights [S, in, out] and biases [S, 1, out]; the last layer takes the factor of the output."""
+    weight_S11 = weight_S[:, None, None]
+    last = [part * weight_S11 for part in layers[-1]]
 
-    def apply(x_ERD: Tensor) -> Tensor:
-        h = x_ERD
+    def apply(x_SRD: Tensor) -> Tensor:
+        h = x_SRD
         for i, (weight, bias) in enumerate(layers[:-1]):
-            h = _swish(torch.baddbmm(bias, h, weight), slopes_E1A, i)
+            h = _swish(torch.baddbmm(bias, h, weight), slopes_S1A, i)
         return torch.baddbmm(last[1], h, last[0])
 
     return apply

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Banks of meta-learners: K networks ``f_k(x, context)`` with stacked weights, one kind per class.
+"""Banks of meta-learners: E networks ``f_k(x, context)`` with stacked weights, one kind per class.
 
 Every bank reads the WHOLE context of a row as its side input and cuts out what its expert may read: with
-``split_context`` expert k reads the k-th of K equal pieces, without it everything; ``shift_context`` adds one learned
+``split_context`` expert k reads the k-th of E equal pieces, without it everything; ``shift_context`` adds one learned
 number per expert to what it reads.
 
-Shape letters: K experts, M rows sorted by expert, C rows of one expert (padded), D state size, m context numbers that
+Shape letters: E experts, M rows sorted by expert, C rows of one expert (padded), D state size, m context numbers that
 an expert reads, O output width.
 """
 
@@ -28,9 +28,9 @@ class MetaExperts(Experts):
 
     Args:
         state_dim: D.
-        num_experts: K.
+        num_experts: E.
         context_dim: whole width of a context.
-        split_context: whether expert k reads only its own piece of ``context_dim / K`` numbers.
+        split_context: whether expert k reads only its own piece of ``context_dim / E`` numbers.
         shift_context: whether each expert adds one learned number (0 at the start) to what it reads.
         same_init: whether all experts start from the same weights (published: yes).
 
@@ -64,16 +64,16 @@ class MetaExperts(Experts):
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
-    def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
+    def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
         """Apply expert k to block k.
 
         Args:
-            p: the stacked weights by name, of all K experts or of the one at work.
-            x_KCD: states [K, C, D].
-            piece_KCm: what is read of the contexts [K, C, m], shift included.
+            p: the stacked weights by name, of all E experts or of the one at work.
+            x_ECD: states [E, C, D].
+            piece_ECm: what is read of the contexts [E, C, m], shift included.
 
         Returns:
-            [K, C, O].
+            [E, C, O].
         """
         raise NotImplementedError
 
@@ -90,48 +90,48 @@ class MetaExperts(Experts):
         """
         sizes: list[int] = counts.tolist() if isinstance(counts, Tensor) else list(counts)
         context_Mc = self._context(side)
-        K, M, largest = self.num_experts, x_MD.shape[0], max(sizes)
-        if K == 1 or K * largest > 2 * M:
+        E, M, largest = self.num_experts, x_MD.shape[0], max(sizes)
+        if E == 1 or E * largest > 2 * M:
             return self._loop(x_MD, sizes, context_Mc)
-        expert_M = torch.arange(K, device=x_MD.device).repeat_interleave(
+        expert_M = torch.arange(E, device=x_MD.device).repeat_interleave(
             torch.tensor(sizes, device=x_MD.device), output_size=M
         )
         piece_Mm = self._piece(context_Mc, expert_M)
-        if K * largest == M:
-            return self.compute(self.stacks(), _blocks(x_MD, K), _blocks(piece_Mm, K)).flatten(0, 1)
+        if E * largest == M:
+            return self.compute(self.stacks(), _blocks(x_MD, E), _blocks(piece_Mm, E)).flatten(0, 1)
         starts = torch.tensor([0, *sizes[:-1]], device=x_MD.device).cumsum(0)
         place_M = torch.arange(M, device=x_MD.device) + (expert_M * largest - starts[expert_M])
         blocks = [
-            _blocks(rows.new_zeros(K * largest, rows.shape[1]).index_copy(0, place_M, rows), K)
+            _blocks(rows.new_zeros(E * largest, rows.shape[1]).index_copy(0, place_M, rows), E)
             for rows in (x_MD, piece_Mm)
         ]
         return self.compute(self.stacks(), *blocks).flatten(0, 1).index_select(0, place_M)
 
-    def bind(self, context_Ec: Tensor, expert_E: Tensor, weight_E: Tensor) -> Callable[[Tensor], Tensor]:
+    def bind(self, context_Sc: Tensor, expert_S: Tensor, weight_S: Tensor) -> Callable[[Tensor], Tensor]:
         """Put contexts into experts once, for all the states of a solve: as ``grouped``, and several times as fast.
 
         Args:
-            context_Ec: one context per environment.
-            expert_E: the expert of each environment, int64.
-            weight_E: factor of its output.
+            context_Sc: one context per environment.
+            expert_S: the expert of each environment, int64.
+            weight_S: factor of its output.
 
         Returns:
-            states [E, R, D] -> [E, R, O].
+            states [S, R, D] -> [S, R, O].
         """
-        own = {name: stack.index_select(0, expert_E) for name, stack in self.stacks().items()}
-        piece_E1m, weight_E11 = self._piece(context_Ec, expert_E)[:, None], weight_E[:, None, None]
-        return lambda x_ERD: weight_E11 * self.compute(own, x_ERD, piece_E1m.expand(-1, x_ERD.shape[1], -1))
+        own = {name: stack.index_select(0, expert_S) for name, stack in self.stacks().items()}
+        piece_S1m, weight_S11 = self._piece(context_Sc, expert_S)[:, None], weight_S[:, None, None]
+        return lambda x_SRD: weight_S11 * self.compute(own, x_SRD, piece_S1m.expand(-1, x_SRD.shape[1], -1))
 
     def every(self, x: Tensor, *side: Tensor) -> Tensor:
         """Apply every expert to every row; ``side`` is the context [N, context_dim]."""
         context_Nc = self._context(side)
-        x_KND = x if x.dim() == 3 else x.expand(self.num_experts, *x.shape)
-        expert_K = torch.arange(self.num_experts, device=x.device)
-        piece = torch.stack([self._piece(context_Nc, k.expand(len(context_Nc))) for k in expert_K])
-        return self.compute(self.stacks(), x_KND, piece).transpose(0, 1)
+        x_END = x if x.dim() == 3 else x.expand(self.num_experts, *x.shape)
+        expert_E = torch.arange(self.num_experts, device=x.device)
+        piece = torch.stack([self._piece(context_Nc, k.expand(len(context_Nc))) for k in expert_E])
+        return self.compute(self.stacks(), x_END, piece).transpose(0, 1)
 
     def pieces(self, context: Tensor) -> Tensor:
-        """What each expert reads of contexts [..., context_dim], without the shift: [..., K, m]."""
+        """What each expert reads of contexts [..., context_dim], without the shift: [..., E, m]."""
         if self.split_context:
             return context.reshape(*context.shape[:-1], self.num_experts, self.piece_dim)
         return context.unsqueeze(-2).expand(*context.shape[:-1], self.num_experts, -1)
@@ -176,7 +176,7 @@ ExpertsFactory = Callable[[int, int, int], MetaExperts]
 
 
 def _blocks(rows: Tensor, num: int) -> Tensor:
-    """Rows [K * C, d] as blocks [K, C, d]; C may be 0."""
+    """Rows [E * C, d] as blocks [E, C, d]; C may be 0."""
     return rows.view(num, len(rows) // num, rows.shape[1])
 
 

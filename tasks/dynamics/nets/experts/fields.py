@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Banks of vector fields whose weights are no function of the context: NCF, and perceptrons without a context.
 
-Shape letters: K experts, M rows sorted by expert, C rows of one expert (padded), D state size, m context numbers that
+Shape letters: E experts, M rows sorted by expert, C rows of one expert (padded), D state size, m context numbers that
 an expert reads.
 """
 
@@ -24,7 +24,7 @@ class NCFExperts(MetaExperts):
 
     Args:
         state_dim: D.
-        num_experts: K.
+        num_experts: E.
         context_dim: whole width of a context.
         intermediate: width of what the two nets hand to the main net.
         width: hidden width of the main net.
@@ -33,9 +33,9 @@ class NCFExperts(MetaExperts):
         shift_context: see :class:`MetaExperts`.
         same_init: see :class:`MetaExperts`.
 
-    Source: NCF (Nzoyem et al. 2025) as in MixER (mixer-dsr card 2.2 a), ddrous/MixER ``mixer/learner.py``; the single
-    hidden layers of the two small nets are as wide as the geometric mean of their ends without its fraction, then
-    rounded up to even, as there.
+    Source: NCF (Nzoyem et al. 2025) as in MixER (docs/papers/mixer.md, equation 4), ddrous/MixER ``mixer/learner.py``;
+    the single hidden layers of the two small nets are as wide as the geometric mean of their ends without its fraction,
+    then rounded up to even, as there.
 
     Example:
         >>> NCFExperts(2, 2, 8).every(torch.zeros(5, 2), torch.zeros(5, 8)).shape
@@ -98,9 +98,9 @@ class NCFExperts(MetaExperts):
         """Forward operations of one expert on one row."""
         return sum(2 * n_in * n_out for sizes in self.nets.values() for n_in, n_out in sizes)
 
-    def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
+    def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
         """The three nets of all blocks."""
-        both = torch.cat([self._net(p, "data", x_KCD), self._net(p, "ctx", piece_KCm)], -1)
+        both = torch.cat([self._net(p, "data", x_ECD), self._net(p, "ctx", piece_ECm)], -1)
         return self._net(p, "main", both)
 
     def _net(self, p: dict[str, Tensor], name: str, h: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class PlainExperts(MetaExperts):
 
     Args:
         state_dim: D.
-        num_experts: K.
+        num_experts: E.
         context_dim: width of the contexts that come and are not read.
         width: hidden width.
         depth: linear layers.
@@ -158,9 +158,9 @@ class PlainExperts(MetaExperts):
         """Forward operations of one expert on one row."""
         return sum(2 * n_in * n_out for n_in, n_out in self.sizes)
 
-    def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
+    def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
         """The perceptrons of all blocks."""
-        h = x_KCD
+        h = x_ECD
         for i in range(len(self.sizes)):
             h = torch.baddbmm(p[f"bias{i}"], h, p[f"weight{i}"])
             if i + 1 < len(self.sizes):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Banks of maps from sample to sample.
 
-Shape letters: K experts, M rows sorted by expert, C rows of one expert (padded), D state size, m context numbers that
+Shape letters: E experts, M rows sorted by expert, C rows of one expert (padded), D state size, m context numbers that
 an expert reads.
 """
 
@@ -30,7 +30,7 @@ class ShallowPLRNNExperts(MetaExperts):
 
     Args:
         state_dim: D, which is also the number of units M (identity decoder).
-        num_experts: K.
+        num_experts: E.
         context_dim: whole width of a context.
         hidden: units L of the hidden layer.
         alpha_min: least share of the model's own state, in [0, 1].
@@ -41,7 +41,7 @@ class ShallowPLRNNExperts(MetaExperts):
     Raises:
         ValueError: ``alpha_min`` outside [0, 1] or ``hidden`` below 1.
 
-    Source: Brenner et al. (2024) as in MixER (mixer-dsr card 2.2 d).
+    Source: Brenner et al. (2024) as in MixER (docs/papers/mixer.md, equation 6).
 
     Example:
         >>> ShallowPLRNNExperts(3, 2, 4).every(torch.zeros(5, 6), torch.zeros(5, 4)).shape
@@ -96,11 +96,11 @@ class ShallowPLRNNExperts(MetaExperts):
         D, L = self.out_dim, self.hidden
         return 2 * (1 + self.piece_dim) * sum(self.lengths) + 2 * (D * D + 2 * D * L)
 
-    def compute(self, p: dict[str, Tensor], x_KCD: Tensor, piece_KCm: Tensor) -> Tensor:
+    def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
         """One step of all blocks from rows [z, x]."""
         D = self.out_dim
-        z, x = x_KCD[..., None, :D], x_KCD[..., None, D:]  # (K, C, 1, D)
-        flat = torch.baddbmm(p["map"][:, :1], piece_KCm, p["map"][:, 1:])  # (K, C, all parameters)
+        z, x = x_ECD[..., None, :D], x_ECD[..., None, D:]  # (E, C, 1, D)
+        flat = torch.baddbmm(p["map"][:, :1], piece_ECm, p["map"][:, 1:])  # (E, C, all parameters)
         parts = zip(flat.split(self.lengths, -1), self.shapes.items(), strict=True)
         own = {name: part.unflatten(-1, shape) for part, (name, shape) in parts}
         alpha = own["alpha"].clamp(self.alpha_min, 1)

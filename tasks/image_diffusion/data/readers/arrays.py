@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class ImageFileError(ValueError):
-    """A file of images or latents that cannot be used; the text says which, why, and what to do."""
+    """A file of images or latents cannot be used; the message says which file, why, and what to do."""
 
 
 _BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)

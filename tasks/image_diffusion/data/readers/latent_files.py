@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of an autoencoder as files: read and written in the layouts that public code uses (promoe card 7.1).
+"""Latents of an autoencoder as files, in the layouts that public code uses (docs/papers/promoe.md, file formats).
 
 Shape legend: n images, C channels of the latent, h x w places. MOMENTS have 2C channels: the mean, then the logarithm
 of the variance of a Gaussian posterior; a latent is scale * (mean + exp(0.5 * logvar) * eps).
@@ -131,7 +131,7 @@ class LatentShards(LatentDataset):
     """safetensors files with ``latents`` [n, C, h, w], ``labels`` [n] and perhaps ``latents_flip``, read row by row.
 
     With ``statistics`` a latent is (z - mean) / std per channel, as LightningDiT does, before it is scaled. [layout and
-    normalisation: secondary sources, promoe card 7.1 c]
+    normalisation: secondary sources]
 
     Args:
         paths: the shards, in order.

@@ -18,13 +18,6 @@ from tasks.point_cloud.data.readers.pointcept import (
 from tasks.point_cloud.data.readers.scan import PointCloudFileError, RawScan, ScanReader, ScanRef, Split, make_scan
 from tasks.point_cloud.data.readers.scannet_raw import ScanNetMeshes, write_scannet_scene
 from tasks.point_cloud.data.readers.semantic_kitti import SemanticKITTI, write_kitti_frame
-from tasks.point_cloud.report.predictions import (
-    PointPrediction,
-    class_colors,
-    write_prediction,
-    write_prediction_las,
-    write_prediction_ply,
-)
 
 __all__ = [
     "Matterport3DFolders",
@@ -34,7 +27,6 @@ __all__ = [
     "OwnScans",
     "PlyCloud",
     "PointCloudFileError",
-    "PointPrediction",
     "PointceptFolders",
     "RawScan",
     "S3DISFolders",
@@ -46,7 +38,6 @@ __all__ = [
     "Split",
     "Structured3DFolders",
     "WaymoFolders",
-    "class_colors",
     "make_scan",
     "read_own_scan",
     "read_ply",
@@ -56,8 +47,5 @@ __all__ = [
     "write_own_scan",
     "write_ply",
     "write_pointcept_scan",
-    "write_prediction",
-    "write_prediction_las",
-    "write_prediction_ply",
     "write_scannet_scene",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw records, .npy and .npz files, read so that no file can do more than be refused.
+"""Raw records, .npy and .npz files, read safely: a bad file is refused and nothing in it is run.
 
 ``numpy.load`` would unpickle on request and answers damage with a dozen exception types. The .npy header is a line
 of text before a block of numbers (numpy's format document, "NEP 1"), so it is read here: plain numeric types only,

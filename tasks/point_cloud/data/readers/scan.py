@@ -29,7 +29,7 @@ FAR = 10_000.0
 
 
 class PointCloudFileError(ValueError):
-    """A file or folder that cannot be read as what it claims to be.
+    """A file or folder is not in the format that it should have.
 
     Args:
         path: the file or folder.

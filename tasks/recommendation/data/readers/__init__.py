@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of logs: tables of one's own, rating files, MovieLens."""
+"""Readers of logs: your own tables, rating files, MovieLens."""

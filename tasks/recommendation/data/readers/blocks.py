@@ -39,7 +39,7 @@ class Column:
         """Return the values as float64, NaN where there is none.
 
         Raises:
-            TableError: text that is no number; the message begins with ``what``.
+            TableError: text that is not a number; the message begins with ``what``.
         """
         values = self.values
         if values.dtype == object:
@@ -117,7 +117,7 @@ class ParquetBlocks(BlockFile):
         try:
             self._meta = parquet.read_metadata(path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise TableError(f"{path} is no readable Parquet file ({error})") from error
+            raise TableError(f"{path} is not a readable Parquet file ({error})") from error
 
     @cached_property
     def columns(self) -> list[str]:

@@ -134,7 +134,7 @@ class MovieLens100K(LogSource):
                 raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(DOMAINS)}")
 
     def describe(self, domain: str) -> str:
-        """Name the data set, how it is cut, and where the files came from."""
+        """Say which data set it is, how it is split, and where the files came from."""
         place = "recbole 1.2.1 wheel" if self.root is None else "own files"
         return f"MovieLens 100K ({place}), split by {self.split}"
 
@@ -248,7 +248,7 @@ class MovieLens100K(LogSource):
         if claims.max(initial=0) > 1:
             raise ValueError(
                 f"seen domains {', '.join(self.roles['seen'])} share {int((claims > 1).sum())} ratings, which would "
-                "be trained on twice; take domains of one kind (genre, age ...), or rest alone"
+                "count twice in training; take domains of one kind (genre, age ...), or only rest"
             )
         return self.fits(domain) & free
 
@@ -325,6 +325,6 @@ class MovieLens100K(LogSource):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the tables behind when a loader process is started; data sets hold their own rows."""
+        """Do not copy the tables to loader processes; data sets hold their own rows."""
         kept = ("root", "split", "tasks", "roles", "_cache")
         return {name: self.__dict__[name] for name in kept}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log of one's own in Parquet or CSV files, read block by block: no file is ever held whole.
+"""Your own log in Parquet or CSV files, read block by block: no file is ever held whole in memory.
 
 One pass over the filter, time and label columns counts the rows of each block and checks them; its result is kept in
 the cache. Training then draws blocks in random order and shuffles rows in windows of blocks
@@ -125,7 +125,7 @@ class TableFiles(LogSource):
                     raise ValueError(f"unknown domain {name!r}; described are: {', '.join(self.domains)}")
                 for split in needed[role]:
                     if getattr(self.domains[name], split) is None:
-                        raise ValueError(f"{role} domain {name!r} has no {split} files; give it some")
+                        raise ValueError(f"{role} domain {name!r} has no {split} files; give it at least one")
 
     def describe(self, domain: str) -> str:
         """Name the files."""

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thirty figures of our own in three families: glyphs of thin strokes, clothes of flat pieces, animals of limbs."""
+"""Thirty sketches of our own in three families: glyphs of thin strokes, clothes of flat pieces, animals of limbs."""
 
 from __future__ import annotations
 
-from tasks.image_diffusion.data.drawing import Figure, Hand, arc
+from tasks.image_diffusion.data.drawing import Hand, Sketch, arc
 
 PEN = 0.09
 
 
-def _glyph(*lines: list[tuple[float, float]]) -> Figure:
-    figure = Figure()
+def _glyph(*lines: list[tuple[float, float]]) -> Sketch:
+    sketch = Sketch()
     for line in lines:
-        figure.stroke(line, PEN)
-    return figure
+        sketch.stroke(line, PEN)
+    return sketch
 
 
-GLYPHS: dict[str, Figure] = {
+GLYPHS: dict[str, Sketch] = {
     "ring": _glyph(arc(0, 0, 0.42, 0.68, 0, 360, 13)),
     "bar": _glyph([(-0.25, -0.4), (0.02, -0.7), (0.02, 0.7)]),
     "hook": _glyph([*arc(0, -0.3, 0.4, 0.38, 180, 390, 8), (-0.42, 0.68), (0.45, 0.68)]),
@@ -28,36 +28,36 @@ GLYPHS: dict[str, Figure] = {
     "cross": _glyph([(-0.45, -0.6), (0.45, 0.6)], [(0.45, -0.6), (-0.45, 0.6)]),
 }
 
-CLOTHES: dict[str, Figure] = {
-    "shirt": Figure()
+CLOTHES: dict[str, Sketch] = {
+    "shirt": Sketch()
     .quad((-0.4, -0.6), (0.4, -0.6), (0.4, 0.65), (-0.4, 0.65))
     .quad((-0.4, -0.6), (-0.82, -0.22), (-0.66, 0.02), (-0.36, -0.25))
     .quad((0.4, -0.6), (0.82, -0.22), (0.66, 0.02), (0.36, -0.25)),
-    "trousers": Figure()
+    "trousers": Sketch()
     .quad((-0.38, -0.75), (0.38, -0.75), (0.42, -0.4), (-0.42, -0.4))
     .quad((-0.42, -0.42), (-0.03, -0.42), (-0.1, 0.8), (-0.36, 0.8))
     .quad((0.42, -0.42), (0.03, -0.42), (0.1, 0.8), (0.36, 0.8)),
-    "jumper": Figure()
+    "jumper": Sketch()
     .quad((-0.36, -0.65), (0.36, -0.65), (0.38, 0.6), (-0.38, 0.6))
     .quad((-0.36, -0.65), (-0.62, -0.4), (-0.8, 0.55), (-0.56, 0.6))
     .quad((0.36, -0.65), (0.62, -0.4), (0.8, 0.55), (0.56, 0.6)),
-    "dress": Figure()
+    "dress": Sketch()
     .quad((-0.22, -0.8), (0.22, -0.8), (0.17, -0.15), (-0.17, -0.15))
     .quad((-0.18, -0.2), (0.18, -0.2), (0.5, 0.8), (-0.5, 0.8)),
-    "skirt": Figure().quad((-0.3, -0.45), (0.3, -0.45), (0.72, 0.5), (-0.72, 0.5)),
-    "boot": Figure()
+    "skirt": Sketch().quad((-0.3, -0.45), (0.3, -0.45), (0.72, 0.5), (-0.72, 0.5)),
+    "boot": Sketch()
     .quad((-0.45, -0.75), (0.05, -0.75), (0.1, 0.6), (-0.45, 0.6))
     .quad((-0.45, 0.25), (0.2, 0.25), (0.75, 0.62), (-0.45, 0.62)),
-    "bag": Figure()
+    "bag": Sketch()
     .quad((-0.62, -0.1), (0.62, -0.1), (0.72, 0.65), (-0.72, 0.65))
     .stroke(arc(0, -0.1, 0.36, 0.5, 180, 360, 8), 0.06),
-    "hat": Figure()
+    "hat": Sketch()
     .quad((-0.36, -0.5), (0.36, -0.5), (0.45, 0.2), (-0.45, 0.2))
     .stroke([(-0.78, 0.24), (0.78, 0.24)], 0.1),
-    "shoe": Figure()
+    "shoe": Sketch()
     .quad((-0.8, -0.05), (-0.4, -0.2), (0.3, 0.1), (-0.8, 0.35))
     .stroke([(-0.72, 0.25), (0.1, 0.24), (0.68, 0.28)], 0.12, 0.16, 0.08),
-    "coat": Figure()
+    "coat": Sketch()
     .quad((-0.42, -0.75), (-0.05, -0.75), (-0.05, 0.78), (-0.5, 0.78))
     .quad((0.42, -0.75), (0.05, -0.75), (0.05, 0.78), (0.5, 0.78))
     .stroke([(-0.45, -0.6), (-0.74, 0.5)], 0.12)
@@ -65,18 +65,18 @@ CLOTHES: dict[str, Figure] = {
 }
 
 
-def _legs(figure: Figure, places: list[float], top: float, foot: float, radius: float) -> Figure:
+def _legs(sketch: Sketch, places: list[float], top: float, foot: float, radius: float) -> Sketch:
     for x in places:
-        figure.stroke([(x, top), (x, foot)], radius)
-    return figure
+        sketch.stroke([(x, top), (x, foot)], radius)
+    return sketch
 
 
-ANIMALS: dict[str, Figure] = {
-    "fish": Figure()
+ANIMALS: dict[str, Sketch] = {
+    "fish": Sketch()
     .stroke([(-0.62, 0), (-0.1, 0), (0.35, 0)], 0.1, 0.34, 0.1)
     .quad((0.3, 0.0), (0.75, -0.38), (0.66, 0.0), (0.75, 0.38)),
     "bird": _legs(
-        Figure()
+        Sketch()
         .stroke([(-0.2, 0.1), (0.25, 0.15)], 0.3, 0.2)
         .stroke([(-0.4, -0.3), (-0.2, 0)], 0.19, 0.15)
         .stroke([(-0.5, -0.3), (-0.78, -0.22)], 0.08, 0.02)
@@ -86,14 +86,14 @@ ANIMALS: dict[str, Figure] = {
         0.75,
         0.035,
     ),
-    "cat": Figure()
+    "cat": Sketch()
     .stroke([(0, 0.1), (0.05, 0.55)], 0.22, 0.32)
     .stroke([(-0.1, -0.35), (0.1, -0.35)], 0.24)
     .quad((-0.32, -0.45), (-0.3, -0.8), (-0.08, -0.55), (-0.15, -0.4))
     .quad((0.32, -0.45), (0.3, -0.8), (0.08, -0.55), (0.15, -0.4))
     .stroke([(0.3, 0.7), (0.68, 0.5), (0.66, 0.05)], 0.07),
     "dog": _legs(
-        Figure()
+        Sketch()
         .stroke([(-0.35, 0.05), (0.4, 0.05)], 0.2)
         .stroke([(-0.45, -0.05), (-0.52, -0.35)], 0.15, 0.17)
         .stroke([(-0.52, -0.33), (-0.8, -0.25)], 0.13, 0.08)
@@ -105,7 +105,7 @@ ANIMALS: dict[str, Figure] = {
         0.075,
     ),
     "giraffe": _legs(
-        Figure()
+        Sketch()
         .stroke([(-0.1, 0.05), (0.35, 0.12)], 0.17)
         .stroke([(-0.15, 0.0), (-0.42, -0.7)], 0.12, 0.07)
         .stroke([(-0.42, -0.72), (-0.64, -0.62)], 0.1, 0.06)
@@ -116,7 +116,7 @@ ANIMALS: dict[str, Figure] = {
         0.055,
     ),
     "elephant": _legs(
-        Figure()
+        Sketch()
         .stroke([(-0.1, -0.1), (0.35, -0.08)], 0.36)
         .stroke([(-0.5, -0.25), (-0.4, -0.2)], 0.26)
         .stroke([(-0.62, -0.15), (-0.78, 0.25), (-0.72, 0.6)], 0.13, 0.09, 0.06),
@@ -125,7 +125,7 @@ ANIMALS: dict[str, Figure] = {
         0.68,
         0.12,
     ),
-    "snake": Figure().stroke(
+    "snake": Sketch().stroke(
         [(-0.8, 0.3), (-0.5, -0.1), (-0.15, 0.3), (0.2, -0.1), (0.5, 0.25), (0.75, -0.2)],
         0.04,
         0.1,
@@ -135,7 +135,7 @@ ANIMALS: dict[str, Figure] = {
         0.14,
     ),
     "turtle": _legs(
-        Figure()
+        Sketch()
         .stroke([(-0.2, 0.1), (0.25, 0.1)], 0.36)
         .stroke([(-0.5, 0.15), (-0.75, 0.0)], 0.12, 0.13)
         .stroke([(0.5, 0.3), (0.78, 0.42)], 0.08, 0.03),
@@ -144,14 +144,14 @@ ANIMALS: dict[str, Figure] = {
         0.58,
         0.12,
     ),
-    "rabbit": Figure()
+    "rabbit": Sketch()
     .stroke([(0.1, 0.35), (0.25, 0.4)], 0.36)
     .stroke([(-0.25, -0.1), (-0.15, 0.05)], 0.22)
     .stroke([(-0.28, -0.25), (-0.38, -0.78)], 0.08, 0.07)
     .stroke([(-0.14, -0.25), (-0.08, -0.8)], 0.08, 0.07)
     .stroke([(0.64, 0.45), (0.68, 0.45)], 0.12)
     .stroke([(-0.2, 0.7), (0.1, 0.72)], 0.08),
-    "spider": Figure()
+    "spider": Sketch()
     .stroke([(0, -0.2), (0, 0.15)], 0.16, 0.28)
     .stroke([(-0.1, -0.1), (-0.45, -0.5), (-0.72, -0.25)], 0.045)
     .stroke([(0.1, -0.1), (0.45, -0.5), (0.72, -0.25)], 0.045)
@@ -161,7 +161,7 @@ ANIMALS: dict[str, Figure] = {
     .stroke([(0.1, 0.1), (0.5, 0.2), (0.66, 0.6)], 0.045),
 }
 
-FAMILIES: dict[str, dict[str, Figure]] = {"glyphs": GLYPHS, "clothes": CLOTHES, "animals": ANIMALS}
+FAMILIES: dict[str, dict[str, Sketch]] = {"glyphs": GLYPHS, "clothes": CLOTHES, "animals": ANIMALS}
 HANDS: dict[str, Hand] = {
     "glyphs": Hand(jitter=0.035, rotation=0.13, shear=0.15, scale=0.16, thickness=0.4),
     "clothes": Hand(jitter=0.04, rotation=0.04, shear=0.04, scale=0.1, shift=0.04, shade=0.45, gradient=0.2),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchmetrics import MeanMetric, MetricCollection
 
-from moeapps.training.evaluation import DomainScores, Score, ScoreTable
+from moeapps.training.scores import DomainScores, ScoreRow, ScoreTable
 
 
 class Error(MeanMetric):
@@ -38,7 +38,7 @@ def test_means_are_over_domains_not_over_items() -> None:
 
 def test_gap_is_positive_where_unseen_domains_are_worse() -> None:
     assert table().summary()["gap"] == {"loss": pytest.approx(5.0), "error": pytest.approx(5.0)}
-    up = [Score("a", "seen", "acc", 0.9, 1, "max"), Score("u", "unseen", "acc", 0.6, 1, "max")]
+    up = [ScoreRow("a", "seen", "acc", 0.9, 1, "max"), ScoreRow("u", "unseen", "acc", 0.6, 1, "max")]
     assert ScoreTable(up, {}).summary()["gap"]["acc"] == pytest.approx(0.3)
 
 
@@ -56,7 +56,7 @@ def test_keys_are_stage_domain_metric() -> None:
 
 
 def test_a_metric_that_is_not_a_number_is_left_out_of_the_mean() -> None:
-    scores = [Score("a", "seen", "acc", math.nan, 1, "max"), Score("b", "seen", "acc", 0.5, 1, "max")]
+    scores = [ScoreRow("a", "seen", "acc", math.nan, 1, "max"), ScoreRow("b", "seen", "acc", 0.5, 1, "max")]
 
     assert ScoreTable(scores, {}).summary()["seen"]["acc"] == 0.5
 

@@ -17,7 +17,7 @@ Direction = Literal["max", "min"]
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreRow:
     """One number of one domain.
 
     Args:
@@ -48,7 +48,7 @@ class ScoreTable:
         scorable: domain -> units behind its scores: labelled items, or what a metric counts (users with both classes).
     """
 
-    scores: list[Score]
+    scores: list[ScoreRow]
     units: dict[str, dict[str, list[float]]]
     parts: dict[str, dict[str, list[list[list[float]]]]] = field(default_factory=dict)
     scorable: dict[str, int] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class DomainScores(nn.Module):
 
     def _compute(self, domains: list[str]) -> ScoreTable:
         self._agree_on_units(domains)
-        scores: list[Score] = []
+        scores: list[ScoreRow] = []
         units: dict[str, dict[str, list[float]]] = {}
         parts: dict[str, dict[str, list[list[list[float]]]]] = {}
         scorable: dict[str, int] = {}
@@ -185,12 +185,12 @@ class DomainScores(nn.Module):
             n = int(cast(SumMetric, self.counts[i]).compute())
             weight = int(cast(SumMetric, self.weights[i]).compute())
             loss = float(cast(SumMetric, self.losses[i]).compute()) / weight if weight else math.nan
-            scores.append(Score(domain, role, "loss", loss, n, "min"))
+            scores.append(ScoreRow(domain, role, "loss", loss, n, "min"))
             collection = cast(MetricCollection, self.metrics[i])
             values = collection.compute() if len(collection) else {}
             for name, value in values.items():
                 direction: Direction = "min" if _larger_is_better(collection, name) is False else "max"
-                scores.append(Score(domain, role, name, float(torch.as_tensor(value)), n, direction))
+                scores.append(ScoreRow(domain, role, name, float(torch.as_tensor(value)), n, direction))
             if self.units[domain]:
                 units[domain] = {
                     name: torch.as_tensor(metric.compute()).flatten().tolist()
