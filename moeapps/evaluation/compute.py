@@ -38,7 +38,7 @@ def run_costs(runs: Sequence[RunResults]) -> list[RunCost]:
     for run in {run.path: run for run in runs}.values():
         sizes = {name: run.header.get(name) for name in SIZES}
         known = {name: float(size) for name, size in sizes.items() if isinstance(size, int | float) and size > 0}
-        found.append(RunCost(run.variant, run.seed, known))
+        found.append(RunCost(run.label, run.seed, known))
     return found
 
 
@@ -61,8 +61,8 @@ def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) ->
     lines: list[str] = []
     if not baseline:
         return lines
-    for variant in dict.fromkeys(run.variant for run in others):
-        mine = run_costs([run for run in others if run.variant == variant])
+    for variant in dict.fromkeys(run.label for run in others):
+        mine = run_costs([run for run in others if run.label == variant])
         for name, text in SIZES.items():
             left, right = _mean(mine, name), _mean(run_costs(baseline), name)
             if left is None or right is None:

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
+from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.record import Kept, MoERecorder, Record
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores
 from moeapps.training.sparse import build_optimizer, clip_gradients
 

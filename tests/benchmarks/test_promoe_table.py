@@ -51,13 +51,13 @@ def sentences() -> tuple[str, ...]:
         f"the least used one {mean('prototypes', 'experts/least'):.3f} of the mean work",
         f"cosine beside its sigmoid {gain('C3a')}, beside its softmax {gain('C3c')}",
         f"k-means {gain('C4a')}, token choice {gain('C4b')}",
-        f"a balance loss changes nothing that three seeds could show ({gain('C5b')})",
+        f"balance loss changes nothing that three seeds could show ({gain('C5b')})",
         f"domain {mean('promoe', 'experts/mi_domain'):.3f} ({mean('tc', 'experts/mi_domain'):.3f}), "
         f"class {mean('promoe', 'experts/mi_class'):.3f} ({mean('tc', 'experts/mi_class'):.3f}), "
         f"time {mean('promoe', 'experts/mi_time'):.3f} ({mean('tc', 'experts/mi_time'):.3f}), "
         f"place {mean('promoe', 'experts/mi_place'):.3f} ({mean('tc', 'experts/mi_place'):.3f})",
         f"{ten} with ten classes, {twenty} with twenty, {thirty} with thirty",
-        f"told the domain, they tie with it ({told['domain']:.4f} against {told['dense']:.4f})",
+        f"when the domain is given, they tie with it ({told['domain']:.4f} against {told['dense']:.4f})",
     )
 
 

@@ -130,4 +130,5 @@ def test_places_are_read_from_names() -> None:
     ]
     assert [Record(name, DenseRouting(torch.ones(1, 1), 1), None).index for name in names] == [3, 1, 0, 0, 1]
     assert group_names(places[:1]) == {places[0]: "experts.3"}
+    assert group_names(places[:1], by_stage=True) == {places[0]: "blocks.3"}
     assert group_names(places[:2]) == {places[0]: "blocks.3", places[1]: "encoder.1.0"}

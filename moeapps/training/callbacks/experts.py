@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json
 from moeapps.moe.metrics import contingency, load, mutual_information
 from moeapps.moe.objectives import routed
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask, Factor
 
 Groups = dict[str, dict[str, float]]
@@ -63,6 +64,8 @@ class ExpertReport(L.Callback):
 
     keep: ClassVar[tuple[Kept, ...]] = ()
     """What records must hold besides the routing, see `MoERecorder`."""
+    by_stage: ClassVar[bool] = False
+    """Whether the only stage of a network keeps its name, too."""
 
     def __init__(self) -> None:
         self.layers: dict[Place, LayerWork] = {}
@@ -135,7 +138,7 @@ class ExpertReport(L.Callback):
 
     def finish(self, task: BaseTask, folder: Path | None) -> None:
         """Set ``result`` and, where there is a folder, write metrics/experts.json."""
-        names = group_names(list(self.layers))
+        names = group_names(list(self.layers), by_stage=self.by_stage)
         self.result = with_means({names[place]: self.numbers(layer) for place, layer in self.layers.items()})
         if self.layers and folder is not None:
             work = {
@@ -180,9 +183,9 @@ def prototype_likeness(record: Record) -> dict[str, float]:
     return {"alike": float((unit_ED @ unit_ED.T).fill_diagonal_(-1).max())}
 
 
-def group_names(places: list[Place]) -> dict[Place, str]:
-    """Name each layer after its stage and numbers; the only stage of a network is called ``experts``."""
-    only = len({place.stage for place in places}) == 1
+def group_names(places: list[Place], *, by_stage: bool = False) -> dict[Place, str]:
+    """Name each layer after its stage and numbers; unless ``by_stage`` an only stage is called ``experts``."""
+    only = not by_stage and len({place.stage for place in places}) == 1
     return {place: ".".join(["experts" if only else place.stage, *map(str, place.numbers)]) for place in places}
 
 

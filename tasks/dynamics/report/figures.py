@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 
+from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
@@ -323,9 +324,3 @@ class SystemFigures(L.Callback):
         save_figure(figure, folder / "figures" / f"{domain}.png")
         if truth.shape[3] > 1:
             save_figure(phase_figure(title, truth, pred, names), folder / "figures" / f"{domain}-phase.png")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

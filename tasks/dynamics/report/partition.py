@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json
 from moeapps.moe import MoERecorder
+from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
 from tasks.dynamics.metrics import adjusted_rand_index, merged, purity
-from tasks.dynamics.report.figures import gate_figure, save_figure
+from tasks.dynamics.report.figures import gate_figure
 
 if TYPE_CHECKING:
     from tasks.dynamics.module import DynamicsTask

@@ -6,6 +6,8 @@ Shape legend: D domains, L labels of a factor, E experts.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from moeapps.training.callbacks import ExpertReport
@@ -23,6 +25,8 @@ class VoxelExpertReport(ExpertReport):
     Groups ``encoder``, ``decoder`` (means over layers) and ``encoder.<stage>.<block>`` ... in metrics/experts.json and
     metrics/test.json.
     """
+
+    by_stage: ClassVar[bool] = True
 
     def numbers(self, layer: LayerWork) -> dict[str, float]:
         """Return the numbers of one layer."""

@@ -10,13 +10,13 @@ import colorsys
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import numpy.typing as npt
 
+from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.data.labels import IGNORE
@@ -280,9 +280,3 @@ def picture_of(answers: list[dict[str, Any]], role: str) -> ScanPicture:
         expert_R=None if first["expert"] is None else joined("expert"),
         note=first["name"],
     )
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from moeapps.training.run import run_dir, write_json, write_text
+from moeapps.files import write_json, write_text
+from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.metrics import SegmentationScore, scores
 

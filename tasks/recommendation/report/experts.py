@@ -18,10 +18,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json, write_text
 from moeapps.moe import DenseRouting
 from moeapps.moe.record import Kept, Record
+from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks import ExpertReport
-from moeapps.training.run import write_json
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.module import RankingTask, masked_losses
@@ -106,10 +107,7 @@ class ExpertDiagnostics(ExpertReport):
         content = {"thresholds": vars(self.thresholds), "rates": rates, "gradients": gradients, "levels": levels}
         write_json(folder / "metrics" / "experts.json", content | self.result)
         path = folder / "metrics" / "experts.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(markdown(self.levels, rates, gradients), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, markdown(self.levels, rates, gradients))
         if self.figure:
             draw_gates(samples, folder / "figures" / "gates.png")
         for k, level in enumerate(self.levels, start=1):
@@ -294,7 +292,4 @@ def draw_gates(samples: list[LevelSample], path: Path) -> None:
         axis.set_yticks(range(len(sample.gates)), sample.gates, fontsize=8)
         axis.set_title(f"level {k}", fontsize=9)
     figure.colorbar(image, ax=list(axes), label="mean gate weight", shrink=0.8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=120)
