@@ -7,7 +7,7 @@ Shape legend: N rows, S states (inputs of a level), d width of a state, G gates,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ class HomeGates(RouterBase):
 
     def biases_of(self, pairs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Where the biases of the mixing gates for the pairs [G, E] are: each tensor with the places in it."""
-        return [(score.bias, own_E) for score, own_E in zip(self.gates.scores, pairs, strict=True)]
+        biases = [cast(Tensor, score.bias) for score in self.gates.scores]
+        return list(zip(biases, pairs.unbind(0), strict=True))
 
     def forward(
         self,
