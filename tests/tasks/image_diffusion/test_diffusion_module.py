@@ -135,7 +135,7 @@ def test_a_diffusion_needs_a_network_that_gives_a_variance() -> None:
     ("change", "message"),
     [
         ({"num_classes": 7}, "one entry for each class"),
-        ({"image_size": 30}, "image_size=30 is no multiple of patch_size=4"),
+        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=4"),
         ({"superclass": [0, 1]}, "one entry for each class"),
     ],
 )
