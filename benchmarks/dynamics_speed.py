@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.core import machine
 from benchmarks.core_cases import Mode, median_ms, paired_ratios, step
-from moeapps.training.run import write_json
+from moeapps.files import write_json
 from tasks.dynamics.data.families import OdeFamilies
 from tasks.dynamics.data.fields import field_of
 from tasks.dynamics.model import FieldMixER

@@ -32,7 +32,7 @@ from torch_geometric.data import Batch
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from benchmarks.system_share import build as build_system
-from moeapps.training.run import write_json
+from moeapps.files import write_json
 from tasks.point_cloud.module import PointCloudTask
 from tasks.point_cloud.nets.attention import PatchAttention
 from tasks.point_cloud.nets.sparse_conv import NeighbourTable, SubmanifoldConv3d, submanifold_conv

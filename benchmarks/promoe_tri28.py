@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moeapps.training.run import machine, newest_version, runs_root, write_json, write_text
+from moeapps.files import write_json, write_text
+from moeapps.training.run import machine, newest_version, runs_root
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "promoe_tri28.json"

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.markdown import wrapped
 from moeapps.evaluation.results import RunResults, read_results
-from moeapps.training.run import write_json, write_text
+from moeapps.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "point_moe_demo.json"

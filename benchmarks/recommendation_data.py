@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moeapps.files import write_json
 from moeapps.training.optim import OptimizerConfig
-from moeapps.training.run import machine, versions, write_json
+from moeapps.training.run import machine, versions
 from moeapps.training.sparse import build_optimizer
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -123,18 +123,6 @@ class DomainDataModule(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """Plain values that the model needs, known without ``setup``; a subclass adds to this dictionary."""
         return {"domains": {role: list(names) for role, names in self.roles.items()}}
-
-    def command(self, name: str) -> Callable[[list[str], Any], int] | None:
-        """Return what runs a further command of the command line on this data, or None where there is none.
-
-        Args:
-            name: ``sample`` or ``fid-stats``.
-
-        Returns:
-            (words after those that name the run, task module) -> exit code. ``moeapps sample`` asks here, so that the
-            command line knows no task.
-        """
-        return None
 
     # Domains ------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compute of compared runs, and whether it allows a comparison."""
+"""What compared runs cost, and whether they may be compared at all: beside the scores, not in them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeapps.evaluation.results import RunResults
+from moeapps.evaluation.variants import variants_of
 
 TOLERANCE = 0.02
 SIZES = {
@@ -35,10 +36,12 @@ class RunCost:
 def run_costs(runs: Sequence[RunResults]) -> list[RunCost]:
     """Read what runs cost out of their headers, one entry per run."""
     found = []
-    for run in {run.path: run for run in runs}.values():
+    once = list({run.path: run for run in runs}.values())
+    names = {run.path: variant.name for variant in variants_of(once) for run in variant.runs}
+    for run in once:
         sizes = {name: run.header.get(name) for name in SIZES}
         known = {name: float(size) for name, size in sizes.items() if isinstance(size, int | float) and size > 0}
-        found.append(RunCost(run.variant, run.seed, known))
+        found.append(RunCost(names[run.path], run.seed, known))
     return found
 
 
@@ -61,10 +64,11 @@ def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) ->
     lines: list[str] = []
     if not baseline:
         return lines
-    for variant in dict.fromkeys(run.variant for run in others):
-        mine = run_costs([run for run in others if run.variant == variant])
+    base_costs = run_costs(baseline)
+    for found in variants_of(others):
+        mine, variant = run_costs(found.runs), found.name
         for name, text in SIZES.items():
-            left, right = _mean(mine, name), _mean(run_costs(baseline), name)
+            left, right = _mean(mine, name), _mean(base_costs, name)
             if left is None or right is None:
                 if name == "train_flops":
                     lines.append(f"{variant}: its training FLOPs and the baseline's are not both known")

@@ -16,6 +16,7 @@ from moeapps.moe.backends import Backend, apply
 from moeapps.moe.experts import Experts
 from moeapps.moe.feed_forward import BankPart, FeedForward
 from moeapps.moe.joined import JoinedExperts
+from moeapps.moe.record import record_experts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
 
@@ -132,8 +133,8 @@ def _every(work: Work, weight: Tensor) -> tuple[Tensor, Tensor]:
         x = x * weight.T.to(x.dtype).reshape(*weight.T.shape, *(1,) * (x.ndim - (2 if work.per_expert else 1)))
         weight = torch.ones_like(weight)
     if work.token_mask is not None:
-        return work.experts.every_counted(x, work.token_mask, *work.side), weight
-    return work.experts.every(x, *work.side), weight
+        return record_experts(work.experts.every_counted(x, work.token_mask, *work.side)), weight
+    return record_experts(work.experts.every(x, *work.side)), weight
 
 
 class Combiner(nn.Module):

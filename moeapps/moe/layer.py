@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Combiner, Sum, Work
 from moeapps.moe.experts import Experts
-from moeapps.moe.record import record_call
+from moeapps.moe.record import record_call, record_output
 from moeapps.moe.routers.router import RouterBase, check_rows, only_rows, read_rows
 from moeapps.moe.routers.score import Features
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
@@ -188,11 +188,12 @@ class MoELayer(nn.Module):
             per_expert=per_expert,
         )
         y = self.combiner(work, routing)
-        if isinstance(routing, Routing) and routing.target_M is not None:
-            return y
-        at = routing.weight.ndim - 2 if isinstance(routing, DenseRouting) else 0
-        parts = tuple(_restored(only_rows(p, mask_N, at), at, lead) for p in (y if isinstance(y, tuple) else (y,)))
-        return parts if isinstance(y, tuple) else parts[0]
+        if not isinstance(routing, Routing) or routing.target_M is None:
+            at = routing.weight.ndim - 2 if isinstance(routing, DenseRouting) else 0
+            parts = tuple(_restored(only_rows(p, mask_N, at), at, lead) for p in (y if isinstance(y, tuple) else (y,)))
+            y = parts if isinstance(y, tuple) else parts[0]
+        record_output(routing, y)
+        return y
 
     @property
     def _row_dims(self) -> int:

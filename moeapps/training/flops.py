@@ -216,9 +216,9 @@ def _grouped_mm(a: torch.Size, b: torch.Size) -> int:
 def _product(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
     """A matrix product; of a sparse matrix what is stored counts."""
     if a.layout is not torch.strided:
-        return 2 * a._nnz() * b.shape[-1]
+        return int(2 * a._nnz() * b.shape[-1])
     if b.layout is not torch.strided:
-        return 2 * b._nnz() * a.shape[-2]
+        return int(2 * b._nnz() * a.shape[-2])
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
@@ -239,7 +239,7 @@ def _trilinear(
         for dim in sorted(dims):
             shape.insert(dim, 1)
         shapes.append(shape)
-    return 2 * math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
+    return int(2 * math.prod(max(sizes) for sizes in zip(*shapes, strict=True)))
 
 
 def _cdist(a: torch.Size, b: torch.Size) -> int:
@@ -266,7 +266,7 @@ def _segments(x: Tensor, weight: Tensor, row: Tensor, expert: Tensor, *rest: Any
     """``moeapps::segments``: both layers of the chosen expert for every assignment that is no sentinel."""
     w_in, w_out = rest[3], rest[5]
     real = int((expert < w_in.shape[0]).sum())
-    return 2 * real * (w_in[0].numel() + w_out[0].numel())
+    return int(2 * real * (w_in[0].numel() + w_out[0].numel()))
 
 
 def _segments_backward(grad: Tensor, h: Tensor, *rest: Any, **options: Any) -> int:
@@ -274,4 +274,4 @@ def _segments_backward(grad: Tensor, h: Tensor, *rest: Any, **options: Any) -> i
     expert, w_in, w_out, needs = rest[3], rest[7], rest[9], rest[14]
     real = int((expert < w_in.shape[0]).sum())
     wide, narrow = w_in[0].numel(), w_out[0].numel()
-    return 2 * real * (narrow + narrow * needs[4] + wide * needs[0] + wide * needs[2])
+    return int(2 * real * (narrow + narrow * needs[4] + wide * needs[0] + wide * needs[2]))

@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
-from moeapps.moe.record import MoERecorder, record_call
+from moeapps.moe.record import record_call
 from moeapps.training.callbacks import RouterFit
 from moeapps.training.callbacks.router_fit import fitted_routers
 from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
-from moeapps.training.task import BaseTask, Stage, StepOutput
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.metrics import environment_errors, trajectory_metrics
 from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
@@ -170,6 +170,10 @@ class DynamicsTask(BaseTask):
         """Samples of a batch."""
         return batch.x.shape[0] * batch.x.shape[1] * batch.x.shape[2]
 
+    def routing_factors(self, batch: Trajectories) -> dict[str, Factor]:
+        """The hidden family of each environment, where it is known."""
+        return {"family": Factor(batch.family, len(self.facts.get("families", [])))}
+
     # Training -----------------------------------------------------------------------------------------------------
 
     @property
@@ -182,18 +186,16 @@ class DynamicsTask(BaseTask):
         step, options = int(self.inner_step), self.alternation
         if options.begins(step) or not self._round_start:
             self._round_start = [p.detach().clone() for p in (self.net.contexts, *self.model_parameters)]
-        self.inner_step += 1
         phase = self.phase(step)
         params = [self.net.contexts] if phase == "context" else self.model_parameters
-        with MoERecorder(self) as recorder:
-            loss = self.training_loss(self._contributing(batch), rollout=self._trains_rollouts(step))
-        self.last_records = recorder.records
-        total = loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
-        total = self.with_aux_losses(total, len(batch.x))
+        out = self.recorded_step(batch, "train")
+        self.inner_step += 1
+        total = out.loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
+        total = self.with_aux_losses(total, out.batch_size)
         self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
         cast(list[LRScheduler], self.lr_schedulers())[phase == "model"].step()
-        self._log_step(loss, len(batch.x))
-        return loss.detach()
+        self._log_step(out.loss, out.batch_size)
+        return out.loss.detach()
 
     def phase(self, step: int) -> Phase:
         """Whether step ``step`` is one on the contexts or on the weights."""
@@ -379,15 +381,21 @@ class DynamicsTask(BaseTask):
             return net.rollout(data.query, found.context, routing), found
 
     def shared_step(self, batch: Trajectories, stage: Stage) -> StepOutput:
-        """Scores of the roll-outs of one batch of environments."""
-        pred, _ = self.predict_trajectories(batch)
+        """Training: the loss of this step's kind. Evaluation: scores of the roll-outs of one batch of environments."""
+        if stage == "train":
+            rollout = self._trains_rollouts(int(self.inner_step))
+            return StepOutput(self.training_loss(self._contributing(batch), rollout=rollout), len(batch.x))
+        pred, found = self.predict_trajectories(batch)
         query = batch.query
         scored = scored_samples(query)
         known_S = scored.flatten(1).any(1)
         error_S = scaled_errors(pred, query.x, scored, query.scale)[known_S]  # of none the mean is NaN
         units = environment_errors(pred, query.x, scored)
         return StepOutput(
-            error_S.mean(), len(batch.x), (pred, query.x, scored), units=units, labelled=int(known_S.sum())
+            *(error_S.mean(), len(batch.x), (pred, query.x, scored)),
+            units=units,
+            labelled=int(known_S.sum()),
+            answer=lambda: self._answer(str(self.last_domain), batch, pred, found),
         )
 
     def predict_step(self, batch: Trajectories, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
@@ -397,10 +405,11 @@ class DynamicsTask(BaseTask):
             On the CPU: ``domain``, ``x`` and ``truth`` [S, N, T, D], ``dt`` [S], ``env``, ``family`` and ``expert``
             int64 [S], ``context`` [S, c], ``support_loss`` [S] and ``gate_agrees`` bool [S].
         """
-        pred, found = self.predict_trajectories(batch)
-        query = batch.query
-        parts = {"x": pred, "truth": query.x, "dt": batch.dt, "env": batch.env, "family": batch.family, **vars(found)}
-        domain = self.data.eval_domains("predict")[dataloader_idx]
+        return self._answer(self.data.eval_domains("predict")[dataloader_idx], batch, *self.predict_trajectories(batch))
+
+    def _answer(self, domain: str, batch: Trajectories, pred: Tensor, found: Adapted) -> dict[str, Any]:
+        truth = batch.query.x
+        parts = {"x": pred, "truth": truth, "dt": batch.dt, "env": batch.env, "family": batch.family, **vars(found)}
         return {"domain": domain, **{name: value.detach().cpu() for name, value in parts.items()}}
 
     # Checkpoints --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,13 +104,3 @@ class ImageData(DomainDataModule):
     def collate(self, items: ImageBatch | list[ImageBatch]) -> ImageBatch:
         """Return the batch: images come whole, except for single ones asked for one by one."""
         return items if isinstance(items, ImageBatch) else ImageBatch.cat(items)
-
-    def command(self, name: str) -> Callable[[list[str], Any], int] | None:
-        """Return the function behind ``moeapps sample`` or ``moeapps fid-stats`` for these images."""
-        from tasks.image_diffusion import commands
-
-        found: dict[str, Callable[[list[str], Any], int]] = {
-            "sample": lambda words, task: commands.sample_images(words, task, self),
-            "fid-stats": lambda words, task: commands.fid_stats(words, self),
-        }
-        return found.get(name)

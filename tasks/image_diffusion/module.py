@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
-from moeapps.training.task import BaseTask, Stage, StepOutput
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
@@ -101,6 +101,20 @@ class ImageDiffusionTask(BaseTask):
     def num_tokens(self, batch: ImageBatch) -> int:
         """Tokens of an evaluation pass, which holds every image twice: with its label and without."""
         return 2 * len(batch.label) * self.net.num_tokens
+
+    def routing_factors(self, batch: ImageBatch) -> dict[str, Factor]:
+        """Class of a token's image, slice of its time (one of ten), place in the image.
+
+        Evaluation routes every image twice; of the two passes only the first, with classes, has labels.
+        """
+        length, num = self.net.num_tokens, len(batch.label)
+        _, t_B = self.fixed_noise(batch)
+        time_B = (t_B * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        return {
+            "class": Factor(batch.label.repeat_interleave(length), self.net.num_classes),
+            "time": Factor(time_B.repeat_interleave(length), TIME_BINS),
+            "place": Factor(torch.arange(length, device=batch.label.device).repeat(num), length),
+        }
 
     # Steps --------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
-from moeapps.training.task import BaseTask, Stage, StepOutput
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
 from tasks.recommendation.model import Ranker
@@ -85,6 +85,11 @@ class RankingTask(BaseTask):
     def num_tokens(self, batch: Interactions) -> int:
         """Rows of a batch."""
         return len(batch)
+
+    def routing_factors(self, batch: Interactions) -> dict[str, Factor]:
+        """The known answers of each row, task by task."""
+        label_BT = batch.label.long().where(batch.mask, -1)
+        return {name: Factor(label_BT[:, t], 2) for t, name in enumerate(self.tasks)}
 
     def forward(self, batch: Interactions) -> Tensor:
         """Logits [B, T]."""

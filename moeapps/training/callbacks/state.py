@@ -23,16 +23,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from moeapps.training.run import (
-    config_hash,
-    git_commit,
-    machine,
-    run_dir,
-    seeds_of,
-    variant_hash,
-    versions,
-    write_json,
-)
+from moeapps.files import write_json
+from moeapps.training.run import config_hash, git_commit, machine, run_dir, seeds_of, variant_hash, versions
 from moeapps.training.scores import ScoreTable
 from moeapps.training.selection import select
 

@@ -14,7 +14,9 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 
+from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
@@ -279,10 +281,12 @@ class SystemFigures(L.Callback):
     ) -> None:
         """Draw a seen domain."""
         data = cast(Any, trainer).datamodule
-        domain = data.eval_domains("test")[dataloader_idx]
+        domain, answer = data.eval_domains("test")[dataloader_idx], cast(BaseTask, pl_module).last_answer
         if run_dir(trainer) is None or not trainer.is_global_zero or batch_idx or data.role_of(domain) != "seen":
             return
-        answers = cast(Any, pl_module).predict_step(batch, batch_idx, dataloader_idx)
+        if answer is None:
+            return
+        answers = answer()
         self._contexts.append(answers)
         self._draw(trainer, answers, batch.num_given)
 
@@ -320,9 +324,3 @@ class SystemFigures(L.Callback):
         save_figure(figure, folder / "figures" / f"{domain}.png")
         if truth.shape[3] > 1:
             save_figure(phase_figure(title, truth, pred, names), folder / "figures" / f"{domain}-phase.png")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

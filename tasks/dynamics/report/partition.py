@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json
+from moeapps.moe import MoERecorder
+from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
 from tasks.dynamics.metrics import adjusted_rand_index, merged, purity
-from tasks.dynamics.report.figures import gate_figure, save_figure
+from tasks.dynamics.report.figures import gate_figure
 
 if TYPE_CHECKING:
     from tasks.dynamics.module import DynamicsTask
@@ -76,9 +79,10 @@ class PartitionReport(L.Callback):
         return {"partition": self._last} if self._last else {}
 
     def experts(self, task: DynamicsTask) -> Tensor:
-        """The expert of every trained environment, int64 [S]."""
-        with torch.no_grad():
-            return task.net.best_experts(task.net.contexts, task.net.group(task.training_data()))
+        """The expert of every trained environment, int64 [S]; -1 for none."""
+        with torch.no_grad(), MoERecorder(task) as recorder:
+            task.net.route(task.net.contexts, task.net.group(task.training_data()))
+        return recorder.records[0].chosen()
 
     def measure(self, trainer: L.Trainer, task: DynamicsTask) -> dict[str, float]:
         """Return scores of the partition and counts of the training."""

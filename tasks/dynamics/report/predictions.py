@@ -3,35 +3,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from moeapps.files import write_arrays
 from moeapps.training.run import run_dir
-
-
-def save_trajectories(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays into an npz file through a temporary name, so that no half-written file is ever seen.
-
-    Args:
-        path: file to write; its folder is made.
-        arrays: name -> anything numpy takes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
-    try:
-        values: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **values)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 class TrajectoryWriter(BasePredictionWriter):
@@ -69,4 +49,4 @@ class TrajectoryWriter(BasePredictionWriter):
             **{key: prediction[key] for key in ("env", "family", "expert", "context")},
         }
         name = domain if number == 0 else f"{domain}-{number}"
-        save_trajectories(folder / "predictions" / f"{name}.npz", arrays)
+        write_arrays(folder / "predictions" / f"{name}.npz", **arrays)

@@ -13,15 +13,9 @@ from torch import Tensor
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import PixelImages
-from tasks.image_diffusion.data.readers.arrays import (
-    ImageFileError,
-    check_labels,
-    pixels_nchw,
-    read_array,
-    read_arrays,
-    write_arrays,
-)
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, pixels_nchw, read_array, read_arrays
 from tasks.image_diffusion.data.source import ImageSource, split_rows
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

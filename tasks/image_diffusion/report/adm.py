@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import from_uint8, to_uint8
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays, write_arrays
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
 from tasks.image_diffusion.report.quality import Gaussian
 
 

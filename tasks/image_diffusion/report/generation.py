@@ -11,7 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from moeapps.training.run import run_dir, write_json
+from moeapps.files import write_json
+from moeapps.training.run import run_dir
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.samplers import sample
 from tasks.image_diffusion.report.inception import InceptionFeatures

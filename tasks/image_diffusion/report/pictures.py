@@ -6,12 +6,12 @@ Shape legend: N images, C channels.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moeapps.files import WholeFile
 from tasks.image_diffusion.data.batch import to_uint8
 
 
@@ -50,13 +50,11 @@ def grid(image: Tensor, columns: int, *, gap: int = 2, enlarge: int = 1) -> Tens
 
 
 def write_png(path: Path, pixels: Tensor) -> Path:
-    """Write uint8 [H, W, 3] as PNG through a temporary name."""
+    """Write uint8 [H, W, 3] as PNG, whole or not at all."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
+    with WholeFile(path) as temporary:
+        Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
     return path
 
 

@@ -10,14 +10,15 @@ import colorsys
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import numpy.typing as npt
 
+from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.nets.text import normalise_name, taxonomy
 
@@ -247,10 +248,10 @@ class ScanFigures(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the first scan of the first batch of a domain."""
-        folder = run_dir(trainer)
-        if folder is None or batch_idx or not trainer.is_global_zero:
+        folder, answer = run_dir(trainer), cast(BaseTask, pl_module).last_answer
+        if folder is None or batch_idx or not trainer.is_global_zero or answer is None:
             return
-        answers = cast(Any, pl_module).predict_step(batch, batch_idx, dataloader_idx)
+        answers = answer()
         picture = picture_of(answers, cast(Any, trainer).datamodule.role_of(answers[0]["domain"]))
         if (picture.truth_R != IGNORE).any():
             save_figure(scan_figure(picture), folder / "figures" / f"{answers[0]['domain']}.png")
@@ -279,9 +280,3 @@ def picture_of(answers: list[dict[str, Any]], role: str) -> ScanPicture:
         expert_R=None if first["expert"] is None else joined("expert"),
         note=first["name"],
     )
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +11,9 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 
+from moeapps.files import WholeFile, write_text
 from moeapps.training.callbacks import PredictionWriter
-from moeapps.training.run import run_dir, write_text
+from moeapps.training.run import run_dir
 from tasks.point_cloud.report.predictions import NOTHING, PointPrediction, class_colors, write_prediction
 
 log = logging.getLogger("moeapps")
@@ -137,12 +136,6 @@ def class_list(names: tuple[str, ...]) -> str:
 
 
 def write_whole(path: Path, prediction: PointPrediction) -> None:
-    """Write a prediction, and what belongs to it, into a folder of its own; then move it into place, ``path`` last."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        write_prediction(temporary / path.name, prediction)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Write a prediction, and what belongs to it, whole or not at all."""
+    with WholeFile(path) as temporary:
+        write_prediction(temporary, prediction)

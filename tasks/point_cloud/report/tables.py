@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from moeapps.training.run import run_dir, write_json, write_text
+from moeapps.files import write_json, write_text
+from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
 from tasks.point_cloud.metrics import SegmentationScore, scores
-
-if TYPE_CHECKING:
-    from tasks.point_cloud.module import PointCloudTask
 
 
 def class_rows(names: list[str], counts_CC: Tensor) -> list[dict[str, Any]]:
@@ -53,15 +52,20 @@ def domain_table(role: str, names: list[str], counts_CC: Tensor) -> dict[str, An
     }
 
 
-def write_class_tables(task: PointCloudTask) -> None:
-    """Write metrics/per_class.json and .md of the test that has just ended; to be called by all processes."""
+def write_class_tables(task: BaseTask, label_sets: dict[str, list[str]]) -> None:
+    """Write metrics/per_class.json and .md of the test that has just ended; to be called by all processes.
+
+    Args:
+        task: whose test it was.
+        label_sets: domain -> names of its classes.
+    """
     held = task.scores["test"]
     tables = {}
     for domain in task.data.eval_domains("test"):
         metric = cast(SegmentationScore, cast(MetricCollection, held.metrics[held.index[domain]])["miou"])
         with metric.sync_context():  # counts of all processes
             counts_CC = metric.counts.detach().cpu().clone()
-        tables[domain] = domain_table(held.domains[domain], task.label_sets[domain], counts_CC)
+        tables[domain] = domain_table(held.domains[domain], label_sets[domain], counts_CC)
     folder = run_dir(task.trainer)
     if folder is not None and task.trainer.is_global_zero:
         write_json(folder / "metrics" / "per_class.json", {"confusion": "rows are targets", "domains": tables})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moeapps.moe import ActivationName, AnyRouting, Combiner, DenseRouting, MoELayer, NormalisedExperts
 from moeapps.moe.combine import Work
 from moeapps.moe.normalised import Norm
+from moeapps.moe.record import record_experts
 from moeapps.moe.view_linear import view_linear
 from tasks.recommendation.nets.gates import FeatureGates, GateMixing, Residual, StackedGates
 
@@ -171,7 +172,7 @@ class GateMix(Combiner):
     def forward(self, work: Work, routing: AnyRouting) -> Tensor:
         """The mixtures."""
         assert isinstance(routing, DenseRouting)
-        h_NEo = work.experts.every(work.x)
+        h_NEo = record_experts(work.experts.every(work.x))
         weight_NGE = routing.weight.transpose(0, 1).to(h_NEo.dtype)
         if self.keep is None:
             return torch.bmm(weight_NGE, h_NEo).transpose(0, 1)

@@ -12,19 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import ClassVar, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moeapps.files import write_json, write_text
 from moeapps.moe import DenseRouting
-from moeapps.moe.combine import Work
-from moeapps.training.run import run_dir, write_json
+from moeapps.moe.record import Kept, Record
+from moeapps.reporting.figures import save_figure
+from moeapps.training.callbacks import ExpertReport
+from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.module import RankingTask, masked_losses
 from tasks.recommendation.nets.gates import StackedGates
-from tasks.recommendation.nets.levels import ExpertLevel
+from tasks.recommendation.nets.levels import ExpertLevel, LevelPlan
 from tasks.recommendation.report.diagnosis import LevelReport, LevelSample, Thresholds, diagnose, rate_correlation
 
 log = logging.getLogger("moeapps")
@@ -32,7 +35,7 @@ PUSH = 30.0
 """By how much the logits of a task's own experts are lowered to see whether they still learn."""
 
 
-class ExpertDiagnostics(L.Callback):
+class ExpertDiagnostics(ExpertReport):
     """Measure expert collapse, degradation and underfitting on test rows of the seen domains.
 
     Writes metrics/experts.json (every number of every level, expert and gate), metrics/experts.md (the same to read)
@@ -49,60 +52,42 @@ class ExpertDiagnostics(L.Callback):
         figure: draw the gates.
     """
 
+    keep: ClassVar[tuple[Kept, ...]] = ("experts",)
+
     def __init__(
         self, rows_per_domain: int = 2048, thresholds: Thresholds | None = None, *, figure: bool = True
     ) -> None:
+        super().__init__()
         self.rows_per_domain, self.thresholds, self.figure = rows_per_domain, thresholds or Thresholds(), figure
         self._taken: dict[str, int] = {}
         self._parts: list[list[LevelSample]] = []
         self._labels: list[tuple[Tensor, Tensor]] = []
         self._batch: Interactions | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._open: list[LevelSample] | None = None
-        self.result: dict[str, dict[str, float]] = {}
         self.levels: list[LevelReport] = []
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start anew and listen to the levels."""
-        task = cast(RankingTask, pl_module)
-        self._taken = dict.fromkeys(task.data.present("seen"), 0)
-        self._parts, self._labels, self._batch, self._open = [], [], None, None
-        self.result, self.levels = {}, []
-        self._hooks = [listen(level, self._hear) for level in expert_levels(task)]
+        """Start anew."""
+        super().on_test_epoch_start(trainer, pl_module)
+        self._taken = dict.fromkeys(self.domains, 0)
+        self._parts, self._labels, self._batch, self.levels = [], [], None, []
 
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Decide whether this batch is looked at."""
-        domain = cast(RankingTask, pl_module).data.eval_domains("test")[dataloader_idx]
-        self._open = [] if self._taken.get(domain, self.rows_per_domain) < self.rows_per_domain else None
-        if self._open is not None:
-            self._taken[domain] += len(batch)
+    def wants(self, domain: str) -> bool:
+        """Whether more rows of the domain are looked at."""
+        return self._taken.get(domain, self.rows_per_domain) < self.rows_per_domain
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Interactions,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep what was heard."""
-        if self._open:
-            self._parts.append(self._open)
-            self._labels.append((batch.label.cpu(), batch.mask.cpu()))
-            self._batch = self._batch or batch
-        self._open = None
+    def count(self, task: BaseTask, batch: Interactions, records: list[Record], domain: int) -> None:
+        """Keep what the levels did."""
+        self._taken[self.domains[domain]] += len(batch)
+        levels = expert_levels(cast(RankingTask, task))
+        self._parts.append([level_sample(record, levels[record.index].plan) for record in records])
+        self._labels.append((batch.label.cpu(), batch.mask.cpu()))
+        self._batch = self._batch or batch
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
         """Compute and write."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        task = cast(RankingTask, pl_module)
         if not self._parts or self._batch is None:
             return
+        task = cast(RankingTask, task)
         rates = positive_rates(task.tasks, self._labels)
         samples = [joined([part[k] for part in self._parts]) for k in range(len(self._parts[0]))]
         self._parts = []
@@ -111,17 +96,8 @@ class ExpertDiagnostics(L.Callback):
         self.levels = [diagnose(sample, rates, category, self.thresholds) for sample in samples]
         gradients = own_gradients(task, self._batch)
         self.result = summary(self.levels, rates, gradients)
-        folder = run_dir(trainer)
-        if folder is not None and trainer.is_global_zero:
+        if folder is not None:
             self._write(folder, samples, rates, gradients)
-
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the numbers for the summary of the results file."""
-        return self.result
-
-    def _hear(self, sample: LevelSample) -> None:
-        if self._open is not None:
-            self._open.append(sample)
 
     def _write(
         self, folder: Path, samples: list[LevelSample], rates: dict[str, float], gradients: dict[str, dict[str, float]]
@@ -130,10 +106,7 @@ class ExpertDiagnostics(L.Callback):
         content = {"thresholds": vars(self.thresholds), "rates": rates, "gradients": gradients, "levels": levels}
         write_json(folder / "metrics" / "experts.json", content | self.result)
         path = folder / "metrics" / "experts.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(markdown(self.levels, rates, gradients), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, markdown(self.levels, rates, gradients))
         if self.figure:
             draw_gates(samples, folder / "figures" / "gates.png")
         for k, level in enumerate(self.levels, start=1):
@@ -142,7 +115,7 @@ class ExpertDiagnostics(L.Callback):
                     log.info("level %d, %s: %s; see %s", k, illness, ", ".join(names), path)
 
 
-# --- listening --------------------------------------------------------------------------------------------------------
+# --- what the levels did ----------------------------------------------------------------------------------------------
 
 
 def expert_levels(task: RankingTask) -> list[ExpertLevel]:
@@ -150,31 +123,23 @@ def expert_levels(task: RankingTask) -> list[ExpertLevel]:
     return [module for module in task.net.modules() if isinstance(module, ExpertLevel)]
 
 
-def listen(level: ExpertLevel, tell: Any) -> torch.utils.hooks.RemovableHandle:
-    """Call ``tell`` with what a level did whenever it mixes outputs."""
-
-    def hook(module: nn.Module, args: tuple[Work, DenseRouting], output: Tensor) -> None:
-        work, routing = args
-        assert routing.probs_NE is not None
-        assert routing.allowed is not None
-        plan = level.plan
-        owned = (
-            torch.as_tensor(plan.owns)
-            if plan.owns is not None
-            else torch.zeros(routing.allowed.shape[0], routing.num_experts)
-        )
-        sample = LevelSample(
-            output=work.experts.every(work.x).detach().float().cpu(),
-            share=routing.probs_NE.detach().float().cpu(),
-            weight=routing.weight.detach().float().cpu(),
-            allowed=routing.allowed.squeeze(1).cpu(),
-            owned=owned.bool(),
-            experts=plan.experts,
-            gates=plan.gates,
-        )
-        tell(sample)
-
-    return level.moe.combiner.register_forward_hook(hook)
+def level_sample(record: Record, plan: LevelPlan) -> LevelSample:
+    """What a level did, from the record of its layer, which keeps the outputs of the experts."""
+    routing, output = record.routing, record.expert_output
+    assert isinstance(routing, DenseRouting)
+    assert routing.probs_NE is not None
+    assert routing.allowed is not None
+    assert output is not None
+    owns = torch.zeros(len(plan.sees), routing.num_experts) if plan.owns is None else torch.as_tensor(plan.owns)
+    return LevelSample(
+        output=output.detach().float().cpu(),
+        share=routing.probs_NE.detach().float().cpu(),
+        weight=routing.weight.detach().float().cpu(),
+        allowed=routing.allowed.squeeze(1).cpu(),
+        owned=owns.bool(),
+        experts=plan.experts,
+        gates=plan.gates,
+    )
 
 
 def joined(parts: list[LevelSample]) -> LevelSample:
@@ -328,7 +293,4 @@ def draw_gates(samples: list[LevelSample], path: Path) -> None:
         axis.set_yticks(range(len(sample.gates)), sample.gates, fontsize=8)
         axis.set_title(f"level {k}", fontsize=9)
     figure.colorbar(image, ax=list(axes), label="mean gate weight", shrink=0.8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from moeapps.files import WholeFile
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
@@ -27,16 +27,16 @@ Form = Literal["auto", "parquet", "csv"]
 
 
 class ScoreTable:
-    """A table written batch by batch under a temporary name; ``close`` renames it.
+    """A table written batch by batch; ``close`` lets it appear under its name.
 
     Args:
         path: file to write, .parquet or .csv.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._whole = WholeFile(path)
+        self.temporary = self._whole.temporary
         self._parquet: Any = None
         # Open until close() or drop(): the batches of a whole domain go through it.
         self._text = (
@@ -65,12 +65,14 @@ class ScoreTable:
         """Finish the file under its name."""
         self._shut()
         if self._begun:
-            self.temporary.replace(self.path)
+            self._whole.finish()
+        else:
+            self._whole.drop()
 
     def drop(self) -> None:
         """Leave nothing behind."""
         self._shut()
-        self.temporary.unlink(missing_ok=True)
+        self._whole.drop()
 
     def _shut(self) -> None:
         for part in (self._text, self._parquet):

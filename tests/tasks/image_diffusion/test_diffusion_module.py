@@ -11,12 +11,13 @@ import torch
 
 from moeapps.moe import MoERecorder
 from moeapps.moe.presets import promoe, random_router
+from moeapps.moe.record import Place
+from moeapps.training.callbacks import ExpertReport
 from tasks.image_diffusion.losses import RoutingContrast, SuperclassLoss
 from tasks.image_diffusion.metrics import PairedLoss
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.module import ImageDiffusionTask, Sampling
 from tasks.image_diffusion.nets.ddpm import GaussianDiffusion
-from tasks.image_diffusion.report.experts import ExpertReport
 from tasks.image_diffusion.rivals import routers
 from tests.tasks.image_diffusion.model_common import SIZES, K, awake, batch, facts, net, task
 
@@ -193,7 +194,7 @@ def test_the_report_tells_domain_routing_from_blind_routing(monkeypatch) -> None
             model.recorded_step(images, "test")
             model.last_domain = "ab"[domain]
             report.on_test_batch_end(None, model, None, images, 0)
-        told[name] = report._numbers("1")
+        told[name] = report.numbers(report.layers[Place("blocks", (1,))])
     assert told["domain"]["mi_domain"] == pytest.approx(1.0)
     assert told["domain"]["mi_place"] == pytest.approx(0.0, abs=1e-9)
     assert told["domain"]["per_token"] == told["domain"]["gate"] == 1.0

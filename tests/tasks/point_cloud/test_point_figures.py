@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moeapps.reporting.figures import save_figure
 from tasks.point_cloud.data.labels import LABEL_SETS
 from tasks.point_cloud.nets.text import taxonomy
 from tasks.point_cloud.report.figures import (
@@ -13,7 +14,6 @@ from tasks.point_cloud.report.figures import (
     expert_colour,
     project,
     render,
-    save_figure,
     scan_figure,
 )
 

@@ -148,6 +148,22 @@ def test_predictions_cover_every_raw_point_and_name_its_expert(make_scan, naive_
         assert torch.equal(alone["expert"], answer["expert"])
 
 
+def test_the_answer_of_a_tests_own_pass_is_that_of_predict(make_scan, naive_moe) -> None:
+    task, batch = task_of(naive_moe).eval(), mixed_batch(make_scan)
+    passes: list[int] = []
+    task.net.register_forward_hook(lambda *_: passes.append(1))
+
+    task.recorded_step(batch, "test")
+    assert task.last_answer is not None
+    answers = task.last_answer()
+
+    assert len(passes) == 1
+    for answer, other in zip(answers, task.predict_step(batch), strict=True):
+        assert answer.keys() == other.keys()
+        for key, value in answer.items():
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+
+
 def test_experts_of_voxels_follow_the_rows_of_every_resolution(make_scan, naive_moe) -> None:
     task, batch = task_of(naive_moe).eval(), mixed_batch(make_scan)
     with MoERecorder(task.net) as recorder:

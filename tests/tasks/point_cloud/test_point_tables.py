@@ -69,7 +69,7 @@ def task(folder: Path | None, **facts: Any) -> Any:
 def test_counts_are_summed_over_scans_at_the_raw_points(tmp_path: Path) -> None:
     double, parts = task(tmp_path)
 
-    write_class_tables(double)
+    write_class_tables(double, double.label_sets)
 
     written = json.loads((tmp_path / "metrics" / "per_class.json").read_text())["domains"]
     for domain in ("room", "hall"):
@@ -84,7 +84,7 @@ def test_counts_are_summed_over_scans_at_the_raw_points(tmp_path: Path) -> None:
 def test_nothing_is_written_where_there_is_no_run_folder(tmp_path: Path) -> None:
     double, _ = task(None)
 
-    write_class_tables(double)
+    write_class_tables(double, double.label_sets)
 
     assert not list(tmp_path.iterdir())
 

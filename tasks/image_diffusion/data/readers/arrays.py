@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -71,18 +70,6 @@ def read_array(path: Path) -> NDArray[Any]:
             f"{path} cannot be read ({error}); it is damaged or no npy file: write it again"
         ) from error
     return array
-
-
-def write_arrays(path: Path, **arrays: Any) -> Path:
-    """Write an npz file through a temporary name; a file that is there already is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    try:
-        np.savez(temporary, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[str] | None = None) -> Tensor:

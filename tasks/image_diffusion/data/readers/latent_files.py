@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import ImageDataset
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays, write_arrays
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
 
 SCALE = 0.18215
 """Factor of Stable Diffusion's latents."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moeapps.files import WholeFile
 
 
 class TableError(ValueError):
@@ -249,21 +250,20 @@ def write_table(path: Path, columns: dict[str, Sequence[Any]], rows_per_block: i
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise TableError(f"columns of different lengths: {lengths}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
+    if path.suffix not in (".parquet", ".csv", ".tsv"):
+        raise TableError(f"{path}: ending {path.suffix!r} is unknown; allowed are .parquet, .csv and .tsv")
+    with WholeFile(path) as temporary:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as parquet
 
-        plain = {name: pa.array(_plain(values)) for name, values in columns.items()}
-        parquet.write_table(pa.table(plain), temporary, row_group_size=rows_per_block)
-    elif path.suffix in (".csv", ".tsv"):
+            plain = {name: pa.array(_plain(values)) for name, values in columns.items()}
+            parquet.write_table(pa.table(plain), temporary, row_group_size=rows_per_block)
+            return
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writerow(columns)
             writer.writerows([_text(value) for value in row] for row in zip(*columns.values(), strict=True))
-    else:
-        raise TableError(f"{path}: ending {path.suffix!r} is unknown; allowed are .parquet, .csv and .tsv")
-    temporary.replace(path)
 
 
 def _plain(values: Sequence[Any]) -> Any:

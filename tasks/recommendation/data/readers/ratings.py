@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeapps.training.run import write_text
+from moeapps.files import write_text
 from tasks.recommendation.data.readers.blocks import TableError
 
 Ints = NDArray[np.int64]
