@@ -45,7 +45,8 @@ def help_text() -> str:
     found = systems()
     if found:
         lines += ["", "systems (moeapps fit --config FILE):"]
-        lines += [f"  {system.config:<32}{system.summary}" for system in found]
+        width = max(len(system.config) for system in found) + 2
+        lines += [f"  {system.config:<{width}}{system.summary}" for system in found]
     lines += [
         "",
         "moeapps COMMAND --help shows all options of a command (fit, validate, test and predict import torch first).",

@@ -60,8 +60,8 @@ def test_the_wheel_holds_every_source_and_config(wheel: Path) -> None:
     code = {str(path) for top in ("moeapps", "tasks") for path in Path(top).rglob("*.py")}
     configs = {f"moeapps/{path}" for path in Path("configs").rglob("*.yaml")}
     tables = {str(path) for path in Path("tasks").rglob("*.json")}
-    cards = {str(path) for path in Path("tasks").glob("*/README.md")}
-    assert held == code | configs | tables | cards | {"moeapps/py.typed"}
+    readmes = {str(path) for path in Path("tasks").glob("*/README.md")}
+    assert held == code | configs | tables | readmes | {"moeapps/py.typed"}
 
 
 def test_the_source_archive_holds_the_tests_and_what_they_read(built: Path) -> None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from moeapps.moe.backends.eager import runs_eagerly
-
-if TYPE_CHECKING:
-    from moeapps.moe.routing import Routing
+from moeapps.moe.derivatives import is_transformed
+from moeapps.moe.eager import runs_eagerly
+from moeapps.moe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,31 @@ def sort_assignments(routing: Routing) -> Plan:
         num_targets=routing.num_rows if routing.num_targets is None else routing.num_targets,
         top_k=top_k if routing.target_M is None and num_real == total else None,
     )
+
+
+_plans: WeakKeyDictionary[Routing, Plan] = WeakKeyDictionary()
+
+
+@runs_eagerly
+def plan_of(routing: Routing) -> Plan:
+    """The plan of a routing: made once, however often the routing is applied (each step of a solve).
+
+    It is kept as long as the routing lives. Nothing is kept while a function transform is under way, whose tensors must
+    not outlive it; and what was made without gradients is not used where they are wanted: the router would get none.
+    """
+    kept = _plans.get(routing)
+    if kept is None or _lacks_graph(kept.weight_M, routing.weight_M):
+        kept = sort_assignments(routing)
+        if not is_transformed():
+            _plans[routing] = kept
+    return kept
+
+
+def _lacks_graph(kept_M: Tensor, weight_M: Tensor) -> bool:
+    """Whether what was kept of the weights cannot carry the gradient that is wanted of them."""
+    if not torch.is_grad_enabled():
+        return False
+    return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)
 
 
 def _counts(expert_M: Tensor, num_experts: int) -> list[int]:

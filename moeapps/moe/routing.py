@@ -17,13 +17,10 @@ memory. They hold references only: building one computes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from moeapps.moe.plan import Plan
 
 
 def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
@@ -32,13 +29,6 @@ def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
             f"{name} is {tuple(ids_M.shape)} of {ids_M.dtype}; it must be one-dimensional int64 with one entry per "
             f"assignment ({num})."
         )
-
-
-def _lacks_graph(kept_M: Tensor, weight_M: Tensor) -> bool:
-    """Whether what was kept of the weights cannot carry the gradient that is wanted of them."""
-    if not torch.is_grad_enabled():
-        return False
-    return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)
 
 
 def _offsets(times: int, like: Tensor) -> Tensor:
@@ -176,23 +166,6 @@ class Routing:
             column_M=None if self.column_M is None else _repeat(self.column_M, times, width),
             **_repeated_extras(self, times),
         )
-
-    @property
-    def plan(self) -> Plan:
-        """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve).
-
-        Nothing is kept while a function transform is under way, whose tensors must not outlive it; and what was made
-        without gradients is not used where they are wanted: the router would get none.
-        """
-        from moeapps.moe.derivatives import is_transformed
-        from moeapps.moe.plan import sort_assignments
-
-        kept: Plan | None = self.__dict__.get("_plan")
-        if kept is None or _lacks_graph(kept.weight_M, self.weight_M):
-            kept = sort_assignments(self)
-            if not is_transformed():
-                self.__dict__["_plan"] = kept
-        return kept
 
     def counts(self) -> Tensor:
         """Assignments per expert, int64 [E]; the sentinel is not counted. No host synchronisation."""

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.sparse import check_sparse_tensor_invariants
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.functional.clustering import adjusted_rand_score
 
 from tasks.dynamics.nets.solvers import diverged
 
@@ -169,12 +171,9 @@ def adjusted_rand_index(expert: Tensor, family: Tensor) -> float:
     """
     if not (family >= 0).any():
         return float("nan")
-    counts = _table(expert, family)
-    # Pairs of environments that are together: in both partitions, in each of them, and all pairs there are.
-    both, rows, columns, pairs = (_pairs(c) for c in (counts, counts.sum(1), counts.sum(0), counts.sum()))
-    chance = rows * columns / max(pairs, 1.0)
-    best = (rows + columns) / 2
-    return 1.0 if best == chance else (both - chance) / (best - chance)
+    known = family >= 0
+    with check_sparse_tensor_invariants(False):  # torchmetrics' table is sparse, and warns unless this is said
+        return float(adjusted_rand_score(expert[known], family[known]))
 
 
 def purity(expert: Tensor, family: Tensor) -> float:
@@ -195,15 +194,10 @@ def purity(expert: Tensor, family: Tensor) -> float:
 
 def _table(expert: Tensor, family: Tensor) -> Tensor:
     """Count environments of known family: rows are experts that are used, columns families that occur."""
-    # torchmetrics' own table is built of sparse tensors, which warn (1.9).
     known = family >= 0
     rows, columns = (torch.unique(labels[known], return_inverse=True)[1] for labels in (expert, family))
     height, width = int(rows.max()) + 1, int(columns.max()) + 1
     return torch.bincount(rows * width + columns, minlength=height * width).view(height, width)
-
-
-def _pairs(counts: Tensor) -> float:
-    return float((counts * (counts - 1)).sum()) / 2
 
 
 def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]]) -> Tensor:

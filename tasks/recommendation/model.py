@@ -73,6 +73,7 @@ def home(
     category_choice: Literal["given", "one", "random"] = "given",
     category_seed: int = 0,
     tower_dim: int = 16,
+    fast_gates: bool = True,
 ) -> NetFactory:
     """HoME: normalised Swish experts in two levels, categories then tasks, with feature-gates and self-gates.
 
@@ -99,6 +100,7 @@ def home(
         category_choice: categories as given; all tasks in one; or assigned at random (control).
         category_seed: seed of the random deal.
         tower_dim: hidden width of a tower.
+        fast_gates: all gates of a level in one product; False computes them one by one, as the equation reads.
 
     Raises:
         ValueError: levels is not 1 or 2, a gate would see nothing, or the data has other categories.
@@ -116,6 +118,7 @@ def home(
         residual="self_gate" if self_gates else "none",
         feature_gates=feature_gates,
         feature_rank=feature_rank,
+        fast_gates=fast_gates,
     )
 
     def build(dim: int, facts: dict[str, Any]) -> nn.Module:

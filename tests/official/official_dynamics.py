@@ -9,8 +9,9 @@ import torch
 from official_common import furthest, part, scatter
 from torch import Tensor
 
-from moeapps.moe import FittedRouter, LinearScore, MoELayer, PublishedKMeans, Router, TopK
+from moeapps.moe import FittedRouter, LinearScore, MoELayer, Router, TopK
 from tasks.dynamics.nets.experts import CoDAExperts, GEPSExperts, MetaExperts, NCFExperts
+from tasks.dynamics.nets.partition import PublishedKMeans
 
 E, D, C, ROWS = 3, 2, 6, 9
 M = C // E

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Buffers without the page faults: small ones are kept from call to call, large ones are put on huge pages.
 
+Used by ``segments`` for its scratch, and for gradients of banks of 32 MiB and more. With 64 experts, whose first layers
+alone are that large, a step takes 1.36 times the one with 8 (core.json, "scaling E=64/E=8").
+
 A first write to fresh memory costs a fault per 4 KiB, often as much as the arithmetic of the layer that writes there.
 """
 

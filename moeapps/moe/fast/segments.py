@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Fast path of the CPU: one matrix product per expert into buffers, with a hand-written backward.
 
+Used where the work per expert or the bank is large (``THRESHOLDS`` in backends/auto.py), or torch has two threads.
+Gains with 64 experts (128 rows each): 1.04 x dense, where the plain loop takes 1.31 and grouped products 1.45; what is
+kept for backward is 0.47 of the dense network's, where both others keep 1.30 (core.json, R=128, silu-mlp).
+
 For the rows R of expert e, with ``h = x W_in + b_in``, ``a = f(h)`` (or ``f(gate) * up``) and ``y = a W_out + b_out``,
 the output is ``sum_m w_m y_m``. Backward, with ``g`` the gradient of the output gathered to the rows:
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch whose shapes do not depend on what was routed: for graphs traced once, and devices that must not wait.
 
+Used under ``torch.compile(fullgraph=True)``, ``torch.export``, bfloat16 on CUDA and ``torch.func.vmap`` over routings.
+It makes these possible; on a CPU it gains no time, and times on CUDA are not in core.json.
+
 * ``segments_static`` - the CPU's fast path as one operator, ``moeapps::segments``, opaque to the compiler. Its backward
   is a second one. Both look at the routing inside.
 * ``grouped_mm_static`` - ordinary operations on the device. Sentinels stay at the end of the sorted order, past the

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Share the experts out among threads, instead of letting all threads share each small matrix product.
 
+Used by ``segments`` where torch has two threads or more. With two of them, 64 experts take 1.09 x dense (core.json,
+"2 threads": wall time on an idle machine).
+
 A product of a hundred rows is too small for several threads: they wait at a barrier per product, and on a busy machine
 they wait for each other's time slice. Experts are independent, so each thread takes some of them whole and meets the
 others once, at the end. Every product runs on one thread, so results do not depend on the number of threads.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -200,46 +200,6 @@ def promoe(
         whole = ConditionalSplit(inner, fixed) if conditional_split else inner
         bank = MLPExperts(whole.num_experts + num_shared, dim, int(expansion * dim), activation="gelu_tanh")
         return MoELayer(whole, bank, num_shared=num_shared, combiner=Sum(shared="apart"), backend=backend)
-
-    return build
-
-
-def mixer(
-    *,
-    num_experts: int,
-    context_dim: int,
-    field: Callable[[int], nn.Module],
-    gate: Literal["fixed", "switch", "soft"] = "fixed",
-) -> LayerFactory:
-    r"""MixER: one vector field per environment, chosen from its context by a linear gate.
-
-    ``layer.route(context)`` once per solve, then ``layer(x, routing=routing.repeat_rows(n), side=(...,))``. The gate of
-    ``fixed`` gets no gradient: fit it by ``layer.router.score.fit`` (least squares on cluster labels).
-
-    Args:
-        num_experts: fields.
-        context_dim: width of a whole context, which the gate reads.
-        field: state width -> vector field ``f(x, *side)``; called once per expert.
-        gate: ``fixed`` (weight 1), ``switch`` (top-1, scaled by its probability) or ``soft`` (dense mixture).
-
-    Raises:
-        ValueError: for an unknown gate.
-
-    Source: MixER (docs/papers/mixer.md; switch and soft are its fair gradient rivals).
-
-    Example:
-        >>> layer = mixer(num_experts=2, context_dim=4, field=lambda dim: nn.Linear(dim, dim))(3)
-        >>> layer(torch.zeros(5, 3), torch.zeros(5, 4)).shape
-        torch.Size([5, 3])
-    """
-    if gate not in ("fixed", "switch", "soft"):
-        raise ValueError(f"gate={gate!r}, but it must be 'fixed', 'switch' or 'soft'.")
-
-    def build(dim: int) -> MoELayer:
-        choose = {"fixed": TopK(1, weighing="ones"), "switch": TopK(1), "soft": Dense()}[gate]
-        score = LinearScore(context_dim, num_experts, bias=True).requires_grad_(gate != "fixed")
-        fields = [field(dim) for _ in range(num_experts)]
-        return MoELayer(Router(score, choose), ModuleExperts(fields, in_dim=dim, out_dim=dim))
 
     return build
 

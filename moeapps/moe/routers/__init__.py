@@ -11,9 +11,8 @@ from moeapps.moe.routers.choose_sparse_mixer import SparseMixer
 from moeapps.moe.routers.choose_top_p import TopP
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
-from moeapps.moe.routers.fitted import FittedRouter
+from moeapps.moe.routers.fitted import FittedRouter, LowestLoss, Partition
 from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
-from moeapps.moe.routers.partition import LowestLoss, Partition, PublishedKMeans, RobustKMeans
 from moeapps.moe.routers.router import Router, RouterBase
 from moeapps.moe.routers.score import CosineScore, LinearScore, MLPScore, PrototypeScore, Score
 from moeapps.moe.routers.score_fixed import ConstantScore, RandomScore, TableScore
@@ -42,10 +41,8 @@ __all__ = [
     "Noise",
     "Partition",
     "PrototypeScore",
-    "PublishedKMeans",
     "RandomScore",
     "RecurrentScore",
-    "RobustKMeans",
     "Router",
     "RouterBase",
     "RowChooser",

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moeapps.moe import FittedRouter, PublishedKMeans, RobustKMeans, RouterBase
+from moeapps.moe import FittedRouter, RouterBase
+from tasks.dynamics.nets.partition import PublishedKMeans, RobustKMeans
 
 GateFactory = Callable[[int, int], RouterBase]
 """``factory(context_dim, num_experts)``."""

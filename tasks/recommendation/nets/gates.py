@@ -1,188 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates of multi-gate networks: many small softmaxes computed as one, and low-rank gates on the input.
+"""HoME's gates as their equation says: a softmax over the experts a gate sees, and one over those it owns.
 
-Shape legend: N rows, S states (inputs of a level), d width of a state, G gates, E experts, K slots of a gate (the most
-experts any gate sees), Q columns (gates, then self-gates), V views, L low-rank gates of a view, r rank.
+Shape legend: N rows, S states (inputs of a level), d width of a state, G gates, E experts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeapps.moe import DenseRouting, RouterBase
-from moeapps.moe.derivatives import needs_operations
-from moeapps.moe.routers.router import without_autocast
+from moeapps.moe import AnyRouting, LinearScore, MultiGate, RouterBase, SumRouters
+from moeapps.moe.routers.choose_dense import DenseWeighing
 from moeapps.moe.routers.score import Features
-from moeapps.moe.view_linear import view_linear
 
 GateMixing = Literal["softmax", "uniform", "shuffled", "constant"]
 Residual = Literal["none", "self_gate", "constant", "ones"]
 Table = Sequence[Sequence[bool]]
 
-_NEVER, _ZERO = -1, -2  # what fills a slot of a gate that sees fewer experts: weight 0, or a logit of 0
 
+class HomeGates(RouterBase):
+    r"""G gates over one bank, each over the experts it sees, plus self-gates over the experts they own.
 
-class StackedGates(RouterBase):
-    r"""G gates over one bank, each over the experts it sees, computed as one product, one softmax and one product.
+    .. math::
+        w_g = softmax_{e \in sees(g)}(W_g x_g + b_g) + softmax_{e \in owns(g)}(W'_g x_g + b'_g),
+        \quad x_g = [z_s]_{s \in reads(g)}
 
-    :math:`w_{ge} = softmax_{e \in sees(g)}(a_{ge})` with :math:`a_{ge} = W_{ge} [z_s]_{s \in reads(g)} + b_{ge}`. With
-    ``self_gate`` the weight of an expert that gate g owns gains :math:`softmax_{e \in owns(g)}(a'_{ge})`, or
-    :math:`\sigma(a'_{ge})` where it owns one. Only the logits of allowed pairs exist; a sigmoid is the softmax over its
-    logit and a 0, so that all gates are one softmax over K slots. What a gate does not see has weight exactly 0.
+    The second softmax is a sigmoid where a gate owns one expert. `StackedGates` computes the same in one product; a
+    test holds the two together. Where nothing is owned there are no self-gates.
 
     Args:
         width: d.
         sees: [G, E], which experts a gate mixes.
         reads: for each gate the states it reads, concatenated.
-        owns: [G, E], which experts a gate owns; None owns none.
-        mixing: ``softmax``; ``uniform``, equal weights (control: nothing is learned); ``shuffled``, the weights of
-            another row of the batch (control: the same weights on average, told nothing of the row); ``constant``,
-            learned numbers that do not depend on the row, without softmax (cross-stitch).
-        residual: what joins over the owned experts: ``self_gate`` (HoME); ``constant``, learned numbers, or ``ones``
-            (AdaTT has either); ``none``.
+        owns: [G, E], which experts a gate owns: at least one for every gate; None leaves self-gates out.
 
     Shape:
-        features [S, N, d] -> weight [G, N, E]; ``probs_NE`` is the mixing gates' part alone (uniform for constants).
+        features [S, N, d] -> weight [G, N, E]; what a gate neither sees nor owns has weight exactly 0.
 
     Raises:
-        ValueError: if a gate sees or reads nothing, tables differ in size, or a word is unknown.
+        ValueError: if a gate sees, owns or reads nothing, or the tables differ in size.
 
-    Source: HoME (docs/papers/home.md, equations 1 and 6); AdaTT, whose n learned numbers of a unit start from
-        U(+-1/sqrt(n)); cross-stitch networks.
+    Source: HoME, docs/papers/home.md, equations 1 and 6.
+
+    Example:
+        >>> gates = HomeGates(4, sees=[[True, True, False], [True, True, True]], reads=[(0,), (0, 1)])
+        >>> gates(torch.randn(2, 5, 4)).weight.shape
+        torch.Size([2, 5, 3])
     """
 
     sparse = False
     takes_gates = True
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    constant: nn.Parameter | None
-    mask: Tensor
-    index: Tensor
-    bias_index: Tensor
-    place: Tensor
-    place_mixing: Tensor
-    fixed: Tensor
-    learned_index: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        sees: Table,
-        reads: Sequence[Sequence[int]],
-        *,
-        owns: Table | None = None,
-        mixing: GateMixing = "softmax",
-        residual: Residual = "none",
-    ) -> None:
+    def __init__(self, width: int, sees: Table, reads: Sequence[Sequence[int]], *, owns: Table | None = None) -> None:
         super().__init__()
-        allowed = _checked(sees, "sees")
-        self.num_gates, self.num_experts = allowed.shape
-        owned = torch.zeros_like(allowed) if owns is None or residual == "none" else _checked(owns, "owns", empty=True)
-        if owned.shape != allowed.shape or len(reads) != self.num_gates or not all(reads):
-            raise ValueError(
-                f"sees is {tuple(allowed.shape)}, owns {tuple(owned.shape)}, reads {[*map(list, reads)]}: give each "
-                f"of the {self.num_gates} gates a row of both tables and at least one state to read."
-            )
-        if mixing not in ("softmax", "uniform", "shuffled", "constant") or residual not in (
-            "none",
-            "self_gate",
-            "constant",
-            "ones",
-        ):
-            raise ValueError(
-                f"mixing={mixing!r}, residual={residual!r}; use softmax, uniform, shuffled or constant, and none, "
-                "self_gate, constant or ones."
-            )
-        self.width, self.mixing, self.residual = width, mixing, residual
-        self.reads = tuple(tuple(r) for r in reads)
-        self.see_all = bool(allowed.all())
-        self.register_buffer("mask", allowed.unsqueeze(1), persistent=False)
-        self._lay_out(allowed, owned if residual == "self_gate" else torch.zeros_like(owned))
-        self._constants(allowed, owned)
-        self.reset_parameters()
+        if len(reads) != len(sees) or not all(reads):
+            raise ValueError(f"reads={[*map(list, reads)]}: name at least one state for each of {len(sees)} gates.")
+        self.num_experts, self.reads = len(sees[0]), tuple(tuple(states) for states in reads)
 
-    # Construction -------------------------------------------------------------------------------------------------
+        def scores() -> list[LinearScore]:
+            return [LinearScore(width * len(states), self.num_experts, bias=True) for states in reads]
 
-    def _lay_out(self, allowed: Tensor, owned: Tensor) -> None:
-        """Give every allowed pair a slot, and say where in the table of weights each slot belongs."""
-        columns = [(g, allowed[g].nonzero()[:, 0].tolist()) for g in range(self.num_gates)]
-        columns += [(g, row.nonzero()[:, 0].tolist()) for g, row in enumerate(owned) if bool(row.any())]
-        self.num_slots = max(2 if len(experts) == 1 and q >= self.num_gates else len(experts)
-                             for q, (_, experts) in enumerate(columns))  # fmt: skip
-        self.num_columns = len(columns)
-        num_states = 1 + max(s for states in self.reads for s in states)
-        place = torch.zeros(self.num_slots, self.num_columns, self.num_gates, self.num_experts)
-        index = torch.full((num_states, self.num_slots, self.num_columns), _NEVER)
-        bias_index = torch.full((self.num_slots, self.num_columns), _NEVER)
-        bounds: list[float] = []
-        for q, (g, experts) in enumerate(columns):
-            for k, e in enumerate(experts):
-                place[k, q, g, e] = 1.0
-                bias_index[k, q] = len(bounds)
-                bounds.append(1 / math.sqrt(self.width * len(self.reads[g])))
-                for s in self.reads[g]:
-                    index[s, k, q] = 0
-            if len(experts) == 1 and q >= self.num_gates:
-                bias_index[1, q] = _ZERO
-        real = index == 0
-        index[real] = torch.arange(int(real.sum()))
-        index[~real] = int(real.sum())  # a row of zeros behind the weights
-        for fill, row in ((_ZERO, 0), (_NEVER, 1)):  # behind the biases: 0, then minus infinity
-            bias_index[bias_index == fill] = len(bounds) + row
-        self.register_buffer("place", place.flatten(2).flatten(0, 1), persistent=False)
-        mixing_only = place.clone()
-        mixing_only[:, self.num_gates :] = 0
-        self.register_buffer("place_mixing", mixing_only.flatten(2).flatten(0, 1), persistent=False)
-        self.register_buffer("index", index.flatten(1), persistent=False)
-        self.register_buffer("bias_index", bias_index.flatten(), persistent=False)
-        self._bounds = bounds
-        learned = self.mixing in ("softmax", "shuffled")
-        self.register_parameter("weight", nn.Parameter(torch.empty(int(real.sum()), self.width)) if learned else None)
-        self.register_parameter("bias", nn.Parameter(torch.empty(len(bounds))) if learned else None)
-
-    def _constants(self, allowed: Tensor, owned: Tensor) -> None:
-        """Weights that do not depend on the row: cross-stitch units, and AdaTT's mix of a gate's own experts."""
-        none = torch.zeros_like(allowed)
-        learned = allowed if self.mixing == "constant" else owned if self.residual == "constant" else none
-        fixed = owned if self.residual == "ones" else none
-        self.has_constants = bool((learned | fixed).any())
-        # Mostly one's own, a little of the others, as is usual for cross-stitch units.
-        own = torch.eye(*allowed.shape, dtype=torch.bool) & allowed
-        stitch = 0.9 * own + 0.1 * (allowed & ~own) / (allowed & ~own).sum(1, keepdim=True).clamp(min=1)
-        self._start = stitch[learned]
-        self._own_bound = owned.sum(1, keepdim=True).clamp(min=1).rsqrt().expand(owned.shape)[learned]
-        self.register_buffer("fixed", fixed.flatten().float(), persistent=False)
-        self.register_buffer("learned_index", learned.flatten().nonzero()[:, 0], persistent=False)
-        count = int(learned.sum())
-        self.register_parameter("constant", nn.Parameter(torch.empty(count)) if count else None)
-
-    def reset_parameters(self) -> None:
-        """Every gate as an ``nn.Linear`` of its own fan-in."""
-        if self.weight is not None and self.bias is not None:
-            bound = torch.tensor(self._bounds)
-            with torch.no_grad():
-                self.bias.uniform_(-1, 1).mul_(bound.to(self.bias))
-                per_row = torch.zeros(len(self.weight))
-                real = self.index < len(per_row)
-                per_row[self.index[real]] = bound[self.bias_index.expand_as(self.index)[real]]
-                self.weight.uniform_(-1, 1).mul_(per_row.unsqueeze(1).to(self.weight))
-        if self.constant is not None:
-            with torch.no_grad():
-                if self.mixing == "constant":
-                    self.constant.copy_(self._start)
-                else:
-                    self.constant.uniform_(-1, 1).mul_(self._own_bound.to(self.constant))
-
-    # Use ----------------------------------------------------------------------------------------------------------
+        self.gates = MultiGate(scores(), allowed=sees)
+        self.both: RouterBase = self.gates
+        if owns is not None:
+            alone: list[DenseWeighing] = ["sigmoid" if sum(row) == 1 else "softmax" for row in owns]
+            self.both = SumRouters([self.gates, MultiGate(scores(), allowed=owns, weighing=alone)])
 
     def mean_k(self) -> float | None:
         """All experts run."""
         return float(self.num_experts)
+
+    def biases_of(self, pairs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Where the biases of the mixing gates for the pairs [G, E] are: each tensor with the places in it."""
+        biases = [cast(Tensor, score.bias) for score in self.gates.scores]
+        return list(zip(biases, pairs.unbind(0), strict=True))
 
     def forward(
         self,
@@ -191,209 +85,8 @@ class StackedGates(RouterBase):
         state: Tensor | None = None,
         token_mask: Tensor | None = None,
         group: Tensor | None = None,
-    ) -> DenseRouting:
+    ) -> AnyRouting:
         """Weights [G, N, E]."""
-        if not isinstance(features, Tensor) or features.ndim != 3 or self.adjust is not None or token_mask is not None:
-            raise ValueError("StackedGates read one tensor of states [S, N, d], without token_mask or adjust hook.")
-        with without_autocast(features.device):
-            z_SNd = features if features.dtype == torch.float64 else features.float()
-            weight_NGE, probs_NGE = self._weights(self._shares(z_SNd))
-            if self.mixing == "shuffled":  # batches of training are in random order: any turn will do
-                weight_NGE, probs_NGE = (w.roll(max(1, len(w) // 2), 0) for w in (weight_NGE, probs_NGE))
-            if self.mixing == "constant":
-                weight_NGE = torch.zeros_like(weight_NGE)
-            if self.has_constants:
-                weight_NGE = weight_NGE + self._constant().view(self.num_gates, self.num_experts)
-        return DenseRouting(
-            weight_NGE.transpose(0, 1),
-            self.num_experts,
-            allowed=self.mask,
-            probs_NE=probs_NGE.transpose(0, 1),
-            features_ND=features,
-        )
-
-    def _weights(self, share_NKQ: Tensor) -> tuple[Tensor, Tensor]:
-        """The applied weights, and those of the mixing gates without residuals, [N, G, E] each."""
-        if self.see_all and self.num_columns == self.num_gates:  # slots are experts, columns are gates
-            weight_NGE = share_NKQ.transpose(1, 2)
-            return weight_NGE, weight_NGE.detach()
-        shape = (self.num_gates, self.num_experts)
-        weight_NGE = (share_NKQ.flatten(1) @ self.place).unflatten(1, shape)
-        if self.num_columns == self.num_gates:
-            return weight_NGE, weight_NGE.detach()
-        return weight_NGE, (share_NKQ.detach().flatten(1) @ self.place_mixing).unflatten(1, shape)
-
-    def _shares(self, z_SNd: Tensor) -> Tensor:
-        """The softmax of every column over its slots, [N, K, Q]."""
-        num_rows = z_SNd.shape[1]
-        if self.weight is None or self.bias is None:
-            logits_NX = _padded(z_SNd.new_zeros(len(self._bounds)), self.bias_index).expand(num_rows, -1)
-        else:
-            rows_NX = z_SNd[: len(self.index)].transpose(0, 1).flatten(1)
-            rows = torch.cat([self.weight, self.weight.new_zeros(1, self.width)]).to(z_SNd.dtype)
-            matrix_SXd = rows.index_select(0, self.index.flatten()).view(*self.index.shape, self.width)
-            matrix = matrix_SXd.transpose(1, 2).flatten(0, 1)
-            logits_NX = torch.addmm(_padded(self.bias.to(z_SNd.dtype), self.bias_index), rows_NX, matrix)
-        share_NKQ: Tensor = logits_NX.unflatten(1, (self.num_slots, self.num_columns)).softmax(1)
-        return share_NKQ
-
-    def _constant(self) -> Tensor:
-        if self.constant is None:
-            return self.fixed
-        return self.fixed.to(self.constant.dtype).index_add(0, self.learned_index, self.constant)
-
-    def extra_repr(self) -> str:
-        """Sizes and settings, for the printed module."""
-        return f"gates={self.num_gates}, experts={self.num_experts}, mixing={self.mixing!r}, residual={self.residual!r}"
-
-
-def _checked(table: Table | Tensor, name: str, *, empty: bool = False) -> Tensor:
-    """A table [G, E] of booleans; unless ``empty``, each row of it must hold something."""
-    checked = torch.as_tensor(table).bool()
-    if checked.ndim != 2 or not (empty or bool(checked.any(1).all())):
-        raise ValueError(f"{name} is {tuple(checked.shape)}: it must be [gates, experts], with an expert in every row.")
-    return checked
-
-
-def _padded(bias: Tensor, index: Tensor) -> Tensor:
-    """Biases in the order of the slots; a slot that is not used has 0 (half of a sigmoid) or minus infinity."""
-    return torch.cat([bias, bias.new_tensor([0.0, float("-inf")])])[index]
-
-
-class FeatureGates(nn.Module):
-    r"""Low-rank gates that give every group of experts its own view of the input, the identity at the start.
-
-    .. math::
-        view_v = x \odot \sum_{l=1}^{L} softmax(G_v x)_l \; 2 \sigma((x B_{vl}) A_{vl}),
-        \quad B_{vl} \in R^{d \times r}, \; A_{vl} \in R^{r \times d}, \; A = 0 \text{ at first}
-
-    All first matrices are one product per state, all second ones products into one buffer; the elementwise part has a
-    backward pass of its own that recomputes nothing and stores one sigmoid. Differentiable any number of times.
-
-    Args:
-        width: d.
-        views: for each view the state it is made of.
-        num_gates: L, low-rank gates per view.
-        rank: r. (The paper ties r to the width and L; recalled, so both are free here.)
-
-    Shape:
-        states [S, N, d] -> views [V, N, d].
-
-    Raises:
-        ValueError: if a size is below 1.
-
-    Source: HoME (docs/papers/home.md, equation 5); the zero start is inferred.
-
-    Example:
-        >>> gates, states = FeatureGates(6, (0, 0, 1), num_gates=2, rank=3), torch.randn(2, 5, 6)
-        >>> torch.equal(gates(states)[1], states[0])
-        True
-    """
-
-    own: Tensor
-
-    def __init__(self, width: int, views: Sequence[int], *, num_gates: int = 2, rank: int = 8) -> None:
-        super().__init__()
-        for name, value in (("width", width), ("views", len(views)), ("num_gates", num_gates), ("rank", rank)):
-            if value < 1:
-                raise ValueError(f"{name}={value}, but it must be at least 1.")
-        self.width, self.views, self.num_gates, self.rank = width, tuple(views), num_gates, rank
-        num_views = len(views)
-        self.down = nn.Parameter(torch.empty(num_views, width, num_gates * rank))
-        self.up = nn.Parameter(torch.empty(num_views, num_gates, rank, width))
-        self.mix = nn.Parameter(torch.empty(num_views, width, num_gates))
-        self.mix_bias = nn.Parameter(torch.empty(num_views, num_gates))
-        self.register_buffer("own", torch.eye(num_gates).view(num_gates, 1, num_gates, 1), persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """First matrices and mixing gates by their fan-in; the second matrices 0, so that every view is its state."""
-        bound = 1 / math.sqrt(self.width)
-        for parameter in (self.down, self.mix, self.mix_bias):
-            nn.init.uniform_(parameter, -bound, bound)
-        nn.init.zeros_(self.up)
-
-    def forward(self, x_SNd: Tensor) -> Tensor:
-        """Views [V, N, d] of states [S, N, d]."""
-        num_low = self.num_gates
-        both_NVk = view_linear(x_SNd, torch.cat([self.down, self.mix], 2), self.views)
-        low_NVk, mix_NVL = both_NVk.split([num_low * self.rank, num_low], dim=2)
-        # The L second matrices of a view as one block-diagonal matrix: more products, yet faster than L narrow ones.
-        up_Vkd = (self.up.unsqueeze(3) * self.own).flatten(1, 2).flatten(2)
-        up_NVLd = view_linear(low_NVk.transpose(0, 1), up_Vkd, range(len(self.views))).unflatten(2, (num_low, -1))
-        x_NVd = _of_views(x_SNd, self.views).transpose(0, 1)
-        mix_NVL = mix_NVL + self.mix_bias
-        if needs_operations():
-            gate_NVd: Tensor = (2 * up_NVLd.sigmoid() * mix_NVL.softmax(2).unsqueeze(-1)).sum(2)
-            return (x_NVd * gate_NVd).transpose(0, 1)
-        view_NVd: Tensor = _Gated.apply(x_NVd, up_NVLd, mix_NVL)[0]
-        return view_NVd.transpose(0, 1)
-
-    def extra_repr(self) -> str:
-        """Sizes, for the printed module."""
-        return f"width={self.width}, views={self.views}, num_gates={self.num_gates}, rank={self.rank}"
-
-
-def _of_views(x_SNd: Tensor, views: tuple[int, ...]) -> Tensor:
-    """The state of each view, [V, N, d]; not copied where all views are of one state."""
-    if len(set(views)) == 1:
-        return x_SNd[views[0]].expand(len(views), -1, -1)
-    index = torch.tensor(views, device=x_SNd.device)
-    return x_SNd.transpose(0, 1).index_select(1, index).transpose(0, 1)
-
-
-class _Gated(torch.autograd.Function):
-    r"""``x * sum_l softmax(m)_l 2 sigmoid(u_l)`` of x [N, V, d], u [N, V, L, d], m [N, V, L]; and the sigmoids.
-
-    The sigmoids are given out because backward reads them and not u: under ``create_graph=True`` they then hang in the
-    graph like any tensor, and what is asked of the gradients comes back here as the gradient of the sigmoids.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_NVd: Tensor, u_NVLd: Tensor, mix_NVL: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        share_NVL = _shares(mix_NVL)
-        s_NVLd = torch.sigmoid(u_NVLd)
-        part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
-        gate_NVd = _sum_low(part_NVLd)
-        ctx.save_for_backward(x_NVd, s_NVLd, mix_NVL, part_NVLd, share_NVL, gate_NVd)
-        return x_NVd * gate_NVd, s_NVLd
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_NVd, s_NVLd, mix_NVL, part_NVLd, share_NVL, gate_NVd = ctx.saved_tensors
-        grad_NVd, ds_NVLd = grads
-        if torch.is_grad_enabled():  # again from what hangs in the graph
-            share_NVL = mix_NVL.softmax(2)
-            part_NVLd = s_NVLd * (2 * share_NVL).unsqueeze(-1)
-            gate_NVd = part_NVLd.sum(2)
-        found: tuple[Tensor | None, ...] = (None, None, None)
-        if grad_NVd is not None:
-            du_NVLd = (grad_NVd * x_NVd).unsqueeze(2) * part_NVLd
-            # What a softmax passes back needs p dp alone, and that is the sum of what was just computed.
-            pdp_NVL = du_NVLd.sum(-1)
-            dmix_NVL = pdp_NVL - share_NVL * pdp_NVL.sum(2, keepdim=True)
-            into = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
-            found = grad_NVd * gate_NVd, into(du_NVLd, du_NVLd, s_NVLd, value=-1), dmix_NVL  # s' = s - s^2
-        if ds_NVLd is not None:
-            du_NVLd = ds_NVLd * (s_NVLd - s_NVLd.square())
-            found = found[0], du_NVLd if found[1] is None else found[1] + du_NVLd, found[2]
-        return found
-
-
-def _shares(mix_NVL: Tensor) -> Tensor:
-    """Softmax over the last dimension, summing to exactly 1, so that a fresh gate is exactly the identity."""
-    share_NVL = mix_NVL.transpose(1, 2).softmax(1).transpose(1, 2)  # over the last dimension itself is far slower
-    if share_NVL.shape[2] > 1:
-        share_NVL[:, :, -1] = 1 - _sum_low(share_NVL[:, :, :-1, None]).squeeze(-1)
-    return share_NVL
-
-
-def _sum_low(part_NVLd: Tensor) -> Tensor:
-    """Sum over the few low-rank gates, by additions: a reduction over so short a dimension is slow."""
-    if part_NVLd.shape[2] == 1:
-        return part_NVLd[:, :, 0].clone()
-    total_NVd = part_NVLd[:, :, 0] + part_NVLd[:, :, 1]
-    for low in range(2, part_NVLd.shape[2]):
-        total_NVd += part_NVLd[:, :, low]
-    return total_NVd
+        read = tuple(torch.cat([features[s] for s in states], dim=-1) for states in self.reads)  # G x [N, |reads| d]
+        routing: AnyRouting = self.both(read, token_mask=token_mask)
+        return routing

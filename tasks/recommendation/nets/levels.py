@@ -19,12 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe import ActivationName, AnyRouting, Combiner, DenseRouting, MoELayer, NormalisedExperts
+from moeapps.moe import ActivationName, AnyRouting, Combiner, DenseRouting, MoELayer, NormalisedExperts, RouterBase
 from moeapps.moe.combine import Work
 from moeapps.moe.normalised import Norm
 from moeapps.moe.record import record_experts
 from moeapps.moe.view_linear import view_linear
-from tasks.recommendation.nets.gates import FeatureGates, GateMixing, Residual, StackedGates
+from tasks.recommendation.nets.fast_gates import StackedGates
+from tasks.recommendation.nets.feature_gates import FeatureGates
+from tasks.recommendation.nets.gates import GateMixing, HomeGates, Residual
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,10 @@ class ExpertSettings:
         residual: what joins over a gate's own experts; see `StackedGates`.
         feature_gates: L, low-rank gates per view; 0 for none.
         feature_rank: r, their rank.
+        fast_gates: all gates of a level at once (`StackedGates`), or one by one as the equation reads (`HomeGates`).
+
+    Raises:
+        ValueError: gates one by one with another mixing than softmax, or another residual than HoME's.
     """
 
     width: int = 32
@@ -151,6 +157,14 @@ class ExpertSettings:
     residual: Residual = "none"
     feature_gates: int = 0
     feature_rank: int = 8
+    fast_gates: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.fast_gates and (self.mixing != "softmax" or self.residual not in ("none", "self_gate")):
+            raise ValueError(
+                f"fast_gates=False knows mixing='softmax' with residual='none' or 'self_gate' alone, but they are "
+                f"{self.mixing!r} and {self.residual!r}; use fast_gates=True."
+            )
 
 
 class GateMix(Combiner):
@@ -206,9 +220,14 @@ class ExpertLevel(nn.Module):
         on_states = plan.gates_read != "views" or gated
         gate_reads = plan.gate_reads if on_states else [[plan.views[v] for v in views] for views in plan.gate_reads]
         read_dim = dim if input_dim is None or plan.gates_read != "inputs" else input_dim
-        router = StackedGates(
-            read_dim, plan.sees, gate_reads, owns=plan.owns, mixing=settings.mixing, residual=settings.residual
-        )
+        router: RouterBase
+        if settings.fast_gates:
+            router = StackedGates(
+                read_dim, plan.sees, gate_reads, owns=plan.owns, mixing=settings.mixing, residual=settings.residual
+            )
+        else:
+            owns = plan.owns if settings.residual == "self_gate" else None
+            router = HomeGates(read_dim, plan.sees, gate_reads, owns=owns)
         bank = NormalisedExperts(
             len(plan.reads),
             dim,

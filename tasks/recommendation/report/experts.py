@@ -26,7 +26,8 @@ from moeapps.training.callbacks import ExpertReport
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.module import RankingTask, masked_losses
-from tasks.recommendation.nets.gates import StackedGates
+from tasks.recommendation.nets.fast_gates import StackedGates
+from tasks.recommendation.nets.gates import HomeGates
 from tasks.recommendation.nets.levels import ExpertLevel, LevelPlan
 from tasks.recommendation.report.diagnosis import LevelReport, LevelSample, Thresholds, diagnose, rate_correlation
 
@@ -208,20 +209,18 @@ def _norms(task: RankingTask, level: ExpertLevel, batch: Interactions) -> dict[s
 @contextmanager
 def _pushed(level: ExpertLevel) -> Iterator[None]:
     """Lower the logits of every gate's own experts by `PUSH`; those of self-gates stay."""
-    router = cast(StackedGates, level.moe.router)
-    if router.bias is None:
-        yield
-        return
-    place_XGE = router.place_mixing.unflatten(1, (router.num_gates, router.num_experts))
-    own_X = (place_XGE * torch.as_tensor(level.plan.owns).to(place_XGE)).sum((1, 2)) > 0
-    kept = router.bias.detach().clone()
+    router = cast(StackedGates | HomeGates, level.moe.router)
+    biases = router.biases_of(torch.as_tensor(level.plan.owns))
+    kept = [bias.detach().clone() for bias, _ in biases]
     with torch.no_grad():
-        router.bias[router.bias_index[own_X]] -= PUSH
+        for bias, own in biases:
+            bias[own] -= PUSH
     try:
         yield
     finally:
         with torch.no_grad():
-            router.bias.copy_(kept)
+            for (bias, _), before in zip(biases, kept, strict=True):
+                bias.copy_(before)
 
 
 # --- saying it --------------------------------------------------------------------------------------------------------

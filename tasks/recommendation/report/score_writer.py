@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs of a run: predicted probabilities as tables, and intervals of GAUC over users."""
+"""Outputs of a run: predicted probabilities as tables."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from typing import Any, Literal, cast
 import lightning as L
 import numpy as np
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from moeapps.files import WholeFile
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.metrics import RankingScores, gauc_interval
 
 log = logging.getLogger("moeapps")
 
@@ -159,45 +157,3 @@ def score_columns(probability: Tensor, batch: Interactions, domain: str, tasks: 
         "domain": np.full(len(batch), domain),
     }
     return columns | {name: values[:, t] for t, name in enumerate(tasks)}
-
-
-class UserIntervals(L.Callback):
-    """Add bootstrap intervals over users to metrics/test.json: groups ``gauc_low`` and ``gauc_high`` of its summary.
-
-    One entry per domain: the interval of GAUC averaged over tasks. It says how far the test users are a matter of
-    luck, not how far the training is.
-
-    Args:
-        resamples: bootstrap samples, at least 100.
-        confidence: coverage in (0, 1).
-    """
-
-    def __init__(self, resamples: int = 1000, confidence: float = 0.95) -> None:
-        self.resamples, self.confidence = resamples, confidence
-        self._trainer: L.Trainer | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remember whose results these are."""
-        self._trainer = trainer
-
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the intervals of the rows kept by the metrics; nothing under several processes, which hold parts."""
-        trainer = self._trainer
-        if trainer is None or trainer.world_size > 1:
-            return {}
-        task, stage = cast(BaseTask, trainer.lightning_module), "test" if trainer.testing else "val"
-        low, high = {}, {}
-        for domain, metrics in zip(task.scores[stage].domains, task.scores[stage].metrics, strict=True):
-            kept = [metric for metric in cast(MetricCollection, metrics).values() if isinstance(metric, RankingScores)]
-            rows = kept[0].rows() if kept else {}
-            if len(rows.get("user", ())) and len(rows["user"].unique()) > 1:
-                interval = gauc_interval(
-                    rows["logit"],
-                    rows["label"],
-                    rows["user"],
-                    rows["mask"],
-                    resamples=self.resamples,
-                    confidence=self.confidence,
-                )
-                low[domain], high[domain] = interval.low, interval.high
-        return {"gauc_low": low, "gauc_high": high} if low else {}

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeapps.moe import Capacity, DenseRouting, LinearScore, RobustKMeans, Router, Routing, TopK
+from moeapps.moe import Capacity, DenseRouting, LinearScore, Router, Routing, TopK
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER, MixER, SequenceMixER, scaled_errors
 from tasks.dynamics.nets import gates
 from tasks.dynamics.nets.adaptation import Adaptation, FromZeros, TryExperts
 from tasks.dynamics.nets.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
+from tasks.dynamics.nets.partition import RobustKMeans
 from tasks.dynamics.rivals import gates as rival_gates
 from tests.tasks.dynamics.mixer_common import SIZES, C, D, E, N, S, T, network, spirals
 

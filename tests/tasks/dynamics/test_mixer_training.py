@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moeapps.training.optim import Cosine, Steps
+from moeapps.training.optim import Cosine
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
 from tasks.dynamics.module import Alternation, DynamicsTask
@@ -124,19 +124,6 @@ def test_cavia_differentiates_through_its_inner_steps() -> None:
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(slope[0, 0, 0]), rel=1e-4)
     with pytest.raises(ValueError, match="CAVIA has one expert"):
         CaviaTask(net=lambda facts: network(), facts=FACTS)
-
-
-def test_step_schedule_multiplies_at_its_shares() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler, rates = Steps([1 / 3, 2 / 3], 0.4)(optimizer, 9), []
-    for _ in range(9):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-
-    assert rates == pytest.approx([1, 1, 1, 0.4, 0.4, 0.4, 0.16, 0.16, 0.16])
-    with pytest.raises(ValueError, match="must lie in"):
-        Steps([1.0])
 
 
 @pytest.mark.parametrize(("kind", "steps"), [(DynamicsTask, (6, 4)), (CaviaTask, (1, 10))])

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partitions of rows among experts without a gradient: K-means on features, clusters matched to experts by loss.
+"""Partitions of environments among experts: K-means on contexts, clusters matched to experts by loss.
 
-Each class maps features [N, D] and a table of losses [N, E] (row n under expert e alone) to one expert per row, or to
-None when it gives up. What it remembers from call to call are buffers, so a checkpoint holds it.
+What a partition remembers from call to call are buffers, so a checkpoint holds it.
 
-Shape letters: N rows, D feature width, E experts (as many clusters), R restarts.
+Shape letters: N rows (environments), D feature width, E experts (as many clusters), R restarts.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from moeapps.moe import Partition
 
 # --- Functions --------------------------------------------------------------------------------------------------------
 
@@ -148,120 +148,19 @@ def greedy_assignment(costs: Tensor) -> Tensor:
 
 
 def optimal_assignment(costs: Tensor) -> Tensor:
-    """Expert of each cluster so that the sum of costs is least: shortest augmenting paths, O(E^3).
+    """Expert of each cluster so that the sum of costs is least.
 
     Args:
         costs: finite [E, E], cluster by expert.
 
     Returns:
         int64 [E], a permutation.
-
-    Source: the method of Kuhn and Munkres with potentials, as generally known; a test compares it with all
-    permutations.
     """
-    cost = costs.double().cpu()
-    n = len(cost)
-    row_potential, column_potential = cost.new_zeros(n), cost.new_zeros(n)
-    column_of = [-1] * n  # column matched to each row
-    row_of = [-1] * n
-    for row in range(n):
-        slack, previous = torch.full_like(row_potential, torch.inf), [-1] * n
-        outside = torch.ones(n, dtype=torch.bool)  # columns not yet in the tree that grows from the new row
-        current, distance = row, 0.0
-        while True:  # Dijkstra over reduced costs until a free column is reached
-            reduced = distance + cost[current] - row_potential[current] - column_potential
-            shorter = (outside & (reduced < slack)).nonzero().flatten().tolist()
-            for column in shorter:
-                slack[column], previous[column] = reduced[column], current
-            nearest = int(slack.where(outside, torch.inf).argmin())
-            distance, outside[nearest] = float(slack[nearest]), False
-            if row_of[nearest] < 0:
-                break
-            current = row_of[nearest]
-        for column in (~outside).nonzero().flatten().tolist():
-            column_potential[column] -= distance - slack[column]
-            if row_of[column] >= 0:
-                row_potential[row_of[column]] += distance - slack[column]
-        row_potential[row] += distance
-        column = nearest
-        while True:  # flip the matching along the shortest path
-            current = previous[column]
-            row_of[column], column_of[current], column = current, column, column_of[current]
-            if current == row:
-                break
-    return torch.tensor(column_of, device=costs.device)
+    experts = linear_sum_assignment(costs.double().cpu().numpy())[1]
+    return torch.as_tensor(experts, device=costs.device)
 
 
 # --- Partitions -------------------------------------------------------------------------------------------------------
-
-
-class Partition(nn.Module):
-    """Base: features [N, D] and losses [N, E] -> the expert of each row, int64 [N], or None to keep the gate.
-
-    Attributes:
-        labels: int64 [N], the experts that the last successful call gave; empty before it.
-        calls: how often it was called, int64.
-        abandoned: how many of these calls gave up, int64.
-
-    Example:
-        >>> from moeapps.moe import LowestLoss
-        >>> isinstance(LowestLoss(), Partition)
-        True
-    """
-
-    labels: Tensor
-    calls: Tensor
-    abandoned: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("abandoned", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def needs_losses(self) -> bool:
-        """Whether the next call reads the losses (they cost a solve with every expert)."""
-        return True
-
-    def partition(self, features_ND: Tensor, losses_NE: Tensor | None) -> Tensor | None:
-        """What a subclass decides; see the class."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def forward(self, features_ND: Tensor, losses_NE: Tensor | None = None) -> Tensor | None:
-        """The expert of each row, or None.
-
-        Args:
-            features_ND: what is routed on.
-            losses_NE: loss of row n under expert e alone; not finite counts as very large. May be None where
-                ``needs_losses`` is False.
-
-        Raises:
-            ValueError: fewer rows than experts.
-        """
-        if losses_NE is not None:
-            if features_ND.shape[0] < losses_NE.shape[1]:
-                raise ValueError(
-                    f"{features_ND.shape[0]} rows cannot be divided among {losses_NE.shape[1]} experts without an "
-                    "idle one; use fewer experts or more rows."
-                )
-            losses_NE = losses_NE.nan_to_num(nan=1e30, posinf=1e30).clamp(max=1e30)
-        self.calls += 1
-        labels_N = self.partition(features_ND, losses_NE)
-        if labels_N is None:
-            self.abandoned += 1
-        else:
-            self.labels = labels_N
-        return labels_N
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take over the number of rows: it is known only after the first call."""
-        for name, buffer in self._buffers.items():
-            stored = state_dict.get(prefix + name)
-            if buffer is not None and stored is not None and stored.shape != buffer.shape:
-                self._buffers[name] = torch.empty_like(stored, device=buffer.device)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class PublishedKMeans(Partition):
@@ -377,17 +276,3 @@ class RobustKMeans(Partition):
         same = known and torch.equal(labels_N, self.labels)
         self.same_calls.copy_((self.same_calls + 1) * int(same))
         return labels_N
-
-
-class LowestLoss(Partition):
-    """Hard expectation-maximisation: each row goes to the expert under which its loss is lowest; experts may idle.
-
-    Example:
-        >>> LowestLoss()(torch.zeros(2, 1), torch.tensor([[0.0, 1.0], [2.0, 1.0]])).tolist()
-        [0, 1]
-    """
-
-    def partition(self, features_ND: Tensor, losses_NE: Tensor | None) -> Tensor | None:
-        """The lowest loss of each row, ties to the lowest index."""
-        assert losses_NE is not None
-        return losses_NE.argmin(1)
