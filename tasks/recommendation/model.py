@@ -97,7 +97,7 @@ def home(
         self_gates: every group adds its own experts once more, by a gate of its own.
         mixing: softmax, or a control: uniform gates, shuffled gates.
         category_order: names of the categories, to state what is expected; None takes those of the data.
-        category_choice: categories as given; all tasks in one; or dealt out at random (control).
+        category_choice: categories as given; all tasks in one; or assigned at random (control).
         category_seed: seed of the random deal.
         tower_dim: hidden width of a tower.
         fast_gates: all gates of a level in one product; False computes them one by one, as the equation reads.

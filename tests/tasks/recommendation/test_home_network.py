@@ -428,7 +428,7 @@ def test_random_categories_keep_the_sizes_and_are_never_the_given_ones() -> None
         assert sorted(dealt.category) == sorted(tree.category)
         assert dealt.category not in (tree.category, tuple(1 - c for c in tree.category))
         assert dealt == tree.shuffled(seed)
-    with pytest.raises(ValueError, match="dealt out in another way"):
+    with pytest.raises(ValueError, match="assigned in another way"):
         TaskTree(("a", "b"), (0, 1), ("x", "y")).shuffled(0)
 
 

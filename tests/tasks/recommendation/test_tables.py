@@ -240,7 +240,7 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(TableError, match="record 2 has 1 fields, the header 2"):
         open_blocks(tmp_path / "a.csv").read(0, ["x"])
-    with pytest.raises(TableError, match="no readable Parquet file"):
+    with pytest.raises(TableError, match="not a readable Parquet file"):
         open_blocks(tmp_path / "b.parquet")
     with pytest.raises(TableError, match="is empty; a header line"):
         open_blocks(tmp_path / "c.csv").require(["x"])
