@@ -40,7 +40,7 @@ def sentences() -> tuple[str, ...]:
     return (
         f"the paired loss is {gain('C1a')} beside the dense twin",
         f"{cost['conditional']:+.4f} with a class, {cost['null']:+.4f} without".replace("-", "−"),
-        f"Token choice pays the same (ProMoE beside it {gain('C1c')})",
+        f"Token choice does equally badly (ProMoE minus it {gain('C1c')})",
         f"chance is no worse ({gain('C1e')})",
         f"on the style never seen it is {gain('C1f')}",
         f"the loss is {gain('C1g')}, the Fréchet distance {gain('C1h', 1)}",
@@ -57,7 +57,7 @@ def sentences() -> tuple[str, ...]:
         f"time {mean('promoe', 'experts/mi_time'):.3f} ({mean('tc', 'experts/mi_time'):.3f}), "
         f"place {mean('promoe', 'experts/mi_place'):.3f} ({mean('tc', 'experts/mi_place'):.3f})",
         f"{ten} with ten classes, {twenty} with twenty, {thirty} with thirty",
-        f"told the domain, they tie with it ({told['domain']:.4f} against {told['dense']:.4f})",
+        f"when the domain is given, they tie with it ({told['domain']:.4f} against {told['dense']:.4f})",
     )
 
 
