@@ -219,13 +219,23 @@ class PointCloudData(DomainDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the mixed training loader; the epoch of its sampler decides which crops are cut."""
         loader = super().train_dataloader()
-        assert self._sampler is not None
-        for name in self.present("seen"):
+        self._set_clocks()
+        self._check_labels()
+        return loader
+
+    def first_training_batch(self) -> Any:
+        """Return the first batch; afterwards crops follow the sampler of training again, not the one of this batch."""
+        try:
+            return super().first_training_batch()
+        finally:
+            self._set_clocks()
+
+    def _set_clocks(self) -> None:
+        """Let the epoch of the present sampler, if there is one, decide which crops are cut."""
+        for name in self.present("seen") if self._sampler is not None else ():
             dataset = self.get_dataset(name, "train")
             assert isinstance(dataset, ScanDataset)
             dataset.clock = self._sampler
-        self._check_labels()
-        return loader
 
     def _check_labels(self) -> None:
         """Say which seen domains have no label in training; without any there is nothing to learn.

@@ -85,6 +85,21 @@ def test_training_items_depend_on_seed_epoch_and_row_alone(cache: Path) -> None:
     assert not torch.equal(one[1].pos[:50], two[1].pos[:50])
 
 
+def test_a_look_at_the_first_batch_leaves_the_crops_to_the_sampler_of_training(cache: Path) -> None:
+    data = _data(cache, crops_per_scene=4)
+    loader = data.train_dataloader()
+    data.first_training_batch()
+    epochs = []
+    for epoch in (0, 1):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append([batch.pos for batch in loader])
+
+    again = _data(cache, crops_per_scene=4).train_dataloader()
+    again.batch_sampler.set_epoch(1)
+    assert all(torch.equal(a, batch.pos) for a, batch in zip(epochs[1], again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
+
+
 def test_crops_follow_the_epoch_of_the_sampler(cache: Path) -> None:
     data = _data(cache)
     loader = data.train_dataloader()
