@@ -40,7 +40,7 @@ from benchmarks.core_cases import (
 )
 from benchmarks.core_peers import measure_peers
 from benchmarks.core_rows import BACKENDS, Row, all_rows, peer_rows, regime_rows, special_rows
-from moeapps.training.run import write_json
+from moeapps.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "core.json"
 PAIRS, QUICK_PAIRS = 9, 5

@@ -20,7 +20,7 @@ from moeapps.moe.backends import Backend, run, sort_assignments
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
 from moeapps.moe.normalised import NormalisedExperts
 from moeapps.moe.routing import Routing
-from tasks.dynamics.experts import GEPSExperts
+from tasks.dynamics.nets.experts import GEPSExperts
 
 Mode = Literal["forward", "fwd+bwd", "saved"]
 Spread = Literal["uniform", "zipf", "top_p"]

@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moeapps.training.run import write_text
+from benchmarks.markdown import wrapped
+from moeapps.files import write_text
+from moeapps.reporting.figures import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "core.json"
@@ -82,7 +84,7 @@ def share_block(shares: dict[str, Any]) -> str:
 def write_page(report: dict[str, Any], shares: dict[str, Any], page: Path) -> None:
     """Replace the block between the two marks."""
     text = page.read_text(encoding="utf-8")
-    write_text(page, BLOCK.sub(lambda match: match[1] + block(report) + share_block(shares) + match[2], text))
+    write_text(page, BLOCK.sub(lambda match: match[1] + wrapped(block(report) + share_block(shares)) + match[2], text))
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -110,8 +112,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes[0].set_title("backends, two-layer experts", fontsize=9)
     axes[1].set_title("auto, kinds of expert", fontsize=9)
     axes[0].set_ylim(0, min(4.0, axes[0].get_ylim()[1]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    save_figure(figure, path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 

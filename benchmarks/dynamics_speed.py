@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 from benchmarks.core import machine
 from benchmarks.core_cases import Mode, median_ms, paired_ratios, step
-from moeapps.training.run import write_json
+from moeapps.files import write_json
 from tasks.dynamics.data.families import OdeFamilies
 from tasks.dynamics.data.fields import field_of
-from tasks.dynamics.experts import GEPSExperts
-from tasks.dynamics.gates import robust
 from tasks.dynamics.model import FieldMixER
-from tasks.dynamics.solvers import Field, solve
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.gates import robust
+from tasks.dynamics.nets.solvers import Field, solve
 
 GATE = 1.1
 """Our time over torchdiffeq's at equal error; agreed beforehand."""
-E, N, T, K, WIDTH = 64, 4, 20, 4, 32
+S, N, T, E, WIDTH = 64, 4, 20, 4, 32
 Case = Literal["mixture", "network"]
 Solver = Callable[[Field, Tensor, Tensor, int], Tensor]
 
@@ -49,25 +49,27 @@ def mixture() -> Built:
     """Four GEPS experts, 16 environments each, contexts put into weights once per solve."""
     torch.manual_seed(0)
     experts = partial(GEPSExperts, width=WIDTH, activation="silu")
-    net = FieldMixER(2, E, experts=experts, gate=robust(), num_experts=K, context_dim=4 * K)
-    context_Ed = (0.1 * torch.randn(E, 4 * K)).requires_grad_()
-    routing = net.route_to(torch.arange(E) % K, context_Ed.detach())
-    inputs = [context_Ed, *net.layer.experts.parameters()]
-    return partial(net.field, context_Ed, routing, N), inputs, torch.randn(E, N, 2), torch.linspace(0.2, 0.5, E)
+    net = FieldMixER(
+        {"state_dim": 2, "num_environments": S}, experts=experts, gate=robust(), num_experts=E, context_dim=4 * E
+    )
+    context_Sc = (0.1 * torch.randn(S, 4 * E)).requires_grad_()
+    routing = net.route_to(torch.arange(S) % E, context_Sc.detach())
+    inputs = [context_Sc, *net.layer.experts.parameters()]
+    return partial(net.field, context_Sc, routing, N), inputs, torch.randn(S, N, 2), torch.linspace(0.2, 0.5, S)
 
 
 def network() -> Built:
     """One small network for all environments, where the solver's own work weighs most."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 2))
-    return lambda: lambda t, x: net(x), list(net.parameters()), torch.randn(E, N, 2), torch.linspace(0.2, 0.5, E)
+    return lambda: lambda t, x: net(x), list(net.parameters()), torch.randn(S, N, 2), torch.linspace(0.2, 0.5, S)
 
 
 CASES: dict[Case, Callable[[], Built]] = {"mixture": mixture, "network": network}
 
 
 def their_rk4(field: Field, x0: Tensor, dt: Tensor, num_steps: int) -> Tensor:
-    """The rk4 of torchdiffeq with one step between two samples, time counted in samples: [E, N, T, D]."""
+    """The rk4 of torchdiffeq with one step between two samples, time counted in samples: [S, N, T, D]."""
     factor = dt[:, None, None]
     grid = torch.arange(num_steps, dtype=x0.dtype)
     path: Tensor = torchdiffeq.odeint(lambda s, x: field(s * dt, x) * factor, x0, grid, method="rk4")
@@ -75,7 +77,7 @@ def their_rk4(field: Field, x0: Tensor, dt: Tensor, num_steps: int) -> Tensor:
 
 
 def solve_ours(field: Field, x0: Tensor, dt: Tensor, num_steps: int) -> Tensor:
-    """Our rk4 with one step between two samples: [E, N, T, D]."""
+    """Our rk4 with one step between two samples: [S, N, T, D]."""
     return solve(field, x0, 0.0, dt, num_steps)
 
 
@@ -124,7 +126,7 @@ def measure(*, pairs: int) -> dict[str, Any]:
         "command": "python -m benchmarks.dynamics_speed --json benchmarks/results/dynamics_speed.json",
         "machine": machine(),
         "torchdiffeq": torchdiffeq.__version__,
-        "size": {"environments": E, "trajectories": N, "samples": T, "experts": K, "width": WIDTH},
+        "size": {"environments": S, "trajectories": N, "samples": T, "experts": E, "width": WIDTH},
         "steps_for_equal_error": more_steps,
         "over_torchdiffeq_rk4": rows,
     }

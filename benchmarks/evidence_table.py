@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.evidence.cells import CellResult, read_cells
 from benchmarks.evidence.grid import Cell
-from moeapps.training.run import write_text
+from moeapps.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- evidence:begin -->\n).*?(<!-- evidence:end -->)", re.DOTALL)

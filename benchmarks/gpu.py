@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeapps.files import write_json
 from moeapps.moe import presets
-from moeapps.training.run import write_json
 
 REGIMES: tuple[tuple[int, int, int, int], ...] = ((16384, 8, 2, 512), (16384, 64, 2, 512), (65536, 64, 8, 512))
 """(N rows, E experts, k chosen, D width) of each row of the table."""

@@ -17,11 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.evidence.__main__ import ROOT, to_json, write_text
+from benchmarks.evidence.__main__ import ROOT, to_json
 from benchmarks.evidence.cells import CellResult, describe_machine
 from benchmarks.evidence.grid import Grid, Variant
 from benchmarks.evidence.home import DATA_SEED_FLAGS, SETTING
 from benchmarks.evidence.runner import Failure, Runner
+from moeapps.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "home_rates.json"
 SEED = 100

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.evidence.__main__ import to_json, write_text
+from benchmarks.evidence.__main__ import to_json
 from benchmarks.evidence.cells import describe_machine
 from moeapps.evaluation.statistics import paired_t_interval
+from moeapps.files import write_text
 from moeapps.training.optim import Cosine, OptimizerConfig
 from tasks.recommendation.data.multitask_log import MultitaskLog, default_rates
 from tasks.recommendation.datamodule import RecommendationData
 from tasks.recommendation.metrics import gauc
-from tasks.recommendation.module import Ranker, RankingTask
-from tasks.recommendation.presets import home, mmoe
+from tasks.recommendation.model import Ranker, home
+from tasks.recommendation.module import RankingTask
+from tasks.recommendation.rivals import mmoe
 
 RESULTS = Path(__file__).parent / "results" / "home_search.json"
 SEEDS = (101, 102, 103)
@@ -123,7 +126,7 @@ def train(setting: Setting, model: str, lr: float, seed: int) -> dict[str, float
     data = RecommendationData(source=source, seed=seed, batch_size=setting.batch_size, eval_batch_size=4096)
     data.prepare_data()
     task = RankingTask(
-        net=Ranker(bank=bank),
+        net=partial(Ranker, bank=bank),
         facts=data.facts,
         optimizer=OptimizerConfig(lr=lr, weight_decay=setting.weight_decay),
         schedule=Cosine(warmup=0.05),

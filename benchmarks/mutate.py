@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.mutations import CORE_MUTATIONS, Mutation
-from benchmarks.mutations_callbacks import CALLBACKS, EVALUATION
+from benchmarks.mutations_callbacks import CALLBACKS, SCORES
 from benchmarks.mutations_training import OPTIMISATION, TASK
 
 ROOT = Path(__file__).resolve().parents[1]
-MUTATIONS = CORE_MUTATIONS + TASK + OPTIMISATION + EVALUATION + CALLBACKS
+MUTATIONS = CORE_MUTATIONS + TASK + OPTIMISATION + SCORES + CALLBACKS
 _COPIED = ("moeapps", "tests", "configs", "pyproject.toml")
 _TIMEOUT_S = 300.0
 _FAILED, _PASSED = 1, 0

@@ -155,7 +155,7 @@ DISPATCH = (
         "loads, losses and balance are about the wrong experts",
     ),
     _core(
-        "backends/plan.py",
+        "plan.py",
         "the sort forgets the sentinels",
         "stable=True).indices[:num_real]",
         "stable=True).indices[total - num_real :]",
@@ -163,7 +163,7 @@ DISPATCH = (
         "real assignments are dropped and those without work computed",
     ),
     _core(
-        "backends/plan.py",
+        "plan.py",
         "the sort is not stable",
         "order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices[:num_real]",
         "order_M = total - 1 - torch.sort(routing.expert_M.to(key_dtype(num_experts)).flip(0), stable=True).indices\n"
@@ -196,7 +196,7 @@ DISPATCH = (
         "the router has no say and no gradient",
     ),
     _core(
-        "backends/segments.py",
+        "fast/segments.py",
         "the router gets no gradient from segments",
         "self.dweight_M = torch.empty_like(weight_M) if need_weight else None",
         "self.dweight_M = torch.zeros_like(weight_M)[:0] if need_weight and weight_M is None else None",
@@ -204,7 +204,7 @@ DISPATCH = (
         "the router never learns from the task on a CPU",
     ),
     _core(
-        "backends/segments.py",
+        "fast/segments.py",
         "the gate's gradient has the bias with the wrong sign",
         "dot_R.add_(torch.mv(g_RO",
         "dot_R.sub_(torch.mv(g_RO",
@@ -228,7 +228,7 @@ DISPATCH = (
         "the inner step of meta-learning counts as a constant",
     ),
     _core(
-        "routing.py",
+        "plan.py",
         "a plan made without gradients is used where they are wanted",
         "return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)",
         "return kept_M.is_inference()",
@@ -236,7 +236,7 @@ DISPATCH = (
         "a routing looked at before training steps never teaches its router",
     ),
     _core(
-        "backends/static.py",
+        "fast/static.py",
         "undefined rows of a grouped product reach the weights",
         "        x_MD = weigh(x_MD, weight_M)\n    x_MD = x_MD.where(real_M1, 0)",
         "        x_MD = weigh(x_MD.where(real_M1, 0), weight_M)\n    x_MD = x_MD + 0",
@@ -244,7 +244,7 @@ DISPATCH = (
         "gradients of sentinels are nan now and then, on CUDA alone",
     ),
     _core(
-        "backends/static.py",
+        "fast/static.py",
         "the compiled router learns from the wrong assignments",
         "torch.zeros_like(weight_M).index_copy_(0, static.plan.order_M, dsorted_M)",
         "torch.zeros_like(weight_M).index_copy_(0, torch.arange(len(dsorted_M)), dsorted_M)",

@@ -5,53 +5,53 @@ from __future__ import annotations
 
 from benchmarks.mutations_training import mutation_of_training as _training
 
-EVALUATION = (
+SCORES = (
     _training(
-        "evaluation.py",
+        "scores.py",
         "the loss of a batch counts without its size",
         "update(loss.detach() * weight)",
         "update(loss.detach())",
-        "test_evaluation.py",
+        "test_scores.py",
         "small last batches count as much as full ones",
     ),
     _training(
-        "evaluation.py",
+        "scores.py",
         "the gap has one sign for all metrics",
         'sign = {score.metric: 1.0 if score.direction == "max" else -1.0',
         "sign = {score.metric: 1.0",
-        "test_evaluation.py",
+        "test_scores.py",
         "a model that is worse on unseen domains looks better there",
     ),
     _training(
-        "evaluation.py",
+        "scores.py",
         "what is not a number is in the mean",
         "finite = [value for value in values if not math.isnan(value)]",
         "finite = values",
-        "test_evaluation.py",
+        "test_scores.py",
         "one domain without labels hides the scores of all",
     ),
     _training(
-        "evaluation.py",
+        "scores.py",
         "losses of an earlier evaluation stay",
         "for module in (*self.metrics, *self.losses, *self.weights, *self.counts):",
         "for module in (*self.metrics, *self.weights, *self.counts):",
-        "test_evaluation.py",
+        "test_scores.py",
         "the loss grows from epoch to epoch",
     ),
     _training(
-        "evaluation.py",
+        "scores.py",
         "metrics of an earlier evaluation stay",
         "for module in (*self.metrics, *self.losses, *self.weights, *self.counts):",
         "for module in (*self.losses, *self.weights, *self.counts):",
-        "test_evaluation.py",
+        "test_scores.py",
         "scores are means over all epochs",
     ),
     _training(
-        "evaluation.py",
+        "scores.py",
         "units of an earlier evaluation stay",
         "        self.units = {name: {} for name in self.domains}\n        self.parts",
         "        self.parts",
-        "test_evaluation.py",
+        "test_scores.py",
         "intervals are made of several models",
     ),
 )

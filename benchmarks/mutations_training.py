@@ -238,14 +238,6 @@ OPTIMISATION = (
     ),
     _training(
         "optim.py",
-        "steps of the rate come one late",
-        "sum(step >= turn for turn in turns)",
-        "sum(step > turn for turn in turns)",
-        "test_optim.py",
-        "the rate falls one step after the share of the run that was asked",
-    ),
-    _training(
-        "optim.py",
         "the cycle ends before the run",
         "total_steps=total_steps + 1",
         "total_steps=total_steps",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeapps.training.run import git_commit, machine, newest_version, versions, write_json
+from moeapps.files import write_json
+from moeapps.reporting.figures import save_figure
+from moeapps.training.run import git_commit, machine, newest_version, versions
 from tasks.point_cloud.data.dataset import ScanDataset, collate_scans
+from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.shifts import Shifted
 from tasks.point_cloud.datamodule import PointCloudData
-from tasks.point_cloud.labels import label_set
 from tasks.point_cloud.metrics import confusion, per_class_iou, scores
 from tasks.point_cloud.module import PointCloudTask
 
@@ -279,14 +280,6 @@ def draw(results: dict[str, Any]) -> Any:
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     names = [knob.name for knob in KNOBS]
@@ -312,7 +305,7 @@ def main(args: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(options.out, results)
-    save(draw(results), options.figure)
+    save_figure(draw(results), options.figure)
     print(f"written: {options.out}, {options.figure}")
     return 0
 

@@ -32,10 +32,10 @@ from torch_geometric.data import Batch
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from benchmarks.system_share import build as build_system
-from moeapps.training.run import write_json
-from tasks.point_cloud.attention import PatchAttention
+from moeapps.files import write_json
 from tasks.point_cloud.module import PointCloudTask
-from tasks.point_cloud.sparse_conv import NeighbourTable, SubmanifoldConv3d, submanifold_conv
+from tasks.point_cloud.nets.attention import PatchAttention
+from tasks.point_cloud.nets.sparse_conv import NeighbourTable, SubmanifoldConv3d, submanifold_conv
 
 RIVALS = {"dense": "configs/baselines/point_moe_dense.yaml", "ptv3": "configs/baselines/point_moe_ptv3.yaml"}
 GATE = 1.25

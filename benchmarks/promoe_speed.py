@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from moeapps.commands.run import Cli, import_tasks, quiet
+from moeapps.files import write_json
 from moeapps.moe import MLPExperts, MoELayer
-from moeapps.training.run import write_json
 from moeapps.training.sparse import build_optimizer
-from tasks.image_diffusion.blocks import Block
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.module import ImageDiffusionTask
+from tasks.image_diffusion.nets.blocks import Block
 
 BASE = ["--config", "configs/promoe.yaml"]
 DENSE = ["--config", "configs/baselines/promoe_dense.yaml"]

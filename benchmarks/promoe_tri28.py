@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moeapps.training.run import machine, newest_version, runs_root, write_json, write_text
+from moeapps.files import write_json, write_text
+from moeapps.training.run import machine, newest_version, runs_root
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "promoe_tri28.json"
@@ -112,10 +113,10 @@ def draw(run: Path) -> list[dict[str, Any]]:
     import torch
 
     from moeapps.commands.trained import build, checkpoint_of, load_weights
-    from tasks.image_diffusion.evaluator import get_judge, training_images
-    from tasks.image_diffusion.judgement import RealImages, judge_images
-    from tasks.image_diffusion.pictures import grid, write_png
-    from tasks.image_diffusion.samplers import sample
+    from tasks.image_diffusion.nets.samplers import sample
+    from tasks.image_diffusion.report.judge import get_judge, training_images
+    from tasks.image_diffusion.report.judgement import RealImages, judge_images
+    from tasks.image_diffusion.report.pictures import grid, write_png
 
     built = build(run)
     data, task = built.datamodule, built.model

@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import wrapped
 from moeapps.evaluation.results import RunResults, read_results
-from moeapps.training.run import write_json, write_text
+from moeapps.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "point_moe_demo.json"
@@ -190,7 +191,7 @@ def difference(claim: dict[str, Any]) -> str:
 def write_readme(report: dict[str, Any], readme: Path) -> None:
     """Replace the blocks between the marks of the demo and of the verdicts."""
     text = readme.read_text(encoding="utf-8")
-    text = BLOCK.sub(lambda found: found[1] + table(report) + found[2], text)
+    text = BLOCK.sub(lambda found: found[1] + wrapped(table(report)) + found[2], text)
     write_text(readme, VERDICTS.sub(lambda found: found[1] + verdicts() + found[2], text))
 
 

@@ -23,17 +23,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moeapps.files import write_json
 from moeapps.training.optim import OptimizerConfig
-from moeapps.training.run import machine, versions, write_json
+from moeapps.training.run import machine, versions
 from moeapps.training.sparse import build_optimizer
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.data.blocks import write_table
-from tasks.recommendation.data.columns import DenseColumn, IdColumn, TableColumns, TaskColumn
 from tasks.recommendation.data.multitask_log import MultitaskLog
-from tasks.recommendation.data.tables import TableDomain, TableFiles, TableSplit
+from tasks.recommendation.data.readers.blocks import write_table
+from tasks.recommendation.data.readers.columns import DenseColumn, IdColumn, TableColumns, TaskColumn
+from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit
 from tasks.recommendation.datamodule import RecommendationData
-from tasks.recommendation.embeddings import FeatureEncoder, PlainTable
 from tasks.recommendation.metrics import gauc
+from tasks.recommendation.nets.embeddings import FeatureEncoder, PlainTable
 
 
 @dataclass

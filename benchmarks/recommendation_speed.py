@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.evidence.__main__ import to_json, write_text
+from benchmarks.evidence.__main__ import to_json
 from benchmarks.evidence.cells import describe_machine
+from moeapps.files import write_text
 from moeapps.training.optim import OptimizerConfig
 from moeapps.training.sparse import build_optimizer
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog
-from tasks.recommendation.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
 from tasks.recommendation.metrics import gauc
-from tasks.recommendation.module import Ranker, RankingTask, masked_losses
-from tasks.recommendation.presets import home, mmoe
+from tasks.recommendation.model import Ranker, home
+from tasks.recommendation.module import RankingTask, masked_losses
+from tasks.recommendation.nets.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
+from tasks.recommendation.rivals import mmoe
 
 RESULTS = Path(__file__).parent / "results" / "recommendation_speed.json"
 PAIRS, QUICK_PAIRS, STEPS = 9, 5, 12
@@ -98,7 +101,7 @@ def stepper(module: nn.Module, answer: Callable[[], Tensor], batch: Interactions
 
 def ranking_step(bank: Any, batch: Interactions) -> Callable[[], None]:
     """A training step of a ranking network."""
-    task = RankingTask(net=Ranker(bank=bank), facts=facts()).train()
+    task = RankingTask(net=partial(Ranker, bank=bank), facts=facts()).train()
     return stepper(task, lambda: task(batch), batch)
 
 
@@ -127,7 +130,7 @@ def flops(answer: Callable[[], Tensor]) -> int:
 
 def dense_twin(batch: Interactions) -> Dense:
     """The dense network whose FLOPs are those of MMoE."""
-    task = RankingTask(net=Ranker(bank=MMOE), facts=facts()).eval()
+    task = RankingTask(net=partial(Ranker, bank=MMOE), facts=facts()).eval()
     wanted = flops(lambda: task(batch)) / len(batch)
     width = FeatureEncoder(facts()).out_dim
     return Dense(round(wanted / 2 / (width + 6)))

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from benchmarks.core_cases import median_ms, paired_ratios
 from moeapps.commands.run import Cli, import_tasks, quiet
+from moeapps.files import write_json
 from moeapps.moe import MoELayer
-from moeapps.training.run import write_json
 from moeapps.training.task import BaseTask
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,14 +2,14 @@
 """The command line: ``moeapps`` and its alias ``lightning``.
 
 This file loads the standard library only, so that help answers at once; torch and Lightning are imported when a command
-needs them. The training commands live in ``moeapps/commands/run.py``, each further command in a file of its own.
+needs them. The training commands live in ``moeapps/commands/run.py``, each further command in a file of its own; those
+that only some systems have are listed in ``tasks/<task>/commands.py``.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -17,8 +17,13 @@ from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 
 import moeapps
+from moeapps.commands.hooks import run_hook
+from moeapps.commands.listing import all_configs, find_config, systems
+from moeapps.commands.tasks import extend_path, foreign_tasks, task_commands
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
+# These build no system: they work where something else is called `tasks`.
+TASKLESS = ("list", "xeval", "doctor")
 # command -> (module with main(args) -> exit code, one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("moeapps.commands.run", "train, then test with the best checkpoint"),
@@ -26,8 +31,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("moeapps.commands.run", "evaluate on all domains, unseen ones included"),
     "predict": ("moeapps.commands.run", "write predictions into the run folder"),
     "list": ("moeapps.commands.listing", "show the systems and their configs"),
-    "sample": ("moeapps.commands.sample", "draw images with a trained run"),
-    "fid-stats": ("moeapps.commands.fid_stats", "statistics of images, for Fréchet distances"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
     "doctor": ("moeapps.commands.doctor", "show versions, threads, caches and who owns `lightning` on PATH"),
@@ -36,14 +39,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def help_text() -> str:
     """Return the text of ``moeapps --help``, made without importing anything heavy."""
-    from moeapps.commands.listing import systems
-
     lines = ["usage: moeapps COMMAND [options]", "", "Mixture-of-experts models outside language.", "", "commands:"]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {command.name:<10}{command.summary}" for command in task_commands().values()]
     found = systems()
     if found:
         lines += ["", "systems (moeapps fit --config FILE):"]
-        lines += [f"  {system.config:<32}{system.summary}" for system in found]
+        width = max(len(system.config) for system in found) + 2
+        lines += [f"  {system.config:<{width}}{system.summary}" for system in found]
     lines += [
         "",
         "moeapps COMMAND --help shows all options of a command (fit, validate, test and predict import torch first).",
@@ -63,6 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     program = Path(sys.argv[0]).stem if args is None else "moeapps"
+    extend_path()
     first = words[0] if words else "--help"
     if first in ("-h", "--help", "help"):
         print(help_text())
@@ -70,26 +74,27 @@ def main(args: Sequence[str] | None = None) -> int:
     if first in ("-V", "--version"):
         print(f"moeapps {moeapps.__version__}")
         return 0
-    if first not in COMMANDS:
+    of_tasks = task_commands()
+    if first not in COMMANDS and first not in of_tasks:
         return _unknown(first, words, program)
-    if first in RUN_COMMANDS and (complaint := _missing_config(words[1:])):
+    complaint = foreign_tasks() if first not in TASKLESS else None
+    if complaint or (first in RUN_COMMANDS and (complaint := _missing_config(words[1:]))):
         print(complaint, file=sys.stderr)
         return 2
-    _extend_path()
+    if first in of_tasks:
+        return run_hook(of_tasks[first], words[1:])
     command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
     return command(words if first in RUN_COMMANDS else words[1:])
 
 
 def _missing_config(words: Sequence[str]) -> str | None:
-    """Say which ``--config`` file is not there, before anything slow is imported; None where all are."""
+    """Return a message on a missing ``--config`` file, before anything slow is imported; None where all exist."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         path = value if equals else following
         # Anything with a line break or a brace is YAML in place of a file, which the parser takes as well.
-        if name not in ("-c", "--config") or Path(path).is_file() or any(sign in path for sign in "\n{:"):
+        if name not in ("-c", "--config") or find_config(path).is_file() or any(sign in path for sign in "\n{:"):
             continue
-        from moeapps.commands.listing import all_configs
-
         known = {Path(config).name: config for config in reversed(all_configs())}  # base configs win
         close = difflib.get_close_matches(Path(path).name, known, n=1)
         hint = f"did you mean {known[close[0]]}? " if close else ""
@@ -98,7 +103,8 @@ def _missing_config(words: Sequence[str]) -> str | None:
 
 
 def _unknown(first: str, words: list[str], program: str) -> int:
-    """Hand a word that is not ours to lightning-sdk if we were called by its script's name; else explain."""
+    """Pass an unknown command to lightning-sdk if we were called as ``lightning``; else explain."""
+    known = [*COMMANDS, *task_commands()]
     if program == "lightning":
         foreign = _lightning_sdk()
         if foreign is not None:
@@ -106,15 +112,16 @@ def _unknown(first: str, words: list[str], program: str) -> int:
             result = foreign.load()()
             return result if isinstance(result, int) else 0
         print(
-            f"error: `lightning {first}` is no command of moeapps, which installed this `lightning`, and lightning-sdk "
-            f"(the cloud client of that name) is not installed.\nmoeapps knows: {', '.join(COMMANDS)}. "
+            f"error: `lightning {first}` is not a command of moeapps, which owns this `lightning`, and lightning-sdk "
+            f"(the cloud client of that name) is not installed.\nmoeapps knows: {', '.join(known)}. "
             "See `moeapps --help`; for the cloud client, pip install lightning-sdk.",
             file=sys.stderr,
         )
         return 2
-    close = difflib.get_close_matches(first, COMMANDS, n=1)
+    close = difflib.get_close_matches(first, known, n=1)
     hint = f"did you mean `moeapps {close[0]}`? " if close else ""
-    print(f"error: unknown command {first!r}; {hint}moeapps knows: {', '.join(COMMANDS)}", file=sys.stderr)
+    unknown = f"error: unknown command {first!r}; {hint}moeapps knows: {', '.join(known)}"
+    print(foreign_tasks() or unknown, file=sys.stderr)
     return 2
 
 
@@ -125,17 +132,6 @@ def _lightning_sdk() -> EntryPoint | None:
             if entry.group == "console_scripts" and entry.name == "lightning":
                 return entry
     return None
-
-
-def _extend_path() -> None:
-    """Make task packages importable: those of the working directory and of the checkout that holds this package.
-
-    A console script, unlike ``python -m``, does not put the working directory on the import path.
-    """
-    checkout = Path(__file__).resolve().parents[1]
-    for folder in (str(checkout) if (checkout / "tasks").is_dir() else None, os.getcwd()):
-        if folder is not None and folder not in sys.path and "" not in sys.path:
-            sys.path.insert(0, folder)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,18 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from moeapps import cli
 from moeapps.cli import COMMANDS, main
 from moeapps.commands import doctor
+from moeapps.commands.listing import all_configs, find_config, located
 from moeapps.commands.run import usage
+from moeapps.commands.tasks import moved_paths, task_commands
 from tests.toy import FAST, TOY
+
+ALL_COMMANDS = [*COMMANDS, *task_commands()]
 
 
 def cpu_seconds(code: str) -> float:
@@ -45,7 +50,7 @@ def test_help_names_every_command(words: list[str], capsys: pytest.CaptureFixtur
     assert main(words) == 0
 
     text = capsys.readouterr().out
-    assert all(name in text for name in COMMANDS)
+    assert all(name in text for name in ALL_COMMANDS)
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
@@ -54,7 +59,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("moeapps 0.")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in cli.RUN_COMMANDS])
+@pytest.mark.parametrize("name", [name for name in ALL_COMMANDS if name not in cli.RUN_COMMANDS])
 def test_each_small_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert f"moeapps {name}" in capsys.readouterr().out
@@ -216,6 +221,84 @@ def test_a_missing_config_file_is_told_before_anything_slow(capsys: pytest.Captu
     assert "did you mean configs/point_moe.yaml?" in capsys.readouterr().err
     assert main(["fit", "--config=configs/nothing_like_it.yaml"]) == 2
     assert "there is no config file 'configs/nothing_like_it.yaml'" in capsys.readouterr().err
+
+
+# Installed anywhere --------------------------------------------------------------------------------------------------
+
+
+def test_what_list_shows_can_be_typed_anywhere_and_a_file_of_the_user_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Path("configs/home.yaml").resolve()
+    shown = all_configs()
+    monkeypatch.chdir(tmp_path)
+
+    assert all_configs() == shown
+    assert find_config("configs/home.yaml") == here
+    assert located(
+        ["fit", "--config", "configs/home.yaml", "--config=configs/home.yaml", "--name", "configs/home.yaml"]
+    )[2:] == [str(here), f"--config={here}", "--name", "configs/home.yaml"]
+    Path("configs").mkdir()
+    Path("configs/home.yaml").write_text("# mine\n")
+    assert find_config("configs/home.yaml") == Path("configs/home.yaml")
+    assert main(["list"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.split() == ["configs/home.yaml", "mine"]
+    assert second.startswith("configs/mixer.yaml  ")
+
+
+@pytest.mark.parametrize("name", ["tasks.py", "tasks/__init__.py"])
+@pytest.mark.parametrize(
+    "words", [["fit", "--config", "configs/home.yaml"], ["data", "list"], ["sample", "--run", "x"]]
+)
+def test_something_else_called_tasks_is_told_in_one_line(name: str, words: list[str], tmp_path: Path) -> None:
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("raise RuntimeError('imported')\n")
+    code = f"import sys; sys.path.append({str(Path.cwd())!r}); from moeapps.cli import main; sys.exit(main({words!r}))"
+
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    shown = str(tmp_path / name.partition("/")[0])
+    assert (found.returncode, found.stderr.splitlines()) == (
+        2,
+        [f"error: {shown} hides the package `tasks` of moeapps; rename it, or run moeapps in another folder"],
+    )
+
+
+def test_a_class_path_of_before_is_told_with_its_new_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = "tasks.point_cloud.attention.Attention", "tasks.point_cloud.nets.attention.Attention"
+    file = tmp_path / "old.yaml"
+    file.write_text(f"model: {{init_args: {{net: {{class_path: {old}}}}}}}")
+
+    assert main(["fit", *FAST, "--config", str(file)]) == 2
+
+    message = capsys.readouterr().err
+    assert f"{file}: {old} is now {new}. Write the new path; checkpoints from before the move" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_checkpoint_of_before_is_told_with_the_new_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = {"class_path": "tasks.point_cloud.attention.Attention"}
+    file = tmp_path / "old.ckpt"
+    torch.save({"hyper_parameters": {"_class_path": "tests.toy.ToyTask", "net": net}}, file)
+
+    assert main(["fit", *FAST, "--ckpt_path", str(file)]) == 2
+
+    message = capsys.readouterr().err
+    assert f"error: {file}: {net['class_path']} is now tasks.point_cloud.nets.attention.Attention" in message
+    assert "checkpoints from before the move are not supported" in message
+
+
+def test_no_config_of_ours_has_a_class_path_of_before() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in Path("configs").rglob("*.yaml")]
+
+    assert not moved_paths("\n".join(texts))
+
+
+def test_a_task_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *FAST, "--model.net", "tasks.nobody.model.Net"]) == 2
+    assert "there is no task package tasks.nobody; there are: dynamics, " in capsys.readouterr().err
 
 
 def test_list_of_a_system_says_what_each_baseline_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +22,8 @@ from torch import nn
 
 from moeapps.cli import main
 from moeapps.commands.run import Cli, import_tasks, quiet
+from tasks.image_diffusion.model import LATENTS
+from tasks.point_cloud.data.features import IN_DIM
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name, tiny
 from tests.update_golden import GOLDEN, first_losses
 
@@ -86,6 +92,38 @@ def test_base_config_has_all_three_roles(path: Path) -> None:
     assert built.model.monitor.startswith("val/validation/")
 
 
+def named(path: str) -> type:
+    """Return the class of a class path."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("path", BASES, ids=name)
+def test_the_network_is_made_from_the_facts_and_every_option_of_it_is_shown(path: Path) -> None:
+    model = parsed(path)["model"]
+    net = model["init_args"]["net"]
+    options = inspect.signature(named(net["class_path"])).parameters
+    task = inspect.signature(named(model["class_path"])).parameters
+
+    assert task["net"].annotation.startswith("Callable[[dict[str, Any]], ")
+    assert next(iter(options)) == "facts"
+    assert set(net["init_args"]) == set(options) - {"facts"}
+    shown = io.StringIO()
+    with redirect_stdout(shown), redirect_stderr(shown):
+        assert main(["fit", "--model.help", model["class_path"]]) == 0
+        assert main(["fit", *flags(path), "--model.init_args.net.help", net["class_path"]]) == 0
+    assert [option for option in net["init_args"] if f".{option}" not in shown.getvalue()] == []
+
+
+@pytest.mark.parametrize("path", [*BASES, *BASELINES, *PAPERS, *OTHERS], ids=name)
+def test_no_number_of_the_data_is_typed_for_the_network(path: Path) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    model = config.get("model", {}).get("init_args", {})
+    facts = {"in_dim", "image_size", "channels", "num_classes", "state_dim", "num_environments"}
+
+    assert facts & set(re.findall(r"'(\w+)':", str(model))) == set()
+
+
 @pytest.mark.parametrize("path", PAPERS, ids=name)
 def test_paper_size_parses_and_has_a_name_of_its_own(path: Path) -> None:
     config = parsed(base_of(path), path)
@@ -145,13 +183,18 @@ def test_paper_size_has_the_parameter_count_its_first_lines_state(path: Path) ->
     assert stated, f"{path}: write '<count> parameters' into the first comment"
     config = parsed(base_of(path), path)
 
-    assert count_parameters(config["model"]["init_args"]["net"]) == int(stated[1].replace(",", ""))
+    net = count_parameters(config["model"]["init_args"]["net"], PAPER_FACTS[base_of(path).stem])
+    assert net == int(stated[1].replace(",", ""))
 
 
-def count_parameters(net: dict[str, object]) -> int:
+PAPER_FACTS = {"promoe": LATENTS, "point_moe": {"in_dim": IN_DIM}}
+"""What the data of the papers tells the networks."""
+
+
+def count_parameters(net: dict[str, object], facts: dict[str, object]) -> int:
     """Build a network on the meta device, where tensors have shapes and no numbers, and count its parameters."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(nn.Module, "net")
+    parser.add_argument("--net", type=Callable[[dict[str, Any]], nn.Module])
     with torch.device("meta"):
-        built = parser.instantiate(parser.parse_object({"net": net})).net
+        built = parser.instantiate(parser.parse_object({"net": net})).net(facts)
     return sum(parameter.numel() for parameter in built.parameters())

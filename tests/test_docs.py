@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.markdown import WIDTH, wrapped
 from benchmarks.readme import RESULTS, write_readme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("tasks/*/README.md")),
 ]
+EVERY_PAGE = [*PAGES, *sorted((ROOT / "docs" / "papers").glob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -48,6 +50,25 @@ def test_relative_links_of_a_page_lead_to_files(page: Path) -> None:
     missing = [t for t in targets if not re.match(r"[a-z]+:", t) and not (page.parent / t).exists()]
 
     assert not missing
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_a_page_have_at_most_120_columns_tables_aside(page: Path) -> None:
+    lines = page.read_text().splitlines()
+
+    assert not [line for line in lines if len(line) > WIDTH and not line.lstrip().startswith("|")]
+
+
+def test_wrapping_breaks_lines_and_changes_nothing_else() -> None:
+    words = "- " + "several words with `code that stays whole` and a number " * 5 + "- 7. 8"
+
+    lines = wrapped(f"| {'a' * 130} |\n\n{words}\n").splitlines()
+
+    assert lines[0] == f"| {'a' * 130} |"
+    assert max(map(len, lines[1:])) <= WIDTH
+    assert " ".join(line.strip() for line in lines[2:]) == words
+    assert all(line.startswith("  ") and "`" in line for line in lines[3:])
+    assert wrapped("\n".join(lines)) == "\n".join(lines)
 
 
 def test_the_table_of_the_demo_is_the_committed_result(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from moeapps.commands.run import run
-from tasks.image_diffusion.data.latent_files import write_latent
+from tasks.image_diffusion.data.readers.latent_files import write_latent
 from tests.systems import CONFIGS, PAPERS, TINY, base_of, flags, name
 
 pytestmark = [
@@ -59,7 +59,7 @@ def latents(folder: Path) -> list[str]:
 
 
 def small_images(folder: Path) -> list[str]:
-    return [*latents(folder), *words(num_classes=3, patch_size=8, dim=32, depth=2, num_heads=2)]
+    return [*latents(folder), *words(patch_size=8, dim=32, depth=2, num_heads=2)]
 
 
 def small_scans(folder: Path) -> list[str]:

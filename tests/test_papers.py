@@ -21,7 +21,9 @@ CITING = [
 ]
 ROW = re.compile(r"^\| (\d+) \| (.+) \|$", re.MULTILINE)
 PLACE = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
-CITATION = re.compile(r"docs/papers/(\w+)\.md(?:,\s+(?:#\s+)?equations? ([\d, and\n#]*\d(?: to \d+)?))?")
+_BREAK = r"\s+(?:#\s+)?"
+_NUMBERS = rf"((?:\d+(?: to \d+)?(?:,?{_BREAK}(?:and{_BREAK})?(?=\d))?)+)"
+CITATION = re.compile(rf"docs/papers/(\w+)\.md(?:,{_BREAK}equations?{_BREAK}{_NUMBERS})?")
 
 
 @cache
@@ -50,9 +52,9 @@ def rows(page: Path) -> dict[int, list[tuple[str, str]]]:
 
 
 def numbers(text: str) -> list[int]:
-    """``3``, ``1, 2 and 5`` or ``2 to 4`` as numbers."""
-    found = [int(number) for number in re.findall(r"\d+", text)]
-    return list(range(found[0], found[1] + 1)) if " to " in text else found
+    """``3``, ``1, 2 and 5``, ``2 to 4`` or ``1 to 3 and 5`` as numbers."""
+    found = re.findall(r"(\d+)(?: to (\d+))?", text)
+    return [number for first, last in found for number in range(int(first), int(last or first) + 1)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -87,6 +89,70 @@ def test_citations_name_a_page_and_equations_that_lead_back_to_the_file(path: Pa
             assert file in led, f"equations {cited} of docs/papers/{name}.md name {sorted(led)}, not {file}"
 
 
-@pytest.mark.parametrize("text", ["3", "1, 2 and 5", "2 to 4"])
+LISTS = {"3": [3], "1, 2 and 5": [1, 2, 5], "2 to 4": [2, 3, 4], "1 to 3 and 5": [1, 2, 3, 5]}
+
+
+@pytest.mark.parametrize("text", LISTS)
 def test_lists_of_equations_are_read(text: str) -> None:
-    assert numbers(text) == {"3": [3], "1, 2 and 5": [1, 2, 5], "2 to 4": [2, 3, 4]}[text]
+    assert numbers(text) == LISTS[text]
+    word = "equation" if text == "3" else "equations"
+    assert CITATION.findall(f"(docs/papers/home.md, {word} {text}; a decay of 0.95)") == [("home", text)]
+
+
+def test_no_source_is_cited_that_a_reader_does_not_have() -> None:
+    hidden = re.compile(r"\bcards?\b|\b" + "DES" + r"IGN\b")
+    own = Path(__file__).resolve()
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in ("moeapps", "tasks", "configs", "benchmarks", "tests", "docs", "notebooks")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".yaml", ".md", ".ipynb") and path != own
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if hidden.search(line)
+    ]
+
+    assert wrong == []
+
+
+TASKS = {"point_cloud": "point_moe", "image_diffusion": "promoe", "recommendation": "home", "dynamics": "mixer"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_page_is_found_from_the_map_of_the_house(page: Path) -> None:
+    assert f"(papers/{page.name})" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("task", "system"), TASKS.items())
+def test_the_page_of_a_task_is_found_from_its_readme_and_the_projects(task: str, system: str) -> None:
+    assert f"docs/papers/{system}.md)" in (ROOT / "tasks" / task / "README.md").read_text(encoding="utf-8")
+    assert f"(docs/papers/{system}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+ROOMS = ["model.py", "nets/", "module.py", "losses.py", "metrics.py", "datamodule.py", "data/", "data/readers/"]
+ROOMS += ["rivals/", "report/", "commands.py", "packages.py"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_readme_shows_all_rooms_of_its_task_in_one_order(task: str) -> None:
+    folder = ROOT / "tasks" / task
+    text = (folder / "README.md").read_text(encoding="utf-8").split("## How it reads")[1].split("```")[0]
+    rows = re.findall(r"^\| (`.+`) \| (.+) \|$", text, re.MULTILINE)
+    shown = [name for room, _ in rows for name in re.findall(r"`(.+?)`", room)]
+
+    assert shown == [name for name in ROOMS if (folder / name).exists()]
+    named = [(folder / room.strip("`"), name) for room, told in rows for name in re.findall(r"`(\w+\.py)`", told)]
+    assert [f"{place}{name}" for place, name in named if not (place / name).exists()] == []
+
+
+def test_the_map_of_the_house_names_files_that_hold_what_it_says() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Where is what")[1]
+    rows = re.findall(r"^\| .+ \| `([\w/]+\.py)` \| (.+) \|$", text.split("\n## ")[0], re.MULTILINE)
+
+    assert len(rows) > 15
+    lost = [
+        f"{file}: {name}"
+        for file, names in rows
+        for name in re.findall(r"`(\w+)`", names)
+        if name not in names_of(ROOT / file)
+    ]
+    assert lost == []

@@ -30,6 +30,7 @@ from benchmarks.evidence.recount import count_variant, rewrite
 from benchmarks.evidence.report import render
 from benchmarks.evidence.runner import COMMAND, Failure, Runner
 from benchmarks.evidence.summary import summarise
+from moeapps.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,14 +198,6 @@ def all_results(root: Path) -> list[dict[str, Any]]:
 def to_json(results: dict[str, Any]) -> str:
     """Give the text of a results file."""
     return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def build_parser() -> argparse.ArgumentParser:

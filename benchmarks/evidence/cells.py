@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.grid import Cell
+from moeapps.files import write_text
 
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
@@ -119,13 +120,10 @@ def cell_path(folder: Path, cell: Cell) -> Path:
 
 
 def write_cell(folder: Path, result: CellResult) -> Path:
-    """Write a cell file under a temporary name, then rename it: a file that is there is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a cell file whole or not at all: a file that is there is finished."""
     path = cell_path(folder, result.cell)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps({"format": FORMAT, **asdict(result)}, indent=1, sort_keys=True, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text + "\n")
     return path
 
 

@@ -3,9 +3,10 @@
 
 Two regimes. ``once_*``: one pass over 480,000 rows, as a log in production is read, each network at the learning rate
 that benchmarks/home_rates.py found for it; the claims are C9. All others: four passes over 60,000 rows at one rate for
-all, where rare labels are memorised (train 0.88, test 0.69); the claims are C1 to C6 of the paper's card (section 5.2),
-with controls, C7, which no model may break, and C8, ours. C9 was written when the first regime's rates had been chosen
-on the validation domain and after three seeds of HoME and MMoE at one rate each had been seen.
+all, where rare labels are memorised (train 0.88, test 0.69); C1 to C6 are what the paper claims, as far as it can be
+tested here (docs/papers/home.md), with controls, C7, which no model may break, and C8, ours. C9 was written when the
+first regime's rates had been chosen on the validation domain and after three seeds of HoME and MMoE at one rate each
+had been seen.
 On the generated log the scores are GAUC with the true probabilities in place of labels (``gauc_expected``): the same
 ranking of models, without the noise of a few hundred positives. The rare tasks are those of the category
 ``interaction``, the dense ones those of ``watch``. Data seeds draw functions, users, items and labels anew; intervals
@@ -26,7 +27,7 @@ ORDER = DATA_SEED_FLAGS[:1]
 """What a data seed sets where the data are real: their order."""
 RARE, DENSE, ALL = "seen.interaction/gauc_expected", "seen.watch/gauc_expected", "seen/gauc_expected"
 LOSS = 0.005
-"""Half a point of GAUC: the loss that non-inferiority accepts, as in the card. Set before any run."""
+"""Half a point of GAUC: the loss that non-inferiority accepts. Set before any run."""
 DATA_SEEDS, MODEL_SEEDS = 5, 3
 RIVALS = ("single_task", "shared_bottom", "omoe", "mmoe_norm", "ml_mmoe", "adatt_sp", "adatt", "cross_stitch", "stem")
 ABLATIONS = (

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """MixER: does a gate fitted to clusters of contexts find hidden families, does it pay, and against which rivals?
 
-Claims C1 to C5 are those of the card (section 5), C6 and C7 ours. Two gates are kept apart everywhere: the published
-one and ``robust``, ours. Both are trained our way (Adam for AdaBelief, single steps before roll-outs, 300 rounds of 3 +
-9 steps for 500 to 5000 of 12 + 12, no windows), so nothing here is "as published" but gate, contributors and adaptation
-where a text says so. A step sees all environments or, as published, a family's number of them (``five``); compared are
-variants that see as many. Errors are those of whole roll-outs from new initial conditions, compared by ratio (log10);
-initial conditions, numbering and weights are drawn anew for every pair of seeds.
+Claims C1 to C5 are the paper's, as far as they can be tested here (docs/papers/mixer.md), C6 and C7 ours. Two gates are
+kept apart everywhere: the published one and ``robust``, ours. Both are trained our way (Adam for AdaBelief, single
+steps before roll-outs, 300 rounds of 3 + 9 steps for 500 to 5000 of 12 + 12, no windows), so nothing here is "as
+published" but gate, contributors and adaptation where a text says so. A step sees all environments or, as published, a
+family's number of them (``five``); compared are variants that see as many. Errors are those of whole roll-outs from new
+initial conditions, compared by ratio (log10); initial conditions, numbering and weights are drawn anew for every pair
+of seeds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def variant(*names: str, flags: tuple[str, ...] = (), pairs: int = 3, more: tupl
 
 NET = "--model.init_args.net.init_args."
 ONE, TEN = ("benchmarks/evidence/mixer_one.yaml",), ("benchmarks/evidence/mixer_ten.yaml",)
-ZEROS = ("--model.init_args.adaptation=tasks.dynamics.adaptation.FromZeros",)
+ZEROS = ("--model.init_args.adaptation=tasks.dynamics.nets.adaptation.FromZeros",)
 FIVE = ("--model.init_args.alternation.contributors=5",)
 """Environments of a step as published: as many as a family has."""
 THREE_EXPERTS = (f"{NET}num_experts=3", f"{NET}context_dim=12")

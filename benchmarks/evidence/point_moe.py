@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Point-MoE: does a mixture of experts pay when sensors are trained jointly, where, and against which rivals?
 
-The claims are the six of the paper's card (section 5). The scores are mIoU over the classes present, at the raw points,
-averaged over domains; worlds, crops and weights are drawn anew for every pair of seeds.
+The six claims are the paper's, as far as they can be tested here (docs/papers/point_moe.md). The scores are mIoU over
+the classes present, at the raw points, averaged over domains; worlds, crops and weights are drawn anew for every pair
+of seeds.
 """
 
 from __future__ import annotations

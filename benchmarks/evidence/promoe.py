@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ProMoE: do guided routing and its parts pay in a small diffusion transformer, and against which rivals?
 
-The claims are the six of the card (section 5). The score is the paired loss on test images of the seen domains: every
-variant meets the same images, noise and times; held-out images, order and weights are drawn anew for every pair of
-seeds. All mixtures have eight experts of one size, so that rivals differ by their routing alone, DSMoE excepted.
+The six claims are the paper's, as far as they can be tested here (docs/papers/promoe.md). The score is the paired loss
+on test images of the seen domains: every variant meets the same images, noise and times; held-out images, order and
+weights are drawn anew for every pair of seeds. All mixtures have eight experts of one size, so that rivals differ by
+their routing alone, DSMoE excepted.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import wrapped
+
 _INTRO = """# Evidence
 
 This page is computed by `python -m benchmarks.evidence --summarise` from the files in
@@ -30,7 +32,7 @@ def render(systems: Sequence[Mapping[str, Any]]) -> str:
     parts = [_INTRO]
     parts += [_overview(ordered)] if ordered else [_NONE]
     parts += [_system(results) for results in ordered]
-    return "\n".join(part.strip("\n") + "\n" for part in parts)
+    return wrapped("\n".join(part.strip("\n") + "\n" for part in parts))
 
 
 def _overview(systems: Sequence[Mapping[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.evidence.cells import read_cell, write_cell
 from moeapps.commands.messages import UsageError
+from moeapps.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 # Runs inside the tree it asks about: an old tree knows its own grid.
@@ -151,7 +152,7 @@ def main(words: Sequence[str] | None = None) -> int:
     log = results / "restamps.json"
     entries = json.loads(log.read_text(encoding="utf-8")) if log.exists() else []
     entries.append({"before": options.before, "cells": count, "because": options.because, "differences": found})
-    log.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(log, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
     print(f"{count} cells have the new digest; {log.relative_to(ROOT)} says why.")
     return 0
 

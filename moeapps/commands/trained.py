@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder as its task and data again, with trained weights: for commands and benchmarks that look at a run."""
+"""Rebuild task and data of a run folder, with trained weights, for commands and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+from moeapps.commands.listing import find_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +35,7 @@ def build(run: Path | None, configs: Sequence[Path] = ()) -> Cli:
     from moeapps.commands.run import Cli, import_tasks, quiet
 
     quiet()
+    configs = [find_config(str(path)) for path in configs]
     with TemporaryDirectory() as folder:
         words = [word for path in configs for word in ("--config", str(path))]
         if run is not None:

@@ -54,7 +54,7 @@ def main(args: list[str]) -> int:
     for line in closing_lines(matrix):
         console.print(line, highlight=False)
     if options.out is not None:
-        from moeapps.training.run import finite, write_text
+        from moeapps.files import finite, write_text
 
         text = json.dumps(finite(matrix.as_dict()), indent=1, allow_nan=False) + "\n"
         write_text(options.out / "xeval.json", text)

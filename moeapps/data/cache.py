@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a file once: under a lock, through a temporary name and a rename."""
+"""Build a file once, under a lock; and the folder for such files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from moeapps.files import WholeFile
 
 try:
     import fcntl
@@ -77,8 +78,8 @@ def file_lock(path: Path) -> Iterator[None]:
 def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
     """Return ``path``, calling ``writer`` to make it if it is not there.
 
-    ``writer`` receives a temporary name in the same folder, which is renamed to ``path`` after it returns: a crash
-    leaves no half-written ``path``. A second process that wants the same file waits and then finds it.
+    ``writer`` receives the temporary name of a `WholeFile`: a crash leaves no half-written ``path``. A second process
+    that wants the same file waits and then finds it.
 
     Args:
         path: file to return.
@@ -94,15 +95,6 @@ def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
     with file_lock(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return path
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            temporary.unlink()
+        with WholeFile(path) as temporary:
             writer(temporary)
-            if not temporary.exists():
-                raise RuntimeError(f"the writer of {path.name} returned without writing its file")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return path

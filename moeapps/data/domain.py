@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset
 
 from moeapps.data.gather import GatherConcat
-from moeapps.data.mixing import Mixing, MixingSampler, ShardedBatches
+from moeapps.data.mixing import DomainMixing, MixingSampler, ShardedBatches
 
 Role = Literal["seen", "validation", "unseen"]
 Split = Literal["train", "val", "test"]
@@ -33,7 +33,7 @@ log = logging.getLogger("moeapps")
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader of which Lightning knows that it can go on in the middle of an epoch.
+    """A loader that tells Lightning that it can resume in the middle of an epoch.
 
     Lightning asks the loader; the state itself is kept by the data module, which also knows how many of the
     batches given out were trained on.
@@ -81,7 +81,7 @@ class DomainDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "concat",
+        mixing: DomainMixing = "concat",
         eval_batch_size: int | None = None,
         predict: list[str] | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class DomainDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
-        self.mixing: Mixing = mixing
+        self.mixing: DomainMixing = mixing
         self.predicted = None if predict is None else list(predict)
         _check_predicted(self.predicted, self.domain_names)
         self.sources: dict[str, str] = {}
@@ -123,18 +123,6 @@ class DomainDataModule(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """Plain values that the model needs, known without ``setup``; a subclass adds to this dictionary."""
         return {"domains": {role: list(names) for role, names in self.roles.items()}}
-
-    def command(self, name: str) -> Callable[[list[str], Any], int] | None:
-        """Return what runs a further command of the command line on this data, or None where there is none.
-
-        Args:
-            name: ``sample`` or ``fid-stats``.
-
-        Returns:
-            (words after those that name the run, task module) -> exit code. ``moeapps sample`` asks here, so that the
-            command line knows no task.
-        """
-        return None
 
     # Domains ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +267,7 @@ class DomainDataModule(L.LightningDataModule):
         return self._eval_loaders("predict")
 
     def is_padding(self, stage: str, loader_idx: int, batch_idx: int) -> bool:
-        """Return whether an evaluation batch only keeps this process in step with others (never with one process)."""
+        """Return whether an evaluation batch is padding, which keeps processes in step."""
         rank, world_size = self._place()
         if world_size == 1:
             return False
@@ -316,7 +304,7 @@ class DomainDataModule(L.LightningDataModule):
     # Resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the training order: the next epoch, or this one and the number of its finished steps."""
+        """Return the position in the training order: the next epoch, or this one and its finished steps."""
         epoch, start = 0, 0
         if self._sampler is not None and self.trainer is not None:
             progress = cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress)
@@ -327,7 +315,7 @@ class DomainDataModule(L.LightningDataModule):
         return {"sampler": {"epoch": epoch, "start": start}, "worker_seeds": self._worker_seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the place in the training order that ``state_dict`` gave."""
+        """Resume at the position that ``state_dict`` returned."""
         self._sampler_state = dict(state_dict["sampler"])
         self._worker_seeds.set_state(state_dict["worker_seeds"])
 

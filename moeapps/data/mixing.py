@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Mixing = Literal["concat", "balanced", "one_domain"]
+DomainMixing = Literal["concat", "balanced", "one_domain"]
 
 
 class MixingSampler(Sampler[list[int]]):
@@ -51,14 +51,14 @@ class MixingSampler(Sampler[list[int]]):
         sizes: Sequence[int],
         batch_size: int,
         *,
-        mode: Mixing = "concat",
+        mode: DomainMixing = "concat",
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         repeat: bool = False,
     ) -> None:
-        if mode not in get_args(Mixing):
-            raise ValueError(f"mixing={mode!r} is unknown; use one of {', '.join(get_args(Mixing))}")
+        if mode not in get_args(DomainMixing):
+            raise ValueError(f"mixing={mode!r} is unknown; use one of {', '.join(get_args(DomainMixing))}")
         if not sizes or min(sizes) < 1:
             raise ValueError(f"domain sizes {list(sizes)} hold an empty domain; every domain needs at least one row")
         if batch_size < 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unpack archives and pickles of strangers without running or overwriting anything.
+"""Unpack untrusted archives and pickles without running or overwriting anything.
 
 Only listed members are written; a listed member must be a plain file with a relative name below the target. Bytes are
 counted while they are unpacked, not read from headers. Pickles may hold numpy arrays and plain containers, no more.
@@ -30,7 +30,7 @@ _BAD_PICKLE = (pickle.UnpicklingError, ValueError, TypeError, LookupError, Attri
 
 
 class ArchiveError(RuntimeError):
-    """An archive could not be had, is not what it should be, or is not safe to unpack."""
+    """An archive cannot be fetched, has the wrong content, or is not safe to unpack."""
 
 
 class _Counted(io.RawIOBase):
@@ -82,7 +82,7 @@ def safe_extract(
     names = [name for name, _ in written]
     for wanted in members:
         if not fnmatch.filter(names, wanted):
-            raise ArchiveError(f"{archive.name} holds no file {wanted!r}; it is another release than the listed one")
+            raise ArchiveError(f"{archive.name} holds no file {wanted!r}; it is not the listed release")
     return [path for _, path in written]
 
 

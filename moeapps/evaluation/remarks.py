@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said beside a comparison of runs: other test data, means over other domains, what one seed cannot tell."""
+"""Remarks on a comparison of runs: other test data, means over other domains, what one seed cannot show."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read what a run's test left behind: metrics/test.json."""
+"""Read the results of a run's test: metrics/test.json."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunResults:
 
     @property
     def identity(self) -> str:
-        """What was run, seeds apart: the hash in the header, else that of the config beside it, else the label."""
+        """Identity of what was run, without seeds: the hash in the header, else of the config, else the label."""
         known = self.header.get("variant_hash")
         return str(known) if known else variant_hash(self.config) if self.config else self.label
 
@@ -68,7 +68,7 @@ class RunResults:
 
     @property
     def continued_from(self) -> Path | None:
-        """The run folder that this training went on from, None for a training from the start."""
+        """The run folder that this training continued, None for a training from the start."""
         found = self.header.get("continued_from", self.config.get("ckpt_path"))
         return Path(found).resolve().parents[1] if found else None
 
@@ -127,7 +127,7 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
             _config_beside(folder),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no results file of this suite ({error!r}); run the test again") from error
+        raise ValueError(f"{file} is not a results file of moeapps ({error!r}); run the test again") from error
 
 
 def _config_beside(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals and verdicts: what a handful of paired runs can and cannot say.
+"""Intervals and verdicts: what a handful of paired runs can and cannot show.
 
 Two kinds of uncertainty are kept apart. *Between runs* (other seeds, other generated data) the interval is a paired t
 over the per-seed differences. *Within one run* (other test units of the same kind) it is a seeded percentile bootstrap
-over test units. Everything here is plain Python and numpy, so a verdict can be recomputed from a results file anywhere.
+over test units. Nothing here needs torch, so a verdict can be recomputed from a results file anywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Rule = Literal["superiority", "non-inferiority", "exact", "median"]
 Direction = Literal["higher", "lower", "equal"]
@@ -56,70 +57,6 @@ class Judgement:
     verdict: Verdict
 
 
-def student_t_cdf(t: float, dof: int) -> float:
-    r"""Distribution function of Student's t for a whole number of degrees of freedom.
-
-    With θ = arctan(t/√ν), P(|T| < |t|) is a finite trigonometric sum, so no series is cut and no integral is
-    approximated: for odd ν it is 2/π·(θ + sin θ·(cos θ + 2/3·cos³θ + … )), for even ν it is sin θ·(1 + 1/2·cos²θ +
-        1·3/(2·4)·cos⁴θ + …).
-
-    Args:
-        t: Any real number.
-        dof: Degrees of freedom ν, at least 1.
-
-    Returns:
-        P(T ≤ t), in [0, 1], exact up to rounding (about 1e-15 times the number of terms).
-
-    Raises:
-        ValueError: If ``dof`` is below 1.
-
-    Source: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
-    """
-    if dof < 1:
-        raise ValueError(f"dof={dof}: a t distribution needs at least one degree of freedom; use two or more pairs")
-    inside = _t_inside(math.atan2(abs(t), math.sqrt(dof)), dof)
-    return 0.5 + math.copysign(0.5 * inside, t)
-
-
-def _t_inside(theta: float, dof: int) -> float:
-    """Give P(|T| < √ν·tan θ) for θ in [0, π/2]."""
-    sin, cos = math.sin(theta), math.cos(theta)
-    odd = dof % 2
-    term = cos if odd else 1.0
-    total = term if dof > 1 else 0.0
-    for j in range(2 + odd, dof - 1, 2):
-        term *= cos * cos * (j - 1) / j
-        total += term
-    return 2 / math.pi * (theta + sin * total) if odd else sin * total
-
-
-def student_t_quantile(prob: float, dof: int) -> float:
-    """Give the t below which Student's distribution has mass ``prob``; the inverse of `student_t_cdf`.
-
-    Bisection on the angle θ = arctan(t/√ν), which lives in a bounded interval and in which the distribution function is
-    smooth and increasing: 200 halvings end at neighbouring floats for every ν.
-
-    Args:
-        prob: Probability in (0, 1).
-        dof: Degrees of freedom, at least 1.
-
-    Raises:
-        ValueError: If ``prob`` is not inside (0, 1) or ``dof`` is below 1.
-    """
-    if not 0.0 < prob < 1.0:
-        raise ValueError(f"prob={prob}: a quantile needs a probability strictly between 0 and 1")
-    student_t_cdf(0.0, dof)  # one place checks dof
-    inside = abs(2.0 * prob - 1.0)
-    low, high = 0.0, math.pi / 2
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if _t_inside(middle, dof) < inside:
-            low = middle
-        else:
-            high = middle
-    return math.copysign(math.sqrt(dof) * math.tan(0.5 * (low + high)), prob - 0.5) if inside else 0.0
-
-
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Give the mean of independent values with its t interval: mean ± t(ν=n−1)·s/√n.
 
@@ -128,8 +65,10 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         confidence: Two-sided coverage in (0, 1).
 
     Raises:
-        ValueError: If there are fewer than two values, or one is not finite.
+        ValueError: If there are fewer than two values, one is not finite, or the confidence is not inside (0, 1).
     """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence}: an interval needs a coverage strictly between 0 and 1")
     data = _finite(values, "values")
     n = len(data)
     if n < 2:
@@ -137,7 +76,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     mean = math.fsum(data) / n
     # Two passes: equal values give a width of exactly zero, and no cancellation for values far from zero.
     var = math.fsum((v - mean) ** 2 for v in data) / (n - 1)
-    half = student_t_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(var / n)
+    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * math.sqrt(var / n)
     return Interval(mean, mean - half, mean + half, n)
 
 

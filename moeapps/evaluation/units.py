@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores from what each test unit adds to them, so that an interval over units is one of the very score of the table.
+"""Scores from the part of each test unit, so that an interval over units belongs to the very score of the table.
 
 A score is a mean of ratios of sums: mean over groups g of sum_u n_ug / sum_u d_ug, over the groups that occur
 (sum_u p_ug > 0). Groups are classes for the mean IoU (n intersection, d union, p targets); a plain mean over units is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs may stand side by side, and which are one variant: what was run counts, not what it was called."""
+"""Which runs may be compared, and which are one variant: the configuration decides, not the name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Variant:
 
 
 def check_runs(runs: Sequence[RunResults]) -> None:
-    """Refuse runs that are no independent trainings.
+    """Refuse runs that are not independent trainings.
 
     Raises:
         ValueError: a run without a single step of training, or a run beside one that went on from it.
@@ -39,9 +39,7 @@ def check_runs(runs: Sequence[RunResults]) -> None:
     for run in runs:
         before = run.continued_from
         if before is not None and before != run.path.resolve() and before in known:
-            raise ValueError(
-                f"{run.path} went on from {known[before].path}: they are one training, not two; give one of them"
-            )
+            raise ValueError(f"{run.path} continues {known[before].path}: the two are one training; give one of them")
 
 
 def variants_of(runs: Sequence[RunResults]) -> list[Variant]:
@@ -68,8 +66,8 @@ def _check_seeds(group: Sequence[RunResults]) -> None:
         seeds = tuple(sorted(run.seeds.items()))
         if seeds in found:
             raise ValueError(
-                f"{run.path} and {found[seeds].path} ran the same config and both have seed {run.seed}: one training "
-                "twice says nothing about another; give one run per seed"
+                f"{run.path} and {found[seeds].path} ran the same config and both have seed {run.seed}: a "
+                "repeated training adds no information; give one run per seed"
             )
         found[seeds] = run
 

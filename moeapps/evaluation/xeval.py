@@ -128,7 +128,7 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
         raise ValueError("no run given; name at least one run folder")
     systems = sorted({str(run.header.get("system")) for run in (*runs, *baseline)})
     if len(systems) > 1:
-        raise ValueError(f"the runs are of several systems ({', '.join(systems)}), which share no domains; give one's")
+        raise ValueError(f"the runs are of several systems ({', '.join(systems)}); give runs of one")
     every = list({run.path.resolve(): run for run in (*runs, *baseline)}.values())
     check_runs(every)
     chosen = metric or str(runs[0].header.get("main_metric") or next(iter(runs[0].values)))
@@ -221,13 +221,13 @@ def compare(
     bases = [variant for variant in variants if any(run.path.resolve() in paths for run in variant.runs)]
     if len(bases) > 1:
         raise ValueError(
-            f"the baseline mixes the variants {', '.join(sorted(v.name for v in bases))}; give the runs of one"
+            f"the baseline mixes the variants {', '.join(sorted(v.name for v in bases))}; give runs of one variant"
         )
     left_out = [run for run in bases[0].runs if run.path.resolve() not in paths]
     if left_out:
         raise ValueError(
-            f"{left_out[0].path} ran the same as the baseline ({bases[0].name}), with another seed; give it as a "
-            "baseline, too, or not at all"
+            f"{left_out[0].path} is the same variant as the baseline ({bases[0].name}), with another seed; give it as "
+            "a baseline as well, or leave it out"
         )
     out: list[Difference] = []
     keys = pair_keys([run for variant in variants for run in variant.runs])
@@ -296,7 +296,7 @@ def _seed(domain: str) -> int:
 
 
 def _same(a: float, b: float) -> bool:
-    """Whether two numbers are one score but for rounding in single precision."""
+    """Whether two numbers are the same score up to rounding in single precision."""
     return math.isfinite(a) and abs(a - b) <= 1e-4 * max(abs(b), 1e-8)
 
 

@@ -30,7 +30,7 @@ class Chain(nn.Module):
     Raises:
         ValueError: if there is no router, or the experts change the width.
 
-    Source: chain of experts (moe-core card 4; its training settings were not found).
+    Source: chain of experts (docs/papers/core.md, equation 20; its training settings were not found).
 
     Example:
         >>> import torch

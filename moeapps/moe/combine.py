@@ -16,6 +16,7 @@ from moeapps.moe.backends import Backend, apply
 from moeapps.moe.experts import Experts
 from moeapps.moe.feed_forward import BankPart, FeedForward
 from moeapps.moe.joined import JoinedExperts
+from moeapps.moe.record import record_experts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
 
@@ -76,9 +77,7 @@ def with_shared(routing: Routing, work: Work) -> Routing:
         )
     row_M = torch.arange(num_rows, device=device).repeat_interleave(num_shared)
     if routing.target_M is not None:
-        raise ValueError(
-            "a routing with target_M cannot be joined by shared experts: which output row would they add to?"
-        )
+        raise ValueError("a routing with target_M cannot be joined by shared experts, whose output row is not defined")
     return Routing(
         row_M=torch.cat([routing.row_M, row_M]),
         expert_M=torch.cat([expert_M, ids_NS.reshape(-1)]),
@@ -134,8 +133,8 @@ def _every(work: Work, weight: Tensor) -> tuple[Tensor, Tensor]:
         x = x * weight.T.to(x.dtype).reshape(*weight.T.shape, *(1,) * (x.ndim - (2 if work.per_expert else 1)))
         weight = torch.ones_like(weight)
     if work.token_mask is not None:
-        return work.experts.every_counted(x, work.token_mask, *work.side), weight
-    return work.experts.every(x, *work.side), weight
+        return record_experts(work.experts.every_counted(x, work.token_mask, *work.side)), weight
+    return record_experts(work.experts.every(x, *work.side)), weight
 
 
 class Combiner(nn.Module):
@@ -240,7 +239,7 @@ class Stack(Combiner):
     Raises:
         ValueError: for routings without a fixed number of experts per row (expert choice over the batch, slots).
 
-    Source: Meta-DMoE, whose aggregator reads one token per expert (its card 2.2).
+    Source: Meta-DMoE, whose aggregator reads one token per expert (docs/papers/meta_dmoe.md, equation 2).
 
     Example:
         >>> from moeapps.moe import LinearScore, MLPExperts, MoELayer, Router, TopK

@@ -25,7 +25,8 @@ class JoinedExperts(Experts):
     Raises:
         ValueError: if there is no bank, or their widths differ, or one needs all rows.
 
-    Source: UniMoE-Audio, whose shared experts have half the width of the routed ones (its card 2.5).
+    Source: UniMoE-Audio, whose shared experts have half the width of the routed ones
+        (docs/papers/unimoe_audio.md, equation 4).
 
     Example:
         >>> from moeapps.moe import GLUExperts

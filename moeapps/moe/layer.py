@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Combiner, Sum, Work
 from moeapps.moe.experts import Experts
-from moeapps.moe.record import record_call
+from moeapps.moe.record import record_call, record_output
 from moeapps.moe.routers.router import RouterBase, check_rows, only_rows, read_rows
 from moeapps.moe.routers.score import Features
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
     Raises:
         ValueError: if the sizes of router and experts do not fit, or a sparse router meets experts that need all rows.
 
-    Source: DESIGN of this suite; the equation is the one all seven systems share.
+    Source: docs/papers/core.md, equation 1, which all seven systems share.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ class MoELayer(nn.Module):
         x = read_rows(x, mask_N, 1 if per_expert else 0)
         if routing is None:
             if per_expert and features is None:
-                raise ValueError("per_expert=True gives every expert another x: say what to route on by features=.")
+                raise ValueError("with per_expert=True every expert has its own x: give what to route on as features=.")
             routing = self._route(x if features is None else features, state, mask_N, _flat(group))
         rows = tuple(read_rows(s.reshape(-1, *s.shape[len(lead) :]), mask_N) for s in side)
         work = Work(
@@ -188,11 +188,12 @@ class MoELayer(nn.Module):
             per_expert=per_expert,
         )
         y = self.combiner(work, routing)
-        if isinstance(routing, Routing) and routing.target_M is not None:
-            return y
-        at = routing.weight.ndim - 2 if isinstance(routing, DenseRouting) else 0
-        parts = tuple(_restored(only_rows(p, mask_N, at), at, lead) for p in (y if isinstance(y, tuple) else (y,)))
-        return parts if isinstance(y, tuple) else parts[0]
+        if not isinstance(routing, Routing) or routing.target_M is None:
+            at = routing.weight.ndim - 2 if isinstance(routing, DenseRouting) else 0
+            parts = tuple(_restored(only_rows(p, mask_N, at), at, lead) for p in (y if isinstance(y, tuple) else (y,)))
+            y = parts if isinstance(y, tuple) else parts[0]
+        record_output(routing, y)
+        return y
 
     @property
     def _row_dims(self) -> int:

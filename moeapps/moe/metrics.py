@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a routing says about itself: load, sparsity, specialisation. Pure functions without gradient.
+"""Metrics of a routing: load, sparsity, specialisation. Pure functions without gradient.
 
 Load metrics take counts [E]; specialisation metrics take an assignment matrix [N, E] (counts, 0/1 or weights, for
 instance ``routing.assignment()``) and labels [N]; two take a routing because they must tell "no work" from work.
@@ -45,8 +45,8 @@ def load(counts_E: Tensor) -> Tensor:
 def max_violation(counts_E: Tensor) -> Tensor:
     """Give max_e c_e / mean(c) − 1: 0 when balanced, E − 1 when one expert takes everything.
 
-    Source: Wang et al. (2024), auxiliary-loss-free load balancing, MaxVio (form as generally known; moe-core card,
-        section 6).
+    Source: Wang et al. (2024), auxiliary-loss-free load balancing, MaxVio (form as generally known;
+        docs/papers/core.md, equation 21).
     """
     return (load(counts_E).max() - 1.0).clamp_min(0.0)
 
@@ -63,7 +63,7 @@ def dead_fraction(counts_E: Tensor, threshold: float = 0.01) -> Tensor:
 
     Args:
         counts_E: Assignments per expert [E].
-        threshold: Fraction of the mean load below which an expert counts as dead; 0.01 by convention of the card.
+        threshold: Fraction of the mean load below which an expert counts as dead; 0.01 by convention.
     """
     return (load(counts_E) < threshold).double().mean()
 
@@ -219,7 +219,7 @@ def path_consistency(choices: Sequence[Tensor], num_experts: int) -> Tensor:
     Raises:
         ValueError: With fewer than two layers.
 
-    Source: our definition; the card names the metric without a formula.
+    Source: our definition (docs/papers/core.md, equation 22).
     """
     if len(choices) < 2:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a router can be trained for besides the task: pure functions of a record.
+"""Training objectives of a router besides the task's loss: pure functions of a record.
 
 No coefficient lives in a function: modules hold it (see `moeapps.moe.losses`) and a task adds and logs them, so loss
 scaling, gradient accumulation and data parallelism treat them like any other loss. Rows switched off by the record's
@@ -163,8 +163,8 @@ def chosen_balance(record: Record) -> Tensor:
     Raises:
         ValueError: For dense and slot routings, without logits, or if null choices are not marked.
 
-    Source: UniMoE-Audio, released code (its card 3.1): HITsz-TMG/Uni-MoE ``UniMoE-Audio/utils/UniMoE_Audio_core.py``,
-        with the padding mask as the weight of its rows.
+    Source: UniMoE-Audio, released code (docs/papers/unimoe_audio.md, equation 6): HITsz-TMG/Uni-MoE
+        ``UniMoE-Audio/utils/UniMoE_Audio_core.py``, with the padding mask as the weight of its rows.
     """
     record = routed(record)
     logits_NE, chosen_NE = _logits(record), _chosen_columns(record)

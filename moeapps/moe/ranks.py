@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one process tells the others: sums, and the rows of all of them. Without a process group nothing is sent."""
+"""Communication of processes: sums, and the rows of all of them. Without a process group nothing is sent."""
 
 from __future__ import annotations
 

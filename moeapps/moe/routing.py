@@ -17,13 +17,10 @@ memory. They hold references only: building one computes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
 
 
 def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
@@ -32,13 +29,6 @@ def _check_ids(name: str, ids_M: Tensor, num: int) -> None:
             f"{name} is {tuple(ids_M.shape)} of {ids_M.dtype}; it must be one-dimensional int64 with one entry per "
             f"assignment ({num})."
         )
-
-
-def _lacks_graph(kept_M: Tensor, weight_M: Tensor) -> bool:
-    """Whether what was kept of the weights cannot carry the gradient that is wanted of them."""
-    if not torch.is_grad_enabled():
-        return False
-    return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)
 
 
 def _offsets(times: int, like: Tensor) -> Tensor:
@@ -177,23 +167,6 @@ class Routing:
             **_repeated_extras(self, times),
         )
 
-    @property
-    def plan(self) -> Plan:
-        """The assignments sorted by expert: made once, however often the routing is applied (each step of a solve).
-
-        Nothing is kept while a function transform is under way, whose tensors must not outlive it; and what was made
-        without gradients is not used where they are wanted: the router would get none.
-        """
-        from moeapps.moe.backends.plan import sort_assignments
-        from moeapps.moe.derivatives import is_transformed
-
-        kept: Plan | None = self.__dict__.get("_plan")
-        if kept is None or _lacks_graph(kept.weight_M, self.weight_M):
-            kept = sort_assignments(self)
-            if not is_transformed():
-                self.__dict__["_plan"] = kept
-        return kept
-
     def counts(self) -> Tensor:
         """Assignments per expert, int64 [E]; the sentinel is not counted. No host synchronisation."""
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.expert_M.device)
@@ -226,7 +199,7 @@ class DenseRouting:
     Raises:
         ValueError: if the last dimension of ``weight`` is not ``num_experts``.
 
-    Source: MMoE and its descendants (moe-core card 2.14).
+    Source: MMoE and its descendants (docs/papers/core.md, equation 15).
 
     Example:
         >>> allowed = torch.tensor([[True, True], [True, False]])
@@ -291,7 +264,7 @@ class SlotRouting:
     Raises:
         ValueError: if the two shapes differ or are not three-dimensional.
 
-    Source: soft MoE (moe-core card 2.17); the one-hot form is GShard's.
+    Source: soft MoE (docs/papers/core.md, equation 16); the one-hot form is GShard's.
 
     Example:
         >>> r = SlotRouting(torch.full((4, 2, 3), 0.25), torch.full((4, 2, 3), 1 / 6))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs: total and active parameters, FLOPs per token on one example batch, FLOPs of a whole training."""
+"""The cost of a model: total and active parameters, FLOPs per token on an example batch, FLOPs of a training."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def layer_costs(records: Sequence[Record]) -> list[LayerCost]:
 
 
 def missing_of_twins(records: Sequence[Record]) -> tuple[Match, int] | None:
-    """Return what the dense twins are matched in, and by how much the network of mixtures has more of it."""
+    """Return what the dense twins are matched in, and the ratio of the network with mixtures to the twin in it."""
     match: Match | None = None
     flops, params = 0, {}
     for record in records:

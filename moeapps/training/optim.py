@@ -158,29 +158,6 @@ class Cosine(Schedule):
         return LambdaLR(optimizer, factor)
 
 
-class Steps(Schedule):
-    """Multiply the learning rate by ``factor`` at given shares of the run.
-
-    Args:
-        at: shares of the steps, in (0, 1).
-        factor: what the rate is multiplied by at each of them, > 0.
-
-    Raises:
-        ValueError: a share or factor outside its range.
-    """
-
-    def __init__(self, at: list[float], factor: float = 0.4) -> None:
-        if not all(0 < share < 1 for share in at) or not factor > 0:
-            raise ValueError(f"at={at} must lie in (0, 1) and factor={factor} be above 0")
-        self.at = at
-        self.factor = factor
-
-    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the scheduler over ``total_steps`` optimizer steps."""
-        turns = [round(share * total_steps) for share in self.at]
-        return LambdaLR(optimizer, lambda step: self.factor ** sum(step >= turn for turn in turns))
-
-
 class OneCycle(Schedule):
     """One cycle: climb to each group's learning rate, then anneal far below it (torch's OneCycleLR).
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -24,7 +23,6 @@ PACKAGES = (
     "torchmetrics",
     "jsonargparse",
     "torch-geometric",
-    "torchaudio",
     "timm",
     "numpy",
 )
@@ -74,28 +72,6 @@ def run_dir(trainer: L.Trainer) -> Path | None:
         folder = trainer.log_dir
         _FOLDERS[trainer] = None if folder is None else Path(folder)
     return _FOLDERS[trainer]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON whole or not at all; numbers that are not finite become null."""
-    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """Return a copy of a JSON value in which every number that is not finite is None."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def git_commit(folder: Path | None = None) -> str | None:

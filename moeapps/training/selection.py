@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which validation score chooses the checkpoint: the configured one, or the seen domains' if it rests on too little."""
+"""The validation score that chooses the checkpoint: the configured one, or that of seen domains if data is short."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeapps.training.evaluation import ScoreTable
+from moeapps.training.scores import ScoreTable
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -16,16 +16,24 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
+from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
-from moeapps.moe.record import MoERecorder, Record
-from moeapps.training.evaluation import DomainScores
+from moeapps.moe.record import Kept, MoERecorder, Record
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
+from moeapps.training.scores import DomainScores
 from moeapps.training.sparse import build_optimizer, clip_gradients
 
 Stage = Literal["train", "val", "test"]
 PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
+
+
+class Factor(NamedTuple):
+    """Something that rows differ in: its label of each row, int64 [N], -1 for none, and how many labels there are."""
+
+    label_N: Tensor
+    num_labels: int
 
 
 @dataclass
@@ -44,6 +52,7 @@ class StepOutput:
         labelled: items of the batch with a label (with anything that can be scored), over which ``loss`` is a mean and
             with which it weighs in means; None for all. With 0 the loss is not defined: in evaluation it is left out,
             while training it is a zero that carries a graph.
+        answer: gives, from this pass, what ``predict_step`` would return for the batch; for figures of a test.
     """
 
     loss: Tensor
@@ -53,6 +62,7 @@ class StepOutput:
     units: dict[str, Tensor] = field(default_factory=dict)
     labelled: int | None = None
     parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    answer: Callable[[], Any] | None = None
 
     @property
     def weight(self) -> int:
@@ -77,7 +87,7 @@ class BaseTask(L.LightningModule):
         schedule: learning-rate schedule over the run.
 
     Raises:
-        ValueError: ``facts`` without domains, or two auxiliary losses of one name.
+        ValueError: ``facts`` without domains or one of ``needed_facts``, or two auxiliary losses of one name.
     """
 
     monitor: ClassVar[str] = "val/validation/loss"
@@ -85,6 +95,7 @@ class BaseTask(L.LightningModule):
     main_metric: ClassVar[str] = "loss"
     monitor_minimum: ClassVar[int] = 1
     monitor_unit: ClassVar[str] = "items"
+    needed_facts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -98,8 +109,9 @@ class BaseTask(L.LightningModule):
         if hparams_mixin._given_hyperparameters.get() is not None:
             # Only the command line gives plain values; live modules would make the checkpoint unsafe to load.
             self.save_hyperparameters(logger=False)
-        if "domains" not in facts:
-            raise ValueError(f"facts has no 'domains' but {sorted(facts)}; give the data module's facts")
+        missing = sorted({"domains", *self.needed_facts} - set(facts))
+        if missing:
+            raise ValueError(f"facts lacks {missing}, it has {sorted(facts)}; give the facts of the task's data module")
         names = [loss.name for loss in aux_losses or []]
         if len(set(names)) < len(names):
             raise ValueError(f"auxiliary losses {names} share a name; give each its own")
@@ -109,7 +121,9 @@ class BaseTask(L.LightningModule):
         self.schedule = schedule or Constant()
         self.scores: dict[str, DomainScores] = {}
         self.last_records: list[Record] = []
+        self.last_answer: Callable[[], Any] | None = None
         self.last_domain: str | None = None
+        self.record_keeps: Collection[Kept] = ()  # what callbacks want of the next test batch's records
         self._last_step = 0
         self._label_seen = False
         self._steps_without = 0
@@ -133,13 +147,27 @@ class BaseTask(L.LightningModule):
         """Return how many tokens (points, frames, pixels, rows) a batch holds: the unit of FLOPs per token."""
         raise TypeError(f"{type(self).__name__} must define num_tokens(batch)")
 
+    def routing_factors(self, batch: Any) -> dict[str, Factor]:
+        """Return what is known about the rows that layers route: class, time, place ...; for reports, never a loss.
+
+        Labels may be of the first rows alone; further ones are then left out of reports.
+        """
+        return {}
+
+    def routed_rows(self, batch: Any) -> list[Tensor] | None:
+        """Return, where layers route at several resolutions, which row of stage 0, 1, ... holds what a label is of.
+
+        None: labels are those of the rows themselves.
+        """
+        return None
+
     # Steps --------------------------------------------------------------------------------------------------------
 
     def recorded_step(self, batch: Any, stage: Stage) -> StepOutput:
-        """Run ``shared_step`` under a recorder and keep its records for losses and callbacks."""
-        with MoERecorder(self) as recorder:
+        """Run ``shared_step`` under a recorder and keep records and answer for losses and callbacks."""
+        with MoERecorder(self, keep=self.record_keeps) as recorder:
             out = self.shared_step(batch, stage)
-        self.last_records = recorder.records
+        self.last_records, self.last_answer = recorder.records, out.answer
         return out
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -319,10 +347,12 @@ class BaseTask(L.LightningModule):
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Let go of the records."""
         self.last_records = []
+        self.last_answer = None
 
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Let go of the records."""
         self.last_records = []
+        self.last_answer, self.record_keeps = None, ()
 
     # Optimisation -------------------------------------------------------------------------------------------------
 

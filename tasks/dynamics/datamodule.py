@@ -24,7 +24,7 @@ class DynamicsData(DomainDataModule):
 
     Domains that are seen give ``train``, ``val`` and ``test`` trajectories of the environments that are trained on; all
     other domains give new environments with support and query trajectories. Environments are numbered in an order
-    drawn from ``seed``, so that neither number nor place tells the family.
+    drawn from ``seed``, so that neither number nor place reveals the family.
 
     Args:
         source: where the environments come from; None means the generated families of `OdeFamilies`.
@@ -167,7 +167,7 @@ class Environments(Dataset[Trajectories]):
         self.whole = whole
 
     def __len__(self) -> int:
-        """Return E."""
+        """Return S."""
         return len(self.whole.x)
 
     def __getitem__(self, index: int) -> Trajectories:

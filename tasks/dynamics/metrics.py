@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well trajectories are reconstructed, and how well experts recover the hidden families.
 
-E environments, N trajectories per environment, T samples, D state size.
+S environments, N trajectories per environment, T samples, D state size.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.sparse import check_sparse_tensor_invariants
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.functional.clustering import adjusted_rand_score
 
-from tasks.dynamics.solvers import diverged
+from tasks.dynamics.nets.solvers import diverged
 
 Error = Literal["mse", "relative_mse", "diverged"]
 Summary = Literal["mean", "median"]
@@ -31,12 +33,12 @@ def environment_errors(pred: Tensor, truth: Tensor, scored: Tensor | None = None
         errors count as inf.
 
     Args:
-        pred: [E, N, T, D].
-        truth: [E, N, T, D].
-        scored: bool [E, N, T], False where a sample is missing or was given; None scores all.
+        pred: [S, N, T, D].
+        truth: [S, N, T, D].
+        scored: bool [S, N, T], False where a sample is missing or was given; None scores all.
 
     Returns:
-        name -> float64 [E]; nan where an environment has no scored sample.
+        name -> float64 [S]; nan where an environment has no scored sample.
 
     Raises:
         ValueError: shapes that differ.
@@ -46,14 +48,14 @@ def environment_errors(pred: Tensor, truth: Tensor, scored: Tensor | None = None
     if pred.shape != truth.shape or (scored is not None and scored.shape != pred.shape[:3]):
         raise ValueError(
             f"pred {tuple(pred.shape)}, truth {tuple(truth.shape)} and scored "
-            f"{None if scored is None else tuple(scored.shape)} must be [E, N, T, D] twice and [E, N, T]"
+            f"{None if scored is None else tuple(scored.shape)} must be [S, N, T, D] twice and [S, N, T]"
         )
     pred, truth = pred.double(), truth.double()
     keep = torch.ones(pred.shape[:3], dtype=torch.bool, device=pred.device) if scored is None else scored
     square = (pred - truth).square().sum(-1)
     square = square.masked_fill(~square.isfinite(), torch.inf)  # nan would be left out of means over domains
     size = truth.abs().clamp(min=1e-6).square().sum(-1)
-    bad = diverged(pred.masked_fill(~keep[..., None], 0.0))  # [E, N]
+    bad = diverged(pred.masked_fill(~keep[..., None], 0.0))  # [S, N]
     return {
         "mse": _mean(square / pred.shape[-1], keep),
         "relative_mse": _mean(square / size, keep),
@@ -62,7 +64,7 @@ def environment_errors(pred: Tensor, truth: Tensor, scored: Tensor | None = None
 
 
 def _mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of the kept values of each environment: [E] from [E, N, T] or [E, N]."""
+    """Mean of the kept values of each environment: [S] from [S, N, T] or [S, N]."""
     return values.masked_fill(~keep, 0.0).flatten(1).sum(1) / keep.flatten(1).sum(1)
 
 
@@ -74,7 +76,7 @@ class TrajectoryScore(Metric):
         summary: ``mean`` or ``median`` over environments.
 
     Shape:
-        update(pred [E, N, T, D], truth [E, N, T, D], scored [E, N, T] or None); compute() -> scalar, nan without a
+        update(pred [S, N, T, D], truth [S, N, T, D], scored [S, N, T] or None); compute() -> scalar, nan without a
         scored sample.
 
     Raises:
@@ -161,28 +163,25 @@ def adjusted_rand_index(expert: Tensor, family: Tensor) -> float:
     """Agreement of two partitions of the environments, 1 for the same one and 0 on average for a random one.
 
     Args:
-        expert: expert of each environment, int64 [E].
-        family: hidden family of each environment, int64 [E]; negative ones are left out.
+        expert: expert of each environment, int64 [S].
+        family: hidden family of each environment, int64 [S]; negative ones are left out.
 
     Returns:
         Hubert and Arabie's adjusted Rand index, at most 1; nan where no family is known.
     """
     if not (family >= 0).any():
         return float("nan")
-    counts = _table(expert, family)
-    # Pairs of environments that are together: in both partitions, in each of them, and all pairs there are.
-    both, rows, columns, pairs = (_pairs(c) for c in (counts, counts.sum(1), counts.sum(0), counts.sum()))
-    chance = rows * columns / max(pairs, 1.0)
-    best = (rows + columns) / 2
-    return 1.0 if best == chance else (both - chance) / (best - chance)
+    known = family >= 0
+    with check_sparse_tensor_invariants(False):  # torchmetrics' table is sparse, and warns unless this is said
+        return float(adjusted_rand_score(expert[known], family[known]))
 
 
 def purity(expert: Tensor, family: Tensor) -> float:
     """Share of environments that are of the most frequent family of their expert.
 
     Args:
-        expert: expert of each environment, int64 [E].
-        family: hidden family of each environment, int64 [E]; negative ones are left out.
+        expert: expert of each environment, int64 [S].
+        family: hidden family of each environment, int64 [S]; negative ones are left out.
 
     Returns:
         In (0, 1]; nan where no family is known.
@@ -195,27 +194,22 @@ def purity(expert: Tensor, family: Tensor) -> float:
 
 def _table(expert: Tensor, family: Tensor) -> Tensor:
     """Count environments of known family: rows are experts that are used, columns families that occur."""
-    # torchmetrics' own table is built of sparse tensors, which warn (1.9).
     known = family >= 0
     rows, columns = (torch.unique(labels[known], return_inverse=True)[1] for labels in (expert, family))
     height, width = int(rows.max()) + 1, int(columns.max()) + 1
     return torch.bincount(rows * width + columns, minlength=height * width).view(height, width)
 
 
-def _pairs(counts: Tensor) -> float:
-    return float((counts * (counts - 1)).sum()) / 2
-
-
 def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]]) -> Tensor:
-    """Give families that cannot be told apart one label.
+    """Give families that cannot be distinguished the same label.
 
     Args:
-        family: labels [E], indices into ``names``.
+        family: labels [S], indices into ``names``.
         names: family names.
         alike: groups of names; those that are not among ``names`` are ignored.
 
     Returns:
-        int64 [E]; each group has the smallest label of its members.
+        int64 [S]; each group has the smallest label of its members.
     """
     table = torch.arange(len(names))
     for group in alike:
@@ -233,7 +227,7 @@ class FamilyRecovery(Metric):
         score: ``ari`` (adjusted Rand index), ``purity`` or ``experts_used``.
 
     Shape:
-        update(expert int64 [E], family int64 [E], negative where unknown); compute() -> scalar.
+        update(expert int64 [S], family int64 [S], negative where unknown); compute() -> scalar.
 
     Raises:
         ValueError: an unknown score.

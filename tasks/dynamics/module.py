@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -18,17 +18,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
-from moeapps.moe.record import MoERecorder, record_call
+from moeapps.moe.record import record_call
 from moeapps.training.callbacks import RouterFit
 from moeapps.training.callbacks.router_fit import fitted_routers
 from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
-from moeapps.training.task import BaseTask, Stage, StepOutput
-from tasks.dynamics.adaptation import Adaptation, Adapted, TryExperts
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.metrics import environment_errors, trajectory_metrics
-from tasks.dynamics.model import FieldMixER, MixER, NetFactory, scaled_errors
-from tasks.dynamics.partition_report import PartitionReport
-from tasks.dynamics.predictions import TrajectoryWriter
+from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
+from tasks.dynamics.nets.adaptation import Adaptation, Adapted, TryExperts
+from tasks.dynamics.report.partition import PartitionReport
+from tasks.dynamics.report.predictions import TrajectoryWriter
 
 log = logging.getLogger("moeapps")
 Phase = Literal["context", "model"]
@@ -94,7 +94,7 @@ class DynamicsTask(BaseTask):
     increment of their environment, so that families of all sizes count the same.
 
     Args:
-        net: ``(state_dim, num_environments) -> network``.
+        net: makes the network from the facts.
         facts: from the data module: ``domains``, ``num_environments``, ``state_dim`` and ``kind``.
         alternation: steps on contexts and weights.
         gate_every: steps between two fits of a fitted gate; without effect on other gates.
@@ -113,13 +113,14 @@ class DynamicsTask(BaseTask):
     main_metric: ClassVar[str] = "relative_mse_median"
     monitor_minimum: ClassVar[int] = 4
     monitor_unit: ClassVar[str] = "environments"
+    needed_facts: ClassVar[tuple[str, ...]] = ("num_environments", "state_dim", "kind")
     inner_step: Tensor
     skipped: Tensor
 
     def __init__(
         self,
         *,
-        net: NetFactory,
+        net: Callable[[dict[str, Any]], MixER],
         facts: dict[str, Any],
         alternation: Alternation | None = None,
         gate_every: int = 2,
@@ -130,13 +131,10 @@ class DynamicsTask(BaseTask):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
-        missing = {"num_environments", "state_dim", "kind"} - set(facts)
-        if missing:
-            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of DynamicsData")
         if gate_every < 1 or not context_lr > 0:
             raise ValueError(f"gate_every={gate_every} must be 1 or more and context_lr={context_lr} above 0")
         self.automatic_optimization = False
-        self.net: MixER = net(facts["state_dim"], facts["num_environments"])
+        self.net = net(facts)
         if self.net.kind != facts["kind"]:
             raise ValueError(
                 f"the data is a {facts['kind']}, but {type(self.net).__name__} models a {self.net.kind}; use "
@@ -153,7 +151,7 @@ class DynamicsTask(BaseTask):
         self._own_callbacks: list[L.Callback] = []
 
     def configure_callbacks(self) -> Sequence[L.Callback]:
-        """The partition report and, where there is a gate to fit, its fit; the same ones for training and test."""
+        """Return the partition report and, for a fitted gate, the callback that fits it."""
         if not self._own_callbacks:
             fit = [RouterFit(self.gate_every)] if fitted_routers(self) else []
             self._own_callbacks = [*fit, PartitionReport()]
@@ -172,11 +170,15 @@ class DynamicsTask(BaseTask):
         """Samples of a batch."""
         return batch.x.shape[0] * batch.x.shape[1] * batch.x.shape[2]
 
+    def routing_factors(self, batch: Trajectories) -> dict[str, Factor]:
+        """The hidden family of each environment, where it is known."""
+        return {"family": Factor(batch.family, len(self.facts.get("families", [])))}
+
     # Training -----------------------------------------------------------------------------------------------------
 
     @property
     def model_parameters(self) -> list[nn.Parameter]:
-        """What the model phase trains: everything but the contexts."""
+        """The parameters that the model phase trains: all but the contexts."""
         return [p for p in self.net.parameters() if p.requires_grad and p is not self.net.contexts]
 
     def training_step(self, batch: Trajectories, batch_idx: int) -> Tensor:
@@ -184,18 +186,16 @@ class DynamicsTask(BaseTask):
         step, options = int(self.inner_step), self.alternation
         if options.begins(step) or not self._round_start:
             self._round_start = [p.detach().clone() for p in (self.net.contexts, *self.model_parameters)]
-        self.inner_step += 1
         phase = self.phase(step)
         params = [self.net.contexts] if phase == "context" else self.model_parameters
-        with MoERecorder(self) as recorder:
-            loss = self.training_loss(self._contributing(batch), rollout=self._trains_rollouts(step))
-        self.last_records = recorder.records
-        total = loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
-        total = self.with_aux_losses(total, len(batch.x))
+        out = self.recorded_step(batch, "train")
+        self.inner_step += 1
+        total = out.loss + self._proximal(phase) + options.context_l1 * self.net.contexts.abs().mean()
+        total = self.with_aux_losses(total, out.batch_size)
         self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
         cast(list[LRScheduler], self.lr_schedulers())[phase == "model"].step()
-        self._log_step(loss, len(batch.x))
-        return loss.detach()
+        self._log_step(out.loss, out.batch_size)
+        return out.loss.detach()
 
     def phase(self, step: int) -> Phase:
         """Whether step ``step`` is one on the contexts or on the weights."""
@@ -225,18 +225,18 @@ class DynamicsTask(BaseTask):
 
     def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
         """Mean over environments of their scaled error under the gate."""
-        context_Ed = self.net.contexts[data.env]
-        routing = self.net.route(context_Ed, self.net.group(data))
-        anchor_Ed = None
+        context_Sc = self.net.contexts[data.env]
+        routing = self.net.route(context_Sc, self.net.group(data))
+        anchor_Sc = None
         modulation = self.net.modulation if isinstance(self.net, FieldMixER) else None
         if modulation is not None:
-            near_Ep = modulation.choose(context_Ed)
-            pool = near_Ep.shape[1]
+            near_Sp = modulation.choose(context_Sc)
+            pool = near_Sp.shape[1]
             data = data.environments(torch.arange(len(data.x), device=data.x.device).repeat_interleave(pool))
-            anchor_Ed = context_Ed[near_Ep.flatten()]
-            context_Ed = context_Ed.repeat_interleave(pool, 0)
+            anchor_Sc = context_Sc[near_Sp.flatten()]
+            context_Sc = context_Sc.repeat_interleave(pool, 0)
             routing = routing.repeat_rows(pool)  # type: ignore[union-attr]
-        return self._errors(data, context_Ed, routing, anchor_Ed, rollout=rollout).mean()
+        return self._errors(data, context_Sc, routing, anchor_Sc, rollout=rollout).mean()
 
     def _errors(self, data: Trajectories, *args: Any, rollout: bool) -> Tensor:
         if rollout:
@@ -255,12 +255,12 @@ class DynamicsTask(BaseTask):
         count = self.alternation.contributors
         if count is None or count >= len(batch.x):
             return batch
-        context_Ed = self.net.contexts[batch.env]
-        chosen = int(torch.randint(len(context_Ed), ()))
-        distance_E = (context_Ed - context_Ed[chosen]).abs().mean(1)
-        distance_E[chosen] = -1.0  # all distances are 0 at the start; a random order keeps families from coming in turn
-        order_E = torch.randperm(len(distance_E), device=distance_E.device)
-        nearest = order_E[distance_E[order_E].argsort(stable=True)[:count]]
+        context_Sc = self.net.contexts[batch.env]
+        chosen = int(torch.randint(len(context_Sc), ()))
+        distance_S = (context_Sc - context_Sc[chosen]).abs().mean(1)
+        distance_S[chosen] = -1.0  # all distances are 0 at the start; a random order keeps families from coming in turn
+        order_S = torch.randperm(len(distance_S), device=distance_S.device)
+        nearest = order_S[distance_S[order_S].argsort(stable=True)[:count]]
         return batch.environments(nearest.sort().values)
 
     def _proximal(self, phase: Phase) -> Tensor:
@@ -343,20 +343,20 @@ class DynamicsTask(BaseTask):
 
     @torch.no_grad()
     def routing_losses(self, layer: str, *, needed: bool) -> tuple[Tensor, Tensor | None]:
-        """Contexts [E, d] and the one-step loss [E, K] of every environment under every expert; for ``RouterFit``."""
-        contexts_Ed = self.net.contexts.detach()
+        """Contexts [S, c] and the one-step loss [S, E] of every environment under every expert; for ``RouterFit``."""
+        contexts_Sc = self.net.contexts.detach()
         if not needed:
-            return contexts_Ed, None
-        return contexts_Ed, self._losses_of_experts(self.training_data())
+            return contexts_Sc, None
+        return contexts_Sc, self._losses_of_experts(self.training_data())
 
     def _losses_of_experts(self, data: Trajectories) -> Tensor:
-        """The one-step loss [E, K] of every environment, in the order of their numbers, under every expert."""
-        E, K = len(data.x), self.net.num_experts
-        rows = torch.arange(E, device=self.device).repeat(K)
-        expert = torch.arange(K, device=self.device).repeat_interleave(E)
+        """The one-step loss [S, E] of every environment, in the order of their numbers, under every expert."""
+        S, E = len(data.x), self.net.num_experts
+        rows = torch.arange(S, device=self.device).repeat(E)
+        expert = torch.arange(E, device=self.device).repeat_interleave(S)
         every, context = data.environments(rows), self.net.contexts.detach()[rows]
         error = self._errors(every, context, self.net.route_to(expert, context), rollout=False)
-        return error.view(K, E).T
+        return error.view(E, S).T
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -364,16 +364,16 @@ class DynamicsTask(BaseTask):
         """The contexts and experts of a batch: known for trained environments, adapted for all others."""
         net = self.net
         if bool((data.env >= 0).all()):
-            context_Ed = net.contexts[data.env].detach()
-            expert_E = net.best_experts(context_Ed, net.group(data))
-            zero_E = torch.zeros(len(expert_E), device=self.device)
-            return Adapted(context_Ed, expert_E, zero_E, torch.ones_like(expert_E, dtype=torch.bool))
+            context_Sc = net.contexts[data.env].detach()
+            expert_S = net.best_experts(context_Sc, net.group(data))
+            zero_S = torch.zeros(len(expert_S), device=self.device)
+            return Adapted(context_Sc, expert_S, zero_S, torch.ones_like(expert_S, dtype=torch.bool))
         # Adaptation needs gradients of the contexts, which inference mode forbids even inside enable_grad.
         with torch.inference_mode(False):
             return self.adaptation(net, _normal(data.support), net.group(self.training_data()))
 
     def predict_trajectories(self, data: Trajectories) -> tuple[Tensor, Adapted]:
-        """Roll out the query trajectories of a batch: [E, N, T, D], and what serves them."""
+        """Roll out the query trajectories of a batch: [S, N, T, D], with the contexts and experts used."""
         found, net = self.find_contexts(data), self.net
         routing = net.route_to(found.expert, found.context)
         record_call(net.layer, routing, group=net.group(data))
@@ -381,34 +381,41 @@ class DynamicsTask(BaseTask):
             return net.rollout(data.query, found.context, routing), found
 
     def shared_step(self, batch: Trajectories, stage: Stage) -> StepOutput:
-        """Scores of the roll-outs of one batch of environments."""
-        pred, _ = self.predict_trajectories(batch)
+        """Training: the loss of this step's kind. Evaluation: scores of the roll-outs of one batch of environments."""
+        if stage == "train":
+            rollout = self._trains_rollouts(int(self.inner_step))
+            return StepOutput(self.training_loss(self._contributing(batch), rollout=rollout), len(batch.x))
+        pred, found = self.predict_trajectories(batch)
         query = batch.query
         scored = scored_samples(query)
-        known_E = scored.flatten(1).any(1)
-        error_E = scaled_errors(pred, query.x, scored, query.scale)[known_E]  # of none the mean is NaN
+        known_S = scored.flatten(1).any(1)
+        error_S = scaled_errors(pred, query.x, scored, query.scale)[known_S]  # of none the mean is NaN
         units = environment_errors(pred, query.x, scored)
         return StepOutput(
-            error_E.mean(), len(batch.x), (pred, query.x, scored), units=units, labelled=int(known_E.sum())
+            *(error_S.mean(), len(batch.x), (pred, query.x, scored)),
+            units=units,
+            labelled=int(known_S.sum()),
+            answer=lambda: self._answer(str(self.last_domain), batch, pred, found),
         )
 
     def predict_step(self, batch: Trajectories, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
         """Roll out one batch.
 
         Returns:
-            On the CPU: ``domain``, ``x`` and ``truth`` [E, N, T, D], ``dt`` [E], ``env``, ``family`` and ``expert``
-            int64 [E], ``context`` [E, d], ``support_loss`` [E] and ``gate_agrees`` bool [E].
+            On the CPU: ``domain``, ``x`` and ``truth`` [S, N, T, D], ``dt`` [S], ``env``, ``family`` and ``expert``
+            int64 [S], ``context`` [S, c], ``support_loss`` [S] and ``gate_agrees`` bool [S].
         """
-        pred, found = self.predict_trajectories(batch)
-        query = batch.query
-        parts = {"x": pred, "truth": query.x, "dt": batch.dt, "env": batch.env, "family": batch.family, **vars(found)}
-        domain = self.data.eval_domains("predict")[dataloader_idx]
+        return self._answer(self.data.eval_domains("predict")[dataloader_idx], batch, *self.predict_trajectories(batch))
+
+    def _answer(self, domain: str, batch: Trajectories, pred: Tensor, found: Adapted) -> dict[str, Any]:
+        truth = batch.query.x
+        parts = {"x": pred, "truth": truth, "dt": batch.dt, "env": batch.env, "family": batch.family, **vars(found)}
         return {"domain": domain, **{name: value.detach().cpu() for name, value in parts.items()}}
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep where the round began, should it be under way."""
+        """Save the start of the current round, if a round has begun."""
         checkpoint["round_start"] = [value.clone() for value in self._round_start]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -418,7 +425,7 @@ class DynamicsTask(BaseTask):
 
 
 def scored_samples(data: Trajectories) -> Tensor:
-    """Which samples are scored: those that are there and were not given, bool [E, N, T]."""
+    """Which samples are scored: those that are there and were not given, bool [S, N, T]."""
     there = torch.ones(data.x.shape[:3], dtype=torch.bool, device=data.x.device) if data.mask is None else data.mask
     return there & (torch.arange(data.x.shape[2], device=data.x.device) >= data.num_given)
 

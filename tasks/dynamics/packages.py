@@ -29,15 +29,3 @@ AEON = Package(
 )
 
 PACKAGES: tuple[Package, ...] = (AEON,)
-
-
-def package_named(name: str) -> Package:
-    """Return the record of one package.
-
-    Raises:
-        ValueError: no package of this name is listed.
-    """
-    for package in PACKAGES:
-        if package.name == name:
-            return package
-    raise ValueError(f"unknown package {name!r}; listed: {', '.join(p.name for p in PACKAGES)}")

@@ -1,168 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps sample`` and ``moeapps fid-stats`` for sets of images."""
+"""The commands that image systems add to ``moeapps``; what they do is imported when one runs."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from moeapps.commands.tasks import TaskCommand
 
-import numpy as np
-import torch
-from torch import Tensor
+_DATA = "tasks.image_diffusion.datamodule:ImageData"
+_SYSTEMS = "systems that draw images, such as configs/promoe.yaml"
 
-from moeapps.data.domain import Split
-from tasks.image_diffusion.adm import read_adm, write_adm
-from tasks.image_diffusion.autoencoder import LatentDecoder
-from tasks.image_diffusion.data.arrays import write_arrays
-from tasks.image_diffusion.data.batch import from_uint8
-from tasks.image_diffusion.data.own_images import ENDINGS, read_image
-from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import get_judge
-from tasks.image_diffusion.inception import InceptionFeatures
-from tasks.image_diffusion.judgement import Extractor
-from tasks.image_diffusion.pictures import grid, write_png
-from tasks.image_diffusion.quality import Gaussian, frechet_distance
-from tasks.image_diffusion.samplers import sample
-
-# --- sample -----------------------------------------------------------------------------------------------------------
-
-
-def sample_images(words: Sequence[str], task: Any, data: ImageData) -> int:
-    """Draw images and write a grid and an npz file.
-
-    Args:
-        words: options, see ``--help``.
-        task: an `ImageDiffusionTask` with trained weights.
-        data: its data, for names of classes.
-
-    Raises:
-        ValueError: a class that is not there, a number that is not allowed, a missing autoencoder.
-    """
-    parser = argparse.ArgumentParser(
-        prog="moeapps sample --run DIR",
-        description="Draw images: grid.png, and samples.npz with arr_0 uint8 (N, H, W, 3) and arr_1 labels.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="names or numbers (default: all)")
-    parser.add_argument("--count", type=int, default=8, help="images of each class")
-    parser.add_argument("--cfg", type=float, default=4.0, help="strength of guidance; 1 is none")
-    parser.add_argument("--steps", type=int, default=25, help="steps of the solver")
-    parser.add_argument("--solver", help="solver (default: the one the task was made for)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    parser.add_argument("--vae", type=Path, help="local folder of an AutoencoderKL, for models of latents")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    options = parser.parse_args(words)
-    if options.count < 1:
-        raise ValueError(f"--count {options.count}: use 1 or more")
-    names = data.facts["class_names"]
-    chosen = class_numbers(options.classes, names) if options.classes else list(range(len(names)))
-    decoder = LatentDecoder(options.vae, getattr(data.source, "scale", 1.0)) if options.vae is not None else None
-    label = torch.tensor(chosen).repeat_interleave(options.count)
-    image = sample(task, label, cfg=options.cfg, steps=options.steps, seed=options.seed, solver=options.solver).cpu()
-    path = options.out / "samples.npz"
-    if data.facts["latent"] and decoder is None:
-        write_arrays(path, x=image.numpy(), y=label.numpy())
-        print("the model draws latents: x holds them as they are; give --vae DIR for pictures")
-    else:
-        image = torch.cat([decoder(part) for part in image.split(8)]) if decoder is not None else image
-        write_adm(path, image=image, label=label)
-    enlarge = max(1, 56 // image.shape[-1])
-    write_png(options.out / "grid.png", grid(image, options.count, enlarge=enlarge))
-    print(f"{len(label)} images of {len(chosen)} classes: {options.out / 'grid.png'}, {path}")
-    return 0
-
-
-def class_numbers(words: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the labels of classes given by name or number.
-
-    Raises:
-        ValueError: no such class.
-    """
-    found = []
-    for word in words:
-        if word in names:
-            found.append(list(names).index(word))
-        elif word.isdigit() and int(word) < len(names):
-            found.append(int(word))
-        else:
-            close = difflib.get_close_matches(word, names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            raise ValueError(f"no class {word!r}; {hint}allowed: 0 to {len(names) - 1}, or {shown}")
-    return found
-
-
-# --- fid-stats --------------------------------------------------------------------------------------------------------
-
-
-def fid_stats(words: Sequence[str], data: ImageData) -> int:
-    """Write mean and covariance of features as the ADM evaluation reads them.
-
-    Args:
-        words: options, see ``--help``.
-        data: the set whose images are described, and whose judge makes the features.
-
-    Raises:
-        ValueError: an unknown domain, no image, a damaged file, other features on the two sides of a distance.
-    """
-    parser = argparse.ArgumentParser(
-        prog="moeapps fid-stats",
-        description="Statistics of images (mu, sigma, n, extractor) as npz; features of the judge of the data, "
-        "or of Inception.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--images", type=Path, help="folder of images or npz with arr_0, in place of the data set's own"
-    )
-    parser.add_argument("--domain", action="append", default=[], help="domain of the data set (default: all seen ones)")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="split of the data set")
-    parser.add_argument("--inception", type=Path, help="local weight file of the FID's Inception network")
-    parser.add_argument("--keep-images", action="store_true", help="also write the images, arr_0 uint8")
-    parser.add_argument("--against", type=Path, help="npz of statistics: print the Fréchet distance to them")
-    parser.add_argument("--out", type=Path, required=True, help="npz file to write")
-    options = parser.parse_args(words)
-    inception = None if options.inception is None else InceptionFeatures(options.inception)
-    data.prepare_data()
-    image = _own(options.images, data) if options.images is not None else _data(data, options.domain, options.split)
-    extractor: Extractor = inception or get_judge(data)
-    statistics = Gaussian.of(extractor.features(image))
-    kept = image if options.keep_images else None
-    write_adm(options.out, image=kept, statistics=statistics, extractor=extractor.key)
-    print(f"{statistics.num} images, features of {extractor.key}: {options.out}")
-    if options.against is not None:
-        other = read_adm(options.against)
-        if other.statistics is None or other.extractor != extractor.key:
-            raise ValueError(
-                f"{options.against} has statistics of {other.extractor or 'nobody knows whose'} features, these are of "
-                f"{extractor.key}; make both with one extractor"
-            )
-        distance = frechet_distance(statistics, other.statistics)
-        print(f"Fréchet distance to {options.against} ({other.statistics.num} images): {distance:.4f}")
-    return 0
-
-
-def _data(data: ImageData, domains: Sequence[str], split: Split) -> Tensor:
-    names = list(domains) or data.present("seen")
-    return torch.cat([data.images(name, split).image for name in names])
-
-
-def _own(path: Path, data: ImageData) -> Tensor:
-    """Images of a folder or npz with the shape the data's judge takes."""
-    channels, size = int(data.facts["channels"]), int(data.facts["image_size"])
-    if data.facts["latent"]:
-        raise ValueError("--images takes pictures, and this data set holds latents; leave --images out")
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
-        if not files:
-            raise ValueError(f"{path} holds no image; allowed endings: {', '.join(ENDINGS)}")
-        pixels = np.stack([read_image(file, size, channels) for file in files])
-        return from_uint8(torch.from_numpy(pixels))
-    image = read_adm(path).image
-    if image is None:
-        raise ValueError(f"{path} has no images (arr_0)")
-    if tuple(image.shape[2:]) != (size, size):
-        raise ValueError(f"{path}: images of {tuple(image.shape[2:])} pixels, the data set has {size} x {size}")
-    return image.mean(1, keepdim=True) if channels == 1 else image
+COMMANDS: tuple[TaskCommand, ...] = (
+    TaskCommand(
+        "sample",
+        "draw images with a trained run",
+        "tasks.image_diffusion.report.sample:main",
+        data=_DATA,
+        systems=_SYSTEMS,
+        weights=True,
+    ),
+    TaskCommand(
+        "fid-stats",
+        "statistics of images, for Fréchet distances",
+        "tasks.image_diffusion.report.fid_stats:main",
+        data=_DATA,
+        systems=_SYSTEMS,
+    ),
+)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import DomainDataModule, Role, Split
-from moeapps.data.mixing import Mixing
+from moeapps.data.mixing import DomainMixing
 from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
@@ -48,7 +47,7 @@ class ImageData(DomainDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "balanced",
+        mixing: DomainMixing = "balanced",
         eval_batch_size: int | None = None,
     ) -> None:
         self.source = source or GlyphShapes()
@@ -105,13 +104,3 @@ class ImageData(DomainDataModule):
     def collate(self, items: ImageBatch | list[ImageBatch]) -> ImageBatch:
         """Return the batch: images come whole, except for single ones asked for one by one."""
         return items if isinstance(items, ImageBatch) else ImageBatch.cat(items)
-
-    def command(self, name: str) -> Callable[[list[str], Any], int] | None:
-        """Return what runs ``moeapps sample`` and ``moeapps fid-stats`` on these images."""
-        from tasks.image_diffusion import commands
-
-        found: dict[str, Callable[[list[str], Any], int]] = {
-            "sample": lambda words, task: commands.sample_images(words, task, self),
-            "fid-stats": lambda words, task: commands.fid_stats(words, self),
-        }
-        return found.get(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses on the routing that ProMoE and its rivals bring: pure functions of a record, and the modules YAML names.
+"""Routing losses of ProMoE and its rivals: pure functions of a record, and the modules that YAML names.
 
 Shape legend: N tokens, E experts, D width, G images, M assignments.
 """
@@ -14,8 +14,8 @@ from moeapps.moe import AuxLoss, PrototypeScore, Record, Routing
 from moeapps.moe.losses import Reduction
 from moeapps.moe.objectives import routed
 from moeapps.moe.routers.router import without_autocast
-from tasks.image_diffusion.diffmoe import CapacityRouting
-from tasks.image_diffusion.routers import ClassTable, superclass_of
+from tasks.image_diffusion.rivals.diffmoe import CapacityRouting
+from tasks.image_diffusion.rivals.routers import ClassTable, superclass_of
 
 # --- functions --------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def routing_contrast(
     Returns:
         0-dim tensor, with gradient to prototypes and tokens.
 
-    Source: ProMoE, equation 6 (promoe card 2.3 and 2.4).
+    Source: ProMoE, its equation 6 (docs/papers/promoe.md, equations 4 and 5).
     """
     num_experts = len(prototypes_ED)
     with without_autocast(x_ND.device):
@@ -66,7 +66,7 @@ def routing_contrast(
 
 
 def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
-    r"""Push apart experts that like the same tokens, the more so the more they are chosen together.
+    r"""Push apart experts that prefer the same tokens, more strongly the more often they are chosen together.
 
     With :math:`P' = P^T P` of the probabilities and :math:`M' = M^T M` of the selection:
     :math:`\frac{1}{N} \sum_{ij} W_{ij} P'_{ij}`, :math:`W_{ii} = E M'_{ii} / \sum_i M'_{ii}`,
@@ -76,7 +76,7 @@ def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
         probs_NE: softmax rows [N, E].
         taken_NE: bool [N, E].
 
-    Source: Expert Race, as in the promoe card, section 8 [secondary there].
+    Source: Expert Race (docs/papers/promoe.md, equation 14; secondary).
     """
     num_rows, num_experts = probs_NE.shape
     taken = taken_NE.to(probs_NE.dtype)

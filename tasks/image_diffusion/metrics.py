@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paired validation loss in parts: with and without the label, and by noise level."""
+"""Parts of the paired validation loss: with and without the label, and by noise level."""
 
 from __future__ import annotations
 

@@ -11,13 +11,14 @@ Shape legend: B images, C channels, H image edge, P patch edge, L = (H / P)^2 to
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from moeapps.moe import Experts, LayerFactory
-from tasks.image_diffusion.blocks import (
+from tasks.image_diffusion.nets.blocks import (
     Block,
     LabelEmbedder,
     LastLayer,
@@ -28,13 +29,12 @@ from tasks.image_diffusion.blocks import (
 
 
 class DiT(nn.Module):
-    """Noisy images, times and labels in; what the process asks for (velocity or noise) out.
+    """From noisy images, times and labels to what the process needs: velocity or noise.
 
     Args:
-        image_size: H, edge of the images or latents in pixels; a multiple of ``patch_size``.
+        facts: from the data module; read are ``image_size``, H, edge of the images or latents in pixels (a multiple of
+            ``patch_size``), their ``channels``, C, and ``num_classes``, K; label K means "no class".
         patch_size: P, edge of a patch (paper: 2 on latents).
-        channels: C of the images or latents.
-        num_classes: K; label K means "no class".
         dim: width D, a multiple of 4 and of ``num_heads``.
         depth: number of blocks.
         num_heads: attention heads.
@@ -56,11 +56,9 @@ class DiT(nn.Module):
 
     def __init__(
         self,
+        facts: dict[str, Any],
         *,
-        image_size: int,
         patch_size: int,
-        channels: int,
-        num_classes: int,
         dim: int,
         depth: int,
         num_heads: int,
@@ -73,6 +71,9 @@ class DiT(nn.Module):
         positions: PositionOrder = "columns_first",
     ) -> None:
         super().__init__()
+        image_size: int = facts["image_size"]
+        channels: int = facts["channels"]
+        num_classes: int = facts["num_classes"]
         _check(image_size, patch_size, dim, num_heads, depth, moe_every)
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
         self.num_classes, self.dim, self.learn_sigma = num_classes, dim, learn_sigma
@@ -163,7 +164,7 @@ def _xavier_experts(bank: Experts) -> None:
 def _check(image_size: int, patch_size: int, dim: int, num_heads: int, depth: int, moe_every: int) -> None:
     if patch_size < 1 or image_size % patch_size:
         raise ValueError(
-            f"image_size={image_size} is no multiple of patch_size={patch_size}; choose a patch that divides the image"
+            f"image_size={image_size} is not a multiple of patch_size={patch_size}; choose a patch that divides it"
         )
     if dim % 4 or dim % num_heads:
         raise ValueError(f"dim={dim} must be a multiple of 4 (position table) and of num_heads={num_heads}")
@@ -174,11 +175,14 @@ def _check(image_size: int, patch_size: int, dim: int, num_heads: int, depth: in
 # --- the paper's sizes ------------------------------------------------------------------------------------------------
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-"""Depth, width and heads of the published sizes (paper, table 2); patch 2 on latents of 32 x 32 x 4, 1000 classes."""
+"""Depth, width and heads of the published sizes (paper, table 2)."""
+
+LATENTS = {"image_size": 32, "channels": 4, "num_classes": 1000}
+"""Facts of what the paper trains on: latents of ImageNet at 256 pixels."""
 
 
 def dit_paper(size: str, moe: LayerFactory | None = None) -> DiT:
-    """A network of the paper: ``S``, ``B``, ``L`` or ``XL``; dense, or with the given layer in its odd blocks.
+    """A network of the paper on `LATENTS`: ``S``, ``B``, ``L`` or ``XL``; dense, or with the layer in its odd blocks.
 
     With ``moeapps.moe.presets.promoe`` (12 routed experts, one shared, one unconditional): 75M, 300M, 1.063B and 1.568B
     parameters.
@@ -189,6 +193,4 @@ def dit_paper(size: str, moe: LayerFactory | None = None) -> DiT:
     if size not in SIZES:
         raise ValueError(f"size={size!r}; the paper has {', '.join(SIZES)}")
     depth, dim, heads = SIZES[size]
-    return DiT(
-        image_size=32, patch_size=2, channels=4, num_classes=1000, dim=dim, depth=depth, num_heads=heads, moe=moe
-    )
+    return DiT(LATENTS, patch_size=2, dim=dim, depth=depth, num_heads=heads, moe=moe)

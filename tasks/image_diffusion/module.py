@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -12,14 +13,14 @@ from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
-from moeapps.training.task import BaseTask, Stage, StepOutput
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.image_diffusion.data.batch import ImageBatch
-from tasks.image_diffusion.flow import RectifiedFlow
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
-from tasks.image_diffusion.process import Process
-from tasks.image_diffusion.routers import ClassTable
-from tasks.image_diffusion.samplers import image_noise, sample
+from tasks.image_diffusion.nets.flow import RectifiedFlow
+from tasks.image_diffusion.nets.process import Process
+from tasks.image_diffusion.nets.samplers import image_noise, sample
+from tasks.image_diffusion.rivals.routers import ClassTable
 
 PAIRED_SEED = 20_251_024
 """Seed of the fixed noise of the paired loss."""
@@ -51,7 +52,7 @@ class ImageDiffusionTask(BaseTask):
     twice, with its label and without.
 
     Args:
-        net: the network.
+        net: makes the network from the facts.
         facts: from the data module: ``domains``, ``num_classes``, ``channels``, ``image_size``, ``superclass``.
         process: how images are noised; None means `RectifiedFlow`.
         sampling: how ``predict`` draws images.
@@ -60,8 +61,7 @@ class ImageDiffusionTask(BaseTask):
         schedule: learning-rate schedule (paper: constant).
 
     Raises:
-        ValueError: ``facts`` lacks an entry, the data does not fit the network, or the network gives no variance that
-            the process needs.
+        ValueError: ``facts`` lacks an entry or a superclass, or the network gives no variance that the process needs.
     """
 
     monitor: ClassVar[str] = "val/validation/loss"
@@ -69,11 +69,12 @@ class ImageDiffusionTask(BaseTask):
     main_metric: ClassVar[str] = "loss"
     monitor_minimum: ClassVar[int] = 100
     monitor_unit: ClassVar[str] = "images"
+    needed_facts: ClassVar[tuple[str, ...]] = ("num_classes", "channels", "image_size", "superclass")
 
     def __init__(
         self,
         *,
-        net: DiT,
+        net: Callable[[dict[str, Any]], DiT],
         facts: dict[str, Any],
         process: Process | None = None,
         sampling: Sampling | None = None,
@@ -82,11 +83,12 @@ class ImageDiffusionTask(BaseTask):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
-        _check_facts(facts, net)
-        self.net = net
+        if len(facts["superclass"]) != facts["num_classes"]:
+            raise ValueError(f"facts['superclass'] is {facts['superclass']}; give one entry for each class")
+        self.net = net(facts)
         self.process = process or RectifiedFlow()
         self.sampling = sampling or Sampling()
-        if self.process.needs_variance and not net.learn_sigma:
+        if self.process.needs_variance and not self.net.learn_sigma:
             raise ValueError(f"{type(self.process).__name__} learns a variance; set net.learn_sigma=true")
         for module in self.modules():
             if isinstance(module, ClassTable):
@@ -99,6 +101,20 @@ class ImageDiffusionTask(BaseTask):
     def num_tokens(self, batch: ImageBatch) -> int:
         """Tokens of an evaluation pass, which holds every image twice: with its label and without."""
         return 2 * len(batch.label) * self.net.num_tokens
+
+    def routing_factors(self, batch: ImageBatch) -> dict[str, Factor]:
+        """Class of a token's image, slice of its time (one of ten), place in the image.
+
+        Evaluation routes every image twice; of the two passes only the first, with classes, has labels.
+        """
+        length, num = self.net.num_tokens, len(batch.label)
+        _, t_B = self.fixed_noise(batch)
+        time_B = (t_B * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        return {
+            "class": Factor(batch.label.repeat_interleave(length), self.net.num_classes),
+            "time": Factor(time_B.repeat_interleave(length), TIME_BINS),
+            "place": Factor(torch.arange(length, device=batch.label.device).repeat(num), length),
+        }
 
     # Steps --------------------------------------------------------------------------------------------------------
 
@@ -170,18 +186,3 @@ class ImageDiffusionTask(BaseTask):
         image = sample(self, batch.label, cfg=how.cfg, steps=how.steps, solver=how.solver, seed=how.seed, index=index)
         parts = {"image": image, "label": batch.label, "domain": batch.domain, "index": batch.index}
         return {name: value.cpu() for name, value in parts.items()}
-
-
-def _check_facts(facts: dict[str, Any], net: DiT) -> None:
-    wanted = ("num_classes", "channels", "image_size")
-    missing = [name for name in (*wanted, "superclass") if name not in facts]
-    if missing:
-        raise ValueError(f"facts lacks {missing}; give the facts of ImageData")
-    for name in wanted:
-        if facts[name] != getattr(net, name):
-            raise ValueError(
-                f"the data has {name}={facts[name]} but net.{name}={getattr(net, name)}; "
-                f"set model.init_args.net.init_args.{name} to {facts[name]}"
-            )
-    if len(facts["superclass"]) != facts["num_classes"]:
-        raise ValueError(f"facts['superclass'] is {facts['superclass']}; give one entry for each class")

@@ -14,7 +14,7 @@ from torch_geometric.data import Batch
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import DomainDataModule
-from moeapps.data.mixing import Mixing
+from moeapps.data.mixing import DomainMixing
 from tasks.point_cloud.data.dataset import Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
@@ -27,11 +27,11 @@ from tasks.point_cloud.data.domains import (
     generate_split,
 )
 from tasks.point_cloud.data.features import IN_DIM, Features
+from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays, load_scans, save_scans
 from tasks.point_cloud.data.sources import PointSource
+from tasks.point_cloud.data.transforms import Augmentation
 from tasks.point_cloud.data.voting import Voting
-from tasks.point_cloud.labels import label_set
-from tasks.point_cloud.transforms import Augmentation
 
 log = logging.getLogger("moeapps")
 
@@ -79,7 +79,7 @@ class PointCloudData(DomainDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "concat",
+        mixing: DomainMixing = "concat",
         eval_batch_size: int | None = None,
         data_seed: int = 0,
         train_scenes: int = 48,
@@ -241,7 +241,7 @@ class PointCloudData(DomainDataModule):
                 "look at the names of the classes, the ids to ignore and where the labels are read from"
             )
         for name in without:
-            log.warning("domain %s (seen) has no known label in its training scans: it teaches nothing", name)
+            log.warning("domain %s (seen) has no known label in its training scans: it adds nothing to training", name)
 
     def collate(self, items: list[Scan]) -> Batch:
         """Join scans into one batch; it gains ``batch`` [N] and ``ptr`` [B + 1]."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.point_cloud.labels import IGNORE
+from tasks.point_cloud.data.labels import IGNORE
 
 
 def lovasz_softmax(probs_NC: Tensor, target_N: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from tasks.point_cloud.labels import IGNORE
+from tasks.point_cloud.data.labels import IGNORE
 
 SCORES = ("miou", "miou_all", "macc", "allacc")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from moeapps.moe import LayerFactory
-from tasks.point_cloud.attention import PatchAttention, PositionalConv, apply_layer
-from tasks.point_cloud.geometry import Level, finest_level
-from tasks.point_cloud.serialization import ORDERS, Order
-from tasks.point_cloud.sparse_conv import SubmanifoldConv3d
+from tasks.point_cloud.nets.attention import PatchAttention, PositionalConv, apply_layer
+from tasks.point_cloud.nets.geometry import Level, finest_level
+from tasks.point_cloud.nets.serialization import ORDERS, Order
+from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d
 
 Placement = Literal["projection", "mlp"]
 
@@ -133,7 +133,7 @@ class PointMoE(nn.Module):
     """U-Net of Point Transformer V3 blocks whose merging of the heads is made by ``moe``.
 
     Args:
-        in_dim: channels of the input features.
+        facts: from the data module; read is ``in_dim``, the channels of the input features.
         moe: makes the layer after the attention heads from its width, afresh for each block: a mixture
             (``moeapps.moe.presets.point_moe``), a dense twin (``dense``) or a plain linear map (``linear``, which is
             Point Transformer V3).
@@ -158,8 +158,8 @@ class PointMoE(nn.Module):
         int64 [B] -> features [N, out_dim], rows as in the batch.
 
     Raises:
-        ValueError: The stage lists disagree in length, a width is no multiple of ``head_dim``, ``orders`` is empty, or
-            ``placement`` is unknown.
+        ValueError: The stage lists disagree in length, a width is not a multiple of ``head_dim``, ``orders`` is empty,
+            or ``placement`` is unknown.
     """
 
     block: ClassVar[type[Block]] = Block
@@ -167,8 +167,8 @@ class PointMoE(nn.Module):
 
     def __init__(
         self,
+        facts: dict[str, Any],
         *,
-        in_dim: int = 6,
         moe: LayerFactory,
         enc_depths: Sequence[int] = (1, 1, 2),
         enc_dims: Sequence[int] = (32, 64, 96),
@@ -202,11 +202,11 @@ class PointMoE(nn.Module):
             return Stage([block(dim, drop_path=rate) for rate in rates])
 
         enc_rates, dec_rates = _rates(enc_depths, drop_path), _rates(dec_depths, drop_path)
-        self.in_dim = in_dim
+        self.in_dim: int = facts["in_dim"]
         self.out_dim = dec_dims[0] if dec_dims else enc_dims[0]
         self.orders = tuple(orders)
         self.average_orders = average_orders
-        self.stem = Stem(in_dim, enc_dims[0], norm_momentum)
+        self.stem = Stem(self.in_dim, enc_dims[0], norm_momentum)
         self.encoder = nn.ModuleList(stage(dim, rates) for dim, rates in zip(enc_dims, enc_rates, strict=True))
         self.pools = nn.ModuleList(Pooling(fine, coarse, norm_momentum) for fine, coarse in pairwise(enc_dims))
         below = [*dec_dims[1:], enc_dims[-1]]
@@ -281,19 +281,19 @@ def _rates(depths: Sequence[int], drop_path: float) -> list[list[float]]:
 # --- named sizes ------------------------------------------------------------------------------------------------------
 
 
-def point_moe_tiny(moe: LayerFactory, in_dim: int = 6) -> PointMoE:
+def point_moe_tiny(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:
     """The CPU default: 3 stages, about 1.6 M parameters with 4 experts."""
-    return PointMoE(in_dim=in_dim, moe=moe)
+    return PointMoE(facts, moe=moe)
 
 
-def point_moe_paper(moe: LayerFactory, in_dim: int = 6) -> PointMoE:
+def point_moe_paper(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:
     """The paper's backbone. Which of its networks it is, S or L, is decided by ``moe``.
 
     S: ``point_moe(num_experts=4, top_k=2, expansion=1)`` 58,726,464 parameters; L: ``point_moe(num_experts=8, top_k=2,
     expansion=2)`` 99,809,088; ``linear()`` 46,166,272. Counted without the text head.
     """
     return PointMoE(
-        in_dim=in_dim,
+        facts,
         moe=moe,
         enc_depths=(2, 2, 2, 6, 2),
         enc_dims=(32, 64, 128, 256, 512),

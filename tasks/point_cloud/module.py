@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import re
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -16,26 +16,31 @@ from torchmetrics import MetricCollection
 from moeapps.moe import MoERecorder, Record
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
-from moeapps.training.task import BaseTask, Stage, StepOutput
-from tasks.point_cloud.head import LanguageHead
-from tasks.point_cloud.labels import IGNORE
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
+from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
 from tasks.point_cloud.metrics import scan_parts, segmentation_metrics
 from tasks.point_cloud.model import PointMoE
-from tasks.point_cloud.scan_writer import ScanWriter
-from tasks.point_cloud.tables import write_class_tables
-from tasks.point_cloud.text import TaxonomyText, TextVectors
-from tasks.point_cloud.voting import tally
+from tasks.point_cloud.nets.head import LanguageHead
+from tasks.point_cloud.nets.text import TaxonomyText, TextVectors, normalise_name
+from tasks.point_cloud.report.scan_writer import ScanWriter
+from tasks.point_cloud.report.tables import write_class_tables
+from tasks.point_cloud.report.tally import tally
+
+NORMAL_EDGES = (0.25, 0.5, 0.75)
+"""Bins of |z| of the surface normal: upright surfaces, two slants, level surfaces."""
+RANGE_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Bins of the horizontal distance from the middle of a scan, in metres."""
 
 
 class PointCloudTask(BaseTask):
-    """Semantic segmentation of scans from several sensors, each answered in its own words.
+    """Semantic segmentation of scans from several sensors, each with its own label set.
 
     The network is not told where a scan comes from; the head is told which label set to answer in. Loss: cross-entropy
     plus Lovász-softmax per domain of the batch, then the mean over domains.
 
     Args:
-        net: the network.
+        net: makes the network from the facts.
         facts: from the data module: ``domains``, ``domain_names``, ``label_sets`` and ``in_dim``.
         text: vectors of the class names; None means `TaxonomyText`.
         logit_scale: factor of the cosine between a point and a class name, > 0 (paper: about 100).
@@ -46,7 +51,7 @@ class PointCloudTask(BaseTask):
         schedule: learning-rate schedule (paper: one cycle).
 
     Raises:
-        ValueError: ``facts`` lacks an entry, or the data has another number of input channels than the network.
+        ValueError: ``facts`` lacks an entry.
     """
 
     monitor: ClassVar[str] = "val/validation/miou"
@@ -54,11 +59,12 @@ class PointCloudTask(BaseTask):
     main_metric: ClassVar[str] = "miou"
     monitor_minimum: ClassVar[int] = 5
     monitor_unit: ClassVar[str] = "tiles"
+    needed_facts: ClassVar[tuple[str, ...]] = ("domain_names", "label_sets", "in_dim")
 
     def __init__(
         self,
         *,
-        net: PointMoE,
+        net: Callable[[dict[str, Any]], PointMoE],
         facts: dict[str, Any],
         text: TextVectors | None = None,
         logit_scale: float = 100.0,
@@ -69,17 +75,12 @@ class PointCloudTask(BaseTask):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
-        missing = {"domain_names", "label_sets", "in_dim"} - set(facts)
-        if missing:
-            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of PointCloudData")
-        if facts["in_dim"] != net.in_dim:
-            raise ValueError(f"the data has {facts['in_dim']} channels but net.in_dim={net.in_dim}; set them equal")
-        self.net = net
+        self.net = net(facts)
         self.label_sets: dict[str, list[str]] = facts["label_sets"]
         self.domain_names: list[str] = facts["domain_names"]
         self.lovasz_weight = lovasz_weight
         self.head = LanguageHead(
-            net.out_dim, self.label_sets, text or TaxonomyText(), scale=logit_scale, learn_scale=learn_logit_scale
+            self.net.out_dim, self.label_sets, text or TaxonomyText(), scale=logit_scale, learn_scale=learn_logit_scale
         )
 
     def configure_metrics(self, domain: str) -> MetricCollection:
@@ -93,11 +94,31 @@ class PointCloudTask(BaseTask):
     def on_test_epoch_end(self) -> None:
         """Write the tables per class beside the results."""
         super().on_test_epoch_end()
-        write_class_tables(self)
+        write_class_tables(self, self.label_sets)
 
     def num_tokens(self, batch: Batch) -> int:
         """Voxels of a batch."""
         return int(batch.num_nodes)
+
+    def routing_factors(self, batch: Batch) -> dict[str, Factor]:
+        """Class name (names shared by seen domains are one), normal direction and range of each voxel.
+
+        Range is the distance from the middle of the scan, where the sensors of the driving domains stand; positions of
+        sensors are not kept.
+        """
+        sets = [self.label_sets[domain] for domain in self.data.present("seen")]
+        words = list(dict.fromkeys(normalise_name(name) for names in sets for name in names))
+        own = [words.index(normalise_name(name)) for name in self.label_sets[str(self.last_domain)]]
+        column = torch.tensor(own, device=batch.y.device)
+        factors = {"class": Factor(column[batch.y.clamp(min=0)].where(batch.y >= 0, -1), len(words))}
+        if getattr(self.data, "features", "common") == "common":  # the other layout has no normal outdoors
+            factors["normal"] = _binned(batch.x[:, 5].contiguous(), NORMAL_EDGES)
+        factors["range"] = _binned(batch.pos[:, :2].norm(dim=1), RANGE_EDGES)
+        return factors
+
+    def routed_rows(self, batch: Batch) -> list[Tensor]:
+        """The row of each voxel at every resolution; voxels of a coarse stage count as the voxels they hold."""
+        return self.net.rows(batch)
 
     def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Answer a batch.
@@ -135,10 +156,15 @@ class PointCloudTask(BaseTask):
         unit = torch.tensor([zlib.crc32(name.encode()) for name in batch.name], device=pred.device)
         shares = {"miou": (unit, scan_parts(raw_pred, batch.raw_y, raw_scan, batch.num_graphs, classes))}
         args = (pred, batch.y, raw_pred, batch.raw_y)
-        return StepOutput(loss, batch.num_graphs, args, logs, labelled=labelled, parts=shares)
+        return StepOutput(
+            *(loss, batch.num_graphs, args, logs),
+            labelled=labelled,
+            parts=shares,
+            answer=lambda: self._scans(batch, raw_pred, self.last_records),
+        )
 
     def raw_labels(self, batch: Batch, pred_N: Tensor) -> Tensor:
-        """Class of every raw point: int64 [R], that of its voxel, or what its votes say where the batch brings any."""
+        """Class of every raw point: int64 [R], from its voxel, or from its votes where the batch has votes."""
         if "votes" not in batch:
             return pred_N[batch.inverse]
         most = max(len(self.label_sets[self.domain_names[index]]) for index in batch.domain.tolist())
@@ -157,9 +183,12 @@ class PointCloudTask(BaseTask):
         """
         with MoERecorder(self.net) as recorder:
             pred = most_likely(self(batch), batch.y)
-            choices = [record for record in recorder.records if record.routing.num_experts > 1]
+        return self._scans(batch, self.raw_labels(batch, pred), recorder.records)
+
+    def _scans(self, batch: Batch, label: Tensor, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """The answer of ``predict_step`` from the labels of the raw points and the records of the pass."""
+        choices = [record for record in records if record.routing.num_experts > 1]
         expert = voxel_experts(choices[-1], self.net.rows(batch)) if choices else None
-        label = self.raw_labels(batch, pred)
         answers: list[dict[str, Any]] = []
         for i in range(batch.num_graphs):
             start, stop = int(batch.ptr[i]), int(batch.ptr[i + 1])
@@ -200,14 +229,15 @@ def voxel_experts(record: Record, rows: list[Tensor]) -> Tensor:
     """Expert with the largest weight for each voxel of a batch in one recorded layer.
 
     Args:
-        record: of a layer named ``encoder.<i>...`` or ``decoder.<i>...``.
+        record: of a layer of stage i, at resolution i.
         rows: ``PointMoE.rows`` of the same batch.
 
     Returns:
         int64 [N], -1 where no expert worked.
     """
-    level = re.match(r"(?:.*\.)?(?:encoder|decoder)\.(\d+)\.", record.name)
-    assert level is not None, record.name
-    weight_NE = record.routing.assignment()
-    best = weight_NE.max(dim=1)
-    return best.indices.where(best.values > 0, -1)[rows[int(level.group(1))]]
+    return record.chosen()[rows[record.index]]
+
+
+def _binned(values_N: Tensor, edges: tuple[float, ...]) -> Factor:
+    bins_N = torch.bucketize(values_N, torch.tensor(edges, device=values_N.device, dtype=values_N.dtype))
+    return Factor(bins_N, len(edges) + 1)

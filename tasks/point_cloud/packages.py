@@ -19,15 +19,3 @@ PACKAGES: tuple[Package, ...] = (
         source="PyPI, laspy 2.7.0 source archive, tests/data",
     ),
 )
-
-
-def package_named(name: str) -> Package:
-    """Return the record of one package.
-
-    Raises:
-        ValueError: no package of this name is listed.
-    """
-    for package in PACKAGES:
-        if package.name == name:
-            return package
-    raise ValueError(f"unknown package {name!r}; listed: {', '.join(p.name for p in PACKAGES)}")

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset
 
 from moeapps.data.domain import DomainDataModule, Role, Split
 from moeapps.data.gather import BatchDataset
-from moeapps.data.mixing import Mixing, MixingSampler
+from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.windows import WindowSampler
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.data.block_rows import BlockDataset
 from tasks.recommendation.data.multitask_log import MultitaskLog
+from tasks.recommendation.data.readers.block_rows import BlockDataset
 from tasks.recommendation.data.source import LogSource
 
 
@@ -49,7 +49,7 @@ class RecommendationData(DomainDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: Path | None = None,
-        mixing: Mixing = "concat",
+        mixing: DomainMixing = "concat",
         eval_batch_size: int | None = None,
     ) -> None:
         self.source = source or MultitaskLog()

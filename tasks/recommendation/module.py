@@ -7,7 +7,7 @@ Shape legend: B rows, T tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -17,46 +17,23 @@ from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
-from moeapps.training.task import BaseTask, Stage, StepOutput
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.embeddings import FeatureEncoder
 from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
-from tasks.recommendation.model import NetFactory, RankingNet
-from tasks.recommendation.presets import home
-from tasks.recommendation.scores import ScoreWriter
-
-EncoderFactory = Callable[[dict[str, Any]], FeatureEncoder]
-
-
-class Ranker:
-    """What a network is made of, before the sizes of the data are known: an encoder of features and a bank of experts.
-
-    Args:
-        bank: the experts, as a factory from width and facts; one of `tasks.recommendation.presets`. None means HoME.
-        encoder: features to one vector, as a factory from facts; None means `FeatureEncoder`.
-    """
-
-    def __init__(self, *, bank: NetFactory | None = None, encoder: EncoderFactory | None = None) -> None:
-        self.bank = bank or home()
-        self.encoder = encoder or FeatureEncoder
-
-    def build(self, facts: dict[str, Any]) -> tuple[list[FeatureEncoder], RankingNet]:
-        """Return the encoders (several for banks with a table per task: STEM) and the bank."""
-        first = self.encoder(facts)
-        net = cast(RankingNet, self.bank(first.out_dim, facts))
-        return [first, *(self.encoder(facts) for _ in range(net.num_inputs - 1))], net
+from tasks.recommendation.model import Ranker
+from tasks.recommendation.report.score_writer import ScoreWriter
 
 
 class RankingTask(BaseTask):
     r"""Probabilities of several behaviours for each impression, from one network.
 
     Loss: :math:`\sum_t \frac{1}{|M_t|} \sum_{n \in M_t} BCE(logit_{nt}, y_{nt})` over the rows :math:`M_t` whose label
-    t is known; a task without one is left out. The equal weights are recalled (home card 3). With ``uncertainty`` it is
-    :math:`\sum_t e^{-s_t} L_t + s_t` with learned :math:`s_t`.
+    t is known; a task without one is left out. The equal weights are recalled (docs/papers/home.md, equation 8). With
+    ``uncertainty`` it is :math:`\sum_t e^{-s_t} L_t + s_t` with learned :math:`s_t`.
 
     Args:
         facts: from the data module: domains, tasks, categories and the sizes of the features.
-        net: the network; None means HoME on `FeatureEncoder`.
+        net: makes the network from the facts; None means `Ranker`, HoME on `FeatureEncoder`.
         uncertainty: learn the weights of the tasks (Kendall et al.; what one re-implementation of HoME does).
         positive_weight: task -> weight of its positives in the loss; a weight other than 1 spoils calibration.
         scores: kinds of scores, per task and as mean over tasks.
@@ -73,12 +50,13 @@ class RankingTask(BaseTask):
     main_metric: ClassVar[str] = "gauc"
     monitor_minimum: ClassVar[int] = 200  # of 46 (MovieLens-100K's smallest genre) epochs are ranked by chance
     monitor_unit: ClassVar[str] = "users"
+    needed_facts: ClassVar[tuple[str, ...]] = ("tasks", "categories")
 
     def __init__(
         self,
         *,
         facts: dict[str, Any],
-        net: Ranker | None = None,
+        net: Callable[[dict[str, Any]], Ranker] | None = None,
         uncertainty: bool = False,
         positive_weight: dict[str, float] | None = None,
         scores: list[Kind] | None = None,
@@ -87,13 +65,9 @@ class RankingTask(BaseTask):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
-        missing = {"tasks", "categories"} - set(facts)
-        if missing:
-            raise ValueError(f"facts lacks {sorted(missing)}; give the facts of RecommendationData")
         self.tasks: list[str] = list(facts["tasks"])
         self.kinds = list(DEFAULT_KINDS if scores is None else scores)
-        encoders, self.net = (net or Ranker()).build(facts)
-        self.encoders = nn.ModuleList(encoders)
+        self.net = (net or Ranker)(facts)
         weights = positive_weight or {}
         if set(weights) - set(self.tasks) or any(value <= 0 for value in weights.values()):
             raise ValueError(f"positive_weight={weights}: give weights above 0 for some of the tasks {self.tasks}")
@@ -112,11 +86,14 @@ class RankingTask(BaseTask):
         """Rows of a batch."""
         return len(batch)
 
+    def routing_factors(self, batch: Interactions) -> dict[str, Factor]:
+        """The known answers of each row, task by task."""
+        label_BT = batch.label.long().where(batch.mask, -1)
+        return {name: Factor(label_BT[:, t], 2) for t, name in enumerate(self.tasks)}
+
     def forward(self, batch: Interactions) -> Tensor:
         """Logits [B, T]."""
-        states = [encoder(batch) for encoder in self.encoders]
-        z_SBd = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
-        logits: Tensor = self.net(z_SBd)
+        logits: Tensor = self.net(batch)
         return logits
 
     def shared_step(self, batch: Interactions, stage: Stage) -> StepOutput:

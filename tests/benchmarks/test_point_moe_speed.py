@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import point_moe_speed as speed
-from tasks.point_cloud.sparse_conv import neighbour_table, submanifold_conv
+from tasks.point_cloud.nets.sparse_conv import neighbour_table, submanifold_conv
 
 RESULTS = Path("benchmarks/results/point_moe_speed.json")
 TINY = ["--config", "configs/debug/tiny.yaml", "--config", "configs/debug/point_moe.yaml"]
@@ -72,10 +72,10 @@ def test_the_committed_file_holds_the_gate_and_its_parts_add_up() -> None:
 
 def test_the_card_of_the_task_quotes_the_committed_file() -> None:
     report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    card = Path("tasks/point_cloud/README.md").read_text(encoding="utf-8")
+    readme = Path("tasks/point_cloud/README.md").read_text(encoding="utf-8")
 
     quoted = [f"{report['step_over'][name]['ratio']:.2f} times" for name in ("dense", "ptv3")]
     quoted += [f"{part} {100 * row['share']:.0f}%" for part, row in report["parts"].items()]
     tries = sorted(report["conv_tries"].values())
     quoted.append(f"{tries[0]:.2f} to {tries[-1]:.2f} times")
-    assert [text for text in quoted if text not in card] == []
+    assert [text for text in quoted if text not in readme] == []

@@ -57,12 +57,12 @@ def test_what_the_readme_says_made_it_work_is_what_was_measured() -> None:
     }
     for sentence in (
         f"half the width leaves a loss of {seen['promoe_narrow']:.2f} in place of {seen['promoe_long']:.2f}",
-        f"at 1.5e-3 {classes['rate_1.5e-3']:.2f} of the classes are right in place of {classes['recipe']:.2f}",
+        f"at 1.5e-3 only {classes['rate_1.5e-3']:.2f} of the classes are right instead of {classes['recipe']:.2f}",
         f"without warm-up and decay {classes['constant']:.2f}",
         f"times shifted towards noise give {classes['shift_2']:.2f}",
         f"10 Euler steps give {sampler['euler', 10, 4.0]:.2f}, 50 give {sampler['euler', 50, 4.0]:.2f}, Heun's 13 "
         f"{sampler['heun', 13, 4.0]:.2f}",
-        f"at 2 samples are nearest to real images (Fréchet distance {distance['euler', 25, 2.0]:.0f}; "
+        f"with 2, samples are nearest to real images (Fréchet distance {distance['euler', 25, 2.0]:.0f}; "
         f"{distance['euler', 25, 4.0]:.0f} at 4) and {sampler['euler', 25, 2.0]:.2f} of their class",
     ):
         assert sentence in told, sentence

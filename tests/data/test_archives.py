@@ -173,7 +173,7 @@ def test_two_fetches_at_once_unpack_once(good: Path, tmp_path: Path, monkeypatch
     [
         ({"sha256": "12"}, "64 lower-case"),
         ({"members": ()}, "members is empty"),
-        ({"name": "--index-url=x"}, "not one a registry"),
+        ({"name": "--index-url=x"}, "not a valid name"),
         ({"version": "1.0 --pre"}, "not an exact version"),
     ],
 )

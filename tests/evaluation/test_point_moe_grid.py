@@ -43,12 +43,12 @@ def test_the_ladder_has_three_levels_of_growing_conflict() -> None:
 
 def test_the_card_of_the_task_quotes_the_computed_differences() -> None:
     results = json.loads((ROOT / "benchmarks/results/point_moe.json").read_text(encoding="utf-8"))
-    card = (ROOT / "tasks/point_cloud/README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "tasks/point_cloud/README.md").read_text(encoding="utf-8")
     claims = {claim["id"]: claim for claim in results["claims"]}
 
     for name in ("C1a", "C1d", "C2a", "C2e", "C3a", "C3b", "C2d"):
-        assert f"{claims[name]['diff_mean']:+.3f}" in card, name
+        assert f"{claims[name]['diff_mean']:+.3f}" in readme, name
     assert {claims[name]["verdict"] for name in ("C1a", "C1b", "C1c", "C1d", "C2a", "C2e", "C5a")} == {"inconclusive"}
     assert {claims[name]["verdict"] for name in ("C2d", "C3a", "C3b", "C5b", "C6a", "C6b", "C6c")} == {"supported"}
     told = [sum(claims["C5a"][side]) / 8 for side in ("system", "baseline")]
-    assert all(0.035 < value < 0.05 for value in told), "the card says 4 per cent"
+    assert all(0.035 < value < 0.05 for value in told), "the README says 4 per cent"

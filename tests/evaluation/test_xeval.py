@@ -205,7 +205,7 @@ def test_a_run_and_its_continuation_are_one_training(tmp_path: Path) -> None:
     checkpoint = str(first / "checkpoints" / "last.ckpt")
     second = write_run(tmp_path / "base" / "version_1", [1.0] * 5, variant_hash="b" * 12, continued_from=checkpoint)
 
-    with pytest.raises(ValueError, match="one training, not two"):
+    with pytest.raises(ValueError, match="the two are one training"):
         build_matrix([read_results(second)], [read_results(first)])
     assert len(build_matrix([read_results(second)]).rows) == 1
 

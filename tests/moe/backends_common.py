@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routings and banks of every kind, and the naive sum over their assignments that every backend must equal."""
+"""Routings and banks of every kind; every backend must equal the reference on all of them."""
 
 from __future__ import annotations
 
@@ -73,27 +73,6 @@ BANKS: dict[str, Callable[[], Experts]] = {
     "reglu": lambda: GLUExperts(E, D, F, activation="relu"),
     "swiglu_bias": lambda: GLUExperts(E, D, F, activation="silu", bias=True, out_dim=12),
 }
-
-
-def naive(experts: Experts, x_ND: Tensor, routing: Routing, weight_at: WeightAt) -> Tensor:
-    """One assignment at a time, straight from the definition."""
-    ffn = experts.feed_forward()
-    assert ffn is not None
-    rows = [x_ND.new_zeros(experts.out_dim)] * routing.num_outputs
-    for row, e, w, target in zip(
-        routing.row_M.tolist(), routing.expert_M.tolist(), routing.weight_M, routing.output_M.tolist(), strict=True
-    ):
-        if e == E:
-            continue
-        h = (x_ND[row] * w if weight_at == "input" else x_ND[row]) @ ffn.w_in[e]
-        h = h if ffn.b_in is None else h + ffn.b_in[e]
-        a = ffn.activation.function(h[:F]) * h[F:] if ffn.gated else ffn.activation.function(h)
-        y = a @ ffn.w_out[e]
-        y = y if ffn.b_out is None else y + ffn.b_out[e]
-        rows[target] = rows[target] + (y if weight_at == "input" else y * w)
-    connected = [x_ND, routing.weight_M, *experts.parameters()]
-    zero = sum((0 * t.sum() for t in connected), start=x_ND.new_zeros(()))
-    return (torch.stack(rows) if rows else x_ND.new_zeros(0, experts.out_dim)) + zero
 
 
 def value_and_gradients(

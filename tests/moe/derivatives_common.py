@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of every kind, the same sums written from the definition, and their derivatives to second order."""
+"""Layers of every kind, and what compares their derivatives to second order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from moeapps.moe import (
     Capacity,
     Chooser,
-    DenseRouting,
     Experts,
     GLUExperts,
     JoinedExperts,
@@ -21,7 +20,6 @@ from moeapps.moe import (
     ModuleExperts,
     MoELayer,
     Router,
-    SlotRouting,
 )
 
 D, F, COLUMNS = 8, 12, 6
@@ -57,22 +55,6 @@ def layer_of(
     router = Router(LinearScore(D, COLUMNS), choose, capacity=capacity)
     num_shared = max(num_shared, router.num_shared)
     return MoELayer(router, BANKS[bank](router.num_experts + num_shared), num_shared=num_shared, **options)
-
-
-def by_definition(layer: MoELayer, x: Tensor, group: Tensor | None = None) -> Tensor:
-    """Every expert on every row, weighted by what the router says, 0 for those it did not choose."""
-    routing = layer.route(x, group=group)
-    if isinstance(routing, SlotRouting):
-        slots = torch.einsum("nes,nd->esd", routing.dispatch, x)
-        return torch.einsum("nes,seo->no", routing.combine, layer.experts.every(slots))
-    weight = routing.weight if isinstance(routing, DenseRouting) else routing.assignment()
-    if layer.num_shared:
-        given = routing.shared_weight_NS
-        weight = torch.cat([weight, x.new_ones(len(x), layer.num_shared) if given is None else given], 1)
-    if layer.weight_at == "output":
-        return torch.einsum("ne,neo->no", weight, layer.experts.every(x))
-    taken = weight != 0  # an expert with a bias is not 0 at a row of zeros
-    return torch.einsum("ne,neo->no", taken.to(x), layer.experts.every(weight.T.unsqueeze(-1) * x))
 
 
 def loss_of(y: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend computes the same function: outputs and all gradients against a naive loop over assignments."""
+"""Every backend computes the same function: outputs and all gradients against the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend, run, sort_assignments
-from moeapps.moe.backends.segments import segments
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.fast.segments import segments
 from moeapps.moe.module_experts import ModuleExperts
+from moeapps.moe.reference import reference_sum
 from moeapps.moe.routing import Routing
 from tests.moe.backends_common import (
     BANKS,
@@ -28,7 +30,6 @@ from tests.moe.backends_common import (
     WeightAt,
     by_backend,
     case,
-    naive,
     random_routing,
     value_and_gradients,
 )
@@ -38,11 +39,11 @@ from tests.moe.backends_common import (
 @pytest.mark.parametrize("bank", BANKS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("backend", ["loop", "segments", "grouped_mm", "onehot"])
-def test_backend_equals_the_naive_sum(backend: Backend, routing: str, bank: str, weight_at: WeightAt) -> None:
+def test_backend_equals_the_reference(backend: Backend, routing: str, bank: str, weight_at: WeightAt) -> None:
     dtype = torch.float32 if backend == "grouped_mm" else torch.float64
     experts, x_ND, made = case(bank, routing, dtype)
 
-    expected = value_and_gradients(lambda e, x, r: naive(e, x, r, weight_at), experts, x_ND, made)
+    expected = value_and_gradients(partial(reference_sum, at_input=weight_at == "input"), experts, x_ND, made)
     actual = value_and_gradients(by_backend(backend, weight_at), experts, x_ND, made)
 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-11
@@ -116,7 +117,7 @@ def test_segments_gives_the_same_when_it_overwrites_what_nobody_keeps(
     with torch.no_grad():
         found = run(experts, x_ND, sort_assignments(routing), backend="segments", weight_at=weight_at)
 
-    torch.testing.assert_close(found, naive(experts, x_ND, routing, weight_at))
+    torch.testing.assert_close(found, reference_sum(experts, x_ND, routing, at_input=weight_at == "input"))
 
 
 @pytest.mark.parametrize("activation", [*get_args(ActivationName), nn.Softplus()])
@@ -133,8 +134,8 @@ def test_every_activation_has_the_right_derivative(bank: type[Any], activation: 
 
 
 def test_segments_in_many_chunks_equals_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeapps.moe.backends.chunks.MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.CHUNK_ELEMENTS", 4)
     for bank in BANKS:
         experts, x_ND, routing = case(bank, "sentinels", torch.float64)
         fast = value_and_gradients(by_backend("segments", "output"), experts, x_ND, routing)

@@ -32,7 +32,7 @@ from moeapps.moe import (
     ZLoss,
     presets,
 )
-from tasks.dynamics.experts import GEPSExperts
+from tasks.dynamics.nets.experts import GEPSExperts
 
 pytestmark = [
     pytest.mark.medium,

@@ -29,7 +29,8 @@ from moeapps.moe import (
     TopP,
 )
 from moeapps.moe.backends.auto import THRESHOLDS, Thresholds
-from moeapps.moe.backends.static import segments_static
+from moeapps.moe.fast.static import segments_static
+from moeapps.moe.reference import reference_layer
 from tests.moe.chooser_common import CHOOSERS
 from tests.moe.derivatives_common import (
     BANKS,
@@ -38,7 +39,6 @@ from tests.moe.derivatives_common import (
     D,
     apart,
     both_gradients,
-    by_definition,
     derivatives,
     layer_of,
 )
@@ -77,7 +77,7 @@ def check(layer: MoELayer, x: Tensor, backend: Backend, tolerance: float = 1e-9)
     group = GROUP if len(x) == len(GROUP) else None
 
     found = derivatives(layer(layer(x, group=group), group=group), inputs)
-    wanted = derivatives(by_definition(layer, by_definition(layer, x, group), group), inputs)
+    wanted = derivatives(reference_layer(layer, reference_layer(layer, x, group), group), inputs)
 
     assert [apart(some, expected) < tolerance for some, expected in zip(found, wanted, strict=True)] == [True] * 3
 
@@ -111,7 +111,7 @@ def test_a_bank_shared_by_the_steps_of_a_chain() -> None:
     y = x
     for step in chain.steps:
         step.backend = "segments"
-        y = y + by_definition(step, y)
+        y = y + reference_layer(step, y)
 
     for found, wanted in zip(derivatives(chain(x), inputs), derivatives(y, inputs), strict=True):
         assert apart(found, wanted) < 1e-9
@@ -119,8 +119,8 @@ def test_a_bank_shared_by_the_steps_of_a_chain() -> None:
 
 @pytest.mark.parametrize("bank", STACKED)
 def test_many_chunks_on_two_threads(bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeapps.moe.backends.chunks.MIN_CHUNK_ROWS", 32)
-    monkeypatch.setattr("moeapps.moe.backends.chunks.CHUNK_ELEMENTS", 32)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.MIN_CHUNK_ROWS", 32)
+    monkeypatch.setattr("moeapps.moe.fast.chunks.CHUNK_ELEMENTS", 32)
     torch.set_num_threads(2)
 
     check(layer_of(TopK(2), bank).double(), rows(150), "segments", tolerance=1e-10)
@@ -137,7 +137,7 @@ def test_the_operator_of_the_compiler(choose: Any, weight_at: Any) -> None:
         return segments_static(ffn, x, layer.route(x), at_input=weight_at == "input")
 
     found = derivatives(static(static(x)), inputs)
-    wanted = derivatives(by_definition(layer, by_definition(layer, x)), inputs)
+    wanted = derivatives(reference_layer(layer, reference_layer(layer, x)), inputs)
 
     assert [apart(some, expected) < 1e-9 for some, expected in zip(found, wanted, strict=True)] == [True] * 3
 
@@ -150,7 +150,7 @@ def test_a_compiled_layer_gives_the_same_under_create_graph() -> None:
     inputs = [x, *layer.parameters()]
 
     found = torch.autograd.grad(compiled(compiled(x)).square().sum(), inputs, create_graph=True)
-    wanted = torch.autograd.grad(by_definition(layer, by_definition(layer, x)).square().sum(), inputs)
+    wanted = torch.autograd.grad(reference_layer(layer, reference_layer(layer, x)).square().sum(), inputs)
 
     assert apart(found, wanted) < 1e-5
 
@@ -182,7 +182,7 @@ class Definition(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_definition(self.layer, x)
+        return reference_layer(self.layer, x)
 
 
 @pytest.mark.usefixtures("_auto_takes_segments")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of every layer: its output is that of the dense assignment, and what it is built or loaded with must fit."""
+"""Laws of every layer: its output is that of the reference, and what it is built or loaded with must fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeapps.moe import (
     Capacity,
@@ -30,6 +30,7 @@ from moeapps.moe import (
     TopK,
     TopP,
 )
+from moeapps.moe.reference import reference_layer
 from tests.moe.layer_common import LAYERS, D, E, expert, grads, layer_of, rows
 
 
@@ -47,21 +48,9 @@ def layer(request: pytest.FixtureRequest) -> MoELayer:
 # --- laws of all layers -------------------------------------------------------------------------------------------
 
 
-def naive(layer: MoELayer, x: Tensor) -> Tensor:
-    """From the dense assignment alone: valid wherever the weight multiplies the output of an expert on the row."""
-    routing = layer.route(x)
-    weight = routing.assignment()
-    y = sum(weight[:, e, None] * expert(layer, e, x) for e in range(layer.num_experts))
-    for s in range(layer.num_shared):
-        w = 1.0 if routing.shared_weight_NS is None else routing.shared_weight_NS[:, s, None]
-        y = y + w * expert(layer, layer.num_experts + s, x)
-    return y
-
-
-@pytest.mark.parametrize("name", sorted(set(LAYERS) - {"weight_at_input", "slots", "slots_shared"}))
-def test_output_and_gradients_equal_the_dense_assignment(name: str) -> None:
-    layer, x = LAYERS[name](), rows(11, D)
-    y, expected, leaves = layer(x), naive(layer, x), [x, *layer.parameters()]
+def test_output_and_gradients_equal_the_reference(layer: MoELayer) -> None:
+    x = rows(11, D)
+    y, expected, leaves = layer(x), reference_layer(layer, x), [x, *layer.parameters()]
     torch.testing.assert_close(y, expected)
     probe = torch.randn_like(y)
     for a, b in zip(grads(y, leaves, probe), grads(expected, leaves, probe), strict=True):
@@ -183,7 +172,7 @@ def test_weighing_the_input_scales_what_the_expert_reads() -> None:
         w = layer.route(x).assignment()
         expected = sum((w[:, e] > 0)[:, None] * expert(layer, e, w[:, e, None] * x) for e in range(E))
         torch.testing.assert_close(layer(x), expected)
-        assert not torch.allclose(layer(x), naive(layer, x))
+        assert not torch.allclose(layer(x), sum(w[:, e, None] * expert(layer, e, x) for e in range(E)))
 
 
 @pytest.mark.parametrize("num_shared", [0, 1])

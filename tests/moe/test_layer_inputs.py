@@ -52,7 +52,7 @@ def test_outputs_may_go_to_rows_of_their_own() -> None:
     )
     torch.testing.assert_close(layer(x, routing=routing), expected)
     shared = layer_of(TopK(1), num_shared=1)
-    with pytest.raises(ValueError, match="which output row"):
+    with pytest.raises(ValueError, match="whose output row"):
         shared(x, routing=routing)
 
 
@@ -92,7 +92,7 @@ def test_each_expert_may_have_its_own_view_of_the_rows() -> None:
     w = layer.route(read).assignment().view(2, 3, E)
     expected = sum(w[..., e, None] * expert(layer, e, views[e]) for e in range(E)) + expert(layer, E, views[E])
     torch.testing.assert_close(y, expected)
-    with pytest.raises(ValueError, match="say what to route on"):
+    with pytest.raises(ValueError, match="give what to route on"):
         layer(views, per_expert=True)
     with pytest.raises(ValueError, match="use Dense"):
         layer_of(TopK(2))(views[:E], read, per_expert=True)

@@ -9,7 +9,7 @@ from typing import Any
 import jsonargparse
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeapps.moe import (
     ConditionalSplit,
@@ -17,6 +17,7 @@ from moeapps.moe import (
     GLUExperts,
     LayerFactory,
     MLPExperts,
+    ModuleExperts,
     MoELayer,
     Routing,
     Stack,
@@ -26,10 +27,8 @@ from moeapps.moe.presets import (
     compose,
     dense,
     dense_twin,
-    home_level,
     linear,
     meta_dmoe,
-    mixer,
     point_moe,
     promoe,
     random_router,
@@ -42,17 +41,10 @@ from moeapps.moe.presets import (
 D, N = 8, 12
 
 
-class Field(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+def fields(dim: int) -> ModuleExperts:
+    return ModuleExperts([nn.Linear(dim, dim) for _ in range(3)])
 
 
-SEES = [[True, True, False], [True, False, True]]
-OWNS = [[False, True, False], [False, False, True]]
 GROUP = torch.arange(N) % 3 - 1
 
 # name -> (factory, further arguments of a call)
@@ -70,8 +62,6 @@ FACTORIES: dict[str, tuple[LayerFactory, dict[str, Any]]] = {
     "promoe": (promoe(num_experts=4), {"group": GROUP}),
     "promoe_by_expert": (promoe(num_experts=4, by_expert=True), {"group": GROUP}),
     "promoe_linear": (promoe(num_experts=4, router=top_k_router(top_k=1)), {"group": GROUP}),
-    "home_level": (home_level(sees=SEES, owns=OWNS, out_dim=5), {}),
-    "home_level_plain": (home_level(sees=SEES, out_dim=5, hidden_dim=7, normalise=False), {}),
     "aw_moe": (
         aw_moe(behaviour_dim=3),
         {"features": (torch.randn(N, 4, 3), torch.randn(N, 3), torch.ones(N, 4))},
@@ -80,9 +70,6 @@ FACTORIES: dict[str, tuple[LayerFactory, dict[str, Any]]] = {
         aw_moe(behaviour_dim=3, gate_norm="softmax", out_dim=5),
         {"features": (torch.randn(N, 4, 3), torch.randn(N, 3), torch.ones(N, 4))},
     ),
-    "mixer": (mixer(num_experts=3, context_dim=6, field=Field), {"features": torch.randn(N, 6)}),
-    "mixer_switch": (mixer(num_experts=3, context_dim=6, field=Field, gate="switch"), {"features": torch.randn(N, 6)}),
-    "mixer_soft": (mixer(num_experts=3, context_dim=6, field=Field, gate="soft"), {"features": torch.randn(N, 6)}),
     "compose": (compose(router=top_p_router(), experts=lambda d: MLPExperts(4, d, 6)), {}),
     "dense": (dense(), {}),
     "dense_twin": (dense_twin(moe=promoe(num_experts=3)), {}),
@@ -104,7 +91,7 @@ def test_each_call_makes_a_layer_of_its_own_that_runs_and_learns(name: str) -> N
     assert all(p.grad is not None for p in experts.parameters())
 
 
-FIXED = {"point_moe_random", "point_moe_table", "unimoe_audio_random", "mixer", "linear"}
+FIXED = {"point_moe_random", "point_moe_table", "unimoe_audio_random", "linear"}
 
 
 @pytest.mark.parametrize("name", sorted(set(FACTORIES) - FIXED))
@@ -116,8 +103,8 @@ def test_the_router_learns_where_it_should(name: str) -> None:
         assert parameter.grad is not None
 
 
-@pytest.mark.parametrize("name", ["mixer", "point_moe_random", "point_moe_table"])
-def test_controls_and_fitted_gates_have_nothing_to_learn(name: str) -> None:
+@pytest.mark.parametrize("name", ["point_moe_random", "point_moe_table"])
+def test_controls_have_nothing_to_learn(name: str) -> None:
     layer = FACTORIES[name][0](D)
     assert not any(p.requires_grad for p in layer.router.parameters())
 
@@ -193,7 +180,7 @@ def test_a_mixture_without_a_twin_is_refused() -> None:
     with pytest.raises(ValueError, match="moe makes a Linear"):
         dense_twin(moe=linear())(8)
     with pytest.raises(ValueError, match="ModuleExperts have no hidden width"):
-        dense_twin(moe=mixer(num_experts=3, context_dim=6, field=Field))(8)
+        dense_twin(moe=compose(router=random_router(num_experts=3), experts=fields))(8)
 
 
 def test_domain_id_routing_gives_each_domain_its_own_experts() -> None:
@@ -223,9 +210,7 @@ def test_meta_dmoe_freezes_its_specialists_and_leaves_out_the_own_domain() -> No
     ("build", "text"),
     [
         (lambda: unimoe_audio(shared_weighting="half"), "'gated' or 'add'"),
-        (lambda: mixer(num_experts=2, context_dim=2, field=Field, gate="hard"), "'fixed', 'switch' or 'soft'"),
         (lambda: aw_moe(behaviour_dim=3, gate_norm="max"), "'none', 'softmax' or 'sigmoid'"),
-        (lambda: home_level(sees=SEES, out_dim=4, normalise=False), "give hidden_dim"),
         (lambda: point_moe(num_experts=4, top_k=5)(D), "top_k=5, but there are only 4"),
     ],
 )
@@ -248,7 +233,6 @@ class Host:
         ("point_moe", {"router": {"class_path": "moeapps.moe.presets.random_router", "init_args": {"num_experts": 4}}}),
         ("unimoe_audio", {"top_p": 0.5, "shared_weighting": "add"}),
         ("promoe", {"num_experts": 4}),
-        ("home_level", {"sees": SEES, "owns": OWNS, "out_dim": 4}),
         ("aw_moe", {"behaviour_dim": 3}),
         ("dense", {"expansion": 2.0, "gated": False}),
         ("linear", {}),

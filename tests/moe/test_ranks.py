@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeapps.moe import LinearScore, Router, RouterBase, Threshold, TopP
 from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
-from tasks.image_diffusion import routers
+from tasks.image_diffusion.rivals import routers
 
 D, E, STEPS = 6, 4, 3
 SIZES = (14, 9)  # rows of process 0 and process 1: not equally many

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeapps.moe import (
+    Dense,
     Jitter,
     LinearScore,
     MLPExperts,
     MoELayer,
     MoERecorder,
+    Record,
     Router,
     Routing,
     SwitchBalance,
@@ -206,3 +208,52 @@ def test_a_pass_without_gradients_is_recorded_by_a_recorder_of_its_own() -> None
     with torch.inference_mode(), MoERecorder(net) as recorder:
         net(x)
     assert len(recorder.records) == 2
+
+
+def test_outputs_are_kept_when_asked_and_are_those_of_the_pass() -> None:
+    net, x, seen = Net().eval(), torch.randn(5, D), []
+    hook = net.first.register_forward_hook(lambda layer, args, y: seen.append(y))
+    with MoERecorder(net, keep=("output",)) as recorder:
+        net(x)
+        routing = net.second.route(x)
+    hook.remove()
+    first, second, routed_only = recorder.records
+    assert first.output is seen[0]
+    assert second.output is not None
+    assert routed_only.routing is routing
+    assert routed_only.output is None
+    assert first.expert_output is None  # nobody asked, and not all experts ran
+    with MoERecorder(net) as recorder:
+        net(x)
+    assert [record.output for record in recorder.records] == [None, None]
+
+
+def test_outputs_of_experts_are_kept_without_running_them_again() -> None:
+    calls: list[int] = []
+
+    class Counted(MLPExperts):
+        def every(self, x: Tensor, *side: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().every(x, *side)
+
+    layer, x = MoELayer(Router(LinearScore(D, E), Dense()), Counted(E, D, 8)), torch.randn(5, D)
+    with MoERecorder(layer, keep=("experts",)) as recorder:
+        y = layer(x)
+    record = recorder.records[0]
+    assert calls == [5]
+    assert record.expert_output is not None
+    assert record.output is None
+    torch.testing.assert_close(torch.einsum("ne,neo->no", record.routing.assignment(), record.expert_output), y)
+
+
+def test_work_is_spread_over_the_experts_of_a_row_and_the_chosen_one_weighs_most() -> None:
+    routing = Routing(
+        row_M=torch.tensor([0, 0, 1, 1, 2, 2]),
+        expert_M=torch.tensor([0, 2, 1, E, E, E]),
+        weight_M=torch.tensor([0.2, 0.8, 1.0, 0.0, 0.0, 0.0]),
+        num_rows=3,
+        num_experts=E,
+    )
+    record = Record("layer", routing, moe())
+    assert record.work().tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert record.chosen().tolist() == [2, 1, -1]

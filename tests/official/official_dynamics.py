@@ -9,11 +9,12 @@ import torch
 from official_common import furthest, part, scatter
 from torch import Tensor
 
-from moeapps.moe import FittedRouter, LinearScore, MoELayer, PublishedKMeans, Router, TopK
-from tasks.dynamics.experts import CoDAExperts, GEPSExperts, MetaExperts, NCFExperts
+from moeapps.moe import FittedRouter, LinearScore, MoELayer, Router, TopK
+from tasks.dynamics.nets.experts import CoDAExperts, GEPSExperts, MetaExperts, NCFExperts
+from tasks.dynamics.nets.partition import PublishedKMeans
 
-K, D, C, ROWS = 3, 2, 6, 9
-M = C // K
+E, D, C, ROWS = 3, 2, 6, 9
+M = C // E
 
 Field = Callable[[dict[str, Tensor], int, Tensor, Tensor], Tensor]
 
@@ -62,8 +63,8 @@ def ncf(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
 
 def layer_error(kind: type[MetaExperts], field: Field) -> float:
     """A whole layer: gate [xi, 1] W, its largest entry picks the expert, which reads its own piece plus its shift."""
-    bank = kind(D, K, C, same_init=False).double()
-    score = LinearScore(C, K, bias=True).double()
+    bank = kind(D, E, C, same_init=False).double()
+    score = LinearScore(C, E, bias=True).double()
     scatter([*bank.parameters(), *score.parameters()])
     layer = MoELayer(Router(score, TopK(1, weighing="ones")), bank)
     x = torch.randn(ROWS, D, dtype=torch.float64, requires_grad=True)
@@ -76,7 +77,7 @@ def layer_error(kind: type[MetaExperts], field: Field) -> float:
         k = int(gate.argmax())
         used.add(k)
         rows.append(field(bank.stacks(), k, x[i], context[i, k * M : (k + 1) * M] + bank.shift[k]))
-    assert len(used) == K, used
+    assert len(used) == E, used
     return furthest(layer(x, context, side=(context,)), torch.stack(rows), [x, context, *bank.parameters()])
 
 
@@ -101,7 +102,7 @@ def released_gate(
     """One update of the gate: K-means by mean absolute distance, greedy match by median loss, least squares.
 
     Returns:
-        the gate [C + 1, K] and the centroids; None where the update is given up.
+        the gate [C + 1, E] and the centroids; None where the update is given up.
     """
     num = losses.shape[1]
     for turn in range(rounds):
@@ -138,19 +139,19 @@ def gate_update() -> float:
     errors, given_up, fitted = [], 0, 0
     for trial in range(12):
         partition = PublishedKMeans(max_rounds=6, tol=1e-4)
-        router = FittedRouter(C, K, partition, noise=0.0).double()
-        centres = 3 * torch.randn(K, C, dtype=torch.float64)
-        owner = torch.arange(24) % K
-        start = centres + torch.randn(K, C).double() * (0.1 if trial % 3 else 6.0)
+        router = FittedRouter(C, E, partition, noise=0.0).double()
+        centres = 3 * torch.randn(E, C, dtype=torch.float64)
+        owner = torch.arange(24) % E
+        start = centres + torch.randn(E, C).double() * (0.1 if trial % 3 else 6.0)
         partition.centroids, partition.has_centroids = start, torch.tensor(True)
         for _ in range(3):
             context = centres[owner] + 1.5 * torch.randn(24, C, dtype=torch.float64)
-            losses = torch.rand(24, K, dtype=torch.float64)
+            losses = torch.rand(24, E, dtype=torch.float64)
             old = torch.cat([router.score.weight.T, router.score.bias[None]]).clone()
             known = partition.centroids.double() if bool(partition.has_centroids) else None
             if known is None:
                 state = torch.get_rng_state()
-                known = context.new_empty(K, C).uniform_(-1e-3, 1e-3)
+                known = context.new_empty(E, C).uniform_(-1e-3, 1e-3)
                 torch.set_rng_state(state)
             wanted = released_gate(context, losses, known, 6, 1e-4)
             done = router.fit(context, losses)

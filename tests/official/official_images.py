@@ -17,11 +17,11 @@ from torch import Tensor
 
 from moeapps.moe import AuxLoss, MoELayer, MoERecorder, SwitchBalance
 from moeapps.moe.presets import promoe
-from tasks.image_diffusion import routers
-from tasks.image_diffusion.blocks import position_table
-from tasks.image_diffusion.flow import RectifiedFlow, shifted
 from tasks.image_diffusion.losses import CapacityLoss, RoutingContrast
-from tasks.image_diffusion.samplers import euler, guided, time_grid
+from tasks.image_diffusion.nets.blocks import position_table
+from tasks.image_diffusion.nets.flow import RectifiedFlow, shifted
+from tasks.image_diffusion.nets.samplers import euler, guided, time_grid
+from tasks.image_diffusion.rivals import routers
 
 B, L, D, E, TAU = 5, 12, 8, 4, 0.07
 UNCONDITIONAL = (1, 4)

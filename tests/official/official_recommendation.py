@@ -13,8 +13,8 @@ import torch
 from official_common import furthest, part, scatter
 from torch import Tensor
 
-from tasks.recommendation.model import NetFactory, RankingNet
-from tasks.recommendation.presets import adatt, cross_stitch, ml_mmoe, mmoe, ple
+from tasks.recommendation.nets.levels import NetFactory, RankingNet
+from tasks.recommendation.rivals import adatt, cross_stitch, ml_mmoe, mmoe, ple
 
 FACTS: dict[str, Any] = {"tasks": ["a", "b", "c"], "categories": ["x", "x", "y"]}
 DIM, T = 6, 3

@@ -23,7 +23,7 @@ from moeapps.training.callbacks.state import program
 from moeapps.training.callbacks.summary import MoESummary, summary_table
 from moeapps.training.callbacks.table import score_table
 from moeapps.training.cost import measure_cost
-from moeapps.training.evaluation import Score, ScoreTable
+from moeapps.training.scores import ScoreRow, ScoreTable
 from tests.toy import ToyData, ToyNet, ToyTask
 
 TOY = ["fit", "--config", "tests/toy.yaml", "--trainer.max_epochs", "1", "--trainer.num_sanity_val_steps", "1"]
@@ -227,7 +227,7 @@ def test_advice_names_the_program_as_it_can_be_typed(
 
 
 def test_end_table_shows_domains_roles_means_and_gap() -> None:
-    scores = [Score("a", "seen", "acc", 0.9, 7, "max"), Score("u", "unseen", "acc", 0.6, 5, "max")]
+    scores = [ScoreRow("a", "seen", "acc", 0.9, 7, "max"), ScoreRow("u", "unseen", "acc", 0.6, 5, "max")]
 
     text = rendered(score_table(ScoreTable(scores, {})))
     for part in ("a", "seen", "0.9000", "mean unseen", "gap: unseen worse by", "0.3000", "7"):
@@ -238,7 +238,7 @@ def test_end_table_shows_domains_roles_means_and_gap() -> None:
 def test_end_table_never_cuts_a_name_or_a_number_and_names_what_it_leaves_out(width: int) -> None:
     metrics = ["loss", "relative_mse_median", "relative_mse_mean", "diverged", "reconstructed", "mse"]
     scores = [
-        Score(domain, role, metric, 1234.5678, 2048, "min")
+        ScoreRow(domain, role, metric, 1234.5678, 2048, "min")
         for domain, role in (("van_der_pol_slow", "seen"), ("damped", "validation"), ("pendulum", "unseen"))
         for metric in metrics
     ]

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, Steps, build_adamw
+from moeapps.training.optim import Constant, Cosine, OneCycle, OptimizerConfig, ParamGroup, build_adamw
 
 
 def net() -> nn.ModuleDict:
@@ -89,12 +89,6 @@ def test_cosine_follows_its_formula() -> None:
     assert found[:3] == pytest.approx([0.05, 0.1, 0.1])
     expected = [0.1 * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 8))) for k in range(8)]
     assert found[2:] == pytest.approx(expected)
-
-
-def test_steps_fall_at_their_shares_of_the_run() -> None:
-    found = rates(Steps([0.3, 0.8], factor=0.5), 10)
-
-    assert found == pytest.approx([0.1] * 3 + [0.05] * 5 + [0.025] * 2)
 
 
 def test_betas_and_eps_reach_the_step() -> None:

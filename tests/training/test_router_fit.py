@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe import FittedRouter, LowestLoss, MLPExperts, MoELayer, RobustKMeans, Router, TableScore, TopK
+from moeapps.moe import FittedRouter, LowestLoss, MLPExperts, MoELayer, Router, TableScore, TopK
 from moeapps.training.callbacks import RouterFit
+from tasks.dynamics.nets.partition import RobustKMeans
 
 N, D, E = 12, 4, 3
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moeapps.commands.run import run
-from moeapps.training.evaluation import Score, ScoreTable
+from moeapps.training.scores import ScoreRow, ScoreTable
 from moeapps.training.selection import select
 from tasks.recommendation.metrics import RankingScores
 from tests.toy import TOY, ToyTask
@@ -24,7 +24,7 @@ FIT = ["fit", *TOY, "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu"]
 
 def table(**scorable: int) -> ScoreTable:
     roles = {"a": "seen", "b": "seen", "v": "validation", "w": "validation"}
-    scores = [Score(name, roles[name], "acc", 0.5, 9, "max") for name in scorable]
+    scores = [ScoreRow(name, roles[name], "acc", 0.5, 9, "max") for name in scorable]
     return ScoreTable(scores, {}, {}, scorable)
 
 

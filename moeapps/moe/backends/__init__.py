@@ -4,6 +4,6 @@
 from __future__ import annotations
 
 from moeapps.moe.backends.auto import Backend, apply, choose_backend, run
-from moeapps.moe.backends.plan import Plan, sort_assignments
+from moeapps.moe.plan import Plan, sort_assignments
 
 __all__ = ["Backend", "Plan", "apply", "choose_backend", "run", "sort_assignments"]

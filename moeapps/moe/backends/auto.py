@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.backends.dense import dense, is_dense
-from moeapps.moe.backends.eager import runs_eagerly
 from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
-from moeapps.moe.backends.segments import segments, segments_refusal
-from moeapps.moe.backends.static import every_expert, grouped_mm_static, segments_static
 from moeapps.moe.derivatives import is_batched, is_transformed
+from moeapps.moe.eager import runs_eagerly
+from moeapps.moe.fast.segments import segments, segments_refusal
+from moeapps.moe.fast.static import every_expert, grouped_mm_static, segments_static
+from moeapps.moe.plan import Plan, plan_of
 
 if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
     from moeapps.moe.experts import Experts
     from moeapps.moe.feed_forward import BankPart, FeedForward
     from moeapps.moe.routing import Routing
@@ -97,7 +97,7 @@ def apply(
         if backend not in ("auto", "loop"):
             raise ValueError(f"backend={backend!r} cannot run here: {_NO_VMAP}; use backend='auto' or 'loop'.")
         return every_expert(experts, x_ND, routing, side=side, at_input=weight_at == "input")
-    return run(experts, x_ND, routing.plan, side=side, backend=backend, weight_at=weight_at)
+    return run(experts, x_ND, plan_of(routing), side=side, backend=backend, weight_at=weight_at)
 
 
 def _apply_static(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
     from moeapps.moe.feed_forward import FeedForward
+    from moeapps.moe.plan import Plan
 
 
 def is_dense(plan: Plan) -> bool:

@@ -18,8 +18,8 @@ from torch.nn import functional
 from moeapps.moe.backends.loop import combine, weigh
 
 if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
     from moeapps.moe.feed_forward import FeedForward
+    from moeapps.moe.plan import Plan
 
 _ALIGNMENT = 16  # bytes
 

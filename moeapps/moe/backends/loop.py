@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from moeapps.moe.backends.plan import Plan
     from moeapps.moe.experts import Experts
     from moeapps.moe.feed_forward import BankPart
+    from moeapps.moe.plan import Plan
 
 
 def loop(

@@ -13,8 +13,8 @@ A paper is a preset; the core knows none of them.
 from __future__ import annotations
 
 from moeapps.moe.presets.basic import compose, dense, linear, random_router, table_router, top_k_router, top_p_router
-from moeapps.moe.presets.ranking import aw_moe, home_level
-from moeapps.moe.presets.systems import meta_dmoe, mixer, point_moe, promoe, unimoe_audio
+from moeapps.moe.presets.ranking import aw_moe
+from moeapps.moe.presets.systems import meta_dmoe, point_moe, promoe, unimoe_audio
 from moeapps.moe.presets.twins import dense_twin
 
 __all__ = [
@@ -22,10 +22,8 @@ __all__ = [
     "compose",
     "dense",
     "dense_twin",
-    "home_level",
     "linear",
     "meta_dmoe",
-    "mixer",
     "point_moe",
     "promoe",
     "random_router",

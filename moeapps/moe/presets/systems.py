@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -57,7 +57,7 @@ def point_moe(
         num_shared: always-on experts beside the E.
         backend: how sparse routings are computed.
 
-    Source: Point-MoE (its card 2.2 and 2.3).
+    Source: Point-MoE (docs/papers/point_moe.md, equations 1 and 2).
 
     Example:
         >>> point_moe(num_experts=4)(8).experts.w_in.shape
@@ -112,7 +112,7 @@ def unimoe_audio(
     Raises:
         ValueError: for an unknown ``shared_weighting`` or ``weighing``.
 
-    Source: UniMoE-Audio (its card 2.4 and 2.5).
+    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 1 to 5).
 
     Example:
         >>> unimoe_audio()(16).router.num_experts
@@ -176,7 +176,7 @@ def promoe(
         router: another router of the conditional rows over the E experts.
         backend: how sparse routings are computed.
 
-    Source: ProMoE (its card 2.2 and 2.4).
+    Source: ProMoE (docs/papers/promoe.md, equations 1 to 3 and 5).
 
     Example:
         >>> layer = promoe(num_experts=3)(8)
@@ -204,46 +204,6 @@ def promoe(
     return build
 
 
-def mixer(
-    *,
-    num_experts: int,
-    context_dim: int,
-    field: Callable[[int], nn.Module],
-    gate: Literal["fixed", "switch", "soft"] = "fixed",
-) -> LayerFactory:
-    r"""MixER: one vector field per environment, chosen from its context by a linear gate.
-
-    ``layer.route(context)`` once per solve, then ``layer(x, routing=routing.repeat_rows(n), side=(...,))``. The gate of
-    ``fixed`` gets no gradient: fit it by ``layer.router.score.fit`` (least squares on cluster labels).
-
-    Args:
-        num_experts: fields.
-        context_dim: width of a whole context, which the gate reads.
-        field: state width -> vector field ``f(x, *side)``; called once per expert.
-        gate: ``fixed`` (weight 1), ``switch`` (top-1, scaled by its probability) or ``soft`` (dense mixture).
-
-    Raises:
-        ValueError: for an unknown gate.
-
-    Source: MixER (mixer-dsr card 2.1 and 3.3; switch and soft are the fair gradient rivals named there).
-
-    Example:
-        >>> layer = mixer(num_experts=2, context_dim=4, field=lambda dim: nn.Linear(dim, dim))(3)
-        >>> layer(torch.zeros(5, 3), torch.zeros(5, 4)).shape
-        torch.Size([5, 3])
-    """
-    if gate not in ("fixed", "switch", "soft"):
-        raise ValueError(f"gate={gate!r}, but it must be 'fixed', 'switch' or 'soft'.")
-
-    def build(dim: int) -> MoELayer:
-        choose = {"fixed": TopK(1, weighing="ones"), "switch": TopK(1), "soft": Dense()}[gate]
-        score = LinearScore(context_dim, num_experts, bias=True).requires_grad_(gate != "fixed")
-        fields = [field(dim) for _ in range(num_experts)]
-        return MoELayer(Router(score, choose), ModuleExperts(fields, in_dim=dim, out_dim=dim))
-
-    return build
-
-
 def meta_dmoe(
     *, specialists: Sequence[nn.Module], out_dim: int, row_dims: int = 3, leave_out: bool = False
 ) -> LayerFactory:
@@ -255,7 +215,7 @@ def meta_dmoe(
         row_dims: dimensions of one input, 3 for images.
         leave_out: rows of group s do not see expert s (group E sees all): a domain must not ask its own specialist.
 
-    Source: Meta-DMoE (its card 2.1 and 2.2).
+    Source: Meta-DMoE (docs/papers/meta_dmoe.md, equations 1 and 2).
 
     Example:
         >>> nets = [nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(3)]

@@ -19,7 +19,7 @@ Match = Literal["flops", "params"]
 
 @dataclass(frozen=True)
 class TwinOf:
-    """What a twin stands for, so that a run can say how well it is matched.
+    """The mixture that a twin was made for, so that a run can report how well it is matched.
 
     Args:
         match: ``flops`` or ``params``.

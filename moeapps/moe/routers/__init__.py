@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers: a score, a chooser that owns its weighings, optional noise and capacity, and combinators."""
+"""Routers: a score that gives logits, a chooser that turns them into a routing, noise, capacity, combinators."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from moeapps.moe.routers.choose_sparse_mixer import SparseMixer
 from moeapps.moe.routers.choose_top_p import TopP
 from moeapps.moe.routers.chooser import Chooser, RowChooser
 from moeapps.moe.routers.combinators import ConditionalSplit, MultiGate, SumRouters
-from moeapps.moe.routers.fitted import FittedRouter
+from moeapps.moe.routers.fitted import FittedRouter, LowestLoss, Partition
 from moeapps.moe.routers.noise import GaussianNoise, GumbelNoise, Jitter, Noise
-from moeapps.moe.routers.partition import LowestLoss, Partition, PublishedKMeans, RobustKMeans
 from moeapps.moe.routers.router import Router, RouterBase
 from moeapps.moe.routers.score import CosineScore, LinearScore, MLPScore, PrototypeScore, Score
 from moeapps.moe.routers.score_fixed import ConstantScore, RandomScore, TableScore
@@ -42,10 +41,8 @@ __all__ = [
     "Noise",
     "Partition",
     "PrototypeScore",
-    "PublishedKMeans",
     "RandomScore",
     "RecurrentScore",
-    "RobustKMeans",
     "Router",
     "RouterBase",
     "RowChooser",

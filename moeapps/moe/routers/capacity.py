@@ -30,8 +30,8 @@ class Capacity(nn.Module):
     Raises:
         ValueError: for a factor or minimum that is too small, or a routing that is not k per row.
 
-    Source: GShard and DeepSpeed (moe-core card 2.7), with A in the place of k N: they know top-k without masks
-        alone. Ranking is by the weights of what was selected, never by raw logits.
+    Source: GShard and DeepSpeed (docs/papers/core.md, equation 9), with A in the place of k N: they know top-k without
+        masks alone. Ranking is by the weights of what was selected, never by raw logits.
 
     Example:
         >>> weight = torch.tensor([0.2, 0.9, 0.5])

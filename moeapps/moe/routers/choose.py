@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers by row: each row takes its own k experts, with the weighings that are legal there; top-p is next door."""
+"""Choosers by row: each row takes its own k experts, with the weighings that are allowed there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TopK(RowChooser):
         ValueError: k = 1 with a weighing that would always give weight 1 although the score should learn; renormalised
             ``identity`` or ``ones``; k larger than what there is to choose from (when the router is built).
 
-    Source: Switch, GShard, Mixtral, DeepSeek-V3 (moe-core card 2.1-2.3), AdaMoE (2.11).
+    Source: Switch, GShard, Mixtral, DeepSeek-V3, AdaMoE (docs/papers/core.md, equations 2, 3 and 6).
 
     Example:
         >>> choose = TopK(2)
@@ -85,7 +85,7 @@ class TopK(RowChooser):
         return None if self.num_null else float(self.k)
 
     def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
-        """What the selection goes by: the logits, or with a bias the scores the weights are made of plus the bias."""
+        """The numbers that decide the selection: the logits, or with a bias the probabilities plus the bias."""
         if self.bias is None:
             return logits_NX
         score = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
@@ -158,7 +158,7 @@ class GroupLimitedTopK(TopK):
     Raises:
         ValueError: if the groups do not divide E, or hold fewer than k experts.
 
-    Source: DeepSeek-V3, node-limited routing (moe-core card 2.3).
+    Source: DeepSeek-V3, node-limited routing (docs/papers/core.md, equation 4).
 
     Example:
         >>> choose = GroupLimitedTopK(2, num_groups=2, keep_groups=1)
@@ -196,7 +196,7 @@ class GroupLimitedTopK(TopK):
         return num_experts
 
     def rank(self, logits_NX: Tensor, probs_NX: Tensor) -> Tensor:
-        """What the selection goes by, with all but the best groups at minus infinity."""
+        """The numbers that decide the selection, with all but the best groups at minus infinity."""
         score_NGe = super().rank(logits_NX, probs_NX).detach().unflatten(-1, (self.num_groups, -1))
         summed_NGe = score_NGe
         if self.bias is None and self.weighing in ("softmax", "topk_softmax", "sigmoid"):
@@ -221,7 +221,7 @@ class GatedShared(Chooser):
     Raises:
         ValueError: if ``num_shared`` is below 1.
 
-    Source: UniMoE-Audio, released code (its card 2.4, steps 4-6); ``shared_weighting: gated`` there.
+    Source: UniMoE-Audio, released code (docs/papers/unimoe_audio.md, equation 3); ``shared_weighting: gated`` there.
 
     Example:
         >>> choose = GatedShared(TopK(2), num_shared=1)

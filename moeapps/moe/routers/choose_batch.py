@@ -23,7 +23,7 @@ def _weights(logits_NE: Tensor, weighing: BatchWeighing) -> Tensor:
 
 
 def _row_softmax(logits_NE: Tensor, group_N: Tensor | None, token_mask: Tensor | None) -> Tensor:
-    """Per expert the softmax over the rows of each group (or over all) that count; 0 for those that do not."""
+    """Softmax per expert over the unmasked rows of each group (or of all); 0 for masked rows."""
     if token_mask is not None:
         logits_NE = logits_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
     if group_N is None or logits_NE.shape[0] == 0:
@@ -49,7 +49,7 @@ def _check(capacity_factor: float, weighing: str, known: tuple[str, ...]) -> Non
 
 
 def _rank_in_group(score_NE: Tensor, group_N: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rank of each row among the rows of its group, by descending score per expert; how many of the group count."""
+    """Rank of each row in its group, by descending logit per expert; number of unmasked rows in the group."""
     num_rows = score_NE.shape[0]
     by_score_NE = torch.sort(score_NE, dim=0, descending=True, stable=True).indices
     by_group_NE = torch.sort(group_N[by_score_NE], dim=0, stable=True).indices
@@ -79,8 +79,8 @@ class ExpertChoice(Chooser):
     Raises:
         ValueError: for a factor not above 0, an unknown weighing, or ``per="group"`` without group ids.
 
-    Source: expert choice routing (moe-core card 2.12); ProMoE-EC (its card 2.4): per image, identity, and of its
-        ablations ``row_softmax``: ali-vilab/ProMoE ``models/models_ProMoE_EC.py``.
+    Source: expert choice routing (docs/papers/core.md, equation 7); ProMoE-EC (docs/papers/promoe.md, equation 5): per
+        image, identity, and of its ablations ``row_softmax``: ali-vilab/ProMoE ``models/models_ProMoE_EC.py``.
 
     Example:
         >>> choose = ExpertChoice(1.0)
@@ -171,9 +171,9 @@ class Threshold(Chooser):
     Raises:
         ValueError: for a factor not above 0 or a decay outside [0, 1).
 
-    Source: DiffMoE (``expert``; promoe card, rivals: decay 0.95, start 0. Its capacity predictor, a second network
-        trained to guess the selection, is left out: the score itself is compared) and Expert Race (``pairs``,
-        ``identity``).
+    Source: DiffMoE (``expert``; docs/papers/promoe.md, equation 13: decay 0.95, start 0. Its capacity predictor, a
+        second network trained to guess the selection, is left out: the score itself is compared) and Expert Race
+        (``pairs``, ``identity``).
 
     Example:
         >>> choose = Threshold(1.0)
@@ -238,7 +238,7 @@ class Threshold(Chooser):
         return share_of(rows, self.capacity_factor, divisor).minimum(rows * pairs)
 
     def _follow(self, descending: Tensor, c: Tensor) -> None:
-        """Move the thresholds towards the c-th best score; without any row they stay."""
+        """Move the thresholds towards the c-th best logit; without any row they stay."""
         if not descending.shape[0]:
             return
         last = descending.index_select(0, (c - 1).clamp(min=0).view(1))[0].to(self.threshold.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosers that leave nobody out: dense mixtures over all (allowed) experts, their sparse limit, and soft slots."""
+"""Choosers that use all experts: dense mixtures over all (allowed) ones, their sparse limit, and soft slots."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class DenseToSparse(Chooser):
     Raises:
         ValueError: if the threshold is outside [0, 1).
 
-    Source: EvoMoE (moe-core card 2.19): threshold 0.001, tau about 2.0 to 0.3 (as generally known).
+    Source: EvoMoE (docs/papers/core.md, equation 17): threshold 0.001, tau about 2.0 to 0.3 (as generally known).
 
     Example:
         >>> choose = DenseToSparse(0.1)
@@ -163,7 +163,7 @@ class Slots(Chooser):
     Raises:
         ValueError: if the columns of the score are not a multiple of S, or group ids are missing.
 
-    Source: soft MoE (moe-core card 2.17). Use ``CosineScore(dim, num_experts * num_slots)``.
+    Source: soft MoE (docs/papers/core.md, equation 16). Use ``CosineScore(dim, num_experts * num_slots)``.
 
     Example:
         >>> choose = Slots(2)

@@ -39,7 +39,7 @@ class SparseMixer(RowChooser):
         ValueError: unless exactly one of k and p is given and in its range, for a negative eps, for k = 1 when
             renormalised (every weight would be 1); when the router is built, for more experts than there are.
 
-    Source: UniMoE-Audio, released code (its card 2.4, steps 2-4): HITsz-TMG/Uni-MoE
+    Source: UniMoE-Audio, released code (docs/papers/unimoe_audio.md, equation 5): HITsz-TMG/Uni-MoE
         ``UniMoE-Audio/utils/UniMoE_Audio_core.py``, there with 0.3333 for a third; the estimator is SparseMixer-v2 of
         GRIN (Liu et al. 2024). Differs: at p = 1 a row takes all columns (there rounding may ask for one more).
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-p: each row takes as many experts as it needs, if need be within a budget that is held over the batches."""
+"""Top-p: each row takes as many experts as it needs, optionally within a mean budget over the batches."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class TopP(RowChooser):
         ValueError: if p is not in (0, 1], ``max_k`` is below 1, the budget is not above 0 or the decay outside [0, 1);
             when the router is built, if the budget exceeds what a row can take.
 
-    Source: Harder Tasks Need More Experts (moe-core card 2.10): weights as they are; UniMoE-Audio (its card, 2.4): with
-        null experts, renormalised over the chosen ones, nulls included. The budget is ours; DTop-p (known to us by its
-        abstract only) steers p by a PI controller, which needs two gains where a quantile needs none.
+    Source: Harder Tasks Need More Experts (docs/papers/core.md, equation 5): weights as they are; UniMoE-Audio
+        (docs/papers/unimoe_audio.md, equations 1 and 2): with null experts, renormalised over the chosen ones, nulls
+        included. The budget is ours; DTop-p (known to us by its abstract only) steers p by a PI controller, which needs
+        two gains where a quantile needs none.
 
     Example:
         >>> choose = TopP(0.7)

@@ -106,7 +106,7 @@ class Picked:
 
 
 def rows_that_count(like_NX: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Number of rows that are not masked, int64 [], without a look at the device."""
+    """Number of rows that are not masked, int64 [], without waiting for the device."""
     if token_mask is not None:
         return token_mask.sum()
     return torch.full((), like_NX.shape[0], dtype=torch.int64, device=like_NX.device)
@@ -118,7 +118,7 @@ def share_of(rows: Tensor, factor: float, num_experts: int) -> Tensor:
 
 
 def top_indices(score_NX: Tensor, k: int) -> Tensor:
-    """Columns of the k largest scores, best first, ties to the lowest index; int64 [N, k].
+    """Columns of the k largest values, best first, ties to the lowest index; int64 [N, k].
 
     Repeated arg-max is faster than ``topk`` for small k and, unlike it, has a defined order of ties.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers made of routers: a fixed expert for flagged rows, many gates over one bank, and sums of routings."""
+"""Routers made of other routers: a fixed expert for flagged rows, many gates over one bank, sums of routings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ConditionalSplit(RouterBase):
     Raises:
         ValueError: if no group is named, the inner router is not sparse, or no group ids come.
 
-    Source: ProMoE, unconditional tokens (promoe card 2.2, step 1).
+    Source: ProMoE, unconditional tokens (docs/papers/promoe.md, equation 1).
 
     Example:
         >>> from moeapps.moe.routers import PrototypeScore, Router, TopK
@@ -45,7 +45,7 @@ class ConditionalSplit(RouterBase):
             raise ValueError(f"fixed_groups={tuple(fixed_groups)}: name at least one group id, each once.")
         if not conditional.sparse:
             raise ValueError(
-                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice); a dense gate has no row to spare."
+                "ConditionalSplit needs a sparse router (TopK, TopP, ExpertChoice): a dense gate uses all experts."
             )
         self.conditional = conditional
         self.fixed_groups = None if fixed_groups is None else tuple(fixed_groups)
@@ -104,7 +104,7 @@ class ConditionalSplit(RouterBase):
         )
 
     def _fixed(self, group_N: Tensor) -> Tensor:
-        """Which fixed expert each row goes to, bool [N, F]; no True in a row that is routed."""
+        """The fixed expert of each row, bool [N, F]; a row without True is routed."""
         if self.fixed_groups is None:
             return (group_N < 0).unsqueeze(-1)
         return group_N.unsqueeze(-1) == torch.tensor(self.fixed_groups, device=group_N.device)
@@ -141,7 +141,7 @@ class MultiGate(RouterBase):
     Raises:
         ValueError: if the sizes do not fit, or a gate sees nothing.
 
-    Source: MMoE, CGC, PLE, HoME (moe-core card 2.14, home card 2.4).
+    Source: MMoE, CGC, PLE, HoME (docs/papers/core.md, equation 15; docs/papers/home.md, equation 1).
 
     Example:
         >>> from moeapps.moe.routers import LinearScore
@@ -239,7 +239,7 @@ class SumRouters(RouterBase):
     Raises:
         ValueError: if they do not fit together.
 
-    Source: HoME, gate plus self-gate (home card 2.6).
+    Source: HoME, gate plus self-gate (docs/papers/home.md, equation 6).
 
     Example:
         >>> from moeapps.moe.routers import Dense, LinearScore, Router

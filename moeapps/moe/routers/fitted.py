@@ -1,19 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A router without a gradient: a linear gate that is fitted to a partition by least squares."""
+"""A router without a gradient: a linear gate that is fitted to a partition of the rows by least squares."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeapps.moe.routers.choose import TopK
-from moeapps.moe.routers.partition import Partition
 from moeapps.moe.routers.router import Router
 from moeapps.moe.routers.score import Features, LinearScore
 from moeapps.moe.routing import Routing
+
+
+class Partition(nn.Module):
+    """Base: features [N, D] and losses [N, E] -> the expert of each row, int64 [N], or None to keep the gate.
+
+    Attributes:
+        labels: int64 [N], the experts that the last successful call gave; empty before it.
+        calls: how often it was called, int64.
+        abandoned: how many of these calls gave up, int64.
+
+    Example:
+        >>> from moeapps.moe import LowestLoss
+        >>> isinstance(LowestLoss(), Partition)
+        True
+    """
+
+    labels: Tensor
+    calls: Tensor
+    abandoned: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("abandoned", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the next call reads the losses (they cost a solve with every expert)."""
+        return True
+
+    def partition(self, features_ND: Tensor, losses_NE: Tensor | None) -> Tensor | None:
+        """What a subclass decides; see the class."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, features_ND: Tensor, losses_NE: Tensor | None = None) -> Tensor | None:
+        """The expert of each row, or None.
+
+        Args:
+            features_ND: what is routed on.
+            losses_NE: loss of row n under expert e alone; not finite counts as very large. May be None where
+                ``needs_losses`` is False.
+
+        Raises:
+            ValueError: fewer rows than experts.
+        """
+        if losses_NE is not None:
+            if features_ND.shape[0] < losses_NE.shape[1]:
+                raise ValueError(
+                    f"{features_ND.shape[0]} rows cannot be divided among {losses_NE.shape[1]} experts without an "
+                    "idle one; use fewer experts or more rows."
+                )
+            losses_NE = losses_NE.nan_to_num(nan=1e30, posinf=1e30).clamp(max=1e30)
+        self.calls += 1
+        labels_N = self.partition(features_ND, losses_NE)
+        if labels_N is None:
+            self.abandoned += 1
+        else:
+            self.labels = labels_N
+        return labels_N
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take over the number of rows: it is known only after the first call."""
+        for name, buffer in self._buffers.items():
+            stored = state_dict.get(prefix + name)
+            if buffer is not None and stored is not None and stored.shape != buffer.shape:
+                self._buffers[name] = torch.empty_like(stored, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class LowestLoss(Partition):
+    """Hard expectation-maximisation: each row goes to the expert under which its loss is lowest; experts may idle.
+
+    Example:
+        >>> LowestLoss()(torch.zeros(2, 1), torch.tensor([[0.0, 1.0], [2.0, 1.0]])).tolist()
+        [0, 1]
+    """
+
+    def partition(self, features_ND: Tensor, losses_NE: Tensor | None) -> Tensor | None:
+        """The lowest loss of each row, ties to the lowest index."""
+        assert losses_NE is not None
+        return losses_NE.argmin(1)
 
 
 class FittedRouter(Router):
@@ -37,7 +120,7 @@ class FittedRouter(Router):
     Raises:
         ValueError: noise or warmup below 0, or losses that do not fit the features and experts (in ``fit``).
 
-    Source: MixER (mixer-dsr card 2.1 and 3.2, G6); ``warmup`` is ours.
+    Source: MixER (docs/papers/mixer.md, equations 1 and 11); ``warmup`` is ours.
 
     Example:
         >>> from moeapps.moe import FittedRouter, LowestLoss

@@ -99,7 +99,7 @@ class GumbelNoise(Noise):
     Raises:
         ValueError: if tau is not above 0.
 
-    Source: EvoMoE, dense to sparse (moe-core card 2.19).
+    Source: EvoMoE, dense to sparse (docs/papers/core.md, equation 17).
 
     Example:
         >>> GumbelNoise(2.0).eval().on_logits(torch.ones(1, 2), torch.zeros(1, 8))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router: score, noise, hook, choice, capacity - in full precision, whatever autocast says."""
+"""The router: score, noise, hook, choice and capacity, in full precision even under autocast."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_rows(name: str, values: Tensor | None, rows: Sequence[int], dtype: tor
 
 
 def only_rows(values: Tensor, mask_N: Tensor | None, at: int = 0, *, fill: float = 0.0) -> Tensor:
-    """The same with ``fill`` in masked rows, whatever stood there, and no gradient to them.
+    """The values with ``fill`` in masked rows, which get no gradient.
 
     Args:
         values: any shape; rows are dimension ``at``.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores: modules that map what is routed on to one logit per column, ``[N, num_outputs]``.
+"""Scores: modules that map features to logits, one per column, ``[N, num_outputs]``.
 
 Columns are the routed experts, followed by the null experts and the gated shared experts of choosers that have them.
 Scores compute in the precision they are given (the router hands them at least float32); their parameters follow.
@@ -20,7 +20,9 @@ Features = Tensor | tuple[Tensor, ...]
 
 
 class Score(nn.Module):
-    """Base of all scores: ``score(features, group=..., state=...) -> logits`` or ``(logits, new state)``.
+    """Base of all scores: the part of a router that turns features into logits.
+
+    ``score(features, group=..., state=...)`` returns the logits, or with a memory ``(logits, new state)``.
 
     Args:
         num_outputs: columns of the logits, at least 1.
@@ -123,7 +125,7 @@ class LinearScore(Score):
         Raises:
             ValueError: if the shapes do not fit.
 
-        Source: the gate update of MixER (mixer-dsr card 3.2, G6).
+        Source: the gate update of MixER (docs/papers/mixer.md, equation 11).
         """
         wanted = ((features.shape[0], self.weight.shape[1]), (features.shape[0], self.num_outputs))
         if (tuple(features.shape), tuple(targets.shape)) != wanted:
@@ -230,7 +232,7 @@ class PrototypeScore(Score):
     Shape:
         features [N, dim] -> logits [N, num_experts] in [-alpha, alpha]; ``prototypes`` [num_experts, dim].
 
-    Source: ProMoE, prototypical routing (promoe card 2.2): alpha = 1, prototypes N(0, 0.02^2).
+    Source: ProMoE, prototypical routing (docs/papers/promoe.md, equation 2): alpha = 1, prototypes N(0, 0.02^2).
 
     Example:
         >>> PrototypeScore(8, 4)(torch.randn(3, 8)).shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores that do not look at the features: tables of group ids, constants, chance. Oracles and controls."""
+"""Scores that do not read the features: tables of group ids, constants, chance. Oracles and controls."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class RandomScore(Score):
     Shape:
         features [N, ...] -> logits [N, num_experts], N(0, 1).
 
-    Source: THOR, Stochastic Mixture of Experts (moe-core card 2.18).
+    Source: THOR, Stochastic Mixture of Experts (docs/papers/core.md, equation 10).
 
     Example:
         >>> score = RandomScore(4, per="batch").eval()

@@ -37,7 +37,7 @@ class AttentionScore(Score):
     Raises:
         ValueError: if the features are not those three tensors.
 
-    Source: AW-MoE, gate network (aw-moe card 2.3; the equations there are recalled, the prior is inferred).
+    Source: AW-MoE, gate network (docs/papers/aw_moe.md, equation 1; recalled, the prior is inferred).
 
     Example:
         >>> history, key, mask = torch.randn(3, 5, 8), torch.randn(3, 8), torch.ones(3, 5, dtype=torch.bool)
@@ -90,7 +90,7 @@ class RecurrentScore(Score):
     Raises:
         ValueError: if the cell has other widths.
 
-    Source: RMoE, layerwise recurrent router (moe-core card 2.13).
+    Source: RMoE, layerwise recurrent router (docs/papers/core.md, equation 19).
 
     Example:
         >>> logits, state = RecurrentScore(8, 4, state_dim=16)(torch.randn(3, 8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from moeapps.training.callbacks.averaging import AveragedWeights
 from moeapps.training.callbacks.balance import BiasBalancing
+from moeapps.training.callbacks.experts import ExpertReport
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
 from moeapps.training.callbacks.router_fit import RouterFit
@@ -18,6 +19,7 @@ __all__ = [
     "BestCheckpoint",
     "BiasBalancing",
     "EndTable",
+    "ExpertReport",
     "InterruptCheckpoint",
     "MoESummary",
     "PredictionWriter",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exponential moving average of the weights that is what evaluation sees, also in the test after ``fit``."""
+"""An exponential moving average of the weights, which evaluation uses, also in the test after ``fit``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AveragedWeights(WeightAveraging):
 
     def __init__(self, decay: float = 0.999, *, warmup: bool = False) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay} is not allowed; use 0 (no averaging) up to, and not, 1")
+            raise ValueError(f"decay={decay} is not allowed; use 0 (no averaging) to below 1")
         self.decay, self.warmup = decay, warmup
         super().__init__(multi_avg_fn=self.average)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write what ``predict`` made into the run folder."""
+"""Write the answers of ``predict`` into the run folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from moeapps.files import WholeFile
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
@@ -39,8 +40,8 @@ class PredictionWriter(BasePredictionWriter):
             return
         number = batch_idx * trainer.world_size + trainer.global_rank
         path = folder / "predictions" / data.eval_domains("predict")[dataloader_idx] / f"{number:05d}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(prediction, path)
+        with WholeFile(path) as temporary:
+            torch.save(prediction, temporary)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where they are."""

@@ -43,7 +43,7 @@ class RouterFit(L.Callback):
     def __init__(self, every: int = 1, layers: str = "*") -> None:
         if every < 1:
             raise ValueError(
-                f"every={every}, but a router is fitted after 1 or more steps; leave RouterFit out for never"
+                f"every={every}, but there is at least 1 step between two fits; leave RouterFit out to fit never"
             )
         self.every = every
         self.layers = layers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who goes where: load, entropy and specialisation of every MoE layer, from counts alone."""
+"""Routing statistics: load, entropy and specialisation of every MoE layer, from counts alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from moeapps.files import write_json
 from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information, token_entropy
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
-from moeapps.training.run import run_dir, write_json
+from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
 log = logging.getLogger("moeapps")
@@ -173,22 +174,21 @@ class RoutingMonitor(L.Callback):
             name, expert, share = found[0]
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             log.warning(
-                "expert %d of %s%s got %.2g of the mean load in an evaluation: it does next to nothing. If that lasts "
+                "expert %d of %s%s got %.2g of the mean load in an evaluation: it is almost unused. If that lasts "
                 "beyond the first steps, balance the router (aux_losses, BiasBalancing) or use fewer experts",
                 expert, name, more, share,
             )  # fmt: skip
             self._warned = True
 
     def _draw(self, trainer: L.Trainer, result: dict[str, dict[str, Any]], stage: str) -> None:
+        from moeapps.reporting.figures import save_figure
         from moeapps.reporting.routing import routing_figure
 
         folder = run_dir(trainer)
         if folder is None:
             return
         figure = routing_figure({name: report["work"] for name, report in result.items()}, self._domains)
-        path = folder / "figures" / f"routing_{stage}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        save_figure(figure, folder / "figures" / f"routing_{stage}.png")
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
                 logger.experiment.add_figure(f"routing/{stage}", figure, trainer.global_step, close=False)

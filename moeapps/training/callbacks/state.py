@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps beside its weights: random states, config and origin, and a checkpoint when it is interrupted."""
+"""The state of a run besides its weights: random states, config, origin, and a checkpoint when it is interrupted."""
 
 from __future__ import annotations
 
@@ -23,17 +23,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from moeapps.training.evaluation import ScoreTable
-from moeapps.training.run import (
-    config_hash,
-    git_commit,
-    machine,
-    run_dir,
-    seeds_of,
-    variant_hash,
-    versions,
-    write_json,
-)
+from moeapps.files import write_json
+from moeapps.training.run import config_hash, git_commit, machine, run_dir, seeds_of, variant_hash, versions
+from moeapps.training.scores import ScoreTable
 from moeapps.training.selection import select
 
 log = logging.getLogger("moeapps")
@@ -127,7 +119,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._said: set[str] = set()
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        """Put the score that chooses where Lightning looks for the monitor, whose name stays the key of our state."""
+        """Store the score that chooses under the monitor's name, where Lightning looks for it."""
         found = super()._monitor_candidates(trainer)
         task, monitor = trainer.lightning_module, self.monitor
         table = getattr(task, "results", None)
@@ -216,7 +208,7 @@ class SaveRun(SaveConfigCallback):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What is run, asked once: a commit made while a run goes on is not the one that ran."""
+        """The commit and versions of this run, read once at its start: later commits are not what ran."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))
         return {
             "system": config.get("system"),

@@ -62,7 +62,7 @@ class MoESummary(L.Callback):
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep how many steps were taken and what they have cost."""
+        """Save how many steps were taken and what they have cost."""
         return {"steps": self.steps, "train_flops": self.train_flops}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -115,12 +115,12 @@ class MoESummary(L.Callback):
 
 
 def warn_of_twin(cost: Cost) -> None:
-    """Say it where a dense twin is not matched within 2 per cent."""
+    """Warn where a dense twin is not matched within 2 per cent."""
     if cost.twin is not None and abs(cost.twin[1] - 1) > TWIN_TOLERANCE:
         match, ratio = cost.twin
         log.warning(
             "this dense twin has %.3f of the mixture's %s; at most %.0f per cent apart is fair: change the mixture's "
-            "widths so that they divide, or say so beside the numbers",
+            "widths so that they divide, or report it beside the numbers",
             ratio,
             TWIN_NAMES[match],
             100 * TWIN_TOLERANCE,
@@ -167,6 +167,6 @@ def experts_of(cost: Cost) -> str:
 
 
 def choice_of(task: nn.Module) -> str:
-    """Say among which rows the routers of a model choose in evaluation."""
+    """Say which other rows decide a row's experts in evaluation."""
     pools = {layer.router.pool for layer in task.modules() if isinstance(layer, MoELayer)}
     return "; ".join(text for pool, text in _CHOICES.items() if pool in pools)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moeapps.training.callbacks.summary import MoESummary
-from moeapps.training.evaluation import ScoreTable
 from moeapps.training.run import run_dir
+from moeapps.training.scores import ScoreTable
 
 MOST_COLUMNS = 12
 _COLUMN = 3  # what a column takes beside its text

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model of dynamics gets: the trajectories of several environments with one time grid each.
+"""The batches of this task: trajectories of several environments, each environment with its own time step.
 
-E environments, N trajectories per environment, T samples, D state size.
+S environments, N trajectories per environment, T samples, D state size.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 @dataclass
 class Trajectories:
-    """Trajectories of E environments; rows stand in the order of ``env``.
+    """Trajectories of S environments; rows stand in the order of ``env``.
 
     Attributes:
-        x: states, float32 [E, N, T, D]; 0 where ``mask`` is False.
-        dt: seconds between samples, float32 [E]; T is the same for all environments, so horizons differ by dt.
-        env: number among the TRAINED environments, int64 [E]; -1 for an environment to adapt to.
-        family: hidden label for metrics only, index into the facts' ``families``, int64 [E]; -1 where it is unknown.
-        mask: bool [E, N, T], False where a sample is missing; None where nothing is.
-        scale: root mean squared increment of the observed (training or support) trajectories, float32 [E].
+        x: states, float32 [S, N, T, D]; 0 where ``mask`` is False.
+        dt: seconds between samples, float32 [S]; T is the same for all environments, so horizons differ by dt.
+        env: number among the TRAINED environments, int64 [S]; -1 for an environment to adapt to.
+        family: hidden label for metrics only, index into the facts' ``families``, int64 [S]; -1 where it is unknown.
+        mask: bool [S, N, T], False where a sample is missing; None where nothing is.
+        scale: root mean squared increment of the observed (training or support) trajectories, float32 [S].
         num_support: the first ``num_support`` trajectories are for fitting a new environment's context, the others are
             scored; 0 for trained environments.
         num_given: leading samples that a prediction may use; 1, the initial condition, unless a series is continued.
@@ -52,7 +52,7 @@ class Trajectories:
         """Keep some environments.
 
         Args:
-            rows: int64 row numbers or bool [E].
+            rows: int64 row numbers or bool [S].
         """
         parts = {name: getattr(self, name)[rows] for name in ("x", "dt", "env", "family", "scale")}
         return replace(self, **parts, mask=None if self.mask is None else self.mask[rows])
@@ -63,7 +63,7 @@ class Trajectories:
 
 
 def collate_environments(items: Sequence[Trajectories]) -> Trajectories:
-    """Join environments (items of E = 1) into one batch, in the order of ``env`` and else as they come.
+    """Join environments (items of S = 1) into one batch, in the order of ``env`` and else as they come.
 
     Raises:
         ValueError: they differ in number of trajectories, samples or state size, or in what of them is given.

@@ -146,7 +146,7 @@ class OdeFamilies(DynamicsSource):
     def load(self, domain: str, split: Split, seen: Sequence[str]) -> EnvironmentSet:
         """Return the trajectories of one domain and split; generated on first use."""
         members = self._members(domain, seen)
-        whole = np.stack([self._family(family)[place] for family, place, _ in members])  # [E, N, T, D]
+        whole = np.stack([self._family(family)[place] for family, place, _ in members])  # [S, N, T, D]
         start = sum(self.counts[earlier] for earlier in _SPLITS[: _SPLITS.index(split)])
         own, training = whole[:, start : start + self.counts[split]], whole[:, : self.counts["train"]]
         names, families = self.environments(domain, seen), [family.name for family, _, _ in members]
@@ -192,7 +192,7 @@ class OdeFamilies(DynamicsSource):
         return cache_dir("dynamics", root=self.cache) / f"{family.name}-{key}.npz"
 
     def _family(self, family: Family) -> Floats:
-        """All environments of a family, every group, train then val then test: float64 [E, N, T, D]."""
+        """All environments of a family, every group, train then val then test: float64 [S, N, T, D]."""
 
         def write(path: Path) -> None:
             np.savez(path, x=self.generate(family).astype(np.float32))
@@ -202,7 +202,7 @@ class OdeFamilies(DynamicsSource):
         return x
 
     def generate(self, family: Family) -> Floats:
-        """Integrate all environments of a family: float64 [E, N, T, D], N = train + val + test.
+        """Integrate all environments of a family: float64 [S, N, T, D], N = train + val + test.
 
         Raises:
             ValueError: a trajectory leaves the finite range.

@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tasks.dynamics.solvers import solve
+from tasks.dynamics.nets.solvers import solve
 
 Formula = Callable[..., tuple[Tensor, ...]]
 Setting = tuple[float, ...]
@@ -108,14 +108,14 @@ class Family:
 
 
 def field_of(name: str, settings: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The right-hand side of E environments.
+    """The right-hand side of S environments.
 
     Args:
         name: key of `FORMULAS`.
-        settings: parameters [E, P].
+        settings: parameters [S, P].
 
     Returns:
-        ``field(t [E], x [E, N, D]) -> [E, N, D]``; it does not depend on t.
+        ``field(t [S], x [S, N, D]) -> [S, N, D]``; it does not depend on t.
 
     Raises:
         ValueError: unknown name.
@@ -123,7 +123,7 @@ def field_of(name: str, settings: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     if name not in FORMULAS:
         raise ValueError(f"field {name!r} is unknown; use one of {', '.join(FORMULAS)}")
     formula = FORMULAS[name]
-    parameters = settings[:, None].unbind(-1)  # each [E, 1]
+    parameters = settings[:, None].unbind(-1)  # each [S, 1]
 
     def right_hand_side(t: Tensor, x: Tensor) -> Tensor:
         return torch.stack(formula(*x.unbind(-1), *parameters), -1)
@@ -299,15 +299,15 @@ def integrate(
 
     Args:
         family: its field, horizon and number of steps.
-        settings: parameters [E, P].
-        x0: initial conditions [E, N, D]; float64 for data.
+        settings: parameters [S, P].
+        x0: initial conditions [S, N, D]; float64 for data.
         num_samples: T.
         likeness: share of the oscillator x'' = -x that is mixed into the field of an oscillator, in [0, 1): 0 leaves
             the families as they are, towards 1 they become one.
         refine: multiple of the family's substeps.
 
     Returns:
-        [E, N, T, D] in the type of x0.
+        [S, N, T, D] in the type of x0.
 
     Raises:
         ValueError: likeness outside [0, 1), or above 0 for a family that is none of `OSCILLATORS`.
@@ -327,9 +327,9 @@ def integrate(
 def check_likeness(family: Family, likeness: float) -> None:
     """Raise ValueError unless the family can be mixed with the common oscillator in this share."""
     if not 0 <= likeness < 1:
-        raise ValueError(f"likeness={likeness} is not allowed; use a number from 0 up to, but not, 1")
+        raise ValueError(f"likeness={likeness} is not allowed; use a number from 0 to below 1")
     if likeness > 0 and family.field not in OSCILLATORS:
         raise ValueError(
-            f"family {family.name!r} is no oscillator and cannot be made alike (likeness={likeness}); use families of "
-            f"{', '.join(sorted(OSCILLATORS))}"
+            f"family {family.name!r} is not an oscillator and cannot be made alike (likeness={likeness}); use families "
+            f"of {', '.join(sorted(OSCILLATORS))}"
         )

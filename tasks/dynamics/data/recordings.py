@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from moeapps.data.domain import Split
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats, Kind
-from tasks.dynamics.data.ts_format import SeriesFormatError
 
 Unequal = Literal["error", "cut", "mask"]
 Missing = Literal["error", "mask"]
@@ -26,7 +26,7 @@ class SeriesSet:
     """Recordings of one domain.
 
     Attributes:
-        x: [E, N, T, D], nan where missing.
+        x: [S, N, T, D], nan where missing.
         names: one per environment.
         families: hidden family of each, None where unknown.
         dt: seconds between samples.
@@ -85,7 +85,7 @@ class SeriesSource(DynamicsSource):
                     f"domain {domain!r} has series of {data.x.shape[2]} samples; val_steps={self.val_steps} and "
                     f"test_steps={self.test_steps} leave fewer than 2 for training"
                 )
-            counts = np.isfinite(data.x[:, :, : self._train_steps(data)]).all(axis=3).sum(axis=2)  # [E, N]
+            counts = np.isfinite(data.x[:, :, : self._train_steps(data)]).all(axis=3).sum(axis=2)  # [S, N]
             if counts.min() < 2:
                 raise SeriesFormatError(
                     f"recording {data.names[int(counts.min(axis=1).argmin())]!r} of domain {domain!r} has fewer than 2 "
@@ -148,7 +148,7 @@ class SeriesSource(DynamicsSource):
 
 
 def _padded(x: Floats, length: int) -> Floats:
-    """Lengthen [E, N, T, D] to ``length`` samples with missing ones."""
+    """Lengthen [S, N, T, D] to ``length`` samples with missing ones."""
     return np.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)), constant_values=np.nan)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from moeapps.data.archives import ArchiveError, fetch_package
-from tasks.dynamics.data.csv_format import read_csv
+from moeapps.data.archives import ArchiveError, fetch_package, package_named
+from tasks.dynamics.data.readers.csv_format import read_csv
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
 from tasks.dynamics.data.recordings import Missing, SeriesSet, SeriesSource, Unequal, equal_lengths
 from tasks.dynamics.data.source import Floats, Kind
-from tasks.dynamics.data.ts_format import SeriesFormatError, read_ts
-from tasks.dynamics.packages import package_named
+from tasks.dynamics.packages import PACKAGES
 
 NEW_VALIDATION, NEW = "new_for_choices", "new"
 """Domains of recordings that are not trained on: for choices, and for the test."""
@@ -59,7 +59,7 @@ class TsFiles(SeriesSource):
         super().__init__(val_steps=val_steps, test_steps=test_steps, kind="sequence")
         if not dt > 0:
             raise ValueError(f"dt={dt} is not allowed; use positive seconds between samples")
-        self.package = None if package is None else package_named(package)
+        self.package = None if package is None else package_named(package, PACKAGES)
         self.train_file, self.test_file, self.root = train_file, test_file, root
         self.dt, self.unequal, self.missing, self.channels = dt, unequal, missing, channels
         self._files: dict[str, SeriesSet] = {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where environments come from, and the checks that hold for all of them.
 
-E environments, N trajectories per environment, T samples, D state size.
+S environments, N trajectories per environment, T samples, D state size.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class EnvironmentSet:
     """The environments of one domain and split, in double precision, missing values as nan.
 
     Attributes:
-        x: states [E, N, T, D], nan where missing.
-        dt: seconds between samples [E].
+        x: states [S, N, T, D], nan where missing.
+        dt: seconds between samples [S].
         names: one name per environment.
         families: name of the hidden family of each environment, None where it is unknown.
         num_support: leading trajectories for fitting a context; 0 for trained environments.
         num_given: leading samples that a prediction may use.
-        observed: trajectories the scale is taken from [E, N', T', D]; None: the support, or all where there is none.
+        observed: trajectories the scale is taken from [S, N', T', D]; None: the support, or all where there is none.
     """
 
     x: Floats
@@ -49,11 +49,11 @@ class EnvironmentSet:
     observed: Floats | None = None
 
     def __post_init__(self) -> None:
-        E = len(self.x)
-        if self.x.ndim != 4 or self.dt.shape != (E,) or len(self.names) != E or len(self.families) != E:
+        S = len(self.x)
+        if self.x.ndim != 4 or self.dt.shape != (S,) or len(self.names) != S or len(self.families) != S:
             raise ValueError(
                 f"x has shape {self.x.shape}, dt {self.dt.shape}, with {len(self.names)} names and "
-                f"{len(self.families)} families; they must be [E, N, T, D], [E], E and E"
+                f"{len(self.families)} families; they must be [S, N, T, D], [S], S and S"
             )
         if not (np.isfinite(self.dt) & (self.dt > 0)).all():
             raise ValueError(f"dt={self.dt.tolist()} must be positive seconds")
@@ -67,7 +67,7 @@ class EnvironmentSet:
             env: number of each environment among the trained ones, or -1.
             families: all family names, in the order of their labels.
         """
-        present: npt.NDArray[np.bool_] = np.asarray(np.isfinite(self.x).all(axis=3))  # [E, N, T]
+        present: npt.NDArray[np.bool_] = np.asarray(np.isfinite(self.x).all(axis=3))  # [S, N, T]
         labels = [-1 if name is None else list(families).index(name) for name in self.families]
         return Trajectories(
             x=torch.from_numpy(np.where(present[..., None], self.x, 0.0).astype(np.float32)),
@@ -103,7 +103,7 @@ class EnvironmentSet:
 
 
 def increment_scale(x: Floats) -> Floats:
-    """Root mean squared increment of each environment, at least `MIN_SCALE`: [E] from [E, N, T, D]; nan is left out.
+    """Root mean squared increment of each environment, at least `MIN_SCALE`: [S] from [S, N, T, D]; nan is left out.
 
     Raises:
         ValueError: an environment has missing samples and no two observed ones in a row: nothing to learn from.

@@ -120,5 +120,5 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Return clamp(127.5 x + 128, 0, 255) as uint8, the inverse of `from_uint8` on its values (promoe card 4)."""
+    """Return clamp(127.5 x + 128, 0, 255) as uint8, the inverse of `from_uint8` on its values."""
     return (127.5 * image + 128.0).clamp(0, 255).to(torch.uint8)

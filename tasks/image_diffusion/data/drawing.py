@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw figures made of tapered strokes and quadrilaterals, many at a time, by their signed distances.
+"""Draw sketches made of tapered strokes and quadrilaterals, many at a time, by their signed distances.
 
 The canvas is [-1, 1] x [-1, 1], x to the right, y DOWN. Shape legend: n images, V points, P strokes or quadrilaterals,
 G pixels.
@@ -19,7 +19,7 @@ _CHUNK = 256
 
 
 @dataclass
-class Figure:
+class Sketch:
     """The drawing of one class, built by `stroke` and `quad`.
 
     Attributes:
@@ -34,7 +34,7 @@ class Figure:
     strokes: list[tuple[int, int]] = field(default_factory=list)
     quads: list[tuple[int, int, int, int]] = field(default_factory=list)
 
-    def stroke(self, points: Sequence[Point], *radii: float) -> Figure:
+    def stroke(self, points: Sequence[Point], *radii: float) -> Sketch:
         """Add a line through points; one radius for all of it, or one for each point."""
         start = len(self.points)
         self.points += points
@@ -42,7 +42,7 @@ class Figure:
         self.strokes += [(start + i, start + i + 1) for i in range(len(points) - 1)]
         return self
 
-    def quad(self, a: Point, b: Point, c: Point, d: Point) -> Figure:
+    def quad(self, a: Point, b: Point, c: Point, d: Point) -> Sketch:
         """Add a filled convex quadrilateral."""
         start = len(self.points)
         self.points += [a, b, c, d]
@@ -84,22 +84,22 @@ class Hand:
     gradient: float = 0.0
 
 
-def draw(figure: Figure, hand: Hand, count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` variants of a figure.
+def draw(sketch: Sketch, hand: Hand, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` variants of a sketch.
 
     Returns:
         uint8 [count, 1, size, size], white on black.
     """
     parts = [
-        _draw(figure, hand, min(_CHUNK, count - start), size, generator) for start in range(0, max(count, 1), _CHUNK)
+        _draw(sketch, hand, min(_CHUNK, count - start), size, generator) for start in range(0, max(count, 1), _CHUNK)
     ]
     return torch.cat(parts)[:count]
 
 
-def _draw(figure: Figure, hand: Hand, n: int, size: int, generator: torch.Generator) -> Tensor:
+def _draw(sketch: Sketch, hand: Hand, n: int, size: int, generator: torch.Generator) -> Tensor:
     u = torch.rand(8, n, 1, generator=generator) * 2 - 1  # eight numbers per image in [-1, 1]
     z = torch.randn(2, n, 1, generator=generator)
-    points = torch.tensor(figure.points).expand(n, -1, -1)
+    points = torch.tensor(sketch.points).expand(n, -1, -1)
     points = points + hand.jitter * torch.randn(points.shape, generator=generator)
     scale = 0.9 + hand.scale * u[0]
     x, y = (points * scale[..., None]).unbind(-1)  # (n, V)
@@ -108,15 +108,15 @@ def _draw(figure: Figure, hand: Hand, n: int, size: int, generator: torch.Genera
     cos, sin = (hand.rotation * z[1]).cos(), (hand.rotation * z[1]).sin()
     x, y = cos * x - sin * y + hand.shift * u[2], sin * x + cos * y + hand.shift * u[3]
     points = torch.stack([x, y], dim=-1)  # (n, V, 2)
-    radii = torch.tensor(figure.radii) * scale * (1 + hand.thickness * u[4])  # (n, V)
+    radii = torch.tensor(sketch.radii) * scale * (1 + hand.thickness * u[4])  # (n, V)
 
     pixel = 2 / size
     axis = (torch.arange(size) + 0.5) * pixel - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2)  # (G, 2)
     distance = torch.full((n, len(grid)), 10.0)
-    for a, b in figure.strokes:
+    for a, b in sketch.strokes:
         distance = torch.minimum(distance, _stroke(grid, points[:, a], points[:, b], radii[:, a], radii[:, b]))
-    for corners in figure.quads:
+    for corners in sketch.quads:
         distance = torch.minimum(distance, _quad(grid, points[:, list(corners)]))
     cover = (0.5 - distance / pixel).clamp(0, 1)  # one pixel of anti-aliasing
     grey = 1 - (1 - hand.shade) * (0.5 + 0.5 * u[5]) + hand.gradient * u[6] * grid[:, 1]

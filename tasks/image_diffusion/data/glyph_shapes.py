@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated images: three families of ten figures each, and styles that nothing is trained on."""
+"""Generated images: three families of ten sketches each, and styles that nothing is trained on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.image_diffusion.data.batch import PixelImages
 from tasks.image_diffusion.data.drawing import draw
-from tasks.image_diffusion.data.figures import FAMILIES, HANDS
+from tasks.image_diffusion.data.sketches import FAMILIES, HANDS
 from tasks.image_diffusion.data.source import ImageSource, check_domains
 from tasks.image_diffusion.data.styles import STYLES
 
@@ -74,13 +74,13 @@ class GlyphShapes(ImageSource):
 
     @property
     def class_names(self) -> list[str]:
-        """Thirty names of figures."""
-        return [name for figures in FAMILIES.values() for name in figures]
+        """Thirty names of sketches."""
+        return [name for sketches in FAMILIES.values() for name in sketches]
 
     @property
     def superclass(self) -> list[int]:
         """The family of each class."""
-        return [number for number, figures in enumerate(FAMILIES.values()) for _ in figures]
+        return [number for number, sketches in enumerate(FAMILIES.values()) for _ in sketches]
 
     @property
     def domains(self) -> list[str]:
@@ -133,11 +133,11 @@ class GlyphShapes(ImageSource):
         generator = torch.Generator().manual_seed(seed)
         count = self.counts[split] if domain not in STYLES else -(-self.counts[split] // 3)
         pixels, labels, label = [], [], -1
-        for name, figures in FAMILIES.items():
-            for figure in figures.values():
+        for name, sketches in FAMILIES.items():
+            for sketch in sketches.values():
                 label += 1
                 if family in ("", name):
-                    pixels.append(draw(figure, HANDS[name], count, self.size, generator))
+                    pixels.append(draw(sketch, HANDS[name], count, self.size, generator))
                     labels.append(torch.full((count,), label, dtype=torch.int64))
         drawn = torch.cat(pixels)
         return (STYLES[style](drawn, seed % (1 << 31)) if style else drawn), torch.cat(labels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of a user as domains, in any of four layouts, found by what lies in the folder."""
+"""Your own latents as domains, in one of four layouts that are recognised by the files in the folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import Role, Split
-from tasks.image_diffusion.data.arrays import ImageFileError, check_labels, read_arrays
-from tasks.image_diffusion.data.latent_files import (
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
+from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,
     LatentDataset,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a user: a folder of classes per domain, or an npz file per domain."""
+"""Your own images: a folder of classes per domain, or an npz file per domain."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from torch import Tensor
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
-from tasks.image_diffusion.data.arrays import (
-    ImageFileError,
-    check_labels,
-    pixels_nchw,
-    read_array,
-    read_arrays,
-    write_arrays,
-)
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import PixelImages
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, pixels_nchw, read_array, read_arrays
 from tasks.image_diffusion.data.source import ImageSource, split_rows
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -177,7 +171,7 @@ class OwnImages(ImageSource):
 def centre_crop(image: Any, size: int) -> Any:
     """Halve by box filter while the short side is at least twice ``size``, scale it to ``size``, crop the centre.
 
-    The ImageNet preparation of guided diffusion (promoe card 7.1).
+    The ImageNet preparation of guided diffusion (docs/papers/promoe.md, file formats).
 
     Args:
         image: a PIL image.

@@ -159,7 +159,7 @@ def read_idx(path: Path) -> Bytes:
     except (OSError, EOFError, struct.error) as error:
         raise ArchiveError(f"{path.name} is not a readable idx file ({error}); fetch it again") from error
     if zero != 0 or kind != 8 or len(data) != 4 + 4 * ndim + int(np.prod(shape)):
-        raise ArchiveError(f"{path.name} is no idx file of {shape} bytes: it has {len(data)}; fetch it again")
+        raise ArchiveError(f"{path.name} is not an idx file of {shape} bytes: it has {len(data)}; fetch it again")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
@@ -189,6 +189,6 @@ def check_images(pixels: Bytes, label: Labels, name: str) -> tuple[Bytes, Labels
     if not right or not len(label) or label.min() < 0 or label.max() > 9:
         raise ArchiveError(
             f"package {name}: images {pixels.dtype} {pixels.shape}, labels {label.shape}; expected uint8 (N, 28, 28) "
-            "and N labels from 0 to 9; it is another release than the listed one"
+            "and N labels from 0 to 9; it is not the listed release"
         )
     return pixels, label

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items for the network: voxels of one scan, with features, labels and the way back to the raw points."""
+"""Items for the network: voxels of one scan, with features, labels and the map back to the raw points."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Batch, Data
 
 from tasks.point_cloud.data.features import Features, network_input, normalise_light, voxelise
+from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Floats, Ints
+from tasks.point_cloud.data.transforms import Augmentation, crop_columns, tile_columns
 from tasks.point_cloud.data.voting import TileVotes, Voting
-from tasks.point_cloud.labels import IGNORE
-from tasks.point_cloud.transforms import Augmentation, crop_columns, tile_columns
 
 
 class Scan(Data):  # type: ignore[misc]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nine simulated domains: which sensor looks at which world, and in which words it answers."""
+"""The nine simulated domains: the sensor, the world and the label set of each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from tasks.point_cloud.data import rooms, streets, towns
 from tasks.point_cloud.data.features import normal_z
+from tasks.point_cloud.data.labels import WORLD_NAMES, WORLD_TO_LABEL
 from tasks.point_cloud.data.sampling import sample_surfaces
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Scene
@@ -28,7 +29,6 @@ from tasks.point_cloud.data.sensors import (
     scan_panorama,
     scan_spinning,
 )
-from tasks.point_cloud.labels import WORLD_NAMES, WORLD_TO_LABEL
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

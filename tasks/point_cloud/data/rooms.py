@@ -51,7 +51,7 @@ def build_room(world: RoomWorld, rng: np.random.Generator) -> Scene:
     ):
         builder.at().box("wall", (x, y, 0), (sx, sy, height), albedo=tint * rng.uniform(0.9, 1.1))
     builder.at().box("ceiling", (width / 2, depth / 2, height), (width, depth, 0.1), albedo=0.9)
-    plan = _Plan(builder, rng, float(width), float(depth))
+    plan = _FloorPlan(builder, rng, float(width), float(depth))
     _openings(plan, world, float(height))
     _structure(plan, world, float(height))
     for name, count in world.furniture.items():
@@ -60,7 +60,7 @@ def build_room(world: RoomWorld, rng: np.random.Generator) -> Scene:
     return builder.build()
 
 
-class _Plan:
+class _FloorPlan:
     """A floor plan that remembers which rectangles are taken."""
 
     def __init__(self, builder: SceneBuilder, rng: np.random.Generator, width: float, depth: float) -> None:
@@ -108,7 +108,7 @@ class _Plan:
         return False
 
 
-def _openings(plan: _Plan, world: RoomWorld, height: float) -> None:
+def _openings(plan: _FloorPlan, world: RoomWorld, height: float) -> None:
     """Hang doors, windows and boards on the walls without overlap."""
     for kind, count in (("door", world.doors), ("window", world.windows), ("board", world.boards)):
         for _ in range(count):
@@ -121,7 +121,7 @@ def _openings(plan: _Plan, world: RoomWorld, height: float) -> None:
                     break
 
 
-def _hang(plan: _Plan, kind: str, place: tuple[float, float, float, int], ajar: float, height: float) -> None:
+def _hang(plan: _FloorPlan, kind: str, place: tuple[float, float, float, int], ajar: float, height: float) -> None:
     x, y, yaw, wall = place
     rng = plan.rng
     frame = plan.builder.at(x, y, yaw)
@@ -154,7 +154,7 @@ def _turn(x: float, y: float, yaw: float, u: float, v: float) -> tuple[float, fl
     return x + c * u - s * v, y + s * u + c * v
 
 
-def _structure(plan: _Plan, world: RoomWorld, height: float) -> None:
+def _structure(plan: _FloorPlan, world: RoomWorld, height: float) -> None:
     """Beams across the ceiling and columns on the floor."""
     rng = plan.rng
     for index in range(world.beams):

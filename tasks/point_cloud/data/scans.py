@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tasks.point_cloud.data.labels import IGNORE, label_index
 from tasks.point_cloud.data.scene import Floats, Ints
-from tasks.point_cloud.labels import IGNORE, label_index
 
 UNLABELLED = 255
 

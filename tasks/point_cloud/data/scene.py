@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.point_cloud.labels import WORLD_NAMES
+from tasks.point_cloud.data.labels import WORLD_NAMES
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

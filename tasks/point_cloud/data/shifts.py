@@ -12,10 +12,10 @@ import numpy as np
 
 from tasks.point_cloud.data.domains import DOMAINS, DomainSpec, Split, generate_scan, scene_seed
 from tasks.point_cloud.data.features import normal_z
+from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Bools, Floats
 from tasks.point_cloud.data.sources import PointSource
-from tasks.point_cloud.labels import label_set
 
 
 class Shifted(PointSource):
@@ -125,7 +125,7 @@ def _changed(spec: DomainSpec, sensor: dict[str, float], answer_in: str) -> Doma
     if unknown:
         raise ValueError(f"sensor fields {unknown} do not exist; {spec.name} has {', '.join(known)}")
     if type(DOMAINS[answer_in].world) is not type(spec.world):
-        raise ValueError(f"{spec.name} cannot answer in the words of {answer_in}: their worlds hold other things")
+        raise ValueError(f"{spec.name} cannot answer in the words of {answer_in}: their scenes hold other classes")
     values: dict[str, Any] = {
         name: int(value) if known[name] == "int" else float(value) for name, value in sensor.items()
     }

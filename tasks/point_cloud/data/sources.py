@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from moeapps.data.archives import ArchiveError, fetch_package
+from moeapps.data.archives import ArchiveError, fetch_package, package_named
 from tasks.point_cloud.data.dataset import ScanDataset
 from tasks.point_cloud.data.domains import Split
 from tasks.point_cloud.data.features import normal_z
-from tasks.point_cloud.data.las import LasCloud, LasError, read_las
+from tasks.point_cloud.data.readers.las import LasCloud, LasError, read_las
 from tasks.point_cloud.data.scans import UNLABELLED, ScanArrays
-from tasks.point_cloud.packages import package_named
-from tasks.point_cloud.transforms import tile_columns
+from tasks.point_cloud.data.transforms import tile_columns
+from tasks.point_cloud.packages import PACKAGES
 
 
 class PointSource(ABC):
@@ -98,7 +98,7 @@ class LasFiles(PointSource):
             raise ValueError("no file is listed; give test=[...] and, for a seen domain, train=[...] and val=[...]")
         if unit <= 0 or voxel <= 0 or max_points < 1:
             raise ValueError(f"unit={unit}, voxel={voxel} and max_points={max_points} must be positive")
-        self.package = package_named(package) if package is not None else None
+        self.package = package_named(package, PACKAGES) if package is not None else None
         self.root, self.unit, self.voxel, self.max_points, self.optional = root, unit, voxel, max_points, optional
         self.label_set = tuple(dict.fromkeys(self.classes.values()))
         self._reason: dict[Path | None, str | None] = {}

@@ -49,7 +49,7 @@ class Voting:
         if not self.rotations or not self.scales or min(self.scales) <= 0:
             raise ValueError(
                 f"rotations={self.rotations}, scales={self.scales}: give at least one of each, scales above 0; "
-                "rotations=[0] and scales=[1] look once"
+                "rotations=[0] and scales=[1] give one view"
             )
         if self.max_fragments is not None and self.max_fragments < 1:
             raise ValueError(f"max_fragments={self.max_fragments} is not allowed; use 1 or more, or null for all")

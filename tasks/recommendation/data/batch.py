@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes between data and networks: impressions as columns, and the sizes of those columns.
+"""The batches of this task: impressions as columns, and the sizes of those columns.
 
 B rows (impressions: one user was shown one item once), F dense features, J single-valued id fields, T tasks.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was known just before each rating, from STRICTLY earlier times, without a loop over rows.
+"""Features known just before each rating, from STRICTLY earlier times, without a loop over rows.
 
 Half of the events of MovieLens 100K share their time with the user's event before (ratings were sent page by page), so
 the order inside a time is unknowable: an event of the same second is never in the past of another.

@@ -63,7 +63,7 @@ class Population:
 
 
 def default_populations() -> dict[str, Population]:
-    """Four populations to train on, one to choose on, one beyond them all in angle, one of another task mix."""
+    """Four training populations, one for choices, one with an angle beyond them all, and one with another task mix."""
     seen = {f"angle_{angle:02d}": Population(float(angle)) for angle in (0, 15, 30, 45)}
     mix = Population(22.5, taste_shift=1.5, rate_factors={"watch": 0.5, "interaction": 3.0})
     return {**seen, "angle_22": Population(22.5), "rotated": Population(70.0), "other_mix": mix}

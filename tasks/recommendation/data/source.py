@@ -18,7 +18,7 @@ class LogSource:
 
     Attributes:
         default_roles: domains per role where the data module names none.
-        streaming: rows are read block by block while training; see `tasks.recommendation.data.tables`.
+        streaming: rows are read block by block while training; see `tasks.recommendation.data.readers.tables`.
     """
 
     default_roles: ClassVar[dict[Role, list[str]]] = {}

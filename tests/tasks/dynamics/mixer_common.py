@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from tasks.dynamics import gates
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts
-from tasks.dynamics.gates import GateFactory
 from tasks.dynamics.model import FieldMixER
+from tasks.dynamics.nets import gates
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.gates import GateFactory
 
-E, N, T, D, K, C = 6, 2, 7, 2, 3, 6
+S, N, T, D, E, C = 6, 2, 7, 2, 3, 6
 
 
-def spirals(num: int = E, *, new: bool = False, trajectories: int = N) -> Trajectories:
+def spirals(num: int = S, *, new: bool = False, trajectories: int = N) -> Trajectories:
     """Rotations of three speeds, the hidden family, each with two rates of decay."""
     family = torch.arange(num) % 3
     t = 0.2 * torch.arange(T)
@@ -29,10 +29,13 @@ def spirals(num: int = E, *, new: bool = False, trajectories: int = N) -> Trajec
     return Trajectories(x, torch.full((num,), 0.2), env, family, None, scale, num_support=1 if new else 0)
 
 
-def network(gate: GateFactory | None = None, *, num_experts: int = K, **options: Any) -> FieldMixER:
+SIZES = {"state_dim": D, "num_environments": S}
+
+
+def network(gate: GateFactory | None = None, *, num_experts: int = E, **options: Any) -> FieldMixER:
     """A small network whose contexts and experts have left their starts."""
     experts = options.pop("experts", partial(GEPSExperts, width=8, same_init=False))
     chosen = gates.robust() if gate is None else gate
-    net = FieldMixER(D, E, experts=experts, gate=chosen, num_experts=num_experts, context_dim=C, **options)
+    net = FieldMixER(SIZES, experts=experts, gate=chosen, num_experts=num_experts, context_dim=C, **options)
     torch.nn.init.normal_(net.contexts)
     return net

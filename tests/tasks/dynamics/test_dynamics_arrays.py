@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tasks.dynamics.data.batch import Trajectories, collate_environments
-from tasks.dynamics.data.npz_format import NpzTrajectories, read_npz, write_npz
+from tasks.dynamics.data.readers.npz_format import NpzTrajectories, read_npz, write_npz
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.series import SyntheticControl, control_charts
-from tasks.dynamics.data.ts_format import SeriesFormatError
 from tasks.dynamics.datamodule import DynamicsData
 
 RNG = np.random.default_rng(0)

@@ -36,7 +36,7 @@ def family(name: str) -> Family:
 
 
 def solutions(name: str) -> tuple[Tensor, Tensor]:
-    """Settings [E, P, 1, 1] and float64 trajectories [E, N, T, D] of a family."""
+    """Settings [S, P, 1, 1] and float64 trajectories [S, N, T, D] of a family."""
     chosen = family(name)
     settings = torch.tensor([s for group in chosen.settings.values() for s in group], dtype=F64)
     return settings[..., None, None], torch.from_numpy(OdeFamilies().generate(chosen))

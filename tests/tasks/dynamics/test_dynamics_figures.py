@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from tasks.dynamics.figures import (
+from moeapps.files import write_arrays
+from moeapps.reporting.figures import save_figure
+from tasks.dynamics.report.figures import (
     COLOURS,
     context_figure,
     gate_figure,
     phase_figure,
     principal_plane,
-    save_figure,
     trajectory_figure,
 )
-from tasks.dynamics.predictions import save_trajectories
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(8, 3, 10, 2))
@@ -89,13 +89,13 @@ def test_gate_map_groups_environments_by_family() -> None:
     shown = figure.axes[0].collections[0].get_array().reshape(4, 3)
 
     np.testing.assert_array_equal(shown, [[1, 1, 1], [1, 1, 1], [0, 0, 2], [0, 1, 2]])
-    with pytest.raises(ValueError, match=r"\[S, E\]"):
+    with pytest.raises(ValueError, match=r"\[H, S\]"):
         gate_figure("g", steps, expert.T, family, ["a", "b"])
 
 
 def test_trajectories_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "predictions" / "harmonic.npz"
-    save_trajectories(path, {"X": TRUTH, "names": NAMES})
+    write_arrays(path, X=TRUTH, names=NAMES)
     with np.load(path) as arrays:
         np.testing.assert_array_equal(arrays["X"], TRUTH)
         assert arrays["names"].tolist() == NAMES
@@ -105,7 +105,7 @@ def test_trajectories_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        save_trajectories(path, {"X": Broken()})
+        write_arrays(path, X=Broken())
     with np.load(path) as arrays:
         assert set(arrays.files) == {"X", "names"}
     assert [p.name for p in path.parent.iterdir()] == ["harmonic.npz"]

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from moeapps.cli import main
-from tasks.dynamics.data.csv_format import read_csv, write_csv
+from tasks.dynamics.data.readers.csv_format import read_csv, write_csv
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts, write_ts
 from tasks.dynamics.data.series import CsvSeries, TsFiles
-from tasks.dynamics.data.ts_format import SeriesFormatError, read_ts, write_ts
 from tasks.dynamics.datamodule import DynamicsData
 from tasks.dynamics.packages import PACKAGES
 
@@ -240,7 +240,7 @@ def test_a_gap_at_an_initial_condition_is_an_error_for_vector_fields(tmp_path: P
     ("text", "message"),
     [
         ("u,v\n1,2\n3\n", "line 3: 1 cells, but 2 columns"),
-        ("u,v\n1,2\n3,x\n", "line 3: 'x' is no number"),
+        ("u,v\n1,2\n3,x\n", "line 3: 'x' is not a number"),
         ("u,v\n1,2\n3,inf\n", "line 3: infinite"),
         ("time,u\n0,1\n1,2\n3,3\n", "not evenly spaced"),
         ("time,u\n1,1\n0,2\n", "not evenly spaced and rising"),

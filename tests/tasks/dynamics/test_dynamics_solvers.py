@@ -11,7 +11,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from tasks.dynamics.solvers import Method, diverged, solve
+from tasks.dynamics.nets.solvers import Method, diverged, solve
 
 F64 = torch.float64
 ORDERS: dict[Method, int] = {"euler": 1, "heun": 2, "rk4": 4}
@@ -19,7 +19,7 @@ DT = torch.tensor([0.3, 0.45, 0.6], dtype=F64)
 
 
 def linear_systems() -> tuple[Tensor, Tensor]:
-    """Three stable oscillating systems of three states [E, D, D] and initial states [E, N, D]."""
+    """Three stable oscillating systems of three states [S, D, D] and initial states [S, N, D]."""
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(3, 3, 3, generator=generator, dtype=F64)
     return (raw - raw.mT) - 0.1 * torch.eye(3, dtype=F64), torch.randn(3, 2, 3, generator=generator, dtype=F64)
@@ -27,7 +27,7 @@ def linear_systems() -> tuple[Tensor, Tensor]:
 
 def exact(matrices: Tensor, x0: Tensor, num_steps: int) -> Tensor:
     times = torch.arange(num_steps, dtype=F64)[None, :] * DT[:, None]
-    flow = torch.linalg.matrix_exp(matrices[:, None] * times[..., None, None])  # [E, T, D, D]
+    flow = torch.linalg.matrix_exp(matrices[:, None] * times[..., None, None])  # [S, T, D, D]
     return torch.einsum("etij,enj->enti", flow, x0)
 
 

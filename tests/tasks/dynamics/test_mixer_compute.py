@@ -3,24 +3,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from moeapps.training.cost import count_flops, measure_training
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts
-from tasks.dynamics.gates import GateFactory, robust, single
 from tasks.dynamics.model import FieldMixER
 from tasks.dynamics.module import Alternation, DynamicsTask
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.gates import GateFactory, robust
+from tasks.dynamics.rivals.gates import single
 
-E, N, T, D, WIDTH, K, PIECE = 12, 3, 9, 2, 8, 4, 4
+S, N, T, D, WIDTH, E, PIECE = 12, 3, 9, 2, 8, 4, 4
 LAYERS = ((D, WIDTH), (WIDTH, WIDTH), (WIDTH, D))
 FIELD = sum(2 * n_in * n_out for n_in, n_out in LAYERS)
 BEND = sum(2 * n_in * PIECE * n_out + 2 * PIECE * n_out for n_in, n_out in LAYERS)
 STAGES = 4
 
 
-def data(environments: int = E) -> Trajectories:
+def data(environments: int = S) -> Trajectories:
     numbers = torch.arange(environments)
     x = torch.randn(environments, N, T, D)
     return Trajectories(
@@ -34,18 +37,17 @@ def data(environments: int = E) -> Trajectories:
 
 
 def task(contributors: int | None = None, warmup: int = 0, gate: GateFactory | None = None) -> DynamicsTask:
-    def net(state_dim: int, num_environments: int) -> FieldMixER:
+    def net(facts: dict[str, Any]) -> FieldMixER:
         return FieldMixER(
-            state_dim,
-            num_environments,
+            facts,
             experts=lambda d, k, c: GEPSExperts(d, k, c, width=WIDTH, depth=3),
             gate=gate or robust(warmup=warmup),
-            num_experts=1 if gate else K,
-            context_dim=PIECE if gate else K * PIECE,
+            num_experts=1 if gate else E,
+            context_dim=PIECE if gate else E * PIECE,
         )
 
     facts = {"domains": {"seen": ["a"], "validation": [], "unseen": []}, "kind": "field"}
-    facts |= {"num_environments": E, "state_dim": D}
+    facts |= {"num_environments": S, "state_dim": D}
     alternation = Alternation(context_steps=3, model_steps=9, rollout_share=0.25, contributors=contributors)
     return DynamicsTask(net=net, facts=facts, alternation=alternation)
 
@@ -64,8 +66,8 @@ class RollOut(torch.nn.Module):
 
 def test_a_roll_out_costs_four_stages_a_sample() -> None:
     batch = data()
-    gate = 2 * E * K * PIECE * K
-    by_hand = gate + E * BEND + E * N * (T - batch.num_given) * STAGES * FIELD
+    gate = 2 * S * E * PIECE * E
+    by_hand = gate + S * BEND + S * N * (T - batch.num_given) * STAGES * FIELD
 
     assert count_flops(RollOut(task().net), batch) == pytest.approx(by_hand, rel=0.01)
 
@@ -81,10 +83,10 @@ def test_steps_of_all_kinds_are_counted_apart() -> None:
         "fit of the gate": 24,
     }
     assert cost.steps == 48
-    ahead = E * N * (T - 1) * STAGES * FIELD
+    ahead = S * N * (T - 1) * STAGES * FIELD
     for kind, flops in cost.step.items():
         if kind == "fit of the gate":  # every expert on every environment, forward
-            assert flops == pytest.approx(K * (ahead + E * BEND), rel=0.01)
+            assert flops == pytest.approx(E * (ahead + S * BEND), rel=0.01)
             continue
         assert 2 * ahead < flops < 3.3 * ahead, kind  # forward, and one or two products of its size backward
     assert cost.flops() == sum(cost.step[kind] * count for kind, count in cost.planned.items())
@@ -99,7 +101,7 @@ def test_fits_begin_after_the_warm_up_and_only_a_fitted_gate_has_any() -> None:
 
 
 def test_a_third_of_the_environments_is_a_third_of_the_compute_of_steps_not_of_fits() -> None:
-    whole, part = (measure_training(task(count), data(), planned=48) for count in (None, E // 3))
+    whole, part = (measure_training(task(count), data(), planned=48) for count in (None, S // 3))
 
     steps = {kind: count for kind, count in whole.planned.items() if kind != "fit of the gate"}
     assert part.flops(steps) == pytest.approx(whole.flops(steps) / 3, rel=0.01)

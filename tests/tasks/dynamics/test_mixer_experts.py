@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeapps.moe import Dense, LinearScore, MoELayer, Router, TopK
-from tasks.dynamics.experts import (
+from tasks.dynamics.nets.experts import (
     CoDAExperts,
     GEPSExperts,
     MetaExperts,
@@ -20,15 +20,15 @@ from tasks.dynamics.experts import (
     PlainExperts,
     ShallowPLRNNExperts,
 )
-from tasks.dynamics.modulation import SelfModulation, taylor
+from tasks.dynamics.nets.modulation import SelfModulation, taylor
 
-K, D, C = 3, 2, 6
+E, D, C = 3, 2, 6
 KINDS: list[type[MetaExperts]] = [GEPSExperts, CoDAExperts, NCFExperts, PlainExperts, ShallowPLRNNExperts]
 
 
 def bank(kind: type[MetaExperts], **options: object) -> MetaExperts:
     """A bank in float64 whose experts differ from one another and whose shifts are not 0."""
-    made = kind(D, K, C, same_init=False, **options).double()  # type: ignore[arg-type]
+    made = kind(D, E, C, same_init=False, **options).double()  # type: ignore[arg-type]
     if made.shift is not None:
         made.shift.data.normal_()
     return made
@@ -45,7 +45,7 @@ def swish(p: dict[str, Tensor], k: int, i: int, x: Tensor, c: Tensor) -> Tensor:
 
 
 def naive_geps(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
-    """W + A diag(c) B as matrices, one row at a time (mixer-dsr card 2.2 c)."""
+    """W + A diag(c) B as matrices, one row at a time (docs/papers/mixer.md, equation 2)."""
     m = len(c)
     for i in range(3):
         W, B, A, A_b = p[f"root{i}"][k].T, p[f"down{i}"][k].T, p[f"up{i}"][k, :m].T, p[f"up{i}"][k, m:].T
@@ -55,7 +55,7 @@ def naive_geps(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
 
 
 def naive_coda(p: dict[str, Tensor], k: int, x: Tensor, c: Tensor) -> Tensor:
-    """theta_0 + V c as a whole weight matrix, one row at a time (card 2.2 b)."""
+    """theta_0 + V c as a whole weight matrix, one row at a time (docs/papers/mixer.md, equation 3)."""
     for i in range(3):
         n_in = len(x) + 1
         blocks = p[f"weight{i}"][k].view(1 + len(c), n_in, -1)
@@ -105,7 +105,7 @@ NAIVE: dict[type[MetaExperts], Callable[..., Tensor]] = {
 
 
 def naive(made: MetaExperts, k: int, x: Tensor, context: Tensor) -> Tensor:
-    piece = context[k * C // K : (k + 1) * C // K] if made.split_context else context
+    piece = context[k * C // E : (k + 1) * C // E] if made.split_context else context
     piece = piece if made.shift is None else piece + made.shift[k]
     return NAIVE[type(made)](made.stacks(), k, x, piece)
 
@@ -193,8 +193,8 @@ def test_every_and_grouped_agree(kind: type[MetaExperts]) -> None:
     x, context = rows(made)
     y = made.every(x, context)
 
-    for k in range(K):
-        counts = [len(x) if j == k else 0 for j in range(K)]
+    for k in range(E):
+        counts = [len(x) if j == k else 0 for j in range(E)]
         torch.testing.assert_close(y[:, k], made.grouped(x, counts, context))
 
 
@@ -231,21 +231,21 @@ def test_an_expert_reads_its_own_piece_alone_when_contexts_are_split(kind: type[
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_experts_start_from_the_same_weights(kind: type[MetaExperts]) -> None:
-    for stack in kind(D, K, C).stacks().values():
+    for stack in kind(D, E, C).stacks().values():
         assert torch.equal(stack, stack[:1].expand_as(stack))
-    assert any(not torch.equal(s, s[:1].expand_as(s)) for s in kind(D, K, C, same_init=False).stacks().values())
+    assert any(not torch.equal(s, s[:1].expand_as(s)) for s in kind(D, E, C, same_init=False).stacks().values())
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
 def test_permuting_experts_with_gate_and_pieces_changes_nothing(kind: type[MetaExperts]) -> None:
     made, order = bank(kind), [2, 0, 1]
-    layer = MoELayer(Router(LinearScore(C, K, bias=True), TopK(1)), made).double()
+    layer = MoELayer(Router(LinearScore(C, E, bias=True), TopK(1)), made).double()
     x, context = rows(made)
     y = layer(x, features=context, side=(context,))
-    pieces = context.view(-1, K, C // K)[:, order].flatten(1) if made.split_context else context
-    score = LinearScore(C, K, bias=True).double()
+    pieces = context.view(-1, E, C // E)[:, order].flatten(1) if made.split_context else context
+    score = LinearScore(C, E, bias=True).double()
     whole = layer.router.score.weight.detach()
-    weight = whole.view(K, K, C // K)[:, order].flatten(1) if made.split_context else whole
+    weight = whole.view(E, E, C // E)[:, order].flatten(1) if made.split_context else whole
     score.load_state_dict({"weight": weight[order], "bias": layer.router.score.bias[order]})
     permuted = MoELayer(Router(score, TopK(1)), made.select(order))
 
@@ -255,7 +255,7 @@ def test_permuting_experts_with_gate_and_pieces_changes_nothing(kind: type[MetaE
 def test_a_dense_mixture_with_one_hot_weights_is_top_1() -> None:
     made = bank(GEPSExperts)
     x, context = rows(made)
-    score = LinearScore(C, K, bias=True).double()
+    score = LinearScore(C, E, bias=True).double()
     score.weight.data *= 1e4
     top = MoELayer(Router(score, TopK(1, weighing="ones")), made)
     dense = MoELayer(Router(score, Dense()), made)
@@ -283,7 +283,7 @@ def test_expansion_of_order_1_is_exact_for_affine_and_order_2_for_quadratic_func
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_expansion_about_the_context_itself_is_the_field_and_has_gradients(kind: type[MetaExperts], order: int) -> None:
     made = bank(kind)
-    layer = MoELayer(Router(LinearScore(C, K), TopK(1, weighing="ones")).double(), made)
+    layer = MoELayer(Router(LinearScore(C, E), TopK(1, weighing="ones")).double(), made)
     x, context = rows(made)
     routing = layer.route(context)
 

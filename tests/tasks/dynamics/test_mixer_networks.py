@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeapps.moe import Capacity, DenseRouting, LinearScore, RobustKMeans, Router, Routing, TopK
-from tasks.dynamics import gates
-from tasks.dynamics.adaptation import Adaptation, FromZeros, TryExperts
+from moeapps.moe import Capacity, DenseRouting, LinearScore, Router, Routing, TopK
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
 from tasks.dynamics.model import FieldMixER, MixER, SequenceMixER, scaled_errors
-from tests.tasks.dynamics.mixer_common import C, D, E, K, N, T, network, spirals
+from tasks.dynamics.nets import gates
+from tasks.dynamics.nets.adaptation import Adaptation, FromZeros, TryExperts
+from tasks.dynamics.nets.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts
+from tasks.dynamics.nets.partition import RobustKMeans
+from tasks.dynamics.rivals import gates as rival_gates
+from tests.tasks.dynamics.mixer_common import SIZES, C, D, E, N, S, T, network, spirals
+
+GATES = {**vars(gates), **vars(rival_gates)}
 
 
 def predict(net: MixER, data: Trajectories) -> Tensor:
@@ -28,9 +32,9 @@ def predict(net: MixER, data: Trajectories) -> Tensor:
 
 def test_one_expert_behind_any_gate_is_the_single_learner_to_the_bit() -> None:
     data, nets = spirals(), []
-    for gate in (gates.single(), gates.published(), gates.by_group(), gates.frozen()):
+    for gate in (rival_gates.single(), gates.published(), rival_gates.by_group(), rival_gates.frozen()):
         torch.manual_seed(3)
-        net = FieldMixER(D, E, experts=partial(GEPSExperts, width=8), gate=gate, num_experts=1, context_dim=C)
+        net = FieldMixER(SIZES, experts=partial(GEPSExperts, width=8), gate=gate, num_experts=1, context_dim=C)
         torch.manual_seed(4)
         net.layer.experts.reset_parameters()
         torch.nn.init.normal_(net.contexts)
@@ -41,7 +45,7 @@ def test_one_expert_behind_any_gate_is_the_single_learner_to_the_bit() -> None:
 
 
 def test_permuting_environments_permutes_predictions_and_keeps_the_partition() -> None:
-    net, data, order = network(), spirals(), torch.randperm(E)
+    net, data, order = network(), spirals(), torch.randperm(S)
 
     torch.testing.assert_close(predict(net, data.environments(order)), predict(net, data)[order])
     experts = net.best_experts(net.contexts, data.family)
@@ -52,11 +56,11 @@ def test_equal_logits_pick_exactly_one_expert_the_first() -> None:
     net = network()
     for parameter in net.layer.router.parameters():
         parameter.data.zero_()
-    routing = net.route(net.contexts, torch.zeros(E, dtype=torch.int64))
+    routing = net.route(net.contexts, torch.zeros(S, dtype=torch.int64))
 
     assert isinstance(routing, Routing)
-    assert routing.expert_M.tolist() == [0] * E
-    assert routing.weight_M.tolist() == [1.0] * E
+    assert routing.expert_M.tolist() == [0] * S
+    assert routing.weight_M.tolist() == [1.0] * S
 
 
 def test_one_shooting_step_is_the_beginning_of_a_roll_out_and_masks_need_both_ends() -> None:
@@ -67,7 +71,7 @@ def test_one_shooting_step_is_the_beginning_of_a_roll_out_and_masks_need_both_en
     torch.testing.assert_close(ahead[:, :, 0], net.rollout(data, context, routing)[:, :, 1])
     assert torch.equal(target, data.x[:, :, 1:])
     assert mask is None
-    data.mask = torch.ones(E, N, T, dtype=torch.bool)
+    data.mask = torch.ones(S, N, T, dtype=torch.bool)
     data.mask[0, 0, 3] = False
     _, _, mask = net.shoot(data, context, routing)
     assert mask is not None
@@ -78,8 +82,8 @@ def test_scaled_error_is_one_for_a_prediction_that_stands_still() -> None:
     data = spirals()
     still, target = data.x[:, :, :-1], data.x[:, :, 1:]
 
-    torch.testing.assert_close(scaled_errors(still, target, None, data.scale), torch.ones(E))
-    hidden = torch.ones(E, N, T - 1, dtype=torch.bool)
+    torch.testing.assert_close(scaled_errors(still, target, None, data.scale), torch.ones(S))
+    hidden = torch.ones(S, N, T - 1, dtype=torch.bool)
     hidden[:, 0] = False
     wrong = still.clone()
     wrong[:, 0] = torch.inf
@@ -88,7 +92,7 @@ def test_scaled_error_is_one_for_a_prediction_that_stands_still() -> None:
 
 @pytest.mark.parametrize(("gate", "learns"), [("frozen", False), ("robust", False), ("switch", True), ("soft", True)])
 def test_which_gates_learn_by_gradient(gate: str, learns: bool) -> None:
-    net = network(getattr(gates, gate)()).double()
+    net = network(GATES[gate]()).double()
     data = spirals()
     data = Trajectories(data.x.double(), data.dt.double(), data.env, data.family, None, data.scale.double())
     weight = net.layer.router.score.weight
@@ -113,9 +117,9 @@ def test_which_gates_learn_by_gradient(gate: str, learns: bool) -> None:
 
 def test_oracle_gate_recovers_the_families_and_a_table_of_environments_gives_each_its_own() -> None:
     data = spirals()
-    net = network(gates.by_group())
+    net = network(rival_gates.by_group())
     assert torch.equal(net.best_experts(net.contexts, net.group(data)), data.family)
-    own = network(gates.by_group(), num_experts=E, route_by="environment", experts=partial(PlainExperts, width=8))
+    own = network(rival_gates.by_group(), num_experts=S, route_by="environment", experts=partial(PlainExperts, width=8))
     assert torch.equal(own.best_experts(own.contexts, own.group(data)), data.env)
 
 
@@ -128,31 +132,31 @@ def test_a_field_is_the_layer_whatever_the_gate_gives(top_k: int, capacity: floa
     net, data = network(gate), spirals()
     routing = net.route(net.contexts, net.group(data))
     assert isinstance(routing, Routing)
-    x = torch.randn(E, N, D)
+    x = torch.randn(S, N, D)
 
-    field = net.field(net.contexts, routing, N)(torch.zeros(E), x)
+    field = net.field(net.contexts, routing, N)(torch.zeros(S), x)
 
     side = (net.contexts[:, None].expand(-1, N, -1),)
     torch.testing.assert_close(field, net.layer(x, routing=routing.repeat_rows(N), side=side))
-    assert (routing.expert_M == K).any() == (capacity is not None)  # a sentinel is what capacity drops
+    assert (routing.expert_M == E).any() == (capacity is not None)  # a sentinel is what capacity drops
 
 
 def test_forced_routing_weighs_as_the_gate_would() -> None:
     expert = torch.tensor([2, 1, 0, 0, 1, 2])
-    ones = network().route_to(expert, torch.randn(E, C))
+    ones = network().route_to(expert, torch.randn(S, C))
     assert isinstance(ones, Routing)
-    assert (ones.expert_M.tolist(), ones.weight_M.tolist()) == (expert.tolist(), [1.0] * E)
-    net = network(gates.switch())
+    assert (ones.expert_M.tolist(), ones.weight_M.tolist()) == (expert.tolist(), [1.0] * S)
+    net = network(rival_gates.switch())
     routing = net.route_to(expert, net.contexts)
     assert isinstance(routing, Routing)
-    wanted = net.layer.router.score(net.contexts).softmax(-1)[torch.arange(E), expert]
+    wanted = net.layer.router.score(net.contexts).softmax(-1)[torch.arange(S), expert]
     torch.testing.assert_close(routing.weight_M, wanted)
-    assert isinstance(network(gates.soft()).route_to(expert, net.contexts), DenseRouting)
+    assert isinstance(network(rival_gates.soft()).route_to(expert, net.contexts), DenseRouting)
 
 
 def test_sequence_network_follows_what_is_given_and_then_runs_freely() -> None:
     experts = partial(ShallowPLRNNExperts, hidden=4)
-    net = SequenceMixER(D, E, experts=experts, gate=gates.robust(), num_experts=K, context_dim=C)
+    net = SequenceMixER(SIZES, experts=experts, gate=gates.robust(), num_experts=E, context_dim=C)
     torch.nn.init.normal_(net.layer.experts.map)
     with torch.no_grad():
         net.layer.experts.map *= 0.2
@@ -171,9 +175,9 @@ def test_sequence_network_follows_what_is_given_and_then_runs_freely() -> None:
 
 def test_more_experts_than_environments_are_refused() -> None:
     with pytest.raises(ValueError, match="num_experts=9 exceeds the 6 training environments"):
-        FieldMixER(D, E, experts=GEPSExperts, gate=gates.robust(), num_experts=9, context_dim=9)
+        FieldMixER(SIZES, experts=GEPSExperts, gate=gates.robust(), num_experts=9, context_dim=9)
     with pytest.raises(ValueError, match="serves one expert, but num_experts=3"):
-        network(gates.single())
+        network(rival_gates.single())
 
 
 def test_partition_state_is_part_of_the_network() -> None:
@@ -192,7 +196,10 @@ WAYS = [FromZeros(steps=4), TryExperts(steps=4), TryExperts(steps=4, loss="rollo
 @pytest.mark.parametrize("way", WAYS, ids=["zeros", "try", "roll-out"])
 @pytest.mark.parametrize("gate", ["robust", "switch", "soft", "by_group"])
 def test_adaptation_changes_nothing_but_fresh_contexts(way: Adaptation, gate: str) -> None:
-    net, new = network(getattr(gates, gate)()), spirals(4, new=True, trajectories=3)
+    net, new = (
+        network(GATES[gate]()),
+        spirals(4, new=True, trajectories=3),
+    )
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = way(net, new.support, spirals().family)
 

@@ -10,22 +10,22 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moeapps.training.optim import Cosine, Steps
-from tasks.dynamics import gates
-from tasks.dynamics.cavia import CaviaTask
+from moeapps.training.optim import Cosine
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.experts import GEPSExperts
 from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
-from tasks.dynamics.modulation import SelfModulation
 from tasks.dynamics.module import Alternation, DynamicsTask
-from tests.tasks.dynamics.mixer_common import C, D, E, K, network, spirals
+from tasks.dynamics.nets.experts import GEPSExperts
+from tasks.dynamics.nets.modulation import SelfModulation
+from tasks.dynamics.rivals import gates as rival_gates
+from tasks.dynamics.rivals.cavia import CaviaTask
+from tests.tasks.dynamics.mixer_common import C, D, E, S, network, spirals
 
 DOMAINS = {"domains": {"seen": ["a"], "validation": ["b"], "unseen": ["c"]}}
-FACTS = {**DOMAINS, "num_environments": E, "state_dim": D, "kind": "field"}
+FACTS = {**DOMAINS, "num_environments": S, "state_dim": D, "kind": "field"}
 
 
 def task(net: Callable[[int, int], MixER] | None = None, **options: Any) -> DynamicsTask:
-    made = DynamicsTask(net=net or (lambda d, e: network()), facts=FACTS, **options)
+    made = DynamicsTask(net=net or (lambda facts: network()), facts=FACTS, **options)
     made._trainer = cast(Any, Machine())
     return made
 
@@ -60,7 +60,7 @@ def test_phases_alternate_and_the_last_share_of_the_steps_trains_roll_outs() -> 
 
 def test_contributors_are_one_environment_and_its_nearest() -> None:
     made = task(alternation=Alternation(contributors=2))
-    made.net.contexts.data = torch.tensor([0.0, 9.0, 4.0, 0.1, 9.1, 4.1])[:, None].expand(E, C).clone()
+    made.net.contexts.data = torch.tensor([0.0, 9.0, 4.0, 0.1, 9.1, 4.1])[:, None].expand(S, C).clone()
     found = {tuple(made._contributing(spirals()).env.tolist()) for _ in range(40)}
 
     assert found == {(0, 3), (1, 4), (2, 5)}
@@ -73,8 +73,8 @@ def test_losses_for_the_gate_are_those_of_each_expert_alone() -> None:
 
     assert torch.equal(contexts, made.net.contexts)
     assert losses is not None
-    for k in range(K):
-        routing = made.net.route_to(torch.full((E,), k), contexts)
+    for k in range(E):
+        routing = made.net.route_to(torch.full((S,), k), contexts)
         alone = scaled_errors(*made.net.shoot(data, contexts, routing), data.scale)
         torch.testing.assert_close(losses[:, k], alone)
     assert made.routing_losses("net.layer", needed=False)[1] is None
@@ -106,10 +106,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_finally_ends_training(
 
 
 def test_cavia_differentiates_through_its_inner_steps() -> None:
-    def net(d: int, e: int) -> MixER:
-        return FieldMixER(
-            d, e, experts=partial(GEPSExperts, width=8), gate=gates.single(), num_experts=1, context_dim=C
-        ).double()
+    def net(facts: dict[str, Any]) -> MixER:
+        sizes = {"num_experts": 1, "context_dim": C}
+        return FieldMixER(facts, experts=partial(GEPSExperts, width=8), gate=rival_gates.single(), **sizes).double()
 
     made = CaviaTask(net=net, facts=FACTS, inner_steps=2, inner_lr=0.05)
     data = spirals()
@@ -124,27 +123,14 @@ def test_cavia_differentiates_through_its_inner_steps() -> None:
         weight.data[0, 0, 0] -= sign * 1e-6
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(slope[0, 0, 0]), rel=1e-4)
     with pytest.raises(ValueError, match="CAVIA has one expert"):
-        CaviaTask(net=lambda d, e: network(), facts=FACTS)
-
-
-def test_step_schedule_multiplies_at_its_shares() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler, rates = Steps([1 / 3, 2 / 3], 0.4)(optimizer, 9), []
-    for _ in range(9):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-
-    assert rates == pytest.approx([1, 1, 1, 0.4, 0.4, 0.4, 0.16, 0.16, 0.16])
-    with pytest.raises(ValueError, match="must lie in"):
-        Steps([1.0])
+        CaviaTask(net=lambda facts: network(), facts=FACTS)
 
 
 @pytest.mark.parametrize(("kind", "steps"), [(DynamicsTask, (6, 4)), (CaviaTask, (1, 10))])
 def test_contexts_and_weights_reach_the_end_of_the_schedule_with_their_own_last_step(
     kind: type[DynamicsTask], steps: tuple[int, int]
 ) -> None:
-    made = kind(net=lambda d, e: network(gates.single(), num_experts=1), facts=FACTS, schedule=Cosine())
+    made = kind(net=lambda facts: network(rival_gates.single(), num_experts=1), facts=FACTS, schedule=Cosine())
     made._trainer = cast(Any, Machine())  # ten steps, of which the first six are on contexts, except in CAVIA
 
     optimizers, schedulers = cast(Any, made.configure_optimizers())
@@ -159,9 +145,9 @@ def test_contexts_and_weights_reach_the_end_of_the_schedule_with_their_own_last_
 
 def test_data_of_another_kind_and_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="the data is a sequence, but FieldMixER models a field; use SequenceMixER"):
-        DynamicsTask(net=lambda d, e: network(), facts={**FACTS, "kind": "sequence"})
+        DynamicsTask(net=lambda facts: network(), facts={**FACTS, "kind": "sequence"})
     with pytest.raises(ValueError, match="facts lacks"):
-        DynamicsTask(net=lambda d, e: network(), facts=DOMAINS)
+        DynamicsTask(net=lambda facts: network(), facts=DOMAINS)
     for wrong in ({"context_steps": 0}, {"prox": -1.0}, {"rollout_share": 2.0}, {"contributors": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Alternation(**wrong)  # type: ignore[arg-type]

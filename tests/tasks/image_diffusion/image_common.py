@@ -35,10 +35,11 @@ class ToyNet(nn.Module):
         super().__init__()
         self.num_classes, self.channels, self.image_size = num_classes, channels, image_size
         self.experts = nn.Embedding(num_classes + 1, channels * image_size**2)
-        self.shared = nn.Parameter(torch.zeros(channels, image_size, image_size))
+        self.shared = nn.Parameter(torch.zeros(channels * image_size**2))
 
     def forward(self, label: Tensor) -> Tensor:
-        return self.experts(label).view(len(label), *self.shared.shape) + self.shared
+        drawn = self.experts(label) + self.shared
+        return drawn.view(len(label), self.channels, self.image_size, self.image_size)
 
 
 class ToyDiffusion(BaseTask):

@@ -15,6 +15,7 @@ from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.module import ImageDiffusionTask
 
 K = 6
+SIZES = {"patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "learn_sigma": False}
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def facts(**changes: Any) -> dict[str, Any]:
 
 
 def net(moe: LayerFactory | None = None, **changes: Any) -> DiT:
-    sizes = {"image_size": 8, "patch_size": 4, "channels": 1, "num_classes": K, "dim": 16, "depth": 2, "num_heads": 2}
-    return DiT(**{**sizes, "moe": moe, "learn_sigma": False, **changes})
+    told = facts(**{name: changes.pop(name) for name in ("image_size", "channels", "num_classes") if name in changes})
+    return DiT(told, **{**SIZES, "moe": moe, **changes})
 
 
 def awake(network: DiT, seed: int = 0) -> DiT:
@@ -37,7 +38,8 @@ def awake(network: DiT, seed: int = 0) -> DiT:
 
 
 def task(moe: LayerFactory | None = None, *, sizes: dict[str, Any] | None = None, **options: Any) -> ImageDiffusionTask:
-    return ImageDiffusionTask(net=net(moe or promoe(num_experts=3), **(sizes or {})), facts=facts(), **options)
+    made = net(moe or promoe(num_experts=3), **(sizes or {}))
+    return ImageDiffusionTask(net=lambda facts: made, facts=facts(), **options)
 
 
 def batch(num: int = 8, *, first: int = 0, domain: int = 0, seed: int = 0) -> ImageBatch:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.image_diffusion.adm import read_adm, to_nhwc, write_adm
-from tasks.image_diffusion.data.arrays import ImageFileError, write_arrays
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import from_uint8
-from tasks.image_diffusion.quality import Gaussian
+from tasks.image_diffusion.data.readers.arrays import ImageFileError
+from tasks.image_diffusion.report.adm import read_adm, to_nhwc, write_adm
+from tasks.image_diffusion.report.quality import Gaussian
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

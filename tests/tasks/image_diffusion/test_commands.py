@@ -14,19 +14,23 @@ from image_common import SMALL, ToyDiffusion, ToyNet, small_data, stand_in
 from PIL import Image
 
 from moeapps.cli import main
-from tasks.image_diffusion import commands
-from tasks.image_diffusion.adm import read_adm
-from tasks.image_diffusion.commands import class_numbers, fid_stats, sample_images
 from tasks.image_diffusion.data.batch import to_uint8
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import Judging, get_judge
-from tasks.image_diffusion.quality import Gaussian
+from tasks.image_diffusion.report import fid_stats, sample
+from tasks.image_diffusion.report.adm import read_adm, write_adm
+from tasks.image_diffusion.report.judge import Judging, get_judge
+from tasks.image_diffusion.report.quality import Gaussian
+from tasks.image_diffusion.report.sample import class_numbers
+
+
+def small_judge(data: ImageData) -> Any:
+    return get_judge(data, Judging(epochs=1, batch_size=64, width=4))
 
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageData:
-    monkeypatch.setattr(commands, "get_judge", lambda data: get_judge(data, Judging(epochs=1, batch_size=64, width=4)))
-    monkeypatch.setattr(commands, "sample", stand_in)
+    monkeypatch.setattr(fid_stats, "get_judge", small_judge)
+    monkeypatch.setattr(sample, "sample", stand_in)
     return small_data(tmp_path / "cache")
 
 
@@ -43,7 +47,7 @@ def test_samples_are_written_as_grid_and_npz(data: ImageData, tmp_path: Path) ->
     task = ToyDiffusion(net=ToyNet(), facts=data.facts)
     words = ["--classes", "fish", "3", "--count", "4", "--seed", "5", "--out", str(tmp_path / "out")]
 
-    assert sample_images(words, task, data) == 0
+    assert sample.main(words, task, data) == 0
     found = read_adm(tmp_path / "out" / "samples.npz")
     fish = data.facts["class_names"].index("fish")
     assert found.label is not None
@@ -61,13 +65,13 @@ def test_models_of_latents_say_that_they_write_latents(
     monkeypatch.setattr(type(data.source), "latent", True)
     task = ToyDiffusion(net=ToyNet(channels=4), facts=data.facts)
 
-    assert sample_images(["--classes", "1", "--count", "2", "--out", str(tmp_path)], task, data) == 0
+    assert sample.main(["--classes", "1", "--count", "2", "--out", str(tmp_path)], task, data) == 0
     assert "latents" in capsys.readouterr().out
     with np.load(tmp_path / "samples.npz") as file:
         assert file["x"].shape == (2, 4, 14, 14)
         assert file["x"].dtype == np.float32
     with pytest.raises(ValueError, match=r"config\.json"):
-        sample_images(["--vae", str(tmp_path), "--out", str(tmp_path)], task, data)
+        sample.main(["--vae", str(tmp_path), "--out", str(tmp_path)], task, data)
 
 
 def test_statistics_of_a_data_set_are_those_of_its_features(
@@ -75,9 +79,11 @@ def test_statistics_of_a_data_set_are_those_of_its_features(
 ) -> None:
     out = tmp_path / "stats.npz"
 
-    assert fid_stats(["--domain", "glyphs", "--split", "test", "--out", str(out), "--keep-images"], data) == 0
+    assert (
+        fid_stats.main(["--domain", "glyphs", "--split", "test", "--out", str(out), "--keep-images"], None, data) == 0
+    )
     found = read_adm(out)
-    judge = commands.get_judge(data)
+    judge = small_judge(data)
     expected = Gaussian.of(judge.features(data.images("glyphs", "test").image))
     assert found.statistics is not None
     torch.testing.assert_close(found.statistics.mean, expected.mean)
@@ -85,7 +91,7 @@ def test_statistics_of_a_data_set_are_those_of_its_features(
     assert (found.statistics.num, found.extractor) == (30, judge.key)
     capsys.readouterr()
     again = ["--images", str(out), "--out", str(tmp_path / "b.npz"), "--against", str(out)]
-    assert fid_stats(again, data) == 0
+    assert fid_stats.main(again, None, data) == 0
     assert "Fréchet distance" in (text := capsys.readouterr().out)
     assert float(text.rsplit(":", 1)[1]) == pytest.approx(0, abs=1e-3)
 
@@ -96,10 +102,10 @@ def test_statistics_of_a_folder_of_pictures(data: ImageData, tmp_path: Path) -> 
     for k, pixels in enumerate(to_uint8(image)[:, 0]):
         Image.fromarray(pixels.numpy()).save(tmp_path / "mine" / ("deeper" if k % 2 else ".") / f"{k:03}.png")
 
-    assert fid_stats(["--images", str(tmp_path / "mine"), "--out", str(tmp_path / "a.npz")], data) == 0
+    assert fid_stats.main(["--images", str(tmp_path / "mine"), "--out", str(tmp_path / "a.npz")], None, data) == 0
     found = read_adm(tmp_path / "a.npz").statistics
     assert found is not None
-    expected = Gaussian.of(commands.get_judge(data).features(image))
+    expected = Gaussian.of(small_judge(data).features(image))
     torch.testing.assert_close(found.mean, expected.mean)
     torch.testing.assert_close(found.cov, expected.cov)
 
@@ -116,11 +122,11 @@ def test_statistics_of_a_folder_of_pictures(data: ImageData, tmp_path: Path) -> 
 )
 def test_wrong_words_of_fid_stats_are_told(words: list[str], message: str, data: ImageData, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    commands.write_adm(tmp_path / "other.npz", statistics=Gaussian.of(torch.randn(5, 64)), extractor="another")
+    write_adm(tmp_path / "other.npz", statistics=Gaussian.of(torch.randn(5, 64)), extractor="another")
     places = {"EMPTY": str(tmp_path / "empty"), "OTHER": str(tmp_path / "other.npz")}
 
     with pytest.raises(ValueError, match=message):
-        fid_stats([*(places.get(word, word) for word in words), "--out", str(tmp_path / "a.npz")], data)
+        fid_stats.main([*(places.get(word, word) for word in words), "--out", str(tmp_path / "a.npz")], None, data)
 
 
 # --- from the command line --------------------------------------------------------------------------------------------
@@ -158,7 +164,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_run_draws_what_it_has_learned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "sample", stand_in)
+    monkeypatch.setattr(sample, "sample", stand_in)
     assert main(["fit", "--config", str(config(tmp_path)), "--trainer.log_every_n_steps", "1"]) == 0
     run = tmp_path / "runs" / "toy_images" / "base"
     before = sorted(path.name for path in (run / "version_0").iterdir())

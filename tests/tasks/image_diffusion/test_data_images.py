@@ -12,7 +12,7 @@ import torch
 from image_common import SMALL, small_data
 
 from tasks.image_diffusion.data.batch import ImageBatch, PixelImages, from_uint8, to_uint8
-from tasks.image_diffusion.data.drawing import Figure, Hand, arc, draw
+from tasks.image_diffusion.data.drawing import Hand, Sketch, arc, draw
 from tasks.image_diffusion.data.glyph_shapes import SPLITS, GlyphShapes
 from tasks.image_diffusion.data.source import split_rows
 from tasks.image_diffusion.data.styles import STYLES, negative, outline, stripes
@@ -41,8 +41,8 @@ def test_every_byte_survives_scaling_to_floats_and_back() -> None:
 
 
 def test_area_of_a_drawn_disc_and_of_a_rectangle_is_that_of_geometry() -> None:
-    disc = draw(Figure().stroke([(0, 0), (0, 0)], 0.5), STILL, 1, 64, torch.Generator())
-    box = draw(Figure().quad((-0.5, -0.4), (0.5, -0.4), (0.5, 0.4), (-0.5, 0.4)), STILL, 1, 64, torch.Generator())
+    disc = draw(Sketch().stroke([(0, 0), (0, 0)], 0.5), STILL, 1, 64, torch.Generator())
+    box = draw(Sketch().quad((-0.5, -0.4), (0.5, -0.4), (0.5, 0.4), (-0.5, 0.4)), STILL, 1, 64, torch.Generator())
 
     cell = (2 / 64) ** 2
     assert float(disc.sum()) / 255 * cell == pytest.approx(math.pi * (0.9 * 0.5) ** 2, rel=0.01)  # drawn at 0.9
@@ -51,8 +51,8 @@ def test_area_of_a_drawn_disc_and_of_a_rectangle_is_that_of_geometry() -> None:
 
 def test_quadrilateral_may_run_either_way_round_and_a_stroke_either_way_along() -> None:
     points = [(-0.5, -0.4), (0.6, -0.3), (0.4, 0.5), (-0.3, 0.4)]
-    one, other = (draw(Figure().quad(*p), STILL, 1, 28, torch.Generator()) for p in (points, points[::-1]))
-    line, back = (draw(Figure().stroke(p, 0.1), STILL, 1, 28, torch.Generator()) for p in (points, points[::-1]))
+    one, other = (draw(Sketch().quad(*p), STILL, 1, 28, torch.Generator()) for p in (points, points[::-1]))
+    line, back = (draw(Sketch().stroke(p, 0.1), STILL, 1, 28, torch.Generator()) for p in (points, points[::-1]))
 
     assert torch.equal(one, other)
     assert torch.equal(line, back)

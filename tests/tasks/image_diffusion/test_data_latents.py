@@ -13,9 +13,10 @@ import pytest
 import torch
 from image_common import ALL, bound
 
-from tasks.image_diffusion.autoencoder import LatentDecoder
-from tasks.image_diffusion.data.arrays import ImageFileError, read_arrays, write_arrays
-from tasks.image_diffusion.data.latent_files import (
+from moeapps.files import write_arrays
+from tasks.image_diffusion.data.latents import LatentImages
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, read_arrays
+from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,
     posterior,
@@ -23,8 +24,8 @@ from tasks.image_diffusion.data.latent_files import (
     write_latent,
     write_shard,
 )
-from tasks.image_diffusion.data.latents import LatentImages
 from tasks.image_diffusion.datamodule import ImageData
+from tasks.image_diffusion.nets.autoencoder import LatentDecoder
 
 # --- latents ----------------------------------------------------------------------------------------------------------
 

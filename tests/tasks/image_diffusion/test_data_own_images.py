@@ -12,8 +12,9 @@ import torch
 from image_common import ALL, bound
 from PIL import Image
 
-from tasks.image_diffusion.data.arrays import ImageFileError, write_arrays
+from moeapps.files import write_arrays
 from tasks.image_diffusion.data.own_images import OwnImages, centre_crop
+from tasks.image_diffusion.data.readers.arrays import ImageFileError
 from tasks.image_diffusion.datamodule import ImageData
 
 RNG = np.random.default_rng(0)

@@ -138,7 +138,7 @@ def shorter(data: bytes) -> bytes:
         (DIGITS, read_digits, lambda data: gzip.compress(b"1,2,3\n4,5,6\n"), "3 columns"),
         (DIGITS, read_digits, lambda data: gzip.compress(b"a,b\n"), "not a readable table"),
         (FASHION, read_fashion, half, "not a readable idx file"),
-        (FASHION, read_fashion, shorter, "is no idx file of"),
+        (FASHION, read_fashion, shorter, "is not an idx file of"),
         (FASHION, read_fashion, lambda data: gzip.compress(b"xy"), "not a readable idx file"),
         (ANIMALS, read_animals, half, "not a readable pickle"),
         (ANIMALS, read_animals, lambda data: gzip.compress(pickle.dumps(Evil())), "only numpy arrays are allowed"),

@@ -15,12 +15,12 @@ from image_common import ToyDiffusion, ToyNet, small_data, stand_in
 from PIL import Image
 from torch import Tensor
 
-from tasks.image_diffusion import callbacks
-from tasks.image_diffusion.adaptation import FewShot, paired, restored, tune, tuned_parameters
-from tasks.image_diffusion.callbacks import GenerationQuality, SampleGrid
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import Judging
-from tasks.image_diffusion.pictures import grid, spread, visible, write_png
+from tasks.image_diffusion.report import generation
+from tasks.image_diffusion.report.few_shot import FewShot, paired, restored, tune, tuned_parameters
+from tasks.image_diffusion.report.generation import GenerationQuality, SampleGrid
+from tasks.image_diffusion.report.judge import Judging
+from tasks.image_diffusion.report.pictures import grid, spread, visible, write_png
 
 QUICK = Judging(epochs=1, batch_size=64, width=4)
 SHOTS: dict[str, Any] = {"images": [4, 12], "steps": 30, "lr": 0.02, "batch_size": 8, "test_images": 20}
@@ -60,7 +60,7 @@ def test_a_test_ends_with_judgement_files_and_groups_in_the_summary(
         asked.update(options, labels=labels)
         return stand_in(task, labels, **options)
 
-    monkeypatch.setattr(callbacks, "sample", draw)
+    monkeypatch.setattr(generation, "sample", draw)
     quality = GenerationQuality(num_images=60, cfg=2.5, steps=3, solver="euler", seed=7, judging=QUICK)
     run = trainer(tmp_path / "run", quality, FewShot(**SHOTS))
     task = toy(data)
@@ -84,7 +84,7 @@ def test_a_test_ends_with_judgement_files_and_groups_in_the_summary(
 def test_grids_are_drawn_every_few_epochs_and_at_the_last(
     data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "sample", stand_in)
+    monkeypatch.setattr(generation, "sample", stand_in)
     trainer(tmp_path / "run", SampleGrid(every_n_epochs=2, per_class=2), epochs=3).fit(toy(data), datamodule=data)
 
     names = sorted(path.name for path in (tmp_path / "run" / "figures").iterdir())
@@ -95,7 +95,7 @@ def test_nothing_is_drawn_under_fast_dev_run(data: ImageData, tmp_path: Path, mo
     def never(*args: Any, **options: Any) -> Tensor:
         raise AssertionError("drew")
 
-    monkeypatch.setattr(callbacks, "sample", never)
+    monkeypatch.setattr(generation, "sample", never)
     run = L.Trainer(
         accelerator="cpu",
         fast_dev_run=True,

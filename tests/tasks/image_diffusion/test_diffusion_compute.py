@@ -11,6 +11,7 @@ import yaml
 
 from moeapps.moe.presets import promoe
 from moeapps.training.cost import count_flops
+from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.model import DiT
 
 IMAGES, TOKENS, DIM, EXPERTS = 4, 49, 128, 6
@@ -32,7 +33,7 @@ def by_hand() -> int:
 def test_promoe_costs_what_its_equations_say(train: bool) -> None:
     config = yaml.safe_load(Path("configs/promoe.yaml").read_text(encoding="utf-8"))
     options = config["model"]["init_args"]["net"]["init_args"]
-    net = DiT(**{**options, "moe": promoe(**options["moe"]["init_args"])}).train(train)
+    net = DiT(ImageData().facts, **{**options, "moe": promoe(**options["moe"]["init_args"])}).train(train)
     labels = torch.tensor([0, 30, 12, 29])  # 30: without a class
 
     counted = count_flops(net, torch.randn(IMAGES, 1, 28, 28), torch.rand(IMAGES) * 999, labels)

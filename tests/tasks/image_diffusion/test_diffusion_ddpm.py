@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from tasks.image_diffusion.ddpm import GaussianDiffusion, Jump, _discrete_nll
-from tasks.image_diffusion.samplers import denoise, respaced
+from tasks.image_diffusion.nets.ddpm import GaussianDiffusion, Jump, _discrete_nll
+from tasks.image_diffusion.nets.samplers import denoise, respaced
 from tests.tasks.image_diffusion.model_common import noisy
 
 

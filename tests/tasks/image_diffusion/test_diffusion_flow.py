@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.image_diffusion.flow import RectifiedFlow, data_first, data_of, noise_of, shifted, velocity_of
+from tasks.image_diffusion.nets.flow import RectifiedFlow, data_first, data_of, noise_of, shifted, velocity_of
 from tests.tasks.image_diffusion.model_common import noisy
 
 ONES = torch.ones(4)

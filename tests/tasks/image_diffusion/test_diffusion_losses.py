@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from moeapps.moe import MLPExperts, MoELayer, MoERecorder
 from moeapps.moe.losses import SwitchBalance
 from moeapps.moe.presets import promoe, random_router
-from tasks.image_diffusion import routers
 from tasks.image_diffusion.losses import (
     CapacityLoss,
     RouterSimilarity,
@@ -21,6 +20,7 @@ from tasks.image_diffusion.losses import (
     router_similarity,
     routing_contrast,
 )
+from tasks.image_diffusion.rivals import routers
 
 TAU = 0.07
 

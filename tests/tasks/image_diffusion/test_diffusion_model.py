@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from moeapps.moe import MoELayer, MoERecorder
 from moeapps.moe.presets import dense, promoe
 from moeapps.training.cost import count_flops
-from tasks.image_diffusion.blocks import LabelEmbedder, TimeEmbedder, position_table
-from tasks.image_diffusion.flow import RectifiedFlow
 from tasks.image_diffusion.model import SIZES, DiT, dit_paper
+from tasks.image_diffusion.nets.blocks import LabelEmbedder, TimeEmbedder, position_table
+from tasks.image_diffusion.nets.flow import RectifiedFlow
 from tests.tasks.image_diffusion.model_common import K, awake, batch, layers, net, noisy
 
 PUBLISHED = {"S": (None, 75e6), "B": (130e6, 300e6), "L": (458e6, 1.063e9), "XL": (675e6, 1.568e9)}
@@ -162,7 +162,7 @@ def test_patches_come_back_where_they_were() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 10}, "image_size=10 is no multiple of patch_size=4"),
+        ({"image_size": 10}, "image_size=10 is not a multiple of patch_size=4"),
         ({"dim": 18, "num_heads": 2}, "multiple of 4"),
         ({"num_heads": 3}, "num_heads=3"),
         ({"depth": 0}, "depth=0"),
@@ -185,7 +185,10 @@ def expert(layer: MoELayer, e: int, x_ND: Tensor) -> Tensor:
 
 
 def slow_promoe(layer: MoELayer, x_ND: Tensor, null_N: Tensor, num: int, top_k: int) -> Tensor:
-    """Token by token, as in the card: bank of num routed experts, the unconditional one, the shared one."""
+    """Token by token, docs/papers/promoe.md, equations 1 and 2.
+
+    Bank of num routed experts, the unconditional one, the shared one.
+    """
     prototypes = layer.router.conditional.score.prototypes
     rows = []
     for x_D, null in zip(x_ND, null_N.tolist(), strict=True):
@@ -292,9 +295,8 @@ def test_bfloat16_autocast_runs_and_routes_in_full_precision() -> None:
 def test_the_dense_twin_has_the_active_operations_of_promoe() -> None:
     counts = []
     for moe in (promoe(num_experts=6), dense(expansion=4.0, activation="gelu_tanh", gated=False), None):
-        network = DiT(
-            image_size=28, patch_size=4, channels=1, num_classes=30, dim=128, depth=4, num_heads=4, moe=moe
-        ).eval()
+        sizes = {"image_size": 28, "channels": 1, "num_classes": 30}
+        network = DiT(sizes, patch_size=4, dim=128, depth=4, num_heads=4, moe=moe).eval()
         counts.append(count_flops(network, noisy(8, size=28), torch.ones(8), torch.arange(8)))
     assert counts[1] == counts[2]
     assert counts[0] / counts[1] == pytest.approx(1.0, abs=0.01)

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from moeapps.moe import MoERecorder
 from moeapps.moe.presets import promoe, random_router
-from tasks.image_diffusion import routers
-from tasks.image_diffusion.ddpm import GaussianDiffusion
-from tasks.image_diffusion.experts import ExpertReport
+from moeapps.moe.record import Place
+from moeapps.training.callbacks import ExpertReport
 from tasks.image_diffusion.losses import RoutingContrast, SuperclassLoss
 from tasks.image_diffusion.metrics import PairedLoss
+from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.module import ImageDiffusionTask, Sampling
-from tests.tasks.image_diffusion.model_common import K, awake, batch, facts, net, task
+from tasks.image_diffusion.nets.ddpm import GaussianDiffusion
+from tasks.image_diffusion.rivals import routers
+from tests.tasks.image_diffusion.model_common import SIZES, K, awake, batch, facts, net, task
 
 
 def test_the_paired_loss_of_an_image_does_not_depend_on_its_batch_or_the_call() -> None:
@@ -132,27 +135,31 @@ def test_a_diffusion_needs_a_network_that_gives_a_variance() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 7}, "num_classes=7 but net.num_classes=6"),
-        ({"channels": 4}, "channels=4"),
-        ({"image_size": 32}, "image_size=32"),
+        ({"num_classes": 7}, "one entry for each class"),
+        ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=4"),
         ({"superclass": [0, 1]}, "one entry for each class"),
     ],
 )
 def test_data_that_does_not_fit_the_network_is_refused(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ImageDiffusionTask(net=net(), facts=facts(**change))
+        ImageDiffusionTask(net=partial(DiT, **SIZES), facts=facts(**change))
+
+
+def test_the_network_has_the_sizes_of_the_data() -> None:
+    model = ImageDiffusionTask(net=partial(DiT, **SIZES), facts=facts(channels=4, image_size=32, num_classes=6))
+    assert (model.net.channels, model.net.image_size, model.net.num_classes) == (4, 32, 6)
 
 
 def test_missing_facts_are_named() -> None:
     given = facts()
     del given["channels"], given["superclass"]
     with pytest.raises(ValueError, match=r"facts lacks \['channels', 'superclass'\]"):
-        ImageDiffusionTask(net=net(), facts=given)
+        ImageDiffusionTask(net=lambda facts: net(), facts=given)
 
 
 def test_one_seen_domain_is_enough() -> None:
     one = facts(domains={"seen": ["a"], "validation": [], "unseen": []}, superclass=[0] * K)
-    model = ImageDiffusionTask(net=net(promoe(num_experts=2)), facts=one)
+    model = ImageDiffusionTask(net=lambda facts: net(promoe(num_experts=2)), facts=one)
     assert model.shared_step(batch(2), "train").loss.isfinite()
 
 
@@ -187,7 +194,7 @@ def test_the_report_tells_domain_routing_from_blind_routing(monkeypatch) -> None
             model.recorded_step(images, "test")
             model.last_domain = "ab"[domain]
             report.on_test_batch_end(None, model, None, images, 0)
-        told[name] = report._numbers("1")
+        told[name] = report.numbers(report.layers[Place("blocks", (1,))])
     assert told["domain"]["mi_domain"] == pytest.approx(1.0)
     assert told["domain"]["mi_place"] == pytest.approx(0.0, abs=1e-9)
     assert told["domain"]["per_token"] == told["domain"]["gate"] == 1.0

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moeapps.moe import AuxLoss, MoELayer, MoERecorder, Record
 from moeapps.moe.presets import promoe
-from tasks.image_diffusion import routers
 from tasks.image_diffusion.losses import CapacityLoss, RouterSimilarity, RoutingContrast, SuperclassLoss
+from tasks.image_diffusion.rivals import routers
 from tests.tasks.image_diffusion.test_diffusion_routers import FACTORIES
 
 D, E, K, IMAGES, L = 8, 3, 6, 4, 6

@@ -14,8 +14,9 @@ import yaml
 from torch import Tensor
 
 from moeapps.training.cost import count_flops
+from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.model import DiT
-from tasks.image_diffusion.routers import ClassTable
+from tasks.image_diffusion.rivals.routers import ClassTable
 from tests.tasks.image_diffusion.model_common import layers
 
 BASELINES = sorted(Path("configs/baselines").glob("promoe_*.yaml"))
@@ -54,7 +55,9 @@ def nets() -> dict[str, DiT]:
     for name, path in (("base", None), *zip(NAMES, BASELINES, strict=True)):
         own = merged(config, yaml.safe_load(path.read_text())) if path else config
         torch.manual_seed(0)
-        found[name] = built(own["model"]["init_args"]["net"])
+        net = own["model"]["init_args"]["net"]
+        assert net["class_path"] == "tasks.image_diffusion.model.DiT"
+        found[name] = DiT(ImageData().facts, **{key: built(value) for key, value in net["init_args"].items()})
         for module in found[name].modules():
             if isinstance(module, ClassTable):
                 module.use_superclasses([label // 10 for label in range(30)])

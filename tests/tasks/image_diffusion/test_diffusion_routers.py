@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moeapps.moe import MoELayer, RouterFactory, sort_assignments
 from moeapps.moe.presets import promoe, random_router
-from tasks.image_diffusion import presets, routers
+from tasks.image_diffusion.rivals import routers
+from tasks.image_diffusion.rivals.layers import dsmoe
 from tests.tasks.image_diffusion.model_common import K, awake, layers, net, noisy
 
 E, D, L = 3, 16, 4
@@ -166,12 +167,12 @@ def test_routers_of_the_batch_survive_small_and_empty_batches() -> None:
 
 
 def test_dsmoe_gates_of_a_token_sum_to_the_scale() -> None:
-    layer = presets.dsmoe(num_experts=5, top_k=3, scale=2.5)(12)
+    layer = dsmoe(num_experts=5, top_k=3, scale=2.5)(12)
     routing = layer.route(torch.randn(7, 12))
     torch.testing.assert_close(routing.assignment().sum(1), torch.full((7,), 2.5))
     assert layer.num_shared == 2
     with pytest.raises(ValueError, match="no multiple"):
-        presets.dsmoe(width=0.5, shared_width=0.75)
+        dsmoe(width=0.5, shared_width=0.75)
 
 
 def test_class_domain_routes_by_the_super_class_alone() -> None:

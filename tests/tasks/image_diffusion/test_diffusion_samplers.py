@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moeapps.moe.presets import promoe
-from tasks.image_diffusion import routers
-from tasks.image_diffusion.ddpm import GaussianDiffusion
-from tasks.image_diffusion.flow import RectifiedFlow
-from tasks.image_diffusion.samplers import euler, guided, heun, image_noise, sample, time_grid
+from tasks.image_diffusion.nets.ddpm import GaussianDiffusion
+from tasks.image_diffusion.nets.flow import RectifiedFlow
+from tasks.image_diffusion.nets.samplers import euler, guided, heun, image_noise, sample, time_grid
+from tasks.image_diffusion.rivals import routers
 from tests.tasks.image_diffusion.model_common import K, awake, net, noisy, task
 
 

@@ -11,10 +11,10 @@ import torch
 
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.evaluator import NUM_FEATURES, Judge, Judging, get_judge, shifted, training_images
-from tasks.image_diffusion.inception import InceptionFeatures
-from tasks.image_diffusion.judgement import RealImages, class_table, judge_images
-from tasks.image_diffusion.quality import Gaussian, frechet_distance
+from tasks.image_diffusion.report.inception import InceptionFeatures
+from tasks.image_diffusion.report.judge import NUM_FEATURES, Judge, Judging, get_judge, shifted, training_images
+from tasks.image_diffusion.report.judgement import RealImages, class_table, judge_images
+from tasks.image_diffusion.report.quality import Gaussian, frechet_distance
 
 QUICK = Judging(epochs=10, batch_size=32, width=8)
 
@@ -52,7 +52,7 @@ def test_judge_is_trained_once_and_anew_for_other_images_or_settings(
         trained.append(1)
         return given
 
-    monkeypatch.setattr("tasks.image_diffusion.evaluator.train_judge", count)
+    monkeypatch.setattr("tasks.image_diffusion.report.judge.train_judge", count)
     again = get_judge(data, QUICK)
     assert not trained
     assert again.key == judge.key

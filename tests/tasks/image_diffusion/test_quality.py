@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from tasks.image_diffusion.quality import (
+from tasks.image_diffusion.report.quality import (
     Gaussian,
     balanced_rows,
     frechet_distance,

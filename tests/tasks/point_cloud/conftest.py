@@ -15,7 +15,10 @@ from tasks.point_cloud.data.dataset import Scan
 
 
 class NaiveMoE(nn.Module):
-    """The card's equation with every expert on every row: top-k of a softmax, renormalised, gated ReLU experts."""
+    """Every expert on every row: top-k of a softmax, renormalised, gated ReLU experts.
+
+    Source: docs/papers/point_moe.md, equations 1 and 2.
+    """
 
     def __init__(self, dim: int, num_experts: int = 4, top_k: int = 2, expansion: float = 1.0) -> None:
         super().__init__()

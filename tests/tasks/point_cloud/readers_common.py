@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.point_cloud.labels import label_set
-from tasks.point_cloud.readers import (
+from tasks.point_cloud.data.labels import label_set
+from tasks.point_cloud.data.readers import (
     Matterport3DFolders,
     NuScenes,
     NuScenesIndex,

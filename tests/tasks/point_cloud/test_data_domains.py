@@ -10,11 +10,11 @@ import pytest
 
 from tasks.point_cloud.data import domains, rooms, streets
 from tasks.point_cloud.data.domains import DOMAINS, SEEN, SPLITS, UNSEEN, VALIDATION, generate_scan, scene_seed
+from tasks.point_cloud.data.labels import IGNORE, LABEL_SETS, WORLD_NAMES, WORLD_TO_LABEL, label_index, label_set
 from tasks.point_cloud.data.sampling import sample_surfaces
 from tasks.point_cloud.data.scans import UNLABELLED, ScanArrays, load_scans, save_scans
 from tasks.point_cloud.data.scene import NAME_ID, SceneBuilder
 from tasks.point_cloud.data.sensors import SpinningLidar
-from tasks.point_cloud.labels import IGNORE, LABEL_SETS, WORLD_NAMES, WORLD_TO_LABEL, label_index, label_set
 
 # Names that a scene must hold at least five objects of, so that a score is no coin toss.
 RARE = {

@@ -9,7 +9,7 @@ import laspy
 import numpy as np
 import pytest
 
-from tasks.point_cloud.data.las import LasError, read_las, write_las
+from tasks.point_cloud.data.readers.las import LasError, read_las, write_las
 
 FORMATS = [0, 1, 2, 3, 6, 7, 8]
 

@@ -14,11 +14,11 @@ from moeapps.data.archives import ArchiveError
 from tasks.point_cloud import datamodule
 from tasks.point_cloud.data import sources
 from tasks.point_cloud.data.dataset import ScanDataset, collate_scans
-from tasks.point_cloud.data.las import write_las
+from tasks.point_cloud.data.readers.las import write_las
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.sources import LasFiles
+from tasks.point_cloud.data.transforms import Augmentation
 from tasks.point_cloud.datamodule import PointCloudData
-from tasks.point_cloud.transforms import Augmentation
 
 
 @pytest.fixture(scope="module")

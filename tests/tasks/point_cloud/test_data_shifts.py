@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tasks.point_cloud.data.domains import DOMAINS, generate_scan, scene_seed
+from tasks.point_cloud.data.labels import LABEL_SETS
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.shifts import Shifted
-from tasks.point_cloud.labels import LABEL_SETS
 
 NAME = "drive16"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.point_cloud.transforms import Augmentation, crop_columns, tile_columns
+from tasks.point_cloud.data.transforms import Augmentation, crop_columns, tile_columns
 
 OFF = Augmentation(
     rotate_prob=0, tilt=0, scale=0, flip_prob=0, jitter=0, dropout_prob=0, light_jitter=0, elastic_prob=0

@@ -4,18 +4,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.point_cloud.figures import (
+from moeapps.reporting.figures import save_figure
+from tasks.point_cloud.data.labels import LABEL_SETS
+from tasks.point_cloud.nets.text import taxonomy
+from tasks.point_cloud.report.figures import (
     CATEGORY_COLOURS,
     ScanPicture,
     class_colour,
     expert_colour,
     project,
     render,
-    save_figure,
     scan_figure,
 )
-from tasks.point_cloud.labels import LABEL_SETS
-from tasks.point_cloud.text import taxonomy
 
 
 def picture(**changes) -> ScanPicture:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.point_cloud.head import LanguageHead
-from tasks.point_cloud.labels import LABEL_SETS
-from tasks.point_cloud.text import (
+from tasks.point_cloud.data.labels import LABEL_SETS
+from tasks.point_cloud.nets.head import LanguageHead
+from tasks.point_cloud.nets.text import (
     ClipFileText,
     RandomText,
     TaxonomyText,

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from torch_geometric.data import Batch
 
 from moeapps.evaluation.units import pooled_score
 from moeapps.moe import MoERecorder, Record, Routing
-from moeapps.training.evaluation import DomainScores
-from tasks.point_cloud.figures import picture_of
+from moeapps.training.scores import DomainScores
 from tasks.point_cloud.losses import segmentation_loss
 from tasks.point_cloud.metrics import confusion, scores
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.module import PointCloudTask, voxel_experts
-from tasks.point_cloud.text import RandomText
+from tasks.point_cloud.nets.text import RandomText
+from tasks.point_cloud.report.figures import picture_of
 
 FACTS = {
     "domains": {"seen": ["room", "street"], "validation": ["office"], "unseen": []},
@@ -30,7 +31,7 @@ FACTS = {
 
 def task_of(moe, **options) -> PointCloudTask:
     sizes = {"enc_depths": (1, 1), "enc_dims": (16, 32), "dec_depths": (1,), "dec_dims": (16,), "patch_size": 16}
-    return PointCloudTask(net=PointMoE(moe=moe, **sizes), facts=FACTS, **options)
+    return PointCloudTask(net=partial(PointMoE, moe=moe, **sizes), facts=FACTS, **options)
 
 
 def mixed_batch(make_scan) -> Batch:
@@ -147,6 +148,22 @@ def test_predictions_cover_every_raw_point_and_name_its_expert(make_scan, naive_
         assert torch.equal(alone["expert"], answer["expert"])
 
 
+def test_the_answer_of_a_tests_own_pass_is_that_of_predict(make_scan, naive_moe) -> None:
+    task, batch = task_of(naive_moe).eval(), mixed_batch(make_scan)
+    passes: list[int] = []
+    task.net.register_forward_hook(lambda *_: passes.append(1))
+
+    task.recorded_step(batch, "test")
+    assert task.last_answer is not None
+    answers = task.last_answer()
+
+    assert len(passes) == 1
+    for answer, other in zip(answers, task.predict_step(batch), strict=True):
+        assert answer.keys() == other.keys()
+        for key, value in answer.items():
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+
+
 def test_experts_of_voxels_follow_the_rows_of_every_resolution(make_scan, naive_moe) -> None:
     task, batch = task_of(naive_moe).eval(), mixed_batch(make_scan)
     with MoERecorder(task.net) as recorder:
@@ -216,11 +233,14 @@ def test_blocks_can_be_trained_at_a_rate_of_their_own(naive_moe) -> None:
 
 
 def test_facts_that_do_not_fit_are_errors(naive_moe) -> None:
-    net = PointMoE(moe=naive_moe)
-    with pytest.raises(ValueError, match="lacks"):
+    net = partial(PointMoE, moe=naive_moe)
+    with pytest.raises(ValueError, match=r"lacks \['domain_names', 'label_sets'\]"):
         PointCloudTask(net=net, facts={"domains": {}, "in_dim": 6})
-    with pytest.raises(ValueError, match=r"net\.in_dim=6"):
-        PointCloudTask(net=net, facts={**FACTS, "in_dim": 4})
+
+
+def test_the_network_reads_as_many_channels_as_the_data_has(naive_moe) -> None:
+    task = PointCloudTask(net=partial(PointMoE, moe=naive_moe), facts={**FACTS, "in_dim": 4})
+    assert task.net.stem.conv.weight.shape[1] == task.net.in_dim == 4
 
 
 def test_text_provider_decides_the_width_of_the_head(naive_moe) -> None:

@@ -9,18 +9,19 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from moeapps.moe import MoERecorder, presets
-from tasks.point_cloud.attention import PatchAttention
-from tasks.point_cloud.geometry import finest_level
-from tasks.point_cloud.head import LanguageHead
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
 from tasks.point_cloud.model import PointMoE, Pooling, Unpooling, point_moe_paper, point_moe_tiny, pool_max
-from tasks.point_cloud.serialization import ORDERS
-from tasks.point_cloud.text import TaxonomyText
+from tasks.point_cloud.nets.attention import PatchAttention
+from tasks.point_cloud.nets.geometry import finest_level
+from tasks.point_cloud.nets.head import LanguageHead
+from tasks.point_cloud.nets.serialization import ORDERS
+from tasks.point_cloud.nets.text import TaxonomyText
+from tests.tasks.point_cloud.rivals_common import FACTS
 
 
 def tiny(moe, **options) -> PointMoE:
     sizes = {"enc_depths": (1, 1), "enc_dims": (16, 32), "dec_depths": (1,), "dec_dims": (16,), "patch_size": 8}
-    return PointMoE(moe=moe, **{**sizes, **options}).double()
+    return PointMoE(FACTS, moe=moe, **{**sizes, **options}).double()
 
 
 def double(batch: Batch) -> Batch:
@@ -44,7 +45,7 @@ def test_paper_sizes_have_the_published_parameter_counts(moe, parameters, naive_
     }
 
     with torch.device("meta"):
-        net = point_moe_paper(factories[moe])
+        net = point_moe_paper(FACTS, factories[moe])
 
     assert sum(p.numel() for p in net.parameters()) == parameters
 
@@ -251,17 +252,17 @@ def test_every_parameter_gets_a_gradient_and_no_two_blocks_share_one(make_batch,
 
 def test_wrong_sizes_are_errors_that_say_what_to_give() -> None:
     with pytest.raises(ValueError, match="n, n, n - 1, n - 1"):
-        PointMoE(moe=linear, enc_depths=(1, 1))
+        PointMoE(FACTS, moe=linear, enc_depths=(1, 1))
     with pytest.raises(ValueError, match="head_dim"):
-        PointMoE(moe=linear, head_dim=20)
+        PointMoE(FACTS, moe=linear, head_dim=20)
     with pytest.raises(ValueError, match="at least one of"):
-        PointMoE(moe=linear, orders=())
+        PointMoE(FACTS, moe=linear, orders=())
     with pytest.raises(ValueError, match="patch_size"):
-        PointMoE(moe=linear, patch_size=0)
+        PointMoE(FACTS, moe=linear, patch_size=0)
 
 
 def test_tiny_size_is_small(naive_moe) -> None:
-    assert 1.2e6 < sum(p.numel() for p in point_moe_tiny(naive_moe).parameters()) < 2e6
+    assert 1.2e6 < sum(p.numel() for p in point_moe_tiny(FACTS, naive_moe).parameters()) < 2e6
 
 
 def test_loss_halves_in_sixty_tiny_steps(make_scan, naive_moe) -> None:

@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
 
 
 def network(**options: Any) -> PointMoE:
-    return PointMoE(**{**SIZES, "moe": point_moe(num_experts=4, top_k=2), **options})
+    return PointMoE(FACTS, **{**SIZES, "moe": point_moe(num_experts=4, top_k=2), **options})
 
 
 def mixed(make_scan: Any, *domains: int) -> Batch:
@@ -131,7 +131,7 @@ def test_the_balance_loss_is_scaled_with_the_rest_under_mixed_precision(make_sca
     for weight in (0.0, 0.5):
         for scaled in (False, True):
             torch.manual_seed(0)
-            task = PointCloudTask(net=network(), facts=FACTS, aux_losses=[SwitchBalance(weight=weight)])
+            task = PointCloudTask(net=lambda facts: network(), facts=FACTS, aux_losses=[SwitchBalance(weight=weight)])
             task._trainer = SimpleNamespace(barebones=True, optimizers=[])
             optimizer = torch.optim.SGD(task.parameters())
             scaler = torch.amp.GradScaler("cpu", init_scale=65_536.0, enabled=scaled)
@@ -161,7 +161,7 @@ def test_only_the_balance_ablations_have_a_balance_loss() -> None:
 
 @pytest.mark.parametrize("domains", [(0, 2), (2, 1, 0, 2)])
 def test_a_batch_may_mix_label_sets_of_different_sizes(domains: tuple[int, ...], make_scan) -> None:
-    task, batch = PointCloudTask(net=network(), facts=FACTS).eval(), mixed(make_scan, *domains)
+    task, batch = PointCloudTask(net=lambda facts: network(), facts=FACTS).eval(), mixed(make_scan, *domains)
 
     answers = task.predict_step(batch)
     out = task.shared_step(batch, "test")

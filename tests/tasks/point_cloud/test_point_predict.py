@@ -19,12 +19,12 @@ from readers_common import OWN_NAMES, random_scan
 
 from moeapps.cli import main
 from moeapps.commands.run import run
-from tasks.point_cloud.data.las import read_las
+from tasks.point_cloud.data.public import to_arrays
+from tasks.point_cloud.data.readers import OwnLabels, RawScan, read_ply, write_own_labels, write_own_scan
+from tasks.point_cloud.data.readers.las import read_las
 from tasks.point_cloud.data.sources import LasFiles
-from tasks.point_cloud.public import to_arrays
-from tasks.point_cloud.readers import OwnLabels, RawScan, class_colors, read_ply, write_own_labels, write_own_scan
-from tasks.point_cloud.readers.predictions import PointPrediction, name_color
-from tasks.point_cloud.scan_writer import ScanWriter, class_list, joined, write_whole
+from tasks.point_cloud.report.predictions import PointPrediction, class_colors, name_color
+from tasks.point_cloud.report.scan_writer import ScanWriter, class_list, joined, write_whole
 
 pytestmark = pytest.mark.medium
 
@@ -168,7 +168,12 @@ def test_a_scan_that_is_cut_short_by_a_limit_says_so(
 
 def test_formats_are_chosen_by_a_callback_of_the_configuration(copied: Path, tmp_path: Path) -> None:
     flags = own_folder(tmp_path / "own", {"c.npy": SCANS["c.npy"]})
-    chosen = ["--trainer.callbacks", "tasks.point_cloud.scan_writer.ScanWriter", "--trainer.callbacks.formats", "[las]"]
+    chosen = [
+        "--trainer.callbacks",
+        "tasks.point_cloud.report.scan_writer.ScanWriter",
+        "--trainer.callbacks.formats",
+        "[las]",
+    ]
     assert main(["predict", "--run", str(copied), *flags, *chosen]) == 0
 
     assert {path.name for path in (copied / "predictions" / "yard").iterdir()} == {

@@ -12,18 +12,19 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from moeapps.moe.presets import linear
-from tasks.point_cloud.geometry import finest_level
 from tasks.point_cloud.model import PointMoE
-from tasks.point_cloud.prompt import PromptedPointMoE, PromptNorm, PromptRows, PromptTask
+from tasks.point_cloud.nets.geometry import finest_level
+from tasks.point_cloud.rivals.prompt import PromptedPointMoE, PromptNorm, PromptRows, PromptTask
 from tests.tasks.point_cloud.rivals_common import ATTENTION, FACTS, mixed
 
 
 def prompted(mode: str = "oracle", **options: Any) -> PromptedPointMoE:
-    return PromptedPointMoE(domains=["room", "street"], mode=mode, moe=linear(), prompt_dim=8, **ATTENTION, **options)
+    sizes = {**ATTENTION, "prompt_dim": 8, **options}
+    return PromptedPointMoE(FACTS, domains=["room", "street"], mode=mode, moe=linear(), **sizes)
 
 
 def test_fresh_prompts_change_nothing_in_evaluation(make_scan) -> None:
-    net = PointMoE(moe=linear(), **ATTENTION).eval()
+    net = PointMoE(FACTS, moe=linear(), **ATTENTION).eval()
     ours = prompted().eval()
     ours.name_domains(["room", "street"])
     state = net.state_dict()
@@ -114,7 +115,7 @@ def test_classifier_gives_each_scan_the_prompt_it_takes_it_for(make_scan) -> Non
 
 def test_detector_learns_beside_and_shares_no_parameter_with_the_rest(make_scan) -> None:
     torch.manual_seed(5)
-    task = PromptTask(net=prompted("classifier"), facts=FACTS)
+    task = PromptTask(net=lambda facts: prompted("classifier"), facts=FACTS)
     batch = mixed(make_scan, 0, 1, 0, 1)
     batch.x = batch.x + 2.0 * batch.domain[batch.batch][:, None]
     optimizer = torch.optim.Adam(task.net.detector.parameters(), lr=1e-2)

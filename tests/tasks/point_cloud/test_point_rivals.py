@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,15 @@ from moeapps.commands.run import Cli, quiet
 from moeapps.moe import MoERecorder
 from moeapps.moe.presets import linear, point_moe
 from moeapps.training.cost import count_flops
-from tasks.point_cloud.baselines import (
+from tasks.point_cloud.model import PointMoE
+from tasks.point_cloud.module import PointCloudTask
+from tasks.point_cloud.rivals.baselines import (
     ConvRoutedPointMoE,
     ConvUNet,
     DomainGuidedScore,
     MisalignedTask,
     domain_guided_router,
 )
-from tasks.point_cloud.model import PointMoE
-from tasks.point_cloud.module import PointCloudTask
 from tests.tasks.point_cloud.rivals_common import ATTENTION, FACTS, SIZES, mixed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -79,7 +80,7 @@ def test_domain_guided_logits_are_linear_in_row_and_domain_vector() -> None:
 
 
 def test_domain_guided_network_is_told_the_domain_and_trains_its_vectors(make_scan) -> None:
-    net = PointMoE(moe=point_moe(router=domain_guided_router(num_domains=2)), **ATTENTION)
+    net = PointMoE(FACTS, moe=point_moe(router=domain_guided_router(num_domains=2)), **ATTENTION)
     one, other = (mixed(make_scan, d, d) for d in (0, 1))
     net.eval()
 
@@ -92,7 +93,7 @@ def test_domain_guided_network_is_told_the_domain_and_trains_its_vectors(make_sc
 
 def test_conv_router_reads_what_the_positional_convolution_gives(make_batch) -> None:
     torch.manual_seed(1)
-    net, plain = (kind(moe=point_moe(), **ATTENTION).eval() for kind in (ConvRoutedPointMoE, PointMoE))
+    net, plain = (kind(FACTS, moe=point_moe(), **ATTENTION).eval() for kind in (ConvRoutedPointMoE, PointMoE))
     plain.load_state_dict(net.state_dict())
     given: list[torch.Tensor] = []
     for stage in (*net.encoder, *net.decoder):
@@ -117,7 +118,7 @@ def test_conv_router_reads_what_the_positional_convolution_gives(make_batch) -> 
 
 
 def test_conv_unet_answers_each_scan_alone_and_has_no_attention(make_scan) -> None:
-    net = ConvUNet(**SIZES).eval()
+    net = ConvUNet(FACTS, **SIZES).eval()
     batch = mixed(make_scan, 0, 1, 0)
     together = net(batch)
 
@@ -135,7 +136,7 @@ def test_conv_unet_answers_each_scan_alone_and_has_no_attention(make_scan) -> No
 def test_misaligned_names_are_turned_by_one_in_every_other_domain(make_scan) -> None:
     torch.manual_seed(2)
     right, wrong = (
-        kind(net=PointMoE(moe=linear(), **ATTENTION), facts=FACTS) for kind in (PointCloudTask, MisalignedTask)
+        kind(net=partial(PointMoE, moe=linear(), **ATTENTION), facts=FACTS) for kind in (PointCloudTask, MisalignedTask)
     )
     wrong.load_state_dict(right.state_dict())
     batch = mixed(make_scan, 0, 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.point_cloud.geometry import cut_patches, finest_level
-from tasks.point_cloud.serialization import MAX_DEPTH, ORDERS, encode, hilbert_encode, z_decode, z_encode
+from tasks.point_cloud.nets.geometry import cut_patches, finest_level
+from tasks.point_cloud.nets.serialization import MAX_DEPTH, ORDERS, encode, hilbert_encode, z_decode, z_encode
 
 
 def cube(side: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tasks.point_cloud.sparse_conv import SubmanifoldConv3d, neighbour_table, submanifold_conv
+from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d, neighbour_table, submanifold_conv
 from tests.moe.derivatives_common import apart, derivatives
 
 

@@ -15,6 +15,7 @@ import yaml
 from moeapps.commands.run import run
 from moeapps.moe import presets
 from moeapps.training.cost import count_flops
+from tasks.point_cloud.data.features import IN_DIM
 from tasks.point_cloud.model import PointMoE
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -26,7 +27,7 @@ def network(*overlays: str) -> PointMoE:
     for file in ("point_moe.yaml", *overlays):
         config = yaml.safe_load((CONFIGS / file).read_text(encoding="utf-8"))
         options |= config["model"]["init_args"]["net"]["init_args"]
-    return PointMoE(**{**options, "moe": layer(options["moe"])})
+    return PointMoE({"in_dim": IN_DIM}, **{**options, "moe": layer(options["moe"])})
 
 
 def layer(config: dict[str, Any]) -> Any:
@@ -66,7 +67,7 @@ def test_dense_twins_match_in_active_flops_and_in_parameters(make_batch) -> None
 
 def test_active_flops_do_not_grow_with_the_number_of_experts_but_for_the_router(make_batch) -> None:
     batch = make_batch([900])
-    few, many = PointMoE(moe=presets.point_moe(num_experts=4)), PointMoE(moe=presets.point_moe(num_experts=8))
+    few, many = (PointMoE({"in_dim": IN_DIM}, moe=presets.point_moe(num_experts=number)) for number in (4, 8))
 
     router = sum(2 * 4 * block.norm1.weight.numel() * len_ for block, len_ in blocks_and_rows(few, batch))
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from moeapps.training.evaluation import DomainScores
+from moeapps.training.scores import DomainScores
 from tasks.point_cloud.metrics import confusion, segmentation_metrics
-from tasks.point_cloud.tables import class_rows, domain_table, markdown, write_class_tables
+from tasks.point_cloud.report.tables import class_rows, domain_table, markdown, write_class_tables
 
 NAMES = ["wall", "floor", "chair", "lamp"]
 # rows are targets: 8 of 10 walls right, 1 of 2 floors, no chair in the truth but two said, no lamp at all
@@ -69,7 +69,7 @@ def task(folder: Path | None, **facts: Any) -> Any:
 def test_counts_are_summed_over_scans_at_the_raw_points(tmp_path: Path) -> None:
     double, parts = task(tmp_path)
 
-    write_class_tables(double)
+    write_class_tables(double, double.label_sets)
 
     written = json.loads((tmp_path / "metrics" / "per_class.json").read_text())["domains"]
     for domain in ("room", "hall"):
@@ -84,7 +84,7 @@ def test_counts_are_summed_over_scans_at_the_raw_points(tmp_path: Path) -> None:
 def test_nothing_is_written_where_there_is_no_run_folder(tmp_path: Path) -> None:
     double, _ = task(None)
 
-    write_class_tables(double)
+    write_class_tables(double, double.label_sets)
 
     assert not list(tmp_path.iterdir())
 

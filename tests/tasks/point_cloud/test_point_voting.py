@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tasks.point_cloud.datamodule import PointCloudData
 from tasks.point_cloud.metrics import confusion
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.module import PointCloudTask
-from tasks.point_cloud.voting import tally
+from tasks.point_cloud.report.tally import tally
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 NAMES = ("wall", "floor", "chair")
@@ -53,7 +54,7 @@ def dataset(voting: Voting | None, *scans: ScanArrays, max_voxels: int = 90) -> 
 def task() -> PointCloudTask:
     torch.manual_seed(0)
     sizes = {"enc_depths": (1, 1), "enc_dims": (16, 32), "dec_depths": (1,), "dec_dims": (16,), "patch_size": 16}
-    net = PointMoE(moe=point_moe(num_experts=4, top_k=2), **sizes)
+    net = partial(PointMoE, moe=point_moe(num_experts=4, top_k=2), **sizes)
     return PointCloudTask(net=net, facts=FACTS).eval()
 
 
@@ -277,8 +278,8 @@ def test_votes_are_for_tests_and_not_for_training_or_validation(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rotations": ()}, "look once"),
-        ({"scales": ()}, "look once"),
+        ({"rotations": ()}, "give one view"),
+        ({"scales": ()}, "give one view"),
         ({"scales": (1.0, 0.0)}, "above 0"),
         ({"max_fragments": 0}, "1 or more"),
     ],

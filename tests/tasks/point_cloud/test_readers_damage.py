@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from readers_common import LAYOUTS, OWN_NAMES, Layout, assert_valid, files_of, random_scan
 
-from tasks.point_cloud import readers
-from tasks.point_cloud.readers import (
+from tasks.point_cloud.data import readers
+from tasks.point_cloud.data.readers import (
     OwnLabels,
     OwnScans,
     PointceptFolders,
@@ -27,9 +27,9 @@ from tasks.point_cloud.readers import (
     write_own_scan,
     write_pointcept_scan,
 )
-from tasks.point_cloud.readers.arrays import parse_npy
-from tasks.point_cloud.readers.own import FORMATS
-from tasks.point_cloud.readers.ply import parse_ply
+from tasks.point_cloud.data.readers.arrays import parse_npy
+from tasks.point_cloud.data.readers.own import FORMATS
+from tasks.point_cloud.data.readers.ply import parse_ply
 
 EACH = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 

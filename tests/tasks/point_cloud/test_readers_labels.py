@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from readers_common import random_scan
 
-from tasks.point_cloud.data.las import write_las
-from tasks.point_cloud.labels import LABEL_SETS, label_set
-from tasks.point_cloud.readers import (
+from tasks.point_cloud.data.labels import LABEL_SETS, label_set
+from tasks.point_cloud.data.readers import (
     Matterport3DFolders,
     NuScenes,
     NuScenesIndex,
@@ -33,9 +32,10 @@ from tasks.point_cloud.readers import (
     write_pointcept_scan,
     write_scannet_scene,
 )
-from tasks.point_cloud.readers.arrays import write_npy
-from tasks.point_cloud.readers.label_sets import ASPRS, ASPRS_CLASSES, ASPRS_RAW, NYU40_RAW, id_table, named
-from tasks.point_cloud.readers.scan import index_labels, map_labels
+from tasks.point_cloud.data.readers.arrays import write_npy
+from tasks.point_cloud.data.readers.label_sets import ASPRS, ASPRS_CLASSES, ASPRS_RAW, NYU40_RAW, id_table, named
+from tasks.point_cloud.data.readers.las import write_las
+from tasks.point_cloud.data.readers.scan import index_labels, map_labels
 
 # Written from the format descriptions, not from the tables under test.
 KITTI = {

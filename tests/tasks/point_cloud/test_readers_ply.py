@@ -9,17 +9,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from tasks.point_cloud.data.las import read_las
-from tasks.point_cloud.readers import (
-    PointCloudFileError,
-    PointPrediction,
-    class_colors,
-    read_ply,
-    write_ply,
-    write_prediction,
-    write_prediction_ply,
-)
-from tasks.point_cloud.readers.ply import PlyFormat, parse_ply
+from tasks.point_cloud.data.readers import PointCloudFileError, read_ply, write_ply
+from tasks.point_cloud.data.readers.las import read_las
+from tasks.point_cloud.data.readers.ply import PlyFormat, parse_ply
+from tasks.point_cloud.report.predictions import PointPrediction, class_colors, write_prediction, write_prediction_ply
 
 FORMATS = pytest.mark.parametrize("layout", get_args(PlyFormat))
 ORDER = {"binary_little_endian": "<", "binary_big_endian": ">"}

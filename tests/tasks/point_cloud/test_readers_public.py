@@ -15,10 +15,9 @@ import yaml
 from readers_common import random_scan
 
 from tasks.point_cloud.data.dataset import Scan, ScanDataset
-from tasks.point_cloud.datamodule import PointCloudData
-from tasks.point_cloud.labels import label_set
-from tasks.point_cloud.public import PublicScans, StreamedScans, num_tiles, to_arrays
-from tasks.point_cloud.readers import (
+from tasks.point_cloud.data.labels import label_set
+from tasks.point_cloud.data.public import PublicScans, StreamedScans, num_tiles, to_arrays
+from tasks.point_cloud.data.readers import (
     Matterport3DFolders,
     OwnLabels,
     OwnScans,
@@ -31,8 +30,9 @@ from tasks.point_cloud.readers import (
     write_own_scan,
     write_pointcept_scan,
 )
-from tasks.point_cloud.text import TaxonomyText
-from tasks.point_cloud.transforms import Augmentation, tile_columns
+from tasks.point_cloud.data.transforms import Augmentation, tile_columns
+from tasks.point_cloud.datamodule import PointCloudData
+from tasks.point_cloud.nets.text import TaxonomyText
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "data"
 NAMES = ("wall", "floor", "chair")

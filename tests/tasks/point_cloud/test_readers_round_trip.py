@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from readers_common import LAYOUTS, OWN_NAMES, Layout, assert_valid, random_scan
 
-from tasks.point_cloud.labels import label_set
-from tasks.point_cloud.readers import (
+from tasks.point_cloud.data.labels import label_set
+from tasks.point_cloud.data.readers import (
     OwnLabels,
     OwnScans,
     PointCloudFileError,

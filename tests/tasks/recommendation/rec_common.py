@@ -14,8 +14,8 @@ from moeapps.training.optim import OptimizerConfig
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog
-from tasks.recommendation.embeddings import FeatureEncoder, PlainTable
 from tasks.recommendation.metrics import ranking_metrics
+from tasks.recommendation.nets.embeddings import FeatureEncoder, PlainTable
 
 
 def small_log(**options: Any) -> MultitaskLog:

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from tasks.recommendation.embeddings import FeatureEncoder, HashTable, PlainTable, TableFactory
+from tasks.recommendation.nets.embeddings import FeatureEncoder, HashTable, PlainTable, TableFactory
 from tests.tasks.recommendation.rec_common import FACTS, make_batch
 
 
@@ -159,7 +159,10 @@ def test_wrong_settings_are_told(build: Any, text: str) -> None:
 def test_tables_are_chosen_in_yaml_by_class_path() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--table", type=TableFactory)
-    value = {"class_path": "tasks.recommendation.embeddings.HashTable", "init_args": {"num_rows": 5, "sparse": True}}
+    value = {
+        "class_path": "tasks.recommendation.nets.embeddings.HashTable",
+        "init_args": {"num_rows": 5, "sparse": True},
+    }
 
     made = parser.instantiate(parser.parse_object({"table": value})).table([3, 4], 2)
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from moeapps.training.cost import count_flops
-from tasks.recommendation.presets import home
+from tasks.recommendation.model import home
 
 ROWS, DIM, WIDTH = 11, 40, 64
 TASKS = (3, 4)  # per category

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.recommendation.gates import FeatureGates
+from tasks.recommendation.nets.feature_gates import FeatureGates
 from tests.moe.derivatives_common import apart, derivatives
 from tests.tasks.recommendation.test_home_network import CATEGORY, feature_gate, inputs, naive_home, network
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.datamodule import RecommendationData
-from tasks.recommendation.diagnosis import LevelSample, Thresholds, diagnose, divergence, rate_correlation
-from tasks.recommendation.embeddings import FeatureEncoder
-from tasks.recommendation.experts import ExpertDiagnostics, expert_levels, markdown, own_gradients
-from tasks.recommendation.module import Ranker, RankingTask
-from tasks.recommendation.presets import cgc, home, mmoe, single_task
+from tasks.recommendation.model import Ranker, home
+from tasks.recommendation.module import RankingTask
+from tasks.recommendation.nets.embeddings import FeatureEncoder
+from tasks.recommendation.report.diagnosis import LevelSample, Thresholds, diagnose, divergence, rate_correlation
+from tasks.recommendation.report.experts import ExpertDiagnostics, expert_levels, markdown, own_gradients
+from tasks.recommendation.rivals import cgc, mmoe, single_task
 
 TASKS = ("a", "b", "c")
 CATEGORY = {"a": "x", "b": "x", "c": "y", "x": "x", "y": "y"}
@@ -154,7 +156,7 @@ def trained(bank: Any, *, stress: bool, folder: Path, epochs: int = 2) -> tuple[
         source=source, seen=["angle_00"], validation=["angle_22"], unseen=[], batch_size=128, cache_dir=folder / "cache"
     )
     torch.manual_seed(0)
-    net = Ranker(bank=bank, encoder=lambda facts: FeatureEncoder(facts, normalise=not stress))
+    net = partial(Ranker, bank=bank, encoder=lambda facts: FeatureEncoder(facts, normalise=not stress))
     task = RankingTask(net=net, facts=data.facts, scores=["gauc"])
     task.optimizer_config.lr = RATE if stress else 1e-3
     diagnostics = ExpertDiagnostics(figure=False)
@@ -207,7 +209,7 @@ FACTS: dict[str, Any] = {
 def test_own_gradients_survive_a_gate_that_ignores_them_only_with_self_gates(
     self_gates: bool, most: float, batch: Any
 ) -> None:
-    task = RankingTask(net=Ranker(bank=home(width=8, self_gates=self_gates)), facts=FACTS)
+    task = RankingTask(net=partial(Ranker, bank=home(width=8, self_gates=self_gates)), facts=FACTS)
     state = {name: value.clone() for name, value in task.state_dict().items()}
 
     found = own_gradients(task, batch)
@@ -222,15 +224,15 @@ def test_own_gradients_survive_a_gate_that_ignores_them_only_with_self_gates(
 
 
 def test_networks_without_experts_of_a_tasks_own_have_no_such_gradients(batch: Any) -> None:
-    assert own_gradients(RankingTask(net=Ranker(bank=mmoe(width=8)), facts=FACTS), batch) == {}
-    assert own_gradients(RankingTask(net=Ranker(bank=single_task(width=8)), facts=FACTS), batch) == {}
+    assert own_gradients(RankingTask(net=partial(Ranker, bank=mmoe(width=8)), facts=FACTS), batch) == {}
+    assert own_gradients(RankingTask(net=partial(Ranker, bank=single_task(width=8)), facts=FACTS), batch) == {}
 
 
 def test_a_test_run_writes_a_report_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: dict[str, Any] = {}
-    monkeypatch.setattr("tasks.recommendation.experts.run_dir", lambda trainer: tmp_path)
+    monkeypatch.setattr("moeapps.training.callbacks.experts.run_dir", lambda trainer: tmp_path)
     monkeypatch.setattr(
-        "tasks.recommendation.experts.write_json", lambda path, content: written.update({path.name: content})
+        "tasks.recommendation.report.experts.write_json", lambda path, content: written.update({path.name: content})
     )
 
     task, diagnostics = trained(home(width=8), stress=False, folder=tmp_path, epochs=1)

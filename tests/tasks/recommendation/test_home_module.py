@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import yaml
 from rec_common import make_batch
 from torch import Tensor
 
-from tasks.recommendation import presets
-from tasks.recommendation.categories import category_means
+from tasks.recommendation import rivals
 from tasks.recommendation.data.batch import Interactions
-from tasks.recommendation.data.movielens import MovieLens100K
 from tasks.recommendation.data.multitask_log import MultitaskLog
-from tasks.recommendation.embeddings import FeatureEncoder
-from tasks.recommendation.model import RankingNet
-from tasks.recommendation.module import Ranker, RankingTask, masked_losses
-from tasks.recommendation.presets import home, mmoe, stem
+from tasks.recommendation.data.readers.movielens import MovieLens100K
+from tasks.recommendation.model import Ranker, home
+from tasks.recommendation.module import RankingTask, masked_losses
+from tasks.recommendation.nets.embeddings import FeatureEncoder
+from tasks.recommendation.nets.levels import RankingNet
+from tasks.recommendation.report.categories import category_means
+from tasks.recommendation.rivals import mmoe, stem
+
+PLANS = {**vars(rivals), "home": home}
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FACTS: dict[str, Any] = {
@@ -33,7 +37,7 @@ FACTS: dict[str, Any] = {
 
 
 def task(**options: Any) -> RankingTask:
-    return RankingTask(net=Ranker(bank=home(width=8)), facts=FACTS, **options)
+    return RankingTask(net=partial(Ranker, bank=home(width=8)), facts=FACTS, **options)
 
 
 def batch(rows: int = 12) -> Interactions:
@@ -145,7 +149,7 @@ def test_facts_of_another_data_module_are_refused() -> None:
 def test_one_row_cannot_be_trained_on_but_can_be_answered() -> None:
     with pytest.raises(ValueError, match="one row"):
         task().shared_step(batch(1), "train")
-    bare = Ranker(bank=home(width=8), encoder=lambda facts: FeatureEncoder(facts, normalise=False))
+    bare = partial(Ranker, bank=home(width=8), encoder=lambda facts: FeatureEncoder(facts, normalise=False))
     with pytest.raises(ValueError, match=r"1 row\(s\) in training mode"):
         RankingTask(net=bare, facts=FACTS).shared_step(batch(1), "train")
     assert task().eval().predict_step(batch(1))["probability"].shape == (1, 3)
@@ -192,13 +196,13 @@ def test_predictions_are_probabilities_with_rows_and_users() -> None:
 
 
 def test_stem_has_tables_for_every_task_and_a_shared_one() -> None:
-    net = RankingTask(net=Ranker(bank=stem(width=8)), facts=FACTS)
+    net = RankingTask(net=partial(Ranker, bank=stem(width=8)), facts=FACTS)
 
-    assert len(net.encoders) == 4
-    first = net.encoders[0].table.table.weight
+    assert len(net.net.encoders) == 4
+    first = net.net.encoders[0].table.table.weight
     loss = F.binary_cross_entropy_with_logits(net(batch())[:, 1], batch().label[:, 1])
-    grads = torch.autograd.grad(loss, [e.table.table.weight for e in net.encoders], allow_unused=True)
-    assert first.shape == net.encoders[3].table.table.weight.shape
+    grads = torch.autograd.grad(loss, [e.table.table.weight for e in net.net.encoders], allow_unused=True)
+    assert first.shape == net.net.encoders[3].table.table.weight.shape
     assert [bool(g is not None and g.any()) for g in grads] == [False, True, False, True]
 
 
@@ -226,7 +230,7 @@ def bank(*files: str) -> tuple[str, dict[str, Any]]:
         found = config.get("model", {}).get("init_args", {}).get("net", {}).get("init_args", {}).get("bank", {})
         if found.get("class_path", path) != path:
             path = found["class_path"]
-            allowed = getattr(presets, path.rpartition(".")[2]).__kwdefaults__
+            allowed = PLANS[path.rpartition(".")[2]].__kwdefaults__
             options = {key: value for key, value in options.items() if key in allowed}
         options |= found.get("init_args", {})
     return path.rpartition(".")[2], options
@@ -235,7 +239,7 @@ def bank(*files: str) -> tuple[str, dict[str, Any]]:
 def parameters(*files: str) -> int:
     name, options = bank(*files)
     facts = MultitaskLog().schema.facts() | {"domains": FACTS["domains"]}
-    net = RankingTask(net=Ranker(bank=getattr(presets, name)(**options)), facts=facts)
+    net = RankingTask(net=partial(Ranker, bank=PLANS[name](**options)), facts=facts)
     return sum(p.numel() for p in net.parameters())
 
 
@@ -257,7 +261,7 @@ def test_mmoe_has_as_many_parameters_as_home_on_movielens_too() -> None:
     more = overlay["model"]["init_args"]["net"]["init_args"]["bank"]["init_args"]
     sizes = []
     for (name, options), own in ((bank(), {}), (bank("baselines/home_mmoe.yaml"), more)):
-        net = RankingTask(net=Ranker(bank=getattr(presets, name)(**options | own)), facts=facts)
+        net = RankingTask(net=partial(Ranker, bank=PLANS[name](**options | own)), facts=facts)
         sizes.append(sum(p.numel() for p in net.parameters()))
 
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
@@ -266,7 +270,7 @@ def test_mmoe_has_as_many_parameters_as_home_on_movielens_too() -> None:
 @pytest.mark.parametrize("name", ["mmoe", "omoe", "cgc", "ple", "ml_mmoe", "adatt", "adatt_sp", "stem"])
 def test_rivals_have_plain_relu_experts_and_none_of_homes_parts(name: str) -> None:
     function, options = bank(f"baselines/home_{name}.yaml")
-    net = getattr(presets, function)(**options)(66, FACTS)
+    net = PLANS[function](**options)(66, FACTS)
     assert isinstance(net, RankingNet)
     for level in net.levels:
         assert (level.moe.experts.norm, level.moe.experts.activation) == ("none", "relu")
@@ -275,6 +279,6 @@ def test_rivals_have_plain_relu_experts_and_none_of_homes_parts(name: str) -> No
 
 
 def test_default_network_is_home() -> None:
-    assert isinstance(RankingTask(facts=FACTS).net, RankingNet)
-    logits: Tensor = RankingTask(net=Ranker(bank=mmoe(width=8)), facts=FACTS)(batch())
+    assert isinstance(RankingTask(facts=FACTS).net.bank, RankingNet)
+    logits: Tensor = RankingTask(net=partial(Ranker, bank=mmoe(width=8)), facts=FACTS)(batch())
     assert logits.shape == (12, 3)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.recommendation import presets
-from tasks.recommendation.model import NetFactory, RankingNet
-from tasks.recommendation.presets import (
+from tasks.recommendation import rivals
+from tasks.recommendation.model import home
+from tasks.recommendation.nets.levels import NetFactory, RankingNet
+from tasks.recommendation.rivals import (
     adatt,
     cgc,
     cross_stitch,
-    home,
     ml_mmoe,
     mmoe,
     omoe,
@@ -25,6 +25,7 @@ from tasks.recommendation.presets import (
     stem,
 )
 
+PLANS = {**vars(rivals), "home": home}
 FACTS: dict[str, Any] = {"tasks": ["a", "b", "c"], "categories": ["x", "x", "y"]}
 DIM, WIDTH, T = 6, 5, 3
 SIZES: dict[str, Any] = {"width": WIDTH, "tower_dim": 4}
@@ -197,7 +198,7 @@ def test_ple_is_what_its_paper_says() -> None:
 @pytest.mark.parametrize("name", ["ple", "ml_mmoe", "adatt", "cross_stitch"])
 def test_sizes_that_make_no_network_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="levels=0"):
-        getattr(presets, name)(levels=0)
+        PLANS[name](levels=0)
 
 
 @pytest.mark.parametrize("factory", [ple(levels=3), ml_mmoe(levels=3), adatt(levels=3), cross_stitch(levels=3)])

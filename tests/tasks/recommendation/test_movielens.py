@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from moeapps.data.archives import ArchiveError, fetch_package
-from tasks.recommendation.data.blocks import TableError
 from tasks.recommendation.data.causal import look_back
-from tasks.recommendation.data.movielens import DEFAULT_TASKS, DOMAINS, GENRE_GROUPS, TASKS, MovieLens100K
-from tasks.recommendation.data.ratings import GENRES, NUM_ITEMS, Ratings, read_ratings, write_ratings
+from tasks.recommendation.data.readers.blocks import TableError
+from tasks.recommendation.data.readers.movielens import DEFAULT_TASKS, DOMAINS, GENRE_GROUPS, TASKS, MovieLens100K
+from tasks.recommendation.data.readers.ratings import GENRES, NUM_ITEMS, Ratings, read_ratings, write_ratings
 from tasks.recommendation.datamodule import RecommendationData
 from tasks.recommendation.packages import ML100K
 

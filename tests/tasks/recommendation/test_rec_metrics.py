@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeapps.evaluation.statistics import bootstrap_interval
-from moeapps.training.evaluation import DomainScores
+from moeapps.training.scores import DomainScores
 from tasks.recommendation.metrics import (
     KINDS,
     RankingScores,

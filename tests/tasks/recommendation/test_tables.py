@@ -14,10 +14,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from tasks.recommendation.data.blocks import CsvBlocks, TableError, open_blocks, write_table
-from tasks.recommendation.data.columns import BagColumn, DenseColumn, IdColumn, TableColumns, TaskColumn
-from tasks.recommendation.data.hashing import hash_integers, hash_values, to_ids
-from tasks.recommendation.data.tables import TableDomain, TableFiles, TableSplit
+from tasks.recommendation.data.readers.blocks import CsvBlocks, TableError, open_blocks, write_table
+from tasks.recommendation.data.readers.columns import BagColumn, DenseColumn, IdColumn, TableColumns, TaskColumn
+from tasks.recommendation.data.readers.hashing import hash_integers, hash_values, to_ids
+from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit
 from tasks.recommendation.datamodule import RecommendationData
 
 ROWS, BLOCK = 400, 32
@@ -240,7 +240,7 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(TableError, match="record 2 has 1 fields, the header 2"):
         open_blocks(tmp_path / "a.csv").read(0, ["x"])
-    with pytest.raises(TableError, match="no readable Parquet file"):
+    with pytest.raises(TableError, match="not a readable Parquet file"):
         open_blocks(tmp_path / "b.parquet")
     with pytest.raises(TableError, match="is empty; a header line"):
         open_blocks(tmp_path / "c.csv").require(["x"])

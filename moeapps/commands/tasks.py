@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the folders below ``tasks`` bring to the command line; nothing here knows one of them.
+
+Each task may have ``packages.py`` with a tuple ``PACKAGES`` and ``commands.py`` with a tuple ``COMMANDS``; both are
+found by their names. This file loads the standard library only, and so does a ``commands.py``: help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+
+
+@dataclass(frozen=True)
+class TaskCommand:
+    """A further command of the command line, provided by a task.
+
+    Args:
+        name: word after ``moeapps``.
+        summary: one line of help.
+        function: ``module:function``, called with the user's words, the task module and its data; gives the exit code.
+        data: ``module:Class`` of the data modules that it works on.
+        systems: which systems those are, for people.
+        weights: it needs trained weights, hence a run.
+    """
+
+    name: str
+    summary: str
+    function: str
+    data: str
+    systems: str
+    weights: bool = False
+
+
+def load(path: str) -> object:
+    """Return what ``module:name`` names."""
+    module, _, name = path.partition(":")
+    found: object = getattr(import_module(module), name)
+    return found
+
+
+def extend_path() -> None:
+    """Make task packages importable: those of the working directory and those beside this package.
+
+    A console script, unlike ``python -m``, does not put the working directory on the import path.
+    """
+    for folder in (str(_home()) if (_home() / "tasks").is_dir() else None, os.getcwd()):
+        if folder is not None and folder not in sys.path and "" not in sys.path:
+            sys.path.insert(0, folder)
+
+
+def foreign_tasks() -> str | None:
+    """Say that something else of the name ``tasks`` hides ours; None where ours is found, or none at all."""
+    spec = find_spec("tasks")
+    ours = _home() / "tasks" / "__init__.py"
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() == ours:
+        return None
+    found = Path(spec.origin)
+    found = found.parent if found.name == "__init__.py" else found
+    return f"error: {found} hides the package `tasks` of moeapps; rename it, or run moeapps in another folder"
+
+
+def _home() -> Path:
+    """The folder that holds the packages moeapps and tasks: a checkout or site-packages."""
+    return Path(__file__).resolve().parents[2]
+
+
+def task_names() -> list[str]:
+    """Return the names of the task packages, without importing them; none where something else is called ``tasks``."""
+    spec = find_spec("tasks")
+    if spec is None or spec.submodule_search_locations is None or foreign_tasks() is not None:
+        return []
+    return sorted(module.name for module in iter_modules(spec.submodule_search_locations) if module.ispkg)
+
+
+def task_modules(part: str) -> list[str]:
+    """Return the dotted names of all ``tasks.<task>.<part>`` that are there."""
+    return [name for task in task_names() if find_spec(name := f"tasks.{task}.{part}") is not None]
+
+
+def task_commands() -> dict[str, TaskCommand]:
+    """Return the commands of all tasks by name."""
+    return {command.name: command for module in task_modules("commands") for command in import_module(module).COMMANDS}
+
+
+def moved_paths(text: str) -> dict[str, str]:
+    """Return the class paths in a text that are of before: old -> new.
+
+    ``moved.json`` beside the tasks maps old prefixes of class paths to new ones. A path that still leads to something
+    is not of before, whatever its prefix.
+    """
+    spec = find_spec("tasks")
+    table = Path(spec.origin).with_name("moved.json") if spec is not None and spec.origin is not None else None
+    if table is None or not table.is_file():
+        return {}
+    moved: dict[str, str] = json.loads(table.read_text(encoding="utf-8"))
+    found: dict[str, str] = {}
+    for path in sorted(set(re.findall(r"(?<![\w.])[A-Za-z_]\w*(?:\.\w+)+", text))):
+        prefix = max((old for old in moved if path == old or path.startswith(old + ".")), key=len, default=None)
+        if prefix is not None and not _leads_somewhere(path):
+            found[path] = moved[prefix] + path[len(prefix) :]
+    return found
+
+
+def _leads_somewhere(path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    try:
+        return hasattr(import_module(module), name) or find_spec(path) is not None
+    except ImportError:
+        return False

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are there whole or not at all: text, JSON, arrays, and whatever else a writer makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class WholeFile:
+    """A file that appears under its name once it is complete; a crash before that leaves no half-written one.
+
+    It is written under its own name into a hidden folder beside its place, flushed to the disk, and renamed. Files that
+    the writer puts beside it there move along, before it::
+
+        with WholeFile(path) as temporary:
+            figure.savefig(temporary)
+
+    Args:
+        path: where the file will be; its folder is made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        self.temporary = self._folder / path.name
+
+    def __enter__(self) -> Path:
+        """Give the path to write to."""
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Finish the file, or drop it after an error."""
+        if kind is None:
+            self.finish()
+        else:
+            self.drop()
+
+    def finish(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            RuntimeError: nothing was written.
+        """
+        try:
+            if not self.temporary.exists():
+                raise RuntimeError(f"the writer of {self.path.name} returned without writing its file")
+            for file in sorted(self._folder.iterdir(), key=lambda file: file.name == self.path.name):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+                file.replace(self.path.parent / file.name)
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Leave nothing behind of what is not finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all."""
+    with WholeFile(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON whole or not at all; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_arrays(path: Path, **arrays: Any) -> Path:
+    """Write name -> array (anything numpy takes) as npz, whole or not at all.
+
+    Args:
+        path: file to write.
+        arrays: what to write.
+    """
+    import numpy as np
+
+    with WholeFile(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    return path
+
+
+def finite(value: Any) -> Any:
+    """Return a copy of a JSON value in which every number that is not finite is None."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

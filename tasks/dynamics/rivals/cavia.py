@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CAVIA: every training step first fits new contexts; the weights learn to make this fit easy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeapps.moe.losses import AuxLoss
+from moeapps.training.optim import OptimizerConfig, Schedule
+from tasks.dynamics.data.batch import Trajectories
+from tasks.dynamics.model import MixER
+from tasks.dynamics.module import Alternation, DynamicsTask, Phase
+from tasks.dynamics.nets.adaptation import Adaptation
+
+
+class CaviaTask(DynamicsTask):
+    """One meta-learner trained by CAVIA: a few gradient steps on contexts from 0, then one on the weights through them.
+
+    The contexts of the inner loop are kept for the evaluation of trained environments. Every step is a step on the
+    weights; ``alternation.context_steps`` and ``context_lr`` are not used.
+
+    Args:
+        net: makes a network with one expert from the facts.
+        facts: see `DynamicsTask`.
+        inner_steps: gradient steps on the contexts inside a training step.
+        inner_lr: their step size (of plain gradient descent on the error of each environment).
+        alternation: see `DynamicsTask`.
+        gate_every: see `DynamicsTask`.
+        context_lr: not used.
+        adaptation: see `DynamicsTask`.
+        aux_losses: losses on the routing.
+        optimizer: Adam's numbers for the weights.
+        schedule: learning-rate schedule of the weights.
+
+    Raises:
+        ValueError: more than one expert (the published trainer goes with no gate), or a number outside its range.
+
+    Source: Zintgraf et al. (2019); named as a baseline in MixER (docs/papers/mixer.md, equation 17).
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[dict[str, Any]], MixER],
+        facts: dict[str, Any],
+        inner_steps: int = 3,
+        inner_lr: float = 0.1,
+        alternation: Alternation | None = None,
+        gate_every: int = 2,
+        context_lr: float = 5e-3,
+        adaptation: Adaptation | None = None,
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(
+            net=net,
+            facts=facts,
+            alternation=alternation,
+            gate_every=gate_every,
+            context_lr=context_lr,
+            adaptation=adaptation,
+            aux_losses=aux_losses,
+            optimizer=optimizer,
+            schedule=schedule,
+        )
+        if self.net.num_experts != 1 or inner_steps < 1 or not inner_lr > 0:
+            raise ValueError(
+                f"num_experts={self.net.num_experts}, inner_steps={inner_steps}, inner_lr={inner_lr}: CAVIA has one "
+                "expert, 1 or more inner steps and a step size above 0"
+            )
+        self.inner_steps, self.inner_lr = inner_steps, inner_lr
+
+    def phase(self, step: int) -> Phase:
+        """Every step is one on the weights."""
+        return "model"
+
+    def training_loss(self, data: Trajectories, *, rollout: bool) -> Tensor:
+        """Mean error after the inner loop, differentiable through it."""
+        zero_Sc = data.x.new_zeros(len(data.x), self.net.context_dim)
+        context_Sc = zero_Sc.requires_grad_()
+        routing = self.net.route(context_Sc, self.net.group(data))
+        for _ in range(self.inner_steps):
+            # The sum keeps environments apart: each takes a step of its own.
+            error = self._errors(data, context_Sc, routing, rollout=rollout).sum()
+            (gradient,) = torch.autograd.grad(error, [context_Sc], create_graph=True)
+            context_Sc = context_Sc - self.inner_lr * gradient
+        with torch.no_grad():
+            self.net.contexts[data.env] = context_Sc
+        return self._errors(data, context_Sc, routing, rollout=rollout).mean()

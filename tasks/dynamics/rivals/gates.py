@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Naive rivals of MixER's gate, one expert for all, and the oracle. Each is ``factory(context_dim, num_experts)``."""
+
+from __future__ import annotations
+
+import torch
+
+from moeapps.moe import ConstantScore, Dense, FittedRouter, LinearScore, LowestLoss, Router, TableScore, TopK
+from tasks.dynamics.nets.gates import GateFactory
+
+
+def hard_em(*, noise: float = 1e-4) -> GateFactory:
+    """Rival: every environment goes to the expert with the lowest loss, then least squares; experts may be unused.
+
+    Args:
+        noise: standard deviation added to the contexts before the fit.
+    """
+
+    def build(context_dim: int, num_experts: int) -> FittedRouter:
+        return FittedRouter(context_dim, num_experts, LowestLoss(), noise=noise)
+
+    return build
+
+
+def frozen() -> GateFactory:
+    """Rival: a random linear gate that is never trained; the gradient gate of the published code amounts to this."""
+
+    def build(context_dim: int, num_experts: int) -> Router:
+        score = LinearScore(context_dim, num_experts, bias=True).requires_grad_(False)
+        return Router(score, TopK(1, weighing="ones"))
+
+    return build
+
+
+def switch() -> GateFactory:
+    """Rival: the top-1 expert, with its field scaled by the gate's probability, so that the gate learns by gradient."""
+
+    def build(context_dim: int, num_experts: int) -> Router:
+        return Router(LinearScore(context_dim, num_experts, bias=True), TopK(1))
+
+    return build
+
+
+def soft() -> GateFactory:
+    """Rival: the softmax-weighted sum of all fields, at E times the cost."""
+
+    def build(context_dim: int, num_experts: int) -> Router:
+        return Router(LinearScore(context_dim, num_experts, bias=True), Dense())
+
+    return build
+
+
+def single() -> GateFactory:
+    """One expert for all: an ordinary meta-learner.
+
+    Raises:
+        ValueError: more than one expert.
+    """
+
+    def build(context_dim: int, num_experts: int) -> Router:
+        if num_experts != 1:
+            raise ValueError(
+                f"the gate 'single' serves one expert, but num_experts={num_experts}; use 1 or another gate"
+            )
+        return Router(ConstantScore(1), TopK(1, weighing="ones"))
+
+    return build
+
+
+def by_group() -> GateFactory:
+    """Control: a row with group g (family or environment) goes to expert g modulo E."""
+
+    def build(context_dim: int, num_experts: int) -> Router:
+        return Router(TableScore(torch.eye(num_experts)), TopK(1, weighing="ones"))
+
+    return build

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simplest format: one npz with ``x`` and ``y``, or two npy files; read and written.
+
+``x`` is uint8 [N, H, W] or [N, H, W, C] (pixels) or float [N, C, H, W] (latents), ``y`` int64 [N]; an npz may hold
+``names`` [K], the class name of each label.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class ImageFileError(ValueError):
+    """A file of images or latents cannot be used; the message says which file, why, and what to do."""
+
+
+_BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """Read arrays out of an npz file; pickled objects are refused.
+
+    Args:
+        path: the file.
+        names: arrays to read; none means all. A name ending in ``?`` may be missing.
+
+    Raises:
+        ImageFileError: missing or damaged file, or an array that is not there.
+    """
+    if not path.is_file():
+        raise ImageFileError(f"no file {path}; check the path")
+    try:
+        # Opened here: numpy leaves a damaged file open.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            there = list(file.files)
+            wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
+            missing = [name for name in wanted if name not in there]
+            if missing:
+                raise ImageFileError(f"{path} has no array {missing[0]!r} but {', '.join(there) or 'nothing'}")
+            return {name: file[name] for name in wanted}
+    except ImageFileError:
+        raise
+    except (*_BROKEN, AttributeError) as error:
+        raise ImageFileError(
+            f"{path} cannot be read ({error}); it is damaged or no npz file: write it again"
+        ) from error
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read an npy file.
+
+    Raises:
+        ImageFileError: missing or damaged.
+    """
+    if not path.is_file():
+        raise ImageFileError(f"no file {path}; check the path")
+    try:
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+    except _BROKEN as error:
+        raise ImageFileError(
+            f"{path} cannot be read ({error}); it is damaged or no npy file: write it again"
+        ) from error
+    return array
+
+
+def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[str] | None = None) -> Tensor:
+    """Return labels as int64 [N].
+
+    Raises:
+        ImageFileError: not one non-negative integer per image, or one that ``names`` has no name for.
+    """
+    if label.shape != (count,) or label.dtype.kind not in "iu" or (count and label.min() < 0):
+        raise ImageFileError(
+            f"{where}: labels {label.dtype} {label.shape} for {count} images; give {count} integers, 0 or more"
+        )
+    if names is not None and count and label.max() >= len(names):
+        raise ImageFileError(f"{where}: label {label.max()} is out of range, names hold {len(names)} classes")
+    return torch.from_numpy(label.astype(np.int64))
+
+
+def pixels_nchw(x: NDArray[Any], where: Path) -> Tensor:
+    """Return uint8 [N, C, H, W] of uint8 [N, H, W] or [N, H, W, C].
+
+    Raises:
+        ImageFileError: another type or shape.
+    """
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
+        raise ImageFileError(f"{where}: x is {x.dtype} {x.shape}; give uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3")
+    tensor = torch.from_numpy(np.ascontiguousarray(x))
+    return tensor[:, None] if x.ndim == 3 else tensor.permute(0, 3, 1, 2)[:, :3].contiguous()

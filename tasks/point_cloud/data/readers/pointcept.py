@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders as Pointcept's preprocessing writes them: ScanNet, S3DIS, Structured3D, Matterport3D, Waymo.
+
+One folder per scan: ``coord.npy`` float32 (R, 3), ``color.npy`` uint8 (R, 3), ``normal.npy`` float32 (R, 3),
+``strength.npy`` float32 (R, 1) in [0, 1], ``segment.npy`` integers (R,) or (R, 1); ScanNet has ``segment20.npy`` and
+``segment200.npy`` instead. Other files of the folder (instances, poses, pickled masks) are not touched.
+
+Source: layout from Pointcept/Pointcept, pointcept/datasets/defaults.py and pointcept/datasets/preprocessing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from tasks.point_cloud.data.readers.arrays import read_npy, write_npy
+from tasks.point_cloud.data.readers.label_sets import named
+from tasks.point_cloud.data.readers.scan import (
+    PointCloudFileError,
+    RawScan,
+    ScanReader,
+    ScanRef,
+    Split,
+    check_splits,
+    index_labels,
+    make_scan,
+)
+
+
+class PointceptFolders(ScanReader):
+    """Scans in Pointcept's layout with any label set; the public data sets below are this with their own defaults.
+
+    Args:
+        root: folder of the preprocessed data set.
+        label_set: key of a known label set, path of a YAML list of names, or the names, in the order on disk.
+        splits: folders below ``root`` for train, val and test; every scan below them belongs to the split.
+        segment: stem of the label file.
+    """
+
+    layout: ClassVar[str] = "folders with coord.npy, color.npy, normal.npy, strength.npy, segment.npy per scan"
+    source: ClassVar[str] = "your own data, preprocessed into Pointcept's layout"
+
+    def __init__(
+        self,
+        root: Path | str,
+        label_set: str | list[str],
+        splits: Mapping[str, list[str]],
+        segment: str = "segment",
+    ) -> None:
+        super().__init__(root, named(label_set))
+        self.splits = check_splits(splits)
+        self.segment = segment
+
+    def find(self, split: Split) -> list[ScanRef]:
+        """List every folder with a ``coord.npy`` below the split's folders: all of them, never a sample."""
+        root = self.require_root()
+        found: list[ScanRef] = []
+        for part in self.splits[split]:
+            if not (root / part).is_dir():
+                raise PointCloudFileError(root / part, "no such folder", self.layout, f"check `splits.{split}`")
+            for folder, below, files in os.walk(root / part):
+                if "coord.npy" in files:
+                    below.clear()  # a scan holds no scans
+                    path = Path(folder)
+                    found.append(ScanRef(path.relative_to(root).as_posix(), path, path / f"{self.segment}.npy"))
+        return found
+
+    def read(self, ref: ScanRef) -> RawScan:
+        """Read one folder; a missing label file gives -1 everywhere and ``labelled=False``."""
+        optional = {
+            key: read_npy(path)
+            for key in ("color", "normal", "strength")
+            if (path := ref.points / f"{key}.npy").exists()
+        }
+        labels = ref.points / f"{self.segment}.npy"
+        return make_scan(
+            ref.points,
+            self.names,
+            xyz=read_npy(ref.points / "coord.npy"),
+            label=index_labels(labels, read_npy(labels), self.names) if labels.exists() else None,
+            color=optional.get("color"),
+            normal=optional.get("normal"),
+            intensity=optional.get("strength"),
+        )
+
+
+class ScanNetFolders(PointceptFolders):
+    """ScanNet v2, 20 classes (Dai et al. 2017): ``train/`` to train on, ``val/`` to test on.
+
+    Args:
+        root: folder with ``train/`` and ``val/``.
+        label_set: ``scannet20``; for 200 classes give a YAML list of names and ``segment: segment200``.
+        segment: ``segment20`` or ``segment200``.
+        splits: folders below ``root``; the hidden test set has no labels, so ``val`` serves validation and test.
+    """
+
+    source: ClassVar[str] = (
+        "ScanNet, signed terms at scan-net.org, not redistributable; Pointcept's preprocess_scannet.py"
+    )
+
+    def __init__(
+        self,
+        root: Path | str,
+        label_set: str | list[str] = "scannet20",
+        segment: str = "segment20",
+        splits: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        super().__init__(root, label_set, splits or {"train": ["train"], "val": ["val"], "test": ["val"]}, segment)
+
+
+class S3DISFolders(PointceptFolders):
+    """S3DIS, 13 classes (Armeni et al. 2016) in the order on disk, which starts with the ceiling.
+
+    Sorting the names by another vocabulary, as the released Point-MoE and PPT configurations do, teaches "wall" to
+    ceilings; here the index on disk is an index into ``label_set`` and nothing else.
+
+    Args:
+        root: folder with ``Area_1/`` to ``Area_6/``, one folder per room.
+        splits: folders below ``root``; default areas 1, 2, 3, 4, 6 to train on and area 5 to test on.
+    """
+
+    source: ClassVar[str] = "S3DIS, terms form at Stanford; Pointcept's preprocess_s3dis.py"
+
+    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
+        train = [f"Area_{area}" for area in (1, 2, 3, 4, 6)]
+        super().__init__(root, "s3dis", splits or {"train": train, "val": ["Area_5"], "test": ["Area_5"]})
+
+
+class Structured3DFolders(PointceptFolders):
+    """Structured3D, 25 classes (Zheng et al. 2020); all rooms, never a random tenth of them.
+
+    Args:
+        root: folder with ``train/``, ``val/`` and ``test/``, below them scenes and rooms.
+        splits: folders below ``root``; default ``val`` for validation and test, as in the paper.
+    """
+
+    source: ClassVar[str] = (
+        "Structured3D, terms form at structured3d-dataset.org; Pointcept's preprocess_structured3d.py"
+    )
+
+    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(root, "structured3d", splits or {"train": ["train"], "val": ["val"], "test": ["val"]})
+
+
+class Matterport3DFolders(PointceptFolders):
+    """Matterport3D, 21 classes (Chang et al. 2017): ScanNet's first 19, then 19 = other and 20 = ceiling.
+
+    The released Point-MoE configuration reads the last two in the opposite order.
+
+    Args:
+        root: folder with ``train/``, ``val/`` and ``test/``.
+        splits: folders below ``root``; default the split of the same name, tests on ``test``.
+    """
+
+    source: ClassVar[str] = "Matterport3D, signed terms; Pointcept's preprocess_matterport3d_mesh.py"
+
+    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(root, "matterport3d", splits or {"train": ["train"], "val": ["val"], "test": ["test"]})
+
+
+class WaymoFolders(PointceptFolders):
+    """Waymo Open Dataset, 22 classes (Sun et al. 2020): ``strength`` is tanh of the raw intensity.
+
+    Args:
+        root: folder with ``training/`` and ``validation/``, below them sequences and frames.
+        splits: folders below ``root``; default ``validation`` for validation and test.
+    """
+
+    source: ClassVar[str] = "Waymo Open Dataset, licence at waymo.com/open; Pointcept's preprocess_waymo.py"
+
+    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
+        default = {"train": ["training"], "val": ["validation"], "test": ["validation"]}
+        super().__init__(root, "waymo", splits or default)
+
+
+def write_pointcept_scan(folder: Path, scan: RawScan, *, segment: str = "segment", column: bool = False) -> None:
+    """Write ``scan`` in Pointcept's layout.
+
+    Args:
+        folder: folder of this scan; made if missing.
+        scan: what to write; no label file is written when it is not labelled.
+        segment: stem of the label file.
+        column: write labels as (R, 1), as some preprocessing does, instead of (R,).
+    """
+    write_npy(folder / "coord.npy", scan.xyz if not any(scan.origin) else scan.world_xyz())
+    if scan.color is not None:
+        write_npy(folder / "color.npy", scan.color)
+    if scan.normal is not None:
+        write_npy(folder / "normal.npy", scan.normal)
+    if scan.intensity is not None:
+        write_npy(folder / "strength.npy", scan.intensity[:, None])
+    if scan.labelled:
+        label = scan.label.astype(np.int16)
+        write_npy(folder / f"{segment}.npy", label[:, None] if column else label)

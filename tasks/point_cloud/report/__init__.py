@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After a test or predict: what experts know, figures, tables, labelled scans."""

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of labelled scans: one figure per domain with truth, prediction and expert side by side.
+
+Matplotlib is imported when a figure is made and not before. R points; images are float arrays [H, W, 4].
+"""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+
+from moeapps.reporting.figures import save_figure
+from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
+from tasks.point_cloud.data.labels import IGNORE
+from tasks.point_cloud.nets.text import normalise_name, taxonomy
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+INK = "#22262e"
+EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5d4b8c")
+"""Okabe and Ito's palette for colour-blind readers, for experts 0, 1, ...; repeated after the eighth."""
+
+CATEGORY_COLOURS: dict[str, str] = {
+    **{"floor": "#b9a58a", "ceiling": "#d9d6cf", "partition": "#a8b4c4", "door": "#8a5a3c", "window": "#7fc4e0"},
+    **{"panel": "#4f6d8f", "cloth": "#b48ead", "roof": "#a65f4a", "step": "#c2a878", "upright": "#7d8896"},
+    **{"lying": "#9aa26b", "carriageway": "#5b5f6b", "footway": "#c7a0c9", "edge": "#8b7d96", "lot": "#8f97b3"},
+    **{"rail": "#6b5b4d", "soil": "#b8a25a", "liquid": "#4f9bd9", "house": "#c98f6b", "crossing": "#9b6f5a"},
+    **{"mast": "#70757f", "fence": "#b5813f", "barrier": "#d9793a", "wire": "#3d3f4a", "post": "#e0b33c"},
+    **{"sign": "#e6534e", "cone": "#f2862f", "foliage": "#5fa052", "tree": "#3f7f48", "trunk": "#7a5234"},
+    **{"pot": "#86b86b", "light": "#3f6fd1", "heavy": "#6a4fc1", "any vehicle": "#8577b8", "pedal": "#2fb0c9"},
+    **{"engine": "#1f8a9e", "train": "#4d5aa8", "on foot": "#e0457b", "riding": "#c2316a", "four legs": "#a3486f"},
+    **{"worktop": "#d98e4a", "bedside": "#e3b07a", "seat": "#5b8def", "lounge": "#c75b7a", "closed": "#6d9f71"},
+    **{"open": "#93b35a", "basin": "#5fb6b0", "seat of water": "#3f918c", "cold": "#a9c4d6", "display": "#474f7a"},
+    **{
+        "sleep": "#9c6ac4",
+        "lighting": "#f0c75e",
+        "piece": "#b07aa1",
+        "small": "#9c9183",
+        "other": "#8d8d8d",
+        "measurement": "#c0c0c0",
+    },
+}
+"""Colour of the last category above a name in the taxonomy; names of one category differ in lightness."""
+
+
+def class_colour(name: str) -> tuple[float, float, float]:
+    """Colour of a class name, the same in every figure; synonyms have like colours.
+
+    Args:
+        name: class name; one that the taxonomy does not know gets a hue from its hash.
+
+    Returns:
+        Red, green, blue in [0, 1].
+    """
+    path = taxonomy().get(normalise_name(name))
+    if path is None:
+        hue = hashlib.sha256(normalise_name(name).encode()).digest()[0] / 256
+        return colorsys.hls_to_rgb(hue, 0.55, 0.45)
+    value = CATEGORY_COLOURS[path[-2]]
+    red, green, blue = (int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    siblings = [other for other, where in taxonomy().items() if where[:-1] == path[:-1]]
+    hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
+    step = (0, 0.12, -0.12, 0.2, -0.2, 0.06, -0.06, 0.27, -0.26)[siblings.index(path[-1]) % 9]
+    return colorsys.hls_to_rgb(hue, min(max(light + step, 0.15), 0.88), saturation)
+
+
+def expert_colour(expert: int) -> tuple[float, float, float]:
+    """Colour of an expert: red, green, blue in [0, 1]."""
+    value = EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
+    return int(value[1:3], 16) / 255, int(value[3:5], 16) / 255, int(value[5:7], 16) / 255
+
+
+def project(
+    pos_R3: Floats, width: int, height: int, yaw: float = 0.6, pitch: float = 0.85
+) -> tuple[Ints, Ints, Floats]:
+    """Orthographic view from obliquely above, fitted to an image; the outermost 1% of either axis may fall outside.
+
+    Args:
+        pos_R3: metres, z up.
+        width: pixels.
+        height: pixels.
+        yaw: radians about the vertical axis.
+        pitch: radians of the view above the horizon; pi / 2 is a map.
+
+    Returns:
+        Column and row of each point (some outside the image), and its nearness to the viewer in pixels.
+    """
+    x, y, z = (pos_R3 - pos_R3.mean(axis=0)).T
+    across, along = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
+    up, near = along * np.sin(pitch) + z * np.cos(pitch), z * np.sin(pitch) - along * np.cos(pitch)
+    left, right = np.quantile(across, (0.01, 0.99))
+    bottom, top = np.quantile(up, (0.01, 0.99))
+    metres = max((right - left) / width, (top - bottom) / height, 1e-9) * 1.1  # per pixel, with a margin
+    column = (across - (left + right) / 2) / metres + width / 2
+    row = height / 2 - (up - (bottom + top) / 2) / metres
+    return np.floor(column).astype(np.int64), np.floor(row).astype(np.int64), near / metres
+
+
+def render(pos_R3: Floats, colour_R3: Floats, width: int = 640, height: int = 480) -> Floats:
+    """Draw points as discs with a depth buffer and shade the edges of depth.
+
+    Eye-dome lighting (Boucheny 2009): a pixel is darkened by exp(-mean of how much nearer its neighbours are), which
+    shows shape without normals. Drawn at twice the size and averaged down.
+
+    Args:
+        pos_R3: metres, z up; at least one point.
+        colour_R3: red, green, blue in [0, 1].
+        width: pixels of the image.
+        height: pixels of the image.
+
+    Returns:
+        [height, width, 4] in [0, 1]; transparent where there is no point.
+    """
+    wide, high = 2 * width, 2 * height
+    column, row, near = project(pos_R3, wide, high)
+    far_first = np.argsort(near)
+    reach = int(np.clip(np.sqrt(0.3 * wide * high / len(pos_R3)), 2, 14))
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disc = dy**2 + dx**2 <= reach**2
+    rows, columns = row[far_first, None] + dy[disc], column[far_first, None] + dx[disc]
+    inside = (rows >= 0) & (rows < high) & (columns >= 0) & (columns < wide)
+    pixel = (rows * wide + columns)[inside]  # of several writes to a pixel the last, nearest one stays
+    source = np.broadcast_to(far_first[:, None], inside.shape)[inside]
+    nearest, image = np.full(high * wide, -np.inf), np.ones((high * wide, 3))
+    nearest[pixel] = near[source]
+    image[pixel] = colour_R3[source]
+    depth, drawn = nearest.reshape(high, wide), np.isfinite(nearest).reshape(high, wide)
+    image = image.reshape(high, wide, 3) * _eye_dome(depth, drawn, step=max(2, reach // 2))[..., None]
+    rgba = np.concatenate([image * drawn[..., None], drawn[..., None]], axis=2)
+    small = rgba.reshape(height, 2, width, 2, 4).mean(axis=(1, 3))
+    small[..., :3] /= np.maximum(small[..., 3:], 1e-9)
+    return cast(Floats, np.clip(small, 0, 1))
+
+
+def _eye_dome(depth: Floats, drawn: npt.NDArray[np.bool_], step: int) -> Floats:
+    """Shade in (0, 1] of each pixel from the nearness of eight neighbours ``step`` pixels away."""
+    solid = np.where(drawn, depth, 0.0)
+    hidden = np.zeros_like(solid)
+    for dy in (-step, 0, step):
+        for dx in (-step, 0, step):
+            nearer = np.roll(solid, (dy, dx), axis=(0, 1)) - solid
+            seen = np.roll(drawn, (dy, dx), axis=(0, 1)) & drawn
+            hidden += np.where(seen, np.clip(nearer / (12 * step), 0, 1), 0)
+    return cast(Floats, np.exp(-0.16 * hidden))
+
+
+@dataclass(frozen=True)
+class ScanPicture:
+    """What a figure shows of one scan; unlabelled points are left out of all panels.
+
+    Attributes:
+        title: heading, e.g. domain and role.
+        pos_R3: metres.
+        truth_R: class index, -1 unlabelled.
+        pred_R: class index.
+        names: class names of the label set.
+        expert_R: expert of each point in one layer, -1 none; None where the network has no experts.
+        note: small print under the heading.
+    """
+
+    title: str
+    pos_R3: Floats
+    truth_R: Ints
+    pred_R: Ints
+    names: Sequence[str]
+    expert_R: Ints | None = None
+    note: str = ""
+
+
+def scan_figure(scan: ScanPicture) -> Any:
+    """Draw truth, prediction and (where there are experts) expert of one scan.
+
+    Points named ceiling are not drawn, or every room would be a box with its lid on.
+
+    Returns:
+        A ``matplotlib.figure.Figure``, 3 panels wide.
+
+    Raises:
+        ValueError: No labelled point below the ceiling.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    lids = [i for i, name in enumerate(scan.names) if normalise_name(name) == "ceiling"]
+    kept = (scan.truth_R != IGNORE) & ~np.isin(scan.truth_R, lids)
+    if not kept.any():
+        raise ValueError(f"{scan.title}: no labelled point to draw")
+    pos, truth, pred = scan.pos_R3[kept].astype(np.float64), scan.truth_R[kept], scan.pred_R[kept]
+    palette = np.array([class_colour(name) for name in scan.names])
+    panels = [("truth", palette[truth]), (f"prediction, {np.mean(truth == pred):.0%} of points right", palette[pred])]
+    handles = [[Patch(color=palette[c], label=scan.names[c]) for c in np.union1d(truth, pred)]]
+    if scan.expert_R is not None:
+        expert = scan.expert_R[kept]
+        tints = np.array([expert_colour(e) for e in range(int(expert.max()) + 1)] + [(0.8, 0.8, 0.8)])
+        panels.append(("expert", tints[expert]))
+        handles.append(
+            [
+                Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}")
+                for e in np.unique(expert)
+                if e >= 0
+            ]
+        )
+    figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=150, facecolor="white")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.85, bottom=0.17, wspace=0.03)
+    for axis, (label, colour) in zip(axes, panels, strict=True):
+        axis.imshow(render(pos, colour), interpolation="antialiased")
+        axis.set_title(label, fontsize=10, color=INK, loc="left", pad=4)
+        axis.set_axis_off()
+    figure.text(0.013, 0.965, scan.title, fontsize=14, color=INK, weight="bold", va="top")
+    figure.text(0.987, 0.96, scan.note, fontsize=9, color="#6b7280", va="top", ha="right")
+    style: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": 9,
+        "labelcolor": INK,
+        "handlelength": 1.0,
+        "handleheight": 1.0,
+    }
+    style.update(columnspacing=1.4, loc="upper left", borderaxespad=0)
+    figure.legend(handles=handles[0], ncols=7 if len(panels) > 2 else 9, bbox_to_anchor=(0.013, 0.15), **style)
+    if len(handles) > 1:
+        figure.legend(handles=handles[1], ncols=2, bbox_to_anchor=(0.672, 0.15), **style)
+    return figure
+
+
+class ScanFigures(L.Callback):
+    """Write ``<run>/figures/<domain>.png`` in ``test``: the first scan of every domain, put together from its tiles.
+
+    Only the first batch of a domain is looked at, so a scan of many tiles may be shown in part.
+    """
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the first scan of the first batch of a domain."""
+        folder, answer = run_dir(trainer), cast(BaseTask, pl_module).last_answer
+        if folder is None or batch_idx or not trainer.is_global_zero or answer is None:
+            return
+        answers = answer()
+        picture = picture_of(answers, cast(Any, trainer).datamodule.role_of(answers[0]["domain"]))
+        if (picture.truth_R != IGNORE).any():
+            save_figure(scan_figure(picture), folder / "figures" / f"{answers[0]['domain']}.png")
+
+
+def picture_of(answers: list[dict[str, Any]], role: str) -> ScanPicture:
+    """Join the tiles of the first scan among the answers of ``PointCloudTask.predict_step``.
+
+    Args:
+        answers: per tile; tiles of one scan carry its name.
+        role: role of the domain, for the title.
+    """
+    first = answers[0]
+    tiles = [answer for answer in answers if answer["name"] == first["name"]]
+
+    def joined(key: str) -> npt.NDArray[Any]:
+        # One raw point of each voxel: the value at the voxel's first place in `inverse`.
+        return np.concatenate([t[key].numpy()[np.unique(t["inverse"].numpy(), return_index=True)[1]] for t in tiles])
+
+    return ScanPicture(
+        title=f"{first['domain']} ({role})",
+        pos_R3=np.concatenate([tile["pos"].numpy() for tile in tiles]),
+        truth_R=np.concatenate([tile["truth"].numpy() for tile in tiles]),
+        pred_R=joined("label"),
+        names=first["names"],
+        expert_R=None if first["expert"] is None else joined("expert"),
+        note=first["name"],
+    )

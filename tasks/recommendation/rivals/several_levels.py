@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of several levels: PLE and CGC (its case of one level), multi-level MMoE, AdaTT, cross-stitch, STEM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from moeapps.moe import ActivationName
+from moeapps.moe.normalised import Norm
+from tasks.recommendation.nets.gates import Residual
+from tasks.recommendation.nets.levels import LevelPlan, NetFactory, TaskTree
+from tasks.recommendation.nets.plan_parts import at_least, network, numbered, plain, shared_names, table
+
+
+def ple(
+    *,
+    levels: int = 2,
+    shared_experts: int = 4,
+    task_experts: int = 1,
+    width: int = 32,
+    hidden: int | None = None,
+    norm: Norm = "none",
+    activation: ActivationName = "relu",
+    mask: bool = True,
+    tower_dim: int = 16,
+) -> NetFactory:
+    """PLE: CGC in levels; below the last one a shared gate mixes all experts for the shared experts above.
+
+    Args:
+        levels: number of levels, at least 1.
+        shared_experts: experts that every task sees, per level.
+        task_experts: experts of each task's own, per level.
+        width: units of an expert.
+        hidden: units of a hidden layer in it; None for none.
+        norm: normalisation of the experts' outputs.
+        activation: of the experts.
+        mask: whether a task is kept from the experts of others.
+        tower_dim: hidden width of a tower.
+
+    Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
+    """
+    at_least(levels=(levels, 1), experts=(shared_experts + task_experts, 1))
+
+    def plans(tree: TaskTree) -> list[LevelPlan]:
+        num = len(tree.tasks)
+        owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
+        return [
+            _unit_level(tree, owner, level, levels, lambda g, e: not mask or owner[e] in (g, num))
+            for level in range(levels)
+        ]
+
+    return network(plans, plain(width, hidden, norm, activation), tower_dim)
+
+
+def cgc(
+    *,
+    shared_experts: int = 4,
+    task_experts: int = 1,
+    width: int = 32,
+    hidden: int | None = None,
+    norm: Norm = "none",
+    activation: ActivationName = "relu",
+    mask: bool = True,
+    tower_dim: int = 16,
+) -> NetFactory:
+    """CGC: shared experts and experts of each task's own; a task's gate sees both.
+
+    Args:
+        shared_experts: experts that every task sees.
+        task_experts: experts of each task's own.
+        width: units of an expert.
+        hidden: units of a hidden layer in it; None for none.
+        norm: normalisation of the experts' outputs.
+        activation: of the experts.
+        mask: whether a task is kept from the experts of others; without, it is MMoE.
+        tower_dim: hidden width of a tower.
+
+    Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
+    """
+    return ple(
+        levels=1,
+        shared_experts=shared_experts,
+        task_experts=task_experts,
+        width=width,
+        hidden=hidden,
+        norm=norm,
+        activation=activation,
+        mask=mask,
+        tower_dim=tower_dim,
+    )
+
+
+def ml_mmoe(
+    *,
+    levels: int = 2,
+    num_experts: int = 8,
+    width: int = 32,
+    norm: Norm = "none",
+    activation: ActivationName = "relu",
+    tower_dim: int = 16,
+) -> NetFactory:
+    """Multi-level MMoE: below the last level every expert of the level above has a gate of its own.
+
+    Every gate, at whatever level, reads the network's input.
+
+    Args:
+        levels: number of levels, at least 1.
+        num_experts: E per level.
+        width: units of an expert.
+        norm: normalisation of the experts' outputs.
+        activation: of the experts.
+        tower_dim: hidden width of a tower.
+
+    Source: the multi-level MMoE that AdaTT is compared with, facebookresearch/AdaTT ``mtl_lib.py``.
+    """
+    at_least(levels=(levels, 1), num_experts=(num_experts, 1))
+
+    def plans(tree: TaskTree) -> list[LevelPlan]:
+        found = []
+        for level in range(levels):
+            gates = tree.tasks if level == levels - 1 else shared_names(num_experts)
+            # Below, all experts read the one input; above, each reads the state that its own gate made.
+            states = (0,) if level == 0 else tuple(range(num_experts))
+            found.append(
+                LevelPlan(
+                    views=states,
+                    reads=(0,) * num_experts if level == 0 else states,
+                    sees=table(len(gates), num_experts, lambda g, e: True),
+                    gate_reads=((0,),) * len(gates),
+                    gates_read="inputs",
+                    experts=shared_names(num_experts),
+                    gates=gates,
+                )
+            )
+        return found
+
+    return network(plans, plain(width, None, norm, activation), tower_dim)
+
+
+def adatt(
+    *,
+    levels: int = 2,
+    task_experts: int = 1,
+    shared_experts: int = 0,
+    width: int = 32,
+    hidden: int | None = None,
+    residual: bool = True,
+    tower_dim: int = 16,
+) -> NetFactory:
+    """AdaTT: a unit per task owns experts; its gate mixes all experts, and its own ones are added once more.
+
+    Args:
+        levels: number of levels, at least 1.
+        task_experts: experts of each task unit.
+        shared_experts: experts of a shared unit, which has no gate on the last level; 0 is AdaTT-sp.
+        width: units of an expert.
+        hidden: units of a hidden layer in it; None for none.
+        residual: the added mix of a unit's own experts: the expert itself where every unit has one, else learned
+            numbers in every unit, of one expert as well.
+        tower_dim: hidden width of a tower.
+
+    Source: D. Li et al., KDD 2023 (docs/papers/home.md, equation 11); facebookresearch/AdaTT ``mtl_lib.py``.
+    """
+    at_least(levels=(levels, 1), task_experts=(task_experts, 1))
+
+    def plans(tree: TaskTree) -> list[LevelPlan]:
+        num = len(tree.tasks)
+        owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
+        return [_unit_level(tree, owner, level, levels, lambda g, e: True) for level in range(levels)]
+
+    one_each = task_experts == 1 and shared_experts in (0, 1)
+    kind: Residual = ("ones" if one_each else "constant") if residual else "none"
+    settings = plain(width, hidden, "none", "relu", residual=kind)
+    return network(plans, settings, tower_dim)
+
+
+def cross_stitch(*, levels: int = 2, width: int = 32, tower_dim: int = 16) -> NetFactory:
+    """Cross-stitch: a layer per task and level; between levels the tasks' states are mixed by learned numbers.
+
+    Args:
+        levels: number of levels, at least 1.
+        width: units of a layer.
+        tower_dim: hidden width of a tower.
+
+    Source: I. Misra et al., CVPR 2016, one number per pair of tasks instead of one per pair of channels.
+    """
+    at_least(levels=(levels, 1))
+
+    def plans(tree: TaskTree) -> list[LevelPlan]:
+        owner = list(range(len(tree.tasks)))
+        return [_unit_level(tree, owner, level, levels, lambda g, e: True) for level in range(levels)]
+
+    return network(plans, plain(width, None, "none", "relu", mixing="constant"), tower_dim)
+
+
+def stem(
+    *,
+    shared_experts: int = 4,
+    task_experts: int = 1,
+    width: int = 32,
+    hidden: int | None = None,
+    stop_gradient: bool = True,
+    tower_dim: int = 16,
+) -> NetFactory:
+    """STEM: embeddings per task and shared ones; a task sees all experts but trains its own and shared ones.
+
+    Args:
+        shared_experts: experts on the shared embeddings.
+        task_experts: experts of each task, on its own embeddings.
+        width: units of an expert.
+        hidden: units of a hidden layer in it; None for none.
+        stop_gradient: keep a task's loss from the experts and embeddings of other tasks.
+        tower_dim: hidden width of a tower.
+
+    Source: L. Su et al., AAAI 2024 (docs/papers/home.md, equation 13; recalled).
+    """
+    at_least(experts=(shared_experts + task_experts, 1))
+
+    def plans(tree: TaskTree) -> list[LevelPlan]:
+        num = len(tree.tasks)
+        owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
+        trains = table(num, len(owner), lambda g, e: owner[e] in (g, num))
+        plan = _unit_level(tree, owner, 1, 2, lambda g, e: True)
+        return [replace(plan, views=tuple(range(num + 1)), trains=trains if stop_gradient else None)]
+
+    return network(plans, plain(width, hidden, "none", "relu"), tower_dim)
+
+
+def _unit_level(
+    tree: TaskTree, owner: Sequence[int], level: int, levels: int, allowed: Callable[[int, int], bool]
+) -> LevelPlan:
+    """A level of units: one per task and, as number T, a shared one. ``owner`` gives the unit of each expert."""
+    num = len(tree.tasks)
+    units = [*tree.tasks, *(["shared"] if num in owner else [])]
+    gates = tree.tasks if level == levels - 1 else tuple(units)
+    states = (0,) * len(units) if level == 0 else tuple(range(len(units)))
+    sees = table(len(gates), len(owner), lambda g, e: g == num or allowed(g, e))
+    return LevelPlan(
+        views=states,
+        reads=tuple(owner),
+        sees=sees,
+        gate_reads=tuple((states[g],) for g in range(len(gates))),
+        owns=table(len(gates), len(owner), lambda g, e: owner[e] == g),
+        experts=numbered([units[unit] for unit in owner]),
+        gates=gates,
+    )
