@@ -97,6 +97,20 @@ def test_crops_follow_the_epoch_of_the_sampler(cache: Path) -> None:
     assert epochs[0].shape != epochs[1].shape or not torch.equal(epochs[0], epochs[1])
 
 
+def test_a_look_at_the_first_batch_leaves_the_crops_to_the_epoch_of_training(cache: Path) -> None:
+    data = _data(cache)
+    loader = data.train_dataloader()
+    first = next(iter(loader))
+    look = data.first_training_batch()
+    loader.batch_sampler.set_epoch(1)
+    after = torch.cat([batch.pos for batch in loader])
+
+    fresh = _data(cache).train_dataloader()
+    fresh.batch_sampler.set_epoch(1)
+    assert torch.equal(look.pos, first.pos)
+    assert torch.equal(after, torch.cat([batch.pos for batch in fresh]))
+
+
 def test_workers_give_the_same_batches(cache: Path) -> None:
     alone = [batch.pos for batch in _data(cache).train_dataloader()]
     helped = [batch.pos for batch in _data(cache, num_workers=1).train_dataloader()]
