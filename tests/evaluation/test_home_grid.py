@@ -114,7 +114,7 @@ def test_the_readme_tells_wins_and_losses_as_they_were_found() -> None:
         f"network per task by {points['C9h']}.",
         f"by {points['C9i']} and an MMoE with layer norm by {points['C9j']} on the rare tasks.",
         f"loses to MMoE by {points['C4a']}, to CGC by {points['C4b']}, to PLE by {points['C4c']} and to a network per "
-        f"task by {points['C4e']}; gates that weigh all experts alike beat its learned ones by {points['C4g']}.",
+        f"task by {points['C4e']}; gates that weigh all experts equally beat its learned ones by {points['C4g']}.",
         f"it loses nothing (+{points['C5']}).",
         f"HoME loses {points['C6a']} to MMoE on seen domains and {points['C6b']} on unseen ones; with layer norm in "
         f"both it loses {points['C6c']} and gains {points['C6d']}.",
