@@ -210,7 +210,7 @@ class DomainDataModule(L.LightningDataModule):
         try:
             with isolate_rng():
                 torch.manual_seed(self.seed)
-                loader = self.train_dataloader()
+                loader = self._training_loader()
                 rows = next(iter(cast(Any, loader.batch_sampler)))
                 alone: Any = DataLoader(
                     loader.dataset,
@@ -221,17 +221,27 @@ class DomainDataModule(L.LightningDataModule):
                 return next(iter(alone))
         finally:
             self._sampler, self._sampler_state = sampler, state
+            if sampler is not None:
+                self.follow(sampler)
 
     # Loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the loader over all seen domains, mixed as ``mixing`` says."""
+        return self._training_loader()
+
+    def _training_loader(self) -> DataLoader[Any]:
+        """Build it; a subclass with another order of training overrides this."""
         parts = [self.get_dataset(name, "train") for name in self.present("seen")]
         repeat = self.trainer is not None and cast(Any, self.trainer).overfit_batches > 0
         self._sampler = self.train_sampler(parts, *self._place(), repeat=repeat)
         if self._sampler_state is not None:
             self._sampler.load_state_dict(self._sampler_state)
+        self.follow(self._sampler)
         return self._loader(GatherConcat(parts), self._sampler)
+
+    def follow(self, sampler: MixingSampler) -> None:
+        """Let training items that change with the epoch read it off the sampler of the run; by default none does."""
 
     def train_sampler(
         self, parts: list[Dataset[Any]], rank: int, world_size: int, *, repeat: bool = False

@@ -143,7 +143,7 @@ class DynamicsData(DomainDataModule):
         """Join environments in the order of their numbers."""
         return collate_environments(items)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def _training_loader(self) -> DataLoader[Any]:
         """Return the loader of ``steps_per_epoch`` batches of all environments (or of ``batch_size`` drawn ones)."""
         parts = [self.get_dataset(name, "train") for name in self.present("seen")]
         rank, world_size = self._place()

@@ -14,7 +14,7 @@ from torch_geometric.data import Batch
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import DomainDataModule
-from moeapps.data.mixing import DomainMixing
+from moeapps.data.mixing import DomainMixing, MixingSampler
 from tasks.point_cloud.data.dataset import Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
@@ -217,25 +217,17 @@ class PointCloudData(DomainDataModule):
         return ScanDataset(self.scans(domain, split), **view)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the mixed training loader; the epoch of its sampler decides which crops are cut."""
+        """Return the mixed training loader, if there is anything to learn."""
         loader = super().train_dataloader()
-        self._set_clocks()
         self._check_labels()
         return loader
 
-    def first_training_batch(self) -> Any:
-        """Return the first batch; afterwards crops follow the sampler of training again, not the one of this batch."""
-        try:
-            return super().first_training_batch()
-        finally:
-            self._set_clocks()
-
-    def _set_clocks(self) -> None:
-        """Let the epoch of the present sampler, if there is one, decide which crops are cut."""
-        for name in self.present("seen") if self._sampler is not None else ():
+    def follow(self, sampler: MixingSampler) -> None:
+        """The epoch of the sampler decides which crops are cut."""
+        for name in self.present("seen"):
             dataset = self.get_dataset(name, "train")
             assert isinstance(dataset, ScanDataset)
-            dataset.clock = self._sampler
+            dataset.clock = sampler
 
     def _check_labels(self) -> None:
         """Say which seen domains have no label in training; without any there is nothing to learn.
