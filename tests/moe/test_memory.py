@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeapps.moe.backends import Backend, run, sort_assignments
-from moeapps.moe.backends import memory as memory_module
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.fast import memory as memory_module
 from moeapps.moe.fast.memory import empty, scratch
 from moeapps.moe.routing import Routing
 

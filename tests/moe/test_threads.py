@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeapps.moe.backends import run, sort_assignments
-from moeapps.moe.backends import segments as segments_module
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.fast import segments as segments_module
 from moeapps.moe.fast.threads import expert_shares, run_shares
 from moeapps.moe.routing import Routing
 

@@ -38,6 +38,7 @@ def aw_moe(
     Source: AW-MoE (docs/papers/aw_moe.md, equations 1 and 2; recalled).
 
     Example:
+        >>> import torch
         >>> layer = aw_moe(behaviour_dim=6)(8)
         >>> layer(torch.zeros(2, 8), (torch.zeros(2, 5, 6), torch.zeros(2, 6), torch.ones(2, 5))).shape
         torch.Size([2, 1])

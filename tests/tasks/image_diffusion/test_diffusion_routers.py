@@ -171,7 +171,7 @@ def test_dsmoe_gates_of_a_token_sum_to_the_scale() -> None:
     routing = layer.route(torch.randn(7, 12))
     torch.testing.assert_close(routing.assignment().sum(1), torch.full((7,), 2.5))
     assert layer.num_shared == 2
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         dsmoe(width=0.5, shared_width=0.75)
 
 
