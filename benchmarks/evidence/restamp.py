@@ -151,7 +151,10 @@ def main(words: Sequence[str] | None = None) -> int:
     count = restamp(results / "cells", options.system, before, after, options.only)
     log = results / "restamps.json"
     entries = json.loads(log.read_text(encoding="utf-8")) if log.exists() else []
-    entries.append({"before": options.before, "cells": count, "because": options.because, "differences": found})
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", options.before], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()  # a branch moves on, a commit does not
+    entries.append({"before": commit, "cells": count, "because": options.because, "differences": found})
     write_text(log, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
     print(f"{count} cells have the new digest; {log.relative_to(ROOT)} says why.")
     return 0
