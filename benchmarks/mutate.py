@@ -31,7 +31,7 @@ from benchmarks.mutations_training import OPTIMISATION, TASK
 
 ROOT = Path(__file__).resolve().parents[1]
 MUTATIONS = CORE_MUTATIONS + TASK + OPTIMISATION + SCORES + CALLBACKS
-_COPIED = ("moeapps", "tests", "configs", "pyproject.toml")
+_COPIED = ("moeapps", "tasks", "tests", "configs", "pyproject.toml")
 _TIMEOUT_S = 300.0
 _FAILED, _PASSED = 1, 0
 
