@@ -27,6 +27,7 @@ def project(tmp_path: Path) -> Path:
         "tests/moe/test_add.py": "from moeapps.moe.core import add\n\n\ndef test_sum():\n    assert add(2, 3) == 5\n",
         "tests/moe/test_two.py": "from moeapps.moe.core import double\n\n\ndef test_2():\n    assert double(2) == 4\n",
         "configs/toy.yaml": "",
+        "tasks/__init__.py": "",
         "pyproject.toml": "[tool.pytest.ini_options]\n",
     }
     for name, text in files.items():
