@@ -236,7 +236,7 @@ DISPATCH = (
         "a routing looked at before training steps never teaches its router",
     ),
     _core(
-        "fast/static.py",
+        "backends/grouped_mm.py",
         "undefined rows of a grouped product reach the weights",
         "        x_MD = weigh(x_MD, weight_M)\n    x_MD = x_MD.where(real_M1, 0)",
         "        x_MD = weigh(x_MD.where(real_M1, 0), weight_M)\n    x_MD = x_MD + 0",
@@ -246,8 +246,8 @@ DISPATCH = (
     _core(
         "fast/static.py",
         "the compiled router learns from the wrong assignments",
-        "torch.zeros_like(weight_M).index_copy_(0, static.plan.order_M, dsorted_M)",
-        "torch.zeros_like(weight_M).index_copy_(0, torch.arange(len(dsorted_M)), dsorted_M)",
+        "torch.zeros_like(call.weight_M).index_copy_(0, static.plan.order_M, dsorted_M)",
+        "torch.zeros_like(call.weight_M).index_copy_(0, torch.arange(len(dsorted_M)), dsorted_M)",
         "test_static.py test_compile.py",
         "a compiled layer trains to something else than a plain one",
     ),

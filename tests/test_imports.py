@@ -165,10 +165,20 @@ def test_the_command_line_imports_the_standard_library_at_module_level(path: Pat
 # Circles -------------------------------------------------------------------------------------------------------------
 
 
+def packages_of(name: str) -> set[str]:
+    """Return the packages that a module lies in: Python runs their ``__init__`` before it."""
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))} & MODULES.keys()
+
+
 def graph(*, lazy: bool) -> dict[str, set[str]]:
-    """Return module -> modules that it imports."""
-    found = {name: imported(path, lazy=lazy, typing=False) for name, path in MODULES.items()}
-    return {name: {module_of(target) for target in targets} - {name} for name, targets in found.items()}
+    """Return module -> modules that it imports, with their packages, but for those that it lies in itself."""
+    found = {}
+    for name, path in MODULES.items():
+        targets = {module_of(target) for target in imported(path, lazy=lazy, typing=False)}
+        around = {package for target in targets for package in packages_of(target)}
+        found[name] = (targets | (around - packages_of(name))) - {name}
+    return found
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["at module level", "inside functions too"])
@@ -177,6 +187,18 @@ def test_nobody_imports_in_a_circle(lazy: bool) -> None:
         TopologicalSorter(graph(lazy=lazy)).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_a_circle_through_the_init_of_a_package_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``a/__init__`` -> ``a.one`` -> ``b`` -> ``a.two``: no file imports in a circle, yet ``import b`` alone fails."""
+    texts = {"a": "from a.one import x", "a.one": "from b import x", "a.two": "x = 1", "b": "from a.two import x"}
+    paths = {name: tmp_path / f"{name}.py" for name in texts}
+    for name, text in texts.items():
+        paths[name].write_text(text)
+    monkeypatch.setattr(f"{__name__}.MODULES", paths)
+
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph(lazy=False)).prepare()
 
 
 # Rooms ---------------------------------------------------------------------------------------------------------------

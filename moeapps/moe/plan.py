@@ -152,6 +152,16 @@ def _counts(expert_M: Tensor, num_experts: int) -> list[int]:
     return counts[:num_experts]
 
 
+def weigh(rows_M: Tensor, weight_M: Tensor) -> Tensor:
+    """Multiply row m, of any shape, by ``weight_M[m]`` in the dtype of the rows."""
+    return rows_M * weight_M.to(rows_M.dtype).view(-1, *[1] * (rows_M.dim() - 1))
+
+
+def combine(y_MO: Tensor, plan: Plan) -> Tensor:
+    """Add the outputs of the sorted assignments up in their target rows."""
+    return y_MO.new_zeros(plan.num_targets, *y_MO.shape[1:]).index_add(0, plan.target_M, y_MO)
+
+
 def key_dtype(num_experts: int) -> torch.dtype:
     """Smallest integer type that holds the ids 0 .. num_experts (the sentinel included)."""
     if num_experts <= torch.iinfo(torch.uint8).max:

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from moeapps.moe import GLUExperts, LinearScore, MLPExperts, MoELayer, Router, TopK, TopP
 from moeapps.moe.backends import run, sort_assignments
+from moeapps.moe.backends.grouped_mm import grouped_mm_static
 from moeapps.moe.experts import Experts
-from moeapps.moe.fast.static import every_expert, grouped_mm_static, segments_static
+from moeapps.moe.fast.static import every_expert, segments_static
 from moeapps.moe.routing import Routing
 
 N, D, F, E = 11, 8, 16, 5

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.backends.dense import dense, is_dense
-from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal
+from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal, grouped_mm_static
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
 from moeapps.moe.derivatives import is_batched, is_transformed
 from moeapps.moe.eager import runs_eagerly
 from moeapps.moe.fast.segments import segments, segments_refusal
-from moeapps.moe.fast.static import every_expert, grouped_mm_static, segments_static
+from moeapps.moe.fast.static import every_expert, segments_static
 from moeapps.moe.plan import Plan, plan_of
 
 if TYPE_CHECKING:

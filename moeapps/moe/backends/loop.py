@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from moeapps.moe.plan import Plan, combine, weigh
+
 if TYPE_CHECKING:
     from moeapps.moe.experts import Experts
     from moeapps.moe.feed_forward import BankPart
-    from moeapps.moe.plan import Plan
 
 
 def loop(
@@ -36,13 +37,3 @@ def loop(
         x_MD = weigh(x_MD, plan.weight_M)
     y_MO = experts.grouped(x_MD, plan.counts, *(s.index_select(0, plan.row_M) for s in side))
     return combine(y_MO if at_input else weigh(y_MO, plan.weight_M), plan)
-
-
-def weigh(rows_M: Tensor, weight_M: Tensor) -> Tensor:
-    """Multiply row m, of any shape, by ``weight_M[m]`` in the dtype of the rows."""
-    return rows_M * weight_M.to(rows_M.dtype).view(-1, *[1] * (rows_M.dim() - 1))
-
-
-def combine(y_MO: Tensor, plan: Plan) -> Tensor:
-    """Add the outputs of the sorted assignments up in their target rows."""
-    return y_MO.new_zeros(plan.num_targets, *y_MO.shape[1:]).index_add(0, plan.target_M, y_MO)

@@ -32,16 +32,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeapps.moe.backends.loop import combine, weigh
 from moeapps.moe.derivatives import Gradients, first_gradients
 from moeapps.moe.fast.chunks import Chunk, accumulate, accumulate_bias, gradient_buffer, linear_out, make_chunks
 from moeapps.moe.fast.memory import empty, scratch
 from moeapps.moe.fast.threads import expert_shares, is_observed, run_shares
 from moeapps.moe.feed_forward import FeedForward
+from moeapps.moe.plan import Plan, combine, weigh
 
 if TYPE_CHECKING:
     from moeapps.moe.activation import Activation
-    from moeapps.moe.plan import Plan
 
 
 @dataclass(frozen=True)
