@@ -130,7 +130,7 @@ def test_a_model_file_imports_no_lightning_and_no_training(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in LIBRARY if p.parts[1] in ("moe", "nn")], ids=str)
 def test_the_core_imports_torch_and_itself(path: Path) -> None:
-    allowed = ("torch", "numpy", "moeapps.moe", "moeapps.nn")
+    allowed = ("torch", "typing_extensions", "numpy", "moeapps.moe", "moeapps.nn")
 
     assert not [n for n in imported(path) if n.split(".")[0] not in sys.stdlib_module_names and not inside(n, *allowed)]
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.backends import Backend, apply
 from moeapps.moe.experts import Experts
@@ -183,8 +184,8 @@ class Sum(Combiner):
             raise ValueError(f"shared={shared!r}, but it must be 'joined' or 'apart'.")
         self.shared = shared
 
+    @override
     def forward(self, work: Work, routing: AnyRouting) -> Tensor:
-        """The weighted sum."""
         if isinstance(routing, Routing):
             plain = len(work.side) == 0 and work.weight_at == "output" and not work.per_expert
             stack = work.experts.feed_forward() if self.shared == "apart" and work.num_shared and plain else None
@@ -252,8 +253,8 @@ class Stack(Combiner):
         super().__init__()
         self.weighted = weighted
 
+    @override
     def forward(self, work: Work, routing: AnyRouting) -> tuple[Tensor, Tensor]:
-        """Outputs and mask."""
         if isinstance(routing, DenseRouting):
             return self._dense(work, routing)
         if not isinstance(routing, Routing) or routing.top_k is None or routing.target_M is not None:

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.activation import ActivationName, resolve_activation
 from moeapps.moe.feed_forward import FeedForward, counts_on_host
@@ -123,8 +124,8 @@ class Experts(nn.Module):
             if buffer is not None and buffer.dim() > 0:
                 self._buffers[name] = buffer[ids].clone()
 
+    @override
     def extra_repr(self) -> str:
-        """Sizes that the printed module shows."""
         return f"num_experts={self.num_experts}, in_dim={self.in_dim}, out_dim={self.out_dim}"
 
 
@@ -181,23 +182,23 @@ class _StackedExperts(Experts):
                 bound = 1 / math.sqrt(fan_in)
                 nn.init.uniform_(parameter, -bound, bound)
 
+    @override
     def feed_forward(self) -> FeedForward:
-        """The stacked weights with the activation."""
         activation = resolve_activation(self.activation)
         return FeedForward(self.w_in, self.b_in, self.w_out, self.b_out, activation, self.gated)
 
+    @override
     def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
-        """Apply each expert to its own rows; see ``Experts.grouped``."""
         _no_side(self, side)
         return self.feed_forward().grouped(x_MD, counts_on_host(counts))
 
+    @override
     def every(self, x: Tensor, *side: Tensor) -> Tensor:
-        """Apply every expert to every row; see ``Experts.every``."""
         _no_side(self, side)
         return self.feed_forward().every(x)
 
+    @override
     def extra_repr(self) -> str:
-        """Sizes and kind that the printed module shows."""
         name = resolve_activation(self.activation).name
         bias = self.b_in is not None
         return f"{super().extra_repr()}, hidden_dim={self.hidden_dim}, activation={name}, bias={bias}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.experts import Experts
 from moeapps.moe.routing import Routing
@@ -70,8 +71,8 @@ class JoinedExperts(Experts):
         """Forward operations of one expert on one row, averaged over all experts."""
         return sum(bank.num_experts * bank.flops_per_row for bank in self._each()) // self.num_experts
 
+    @override
     def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
-        """Apply each expert to its own rows; see ``Experts.grouped``."""
         counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
         outputs, row = [], 0
         for bank, start in self._spans():
@@ -81,8 +82,8 @@ class JoinedExperts(Experts):
             row = rows.stop
         return torch.cat(outputs)
 
+    @override
     def every(self, x: Tensor, *side: Tensor) -> Tensor:
-        """Apply every expert to every row; see ``Experts.every``."""
         if x.ndim == 2:
             return torch.cat([bank.every(x, *side) for bank in self._each()], dim=1)
         return torch.cat([bank.every(x[s : s + bank.num_experts], *side) for bank, s in self._spans()], dim=1)
@@ -96,8 +97,8 @@ class JoinedExperts(Experts):
         parts = [(bank, [i - s for i in chosen if 0 <= i - s < bank.num_experts]) for bank, s in self._spans()]
         return JoinedExperts([bank.select(own) for bank, own in parts if own])
 
+    @override
     def reset_parameters(self) -> None:
-        """Draw the initial weights of all banks again."""
         for bank in self._each():
             bank.reset_parameters()
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Combiner, Sum, Work
@@ -199,8 +200,8 @@ class MoELayer(nn.Module):
     def _row_dims(self) -> int:
         return int(getattr(self.experts, "row_dims", 1))
 
+    @override
     def extra_repr(self) -> str:
-        """The settings, for the printed module."""
         return f"num_shared={self.num_shared}, backend={self.backend!r}, weight_at={self.weight_at!r}"
 
 
@@ -233,8 +234,7 @@ def _check_sizes(router: RouterBase, experts: Experts, num_shared: int) -> None:
     if router.sparse and not experts.supports_grouped:
         raise ValueError(
             f"{type(experts).__name__} must see all rows (batch statistics), but the router sends each row to some "
-            "experts "
-            "only; use a Dense chooser or MultiGate, or experts without batch statistics."
+            "experts only; use a Dense chooser or MultiGate, or experts without batch statistics."
         )
 
 
@@ -257,9 +257,8 @@ def _explain_sizes(module: MoELayer, state_dict: dict[str, Any], prefix: str, *r
     if found is not None and found != module.experts.num_experts:
         error_msgs: list[str] = rest[-1]
         error_msgs.append(
-            f"the checkpoint of {prefix.rstrip('.') or 'this MoELayer'} holds {found} experts, but the layer was "
-            "built with "
-            f"{module.experts.num_experts} (shared ones included): build it with "
-            f"num_experts={found - module.num_shared}, or load "
-            "into a layer of that size and cut the bank with experts.select(ids)."
+            f"the checkpoint of {prefix.rstrip('.') or 'this MoELayer'} holds {found} experts, but the layer was built "
+            f"with {module.experts.num_experts} (shared ones included): build it with "
+            f"num_experts={found - module.num_shared}, or load into a layer of that size and cut the bank with "
+            "experts.select(ids)."
         )

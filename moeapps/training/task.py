@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.files import write_json
@@ -344,13 +345,13 @@ class BaseTask(L.LightningModule):
             for aux in cast(list[AuxLoss], list(self.aux_losses)):
                 aux.on_optimizer_step()
 
+    @override
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Let go of the records."""
         self.last_records = []
         self.last_answer = None
 
+    @override
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Let go of the records."""
         self.last_records = []
         self.last_answer, self.record_keeps = None, ()
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from typing_extensions import override
 
 from moeapps.data.cache import config_hash
 from moeapps.data.domain import DomainDataModule, Split
@@ -116,8 +117,8 @@ class DynamicsData(DomainDataModule):
         count = len(self.source.environments(domain, seen))
         return [number for number, _ in self._numbers()[start : start + count]]
 
+    @override
     def prepare_data(self) -> None:
-        """Generate or fetch what is not in the cache yet."""
         self.source.prepare(self.eval_domains("test"), self.roles["seen"])
 
     def trajectories(self, domain: str, split: Split) -> Trajectories:
@@ -201,8 +202,8 @@ class EnvironmentSampler(MixingSampler):
         self._num_batches = num_batches
 
     @property
+    @override
     def num_batches(self) -> int:
-        """Steps of an epoch."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.sparse import check_sparse_tensor_invariants
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.clustering import adjusted_rand_score
+from typing_extensions import override
 
 from tasks.dynamics.nets.solvers import diverged
 
@@ -96,14 +97,14 @@ class TrajectoryScore(Metric):
         self.add_state("values", [], dist_reduce_fx="cat")
         self.set_dtype(torch.float64)  # until the metric is moved, which torchmetrics makes float32
 
+    @override
     def update(self, pred: Tensor, truth: Tensor, scored: Tensor | None = None) -> None:
-        """Add the environments of one batch."""
         assert isinstance(self.values, list)
         # In the dtype of the metric: a process without a batch sends an empty tensor of that dtype to the others.
         self.values.append(environment_errors(pred, truth, scored)[self.error].to(self.dtype))
 
+    @override
     def compute(self) -> Tensor:
-        """The summary over all environments since the last reset."""
         values = torch.cat(self.values) if isinstance(self.values, list) and self.values else self.values
         values = values[~values.isnan()] if isinstance(values, Tensor) else torch.empty(0)
         return self.summarise(values) if len(values) else torch.tensor(torch.nan)
@@ -134,8 +135,8 @@ class ReconstructedShare(TrajectoryScore):
             raise ValueError(f"tau={tau} is not allowed; use a positive threshold")
         self.tau = tau
 
+    @override
     def summarise(self, values: Tensor) -> Tensor:
-        """The share."""
         return (values < self.tau).double().mean()
 
 
@@ -247,15 +248,15 @@ class FamilyRecovery(Metric):
         self.add_state("experts", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
 
+    @override
     def update(self, expert: Tensor, family: Tensor) -> None:
-        """Add environments."""
         assert isinstance(self.experts, list)
         assert isinstance(self.labels, list)
         self.experts.append(expert.detach())
         self.labels.append(family)
 
+    @override
     def compute(self) -> Tensor:
-        """The score over all environments since the last reset."""
         expert = torch.cat(self.experts) if isinstance(self.experts, list) else self.experts
         family = torch.cat(self.labels) if isinstance(self.labels, list) else self.labels
         if self.score == "experts_used":

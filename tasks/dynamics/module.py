@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.record import record_call
@@ -418,8 +419,8 @@ class DynamicsTask(BaseTask):
         """Save the start of the current round, if a round has begun."""
         checkpoint["round_start"] = [value.clone() for value in self._round_start]
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up."""
         super().on_load_checkpoint(checkpoint)
         self._round_start = checkpoint.get("round_start", [])
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.data.domain import DomainDataModule, Role, Split
 from moeapps.data.mixing import DomainMixing
@@ -82,16 +83,16 @@ class ImageData(DomainDataModule):
             "latent": self.source.latent,
         }
 
+    @override
     def available(self, domain: str) -> str | None:
-        """Return why an optional domain is missing."""
         return self.source.missing(domain, self.cache_dir)
 
+    @override
     def prepare_data(self) -> None:
-        """Fetch or generate what is not in the cache yet."""
         self.source.prepare(self.cache_dir)
 
+    @override
     def dataset(self, domain: str, split: Split) -> ImageDataset:
-        """Return the images of one domain and split."""
         dataset = self.source.dataset(domain, split, self.cache_dir)
         dataset.domain = self.domain_names.index(domain)
         return dataset

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe import AuxLoss, PrototypeScore, Record, Routing
 from moeapps.moe.losses import Reduction
@@ -166,8 +167,8 @@ class RouterSimilarity(AuxLoss):
     def __init__(self, weight: float = 1e-5, *, layers: str = "*", reduction: Reduction = "sum") -> None:
         super().__init__(weight, layers=layers, reduction=reduction)
 
+    @override
     def compute(self, record: Record) -> Tensor:
-        """Give the loss of one layer."""
         record = routed(record)
         logits_NE = record.routing.logits_NE
         if logits_NE is None:

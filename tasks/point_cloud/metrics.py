@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
 
 from tasks.point_cloud.data.labels import IGNORE
 
@@ -108,13 +109,13 @@ class SegmentationScore(Metric):
         self.at = at
         self.add_state("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
+    @override
     def update(self, pred_N: Tensor, target_N: Tensor, raw_pred_R: Tensor, raw_target_R: Tensor) -> None:
-        """Count one batch of scans of the domain."""
         pair = (raw_pred_R, raw_target_R) if self.at == "points" else (pred_N, target_N)
         self.counts += confusion(*pair, self.num_classes)
 
+    @override
     def compute(self) -> Tensor:
-        """The score over everything counted since the last reset."""
         return scores(self.counts)[self.score]
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routing import Routing
 
@@ -81,8 +82,8 @@ class Capacity(nn.Module):
         order_M = torch.arange(routing.weight_M.shape[0], device=routing.weight_M.device)
         return order_M.view(routing.num_rows, -1).T.reshape(-1)
 
+    @override
     def extra_repr(self) -> str:
-        """The settings, for the printed module."""
         return f"factor={self.factor}, eval_factor={self.eval_factor}, policy={self.policy!r}, minimum={self.minimum}"
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.chooser import Chooser, NullMass, Picked, RowChooser, normalised, rows_to_routing, top_indices
 from moeapps.moe.routing import Routing
@@ -91,8 +92,8 @@ class TopK(RowChooser):
         score = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
         return score + nn.functional.pad(self.bias, (0, self.num_null)).to(score.dtype)
 
+    @override
     def pick(self, logits_NX: Tensor) -> Picked:
-        """The k best columns of each row."""
         probs_NX = logits_NX.sigmoid() if self.weighing == "sigmoid" else logits_NX.softmax(-1)
         index_NK = top_indices(self.rank(logits_NX, probs_NX), self.k)
         if self.weighing == "ones":
@@ -108,8 +109,8 @@ class TopK(RowChooser):
             weight_NK = normalised(weight_NK, self._counted(index_NK, None))
         return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, None, probs_NX)
 
+    @override
     def extra_repr(self) -> str:
-        """The settings, for the printed module."""
         return f"k={self.k}, weighing={self.weighing!r}, renormalise={self.renormalise}, num_null={self.num_null}"
 
 
@@ -131,9 +132,8 @@ def _check_weighing(k: int, weighing: str, renormalise: bool) -> None:
     if k == 1 and (weighing == "topk_softmax" or (renormalise and weighing in ("softmax", "sigmoid"))):
         raise ValueError(
             f"top_k=1 with weighing={weighing!r} and renormalise={renormalise} gives every row the weight 1, so the "
-            "router would get "
-            "no gradient; use renormalise=False with 'softmax' or 'sigmoid', or weighing='ones' if that is what you "
-            "want."
+            "router would get no gradient; use renormalise=False with 'softmax' or 'sigmoid', or weighing='ones' if "
+            "that is what you want."
         )
     if renormalise and weighing in ("identity", "ones"):
         raise ValueError(f"renormalise=True is for softmax and sigmoid weights, not for weighing={weighing!r}.")
@@ -183,15 +183,14 @@ class GroupLimitedTopK(TopK):
             raise ValueError(f"keep_groups={keep_groups}, but it must be from 1 to num_groups={num_groups}.")
         self.num_groups, self.keep_groups = num_groups, keep_groups
 
+    @override
     def bind(self, num_outputs: int) -> int:
-        """Check the groups against E."""
         num_experts = super().bind(num_outputs)
         size, rest = divmod(num_experts, self.num_groups)
         if rest or self.k > size * self.keep_groups:
             raise ValueError(
-                f"{num_experts} experts in {self.num_groups} groups, of which {self.keep_groups} stay: num_groups "
-                "must divide the "
-                f"experts, and the groups that stay must hold at least top_k={self.k}."
+                f"{num_experts} experts in {self.num_groups} groups, of which {self.keep_groups} stay: num_groups must "
+                f"divide the experts, and the groups that stay must hold at least top_k={self.k}."
             )
         return num_experts
 
@@ -246,12 +245,12 @@ class GatedShared(Chooser):
         self.choose.bind(num_outputs - self.num_shared)
         return num_experts
 
+    @override
     def mean_k(self) -> float | None:
-        """That of the inner chooser."""
         return self.choose.mean_k()
 
+    @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        """The inner routing with scaled weights and ``shared_weight_NS``."""
         routable_NX, shared_NS = logits_NX.tensor_split([logits_NX.shape[-1] - self.num_shared], dim=-1)
         picked = self.choose.pick(routable_NX)
         chosen_NK = routable_NX.gather(-1, picked.index_NK)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
 from moeapps.moe.routers.chooser import Chooser, is_recomputed, pairs_to_routing, rows_that_count, share_of
@@ -103,8 +104,8 @@ class ExpertChoice(Chooser):
         self.capacity_factor, self.per, self.weighing = capacity_factor, per, weighing
         self.pool = per
 
+    @override
     def mean_k(self) -> float | None:
-        """The capacity factor."""
         return min(self.capacity_factor, float(self.num_experts))
 
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
@@ -199,8 +200,8 @@ class Threshold(Chooser):
         self.capacity_factor, self.scope, self.weighing, self.decay = capacity_factor, scope, weighing, decay
         self.register_buffer("threshold", torch.zeros(1))
 
+    @override
     def bind(self, num_outputs: int) -> int:
-        """Make room for the thresholds."""
         num_experts = super().bind(num_outputs)
         self.threshold = torch.zeros(num_experts if self.scope == "expert" else 1)
         return num_experts
@@ -209,8 +210,8 @@ class Threshold(Chooser):
         """The capacity factor, which training holds and evaluation approaches."""
         return min(self.capacity_factor, float(self.num_experts))
 
+    @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        """The pairs taken; masked rows are never taken."""
         weight_NE = _weights(logits_NX, self.weighing)
         probs_NE = weight_NE if self.weighing == "softmax" else logits_NX.softmax(-1)
         score_NE = weight_NE.detach()

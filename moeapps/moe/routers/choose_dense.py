@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe.routers.chooser import Chooser, pairs_to_routing
 from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
@@ -86,8 +87,8 @@ class Dense(Chooser):
         self.weighing = weighing
         self.register_buffer("allowed", allowed_table(allowed), persistent=False)
 
+    @override
     def bind(self, num_outputs: int) -> int:
-        """Check the width of ``allowed``."""
         num_experts = super().bind(num_outputs)
         if self.allowed is not None and self.allowed.shape[-1] != num_experts:
             raise ValueError(f"allowed has {self.allowed.shape[-1]} columns, but there are {num_experts} experts.")
@@ -97,10 +98,10 @@ class Dense(Chooser):
         """All experts, whatever their weights."""
         return float(self.num_experts)
 
+    @override
     def forward(
         self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None
     ) -> DenseRouting:
-        """The weights [N, E]."""
         allowed = self.allowed
         if allowed is not None and allowed.ndim == 2:
             if group is None:
@@ -139,8 +140,8 @@ class DenseToSparse(Chooser):
             raise ValueError(f"threshold={threshold}, but it must be in [0, 1).")
         self.threshold = threshold
 
+    @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        """The pairs above the threshold."""
         probs_NE = logits_NX.softmax(-1)
         taken_NE = probs_NE > self.threshold
         if logits_NX.shape[0]:

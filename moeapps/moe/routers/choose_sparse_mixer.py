@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe.routers.choose_top_p import sum_before
 from moeapps.moe.routers.chooser import Picked, RowChooser
@@ -70,8 +71,8 @@ class SparseMixer(RowChooser):
             raise ValueError("k=1 with renormalise=True gives every row the weight 1; use renormalise=False.")
         self.k, self.p, self.eps, self.renormalise, self.draws = k, p, eps, renormalise, draws
 
+    @override
     def bind(self, num_outputs: int) -> int:
-        """Check k against the number of columns."""
         num_experts = super().bind(num_outputs)
         if self.k is not None and self.k > num_experts + self.num_null:
             raise ValueError(
@@ -111,8 +112,8 @@ class SparseMixer(RowChooser):
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + _TINY)
         return Picked(torch.cat(index, -1), weight_NK, taken_NK, probs_NX)
 
+    @override
     def extra_repr(self) -> str:
-        """The settings, for the printed module."""
         chosen = f"k={self.k}" if self.p is None else f"p={self.p}"
         return f"{chosen}, eps={self.eps}, num_null={self.num_null}, renormalise={self.renormalise}"
 

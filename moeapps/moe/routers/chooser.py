@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routing import AnyRouting, Routing
 
@@ -59,14 +60,12 @@ class Chooser(nn.Module):
         if num_experts < 1:
             raise ValueError(
                 f"the score has {num_outputs} columns, but {self.num_null} null and {self.num_shared} shared ones "
-                "leave no "
-                "routed expert; give the score num_experts + num_null + num_shared columns."
+                "leave no routed expert; give the score num_experts + num_null + num_shared columns."
             )
         if self.num_experts not in (0, num_experts):
             raise ValueError(
                 f"this {type(self).__name__} already serves a router of {self.num_experts} experts and cannot serve "
-                "one of "
-                f"{num_experts}; make one chooser per router."
+                f"one of {num_experts}; make one chooser per router."
             )
         self.num_experts = num_experts
         return num_experts
@@ -213,8 +212,8 @@ class RowChooser(Chooser):
     def observe(self, picked: Picked, token_mask: Tensor | None) -> None:
         """See what was picked, once per call and after the choice; for choosers with a memory."""
 
+    @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        """The routing of what ``pick`` gives."""
         picked, all_real = self.pick(logits_NX), self.num_null == 0
         self.observe(picked, token_mask)
         return rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=logits_NX)

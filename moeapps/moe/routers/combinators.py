@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.choose_dense import DenseWeighing, allowed_table, dense_weights
 from moeapps.moe.routers.router import Adjust, RouterBase, device_of, full_precision, without_autocast
@@ -52,10 +53,11 @@ class ConditionalSplit(RouterBase):
         self.num_shared, self.pool = conditional.num_shared, conditional.pool
         self.num_experts = conditional.num_experts + (1 if self.fixed_groups is None else len(self.fixed_groups))
 
+    @override
     def mean_k(self) -> float | None:
-        """That of the inner router: a fixed row has one expert."""
         return self.conditional.mean_k()
 
+    @override
     def forward(
         self,
         features: Features,
@@ -64,7 +66,6 @@ class ConditionalSplit(RouterBase):
         token_mask: Tensor | None = None,
         group: Tensor | None = None,
     ) -> Routing:
-        """The inner routing with fixed rows put in."""
         if group is None:
             named = "negative" if self.fixed_groups is None else str(self.fixed_groups)
             raise ValueError(f"ConditionalSplit sends groups {named} to experts of their own; pass group=ids.")
@@ -181,10 +182,11 @@ class MultiGate(RouterBase):
         self.register_buffer("allowed", table, persistent=False)
         self.adjust: Adjust | None = None
 
+    @override
     def mean_k(self) -> float | None:
-        """All experts run."""
         return float(self.num_experts)
 
+    @override
     def forward(
         self,
         features: Features,
@@ -193,7 +195,6 @@ class MultiGate(RouterBase):
         token_mask: Tensor | None = None,
         group: Tensor | None = None,
     ) -> DenseRouting:
-        """Weights [G, N, E]."""
         with without_autocast(device_of(features)):
             read = self._per_gate(full_precision(features))
             logits = torch.stack([score(f, group=group) for score, f in zip(self.scores, read, strict=True)])
@@ -273,6 +274,7 @@ class SumRouters(RouterBase):
         known = [k for k in each if k is not None]
         return sum(known) if len(known) == len(each) else None
 
+    @override
     def forward(
         self,
         features: Features,
@@ -281,7 +283,6 @@ class SumRouters(RouterBase):
         token_mask: Tensor | None = None,
         group: Tensor | None = None,
     ) -> AnyRouting:
-        """The joint routing."""
         parts = [router(features, state=state, token_mask=token_mask, group=group) for router in self._each()]
         dense = [part for part in parts if isinstance(part, DenseRouting)]
         if len(dense) == len(parts):

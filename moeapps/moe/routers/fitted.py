@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.choose import TopK
 from moeapps.moe.routers.router import Router
@@ -93,8 +94,8 @@ class LowestLoss(Partition):
         [0, 1]
     """
 
+    @override
     def partition(self, features_ND: Tensor, losses_NE: Tensor | None) -> Tensor | None:
-        """The lowest loss of each row, ties to the lowest index."""
         assert losses_NE is not None
         return losses_NE.argmin(1)
 
@@ -150,6 +151,7 @@ class FittedRouter(Router):
         """Whether the next fit reads the losses."""
         return int(self.calls) + 1 >= self.warmup and self.partition.needs_losses
 
+    @override
     def forward(
         self,
         features: Features,
@@ -158,7 +160,6 @@ class FittedRouter(Router):
         token_mask: Tensor | None = None,
         group: Tensor | None = None,
     ) -> Routing:
-        """The routing of these rows; see :class:`RouterBase`."""
         routing = super().forward(features, state=state, token_mask=token_mask, group=group)
         assert isinstance(routing, Routing)
         if not (self.warmup and self.training) or int(self.calls) >= self.warmup:  # no warm-up, no look at the device

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.score import Features, LinearScore
 
@@ -49,8 +50,8 @@ class Jitter(Noise):
             raise ValueError(f"eps={eps}, but it must be in [0, 1).")
         self.eps = eps
 
+    @override
     def on_features(self, features: Features) -> Features:
-        """The jittered features; a tuple jitters in its floating-point members."""
         if not self.training or self.eps == 0:
             return features
         if isinstance(features, Tensor):
@@ -83,8 +84,8 @@ class GaussianNoise(Noise):
         super().__init__()
         self.scale = LinearScore(dim, num_experts, init_std=0.0)
 
+    @override
     def on_logits(self, logits_NX: Tensor, features: Features) -> Tensor:
-        """The noisy logits."""
         if not self.training:
             return logits_NX
         return logits_NX + torch.randn_like(logits_NX) * F.softplus(self.scale(features))
@@ -112,8 +113,8 @@ class GumbelNoise(Noise):
             raise ValueError(f"tau={tau}, but it must be above 0.")
         self.tau = tau
 
+    @override
     def on_logits(self, logits_NX: Tensor, features: Features) -> Tensor:
-        """The perturbed logits."""
         if self.training:
             logits_NX = logits_NX - torch.empty_like(logits_NX).exponential_().log()
         return logits_NX / self.tau

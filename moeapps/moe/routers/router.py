@@ -10,6 +10,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.capacity import Capacity
 from moeapps.moe.routers.chooser import Chooser, Pool
@@ -165,10 +166,11 @@ class Router(RouterBase):
                 "which bounds the rows of an expert itself or runs all; leave capacity out."
             )
 
+    @override
     def mean_k(self) -> float | None:
-        """That of the chooser."""
         return self.choose.mean_k()
 
+    @override
     def forward(
         self,
         features: Features,
@@ -177,7 +179,6 @@ class Router(RouterBase):
         token_mask: Tensor | None = None,
         group: Tensor | None = None,
     ) -> AnyRouting:
-        """The routing of these rows; see :class:`RouterBase`."""
         with without_autocast(device_of(features)):
             read = full_precision(features)
             if self.noise is not None:

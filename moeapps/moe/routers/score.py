@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.chooser import Pool
 
@@ -61,8 +62,8 @@ class Score(nn.Module):
         """
         raise NotImplementedError
 
+    @override
     def extra_repr(self) -> str:
-        """The number of columns, for the printed module."""
         return f"num_outputs={self.num_outputs}"
 
 
@@ -107,8 +108,8 @@ class LinearScore(Score):
             else:
                 nn.init.normal_(parameter, 0.0, self.init_std)
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Logits [N, num_experts] of features [N, dim]."""
         x_ND = _one(features, "LinearScore")
         bias = None if self.bias is None else self.bias.to(x_ND.dtype)
         return F.linear(x_ND, self.weight.to(x_ND.dtype), bias)
@@ -162,8 +163,8 @@ class MLPScore(Score):
         self.hidden = LinearScore(dim, hidden_dim, bias=True)
         self.out = LinearScore(hidden_dim, num_experts, bias=True)
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Logits [N, num_experts] of features [N, dim]."""
         hidden: Tensor = self.activation(self.hidden(features))
         return self.out.forward(hidden)
 
@@ -213,8 +214,8 @@ class CosineScore(Score):
         """Draw the keys again."""
         nn.init.normal_(self.keys, 0.0, 0.01)
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Logits [N, num_experts] of features [N, dim]."""
         x_ND = _one(features, "CosineScore") if self.proj is None else self.proj(features)
         scale = self.log_scale.to(x_ND.dtype).clamp(max=math.log(100.0)).exp()
         return F.normalize(x_ND, dim=-1) @ F.normalize(self.keys.to(x_ND.dtype), dim=-1).T * scale
@@ -249,7 +250,7 @@ class PrototypeScore(Score):
         """Draw the prototypes again."""
         nn.init.normal_(self.prototypes, 0.0, self.init_std)
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Logits [N, num_experts] of features [N, dim]."""
         x_ND = _one(features, "PrototypeScore")
         return self.alpha * (F.normalize(x_ND, dim=-1) @ F.normalize(self.prototypes.to(x_ND.dtype), dim=-1).T)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.chooser import Pool
 from moeapps.moe.routers.score import Features, Score
@@ -53,8 +54,8 @@ class TableScore(Score):
         else:
             self.register_buffer("table", values)
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Logits [N, E] of the group ids."""
         if group is None:
             if self.table.shape[0] > 1:
                 raise ValueError("TableScore routes by group id, but group=None; pass group=ids to the layer.")
@@ -80,8 +81,8 @@ class ConstantScore(Score):
     def __init__(self, num_experts: int) -> None:
         super().__init__(num_experts)
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Zeros [N, num_experts]."""
         first = features if isinstance(features, Tensor) else features[0]
         return first.new_zeros(first.shape[0], self.num_outputs)
 
@@ -116,8 +117,8 @@ class RandomScore(Score):
         self.seed, self.per = seed, per
         self.pool: Pool = "batch"
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Random logits [N, num_experts]."""
         first = features if isinstance(features, Tensor) else features[0]
         shape = (first.shape[0] if self.per == "row" else 1, self.num_outputs)
         if self.training:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.routers.score import Features, LinearScore, Score, _one
 
@@ -58,8 +59,8 @@ class AttentionScore(Score):
         self.attention_unit = _mlp(3 * dim, *attention_hidden, 1)
         self.prior = nn.Parameter(torch.zeros(num_experts))
 
+    @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """Logits [N, E] of (history, key, mask)."""
         if isinstance(features, Tensor) or len(features) != 3:
             raise ValueError(
                 "AttentionScore routes on three tensors: features=(history [N, H, d], key [N, d], mask [N, H])."
@@ -106,10 +107,10 @@ class RecurrentScore(Score):
         self.into = LinearScore(dim, state_dim)
         self.out = LinearScore(state_dim, num_experts)
 
+    @override
     def forward(
         self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits [N, num_experts] and the new state [N, state_dim]."""
         r_NS = self.into(_one(features, "RecurrentScore"))
         h_NS = self.cell(r_NS, torch.zeros_like(r_NS) if state is None else state)
         return self.out(h_NS), h_NS

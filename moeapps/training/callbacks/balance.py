@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe.balance import CountAccumulator, update_bias
 from moeapps.moe.layer import MoELayer
@@ -41,8 +42,8 @@ class BiasBalancing(L.Callback):
         self._choosers: dict[str, TopK] = {}
         self._step = 0
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the biases."""
         self._choosers = {}
         for layer, module in pl_module.named_modules():
             if isinstance(module, MoELayer) and fnmatchcase(layer, self.layers):

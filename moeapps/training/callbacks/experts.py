@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe.metrics import contingency, load, mutual_information
@@ -72,8 +73,8 @@ class ExpertReport(L.Callback):
         self.domains: list[str] = []
         self.result: Groups = {}
 
+    @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting anew."""
         self.layers, self.result, self.domains = {}, {}, cast(BaseTask, pl_module).data.present("seen")
 
     def on_test_batch_start(
@@ -84,6 +85,7 @@ class ExpertReport(L.Callback):
         if self.keep and self.wants(task.data.eval_domains("test")[dataloader_idx]):
             task.record_keeps = {*task.record_keeps, *self.keep}
 
+    @override
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
@@ -93,13 +95,12 @@ class ExpertReport(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the rows of the batch."""
         task = cast(BaseTask, pl_module)
         if task.last_records and self.wants(str(task.last_domain)):
             self.count(task, batch, task.last_records, self.domains.index(str(task.last_domain)))
 
+    @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute and write."""
         if trainer.world_size > 1:
             self._sum_over_processes()
         folder = run_dir(trainer)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from typing_extensions import override
 
 from moeapps.files import WholeFile
 from moeapps.training.run import run_dir
@@ -43,8 +44,8 @@ class PredictionWriter(BasePredictionWriter):
         with WholeFile(path) as temporary:
             torch.save(prediction, temporary)
 
+    @override
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where they are."""
         folder = run_dir(trainer)
         if folder is not None and trainer.is_global_zero:
             log.info("predictions: %s", folder / "predictions")

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.console import Console
+from typing_extensions import override
 
 log = logging.getLogger("moeapps")
 
@@ -39,21 +40,21 @@ class ProgressLines(ProgressBar):
         """Say nothing (Lightning calls this on all but the first process)."""
         self._enabled = False
 
+    @override
     def enable(self) -> None:
-        """Speak again."""
         self._enabled = True
 
+    @override
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Start the clock."""
         self._begin = self._last = time.monotonic()
 
+    @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Print a line if the last one is long ago."""
         if time.monotonic() - self._last >= self.seconds:
             self._line(trainer, pl_module)
 
+    @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the line of the epoch."""
         self._line(trainer, pl_module)
 
     def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

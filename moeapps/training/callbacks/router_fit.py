@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import lightning as L
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe import FittedRouter, MoELayer
 
@@ -55,22 +56,22 @@ class RouterFit(L.Callback):
         """Return the number of steps seen, so that a resumed run fits at the same steps."""
         return {"steps": self.steps, "seconds": self.seconds}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from there."""
         self.steps, self.seconds = state_dict["steps"], state_dict["seconds"]
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the routers."""
         self._routers = fitted_routers(pl_module, self.layers)
         if not self._routers:
             raise ValueError(f"RouterFit finds no layer like {self.layers!r} with a FittedRouter; leave it out")
         if not hasattr(pl_module, "routing_losses"):
             raise ValueError(f"RouterFit needs {type(pl_module).__name__}.routing_losses(layer, needed=...)")
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Fit, if it is time."""
         self.steps += 1
         if self.steps % self.every == 0:
             start = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information, token_entropy
@@ -88,22 +89,22 @@ class RoutingMonitor(L.Callback):
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 
+    @override
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting anew."""
         self._start(cast(BaseTask, pl_module), "val")
 
+    @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start counting anew."""
         self._start(cast(BaseTask, pl_module), "test")
 
+    @override
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Add the counts of the batch to its domain."""
         self._add(cast(BaseTask, pl_module))
 
+    @override
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Add the counts of the batch to its domain."""
         self._add(cast(BaseTask, pl_module))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,8 +112,8 @@ class RoutingMonitor(L.Callback):
         if not trainer.sanity_checking:
             self._finish(trainer, pl_module, "val")
 
+    @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log, write and warn."""
         self._finish(trainer, pl_module, "test")
 
     def _start(self, task: BaseTask, stage: str) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.training.run import config_hash, git_commit, machine, run_dir, seeds_of, variant_hash, versions
@@ -41,8 +42,8 @@ class TipFilter(logging.Filter):
         "`weights_only` was not",
     )
 
+    @override
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is shown."""
         message = record.getMessage()
         return not any(text in message for text in self.unwanted)
 
@@ -70,8 +71,8 @@ class RandomState(L.Callback):
             torch.distributed.all_gather_object(states, mine)
         return {"states": states}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the stored states until training starts."""
         self._restored = state_dict["states"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -188,14 +189,14 @@ class SaveRun(SaveConfigCallback):
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
 
+    @override
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write run.json beside config.yaml."""
         folder = run_dir(trainer)
         if folder is not None and self.config_filename == "config.yaml":
             write_json(folder / "run.json", self.describe_run())
 
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clocks."""
         self._started = time.perf_counter(), time.process_time()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

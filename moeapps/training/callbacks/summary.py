@@ -12,6 +12,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from typing_extensions import override
 
 from moeapps.moe import MoELayer
 from moeapps.moe.routers.chooser import Pool
@@ -49,16 +50,16 @@ class MoESummary(L.Callback):
         self._earlier: int | None = None
         self._kinds: Callable[[int, int], dict[str, int]] | None = None
 
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure and print."""
         task = cast(BaseTask, pl_module)
         self.training, self._kinds = self._measure_training(trainer, task), task.step_kinds
         self._measure(trainer, task, show=True)
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step."""
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:

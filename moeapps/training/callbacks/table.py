@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
 from moeapps.training.callbacks.summary import MoESummary
 from moeapps.training.run import run_dir
@@ -21,8 +22,8 @@ _COLUMN = 3  # what a column takes beside its text
 class EndTable(L.Callback):
     """Print the scores of every domain with its role, the means over roles, the gap, and the run folder."""
 
+    @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the table of the finished test."""
         folder = run_dir(trainer)
         if trainer.is_global_zero:
             table = getattr(pl_module, "results", None)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
@@ -107,13 +108,13 @@ class OdeFamilies(DynamicsSource):
         self.data_seed, self.num_given = data_seed, num_given
 
     @property
+    @override
     def state_dim(self) -> int:
-        """D."""
         return len(next(iter(self.catalogue.values())).low)
 
     @property
+    @override
     def num_steps(self) -> int:
-        """T."""
         return self.num_samples
 
     def families(self, seen: Sequence[str]) -> list[str]:
@@ -165,8 +166,8 @@ class OdeFamilies(DynamicsSource):
         """Return the parameters of a domain's environments; for pictures and tests, never for a model."""
         return [setting for _, _, setting in self._members(domain, seen)]
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say how the domain is made."""
         return (
             f"generated in double precision, data_seed {self.data_seed}, noise {self.noise}, likeness {self.likeness}"
         )

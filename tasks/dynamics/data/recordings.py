@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from typing_extensions import override
 
 from moeapps.data.domain import Split
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
@@ -95,13 +96,13 @@ class SeriesSource(DynamicsSource):
         return self._read[domain]
 
     @property
+    @override
     def state_dim(self) -> int:
-        """D."""
         return int(self.recordings(self.default_seen[0]).x.shape[3])
 
     @property
+    @override
     def num_steps(self) -> int:
-        """T of the training part."""
         return self._train_steps(self.recordings(self.default_seen[0]))
 
     def families(self, seen: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
 from tasks.dynamics.data.readers.csv_format import read_csv
@@ -109,8 +110,8 @@ class TsFiles(SeriesSource):
             raise ValueError(f"unknown domain {domain!r}; allowed: {classes}, {NEW_VALIDATION}, {NEW}")
         return SeriesSet(data.x[chosen], [data.names[i] for i in chosen], [data.families[i] for i in chosen], data.dt)
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say which file it is."""
         name = Path(self.test_file if domain in (NEW_VALIDATION, NEW) else self.train_file).name
         if self.package is None:
             return f"{name}, a file of the user's own"
@@ -160,8 +161,8 @@ class CsvSeries(SeriesSource):
         self.root, self.dt, self.unequal, self.missing = root, dt, unequal, missing
         self.default_seen, self.default_validation, self.default_unseen = seen, validation or [], unseen or []
 
+    @override
     def read(self, domain: str) -> SeriesSet:
-        """Read the files of one domain."""
         folder = self.root / domain
         paths = sorted(folder.glob("*.csv"))
         if not paths:
@@ -185,8 +186,8 @@ class CsvSeries(SeriesSource):
         family = domain if domain in self.default_seen and len(self.default_seen) > 1 else None
         return SeriesSet(x, [path.stem for path in paths], [family] * len(files), files[0].dt)
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say that they are files."""
         return f"CSV files of the user's own, {len(self.recordings(domain).names)} environments"
 
 
@@ -240,8 +241,8 @@ class SyntheticControl(SeriesSource):
         families: list[str | None] = [name for name in classes for _ in range(count)]
         return SeriesSet(x[:, None, :, None], [f"{f}-{domain}-{i}" for i, f in enumerate(families)], families, 1.0)
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say how the series are made."""
         return f"control charts by formula, data_seed {self.data_seed}"
 
 

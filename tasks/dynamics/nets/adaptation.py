@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.moe import DenseRouting
 from moeapps.moe.routing import AnyRouting
@@ -165,8 +166,8 @@ class TryExperts(Adaptation):
             raise ValueError(f"warmup={warmup} is a share of the steps and must lie in [0, 1]")
         self.warmup = round(warmup * steps)
 
+    @override
     def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
-        """Try, keep, confirm."""
         S = len(support.x)
         busy_B, starts_Bc = net.expert_starts(groups_S)
         B = len(busy_B)

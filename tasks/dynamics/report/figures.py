@@ -13,6 +13,7 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
@@ -266,10 +267,11 @@ class SystemFigures(L.Callback):
     def __init__(self) -> None:
         self._contexts: list[dict[str, Any]] = []
 
+    @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget contexts of an earlier test."""
         self._contexts = []
 
+    @override
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
@@ -279,7 +281,6 @@ class SystemFigures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw a seen domain."""
         data = cast(Any, trainer).datamodule
         domain, answer = data.eval_domains("test")[dataloader_idx], cast(BaseTask, pl_module).last_answer
         if run_dir(trainer) is None or not trainer.is_global_zero or batch_idx or data.role_of(domain) != "seen":
@@ -300,6 +301,7 @@ class SystemFigures(L.Callback):
         figure = context_figure("contexts of the trained environments", **parts, families=families)
         save_figure(figure, folder / "figures" / "contexts.png")
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
@@ -309,7 +311,6 @@ class SystemFigures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw any domain."""
         if run_dir(trainer) is not None and trainer.is_global_zero and not batch_idx:
             self._draw(trainer, outputs, batch.num_given)
 

@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe import MoERecorder
@@ -35,12 +36,12 @@ class PartitionReport(L.Callback):
         self.history: list[dict[str, Any]] = []
         self._last: dict[str, float] = {}
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the history."""
         return {"history": self.history}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
         self.history = state_dict["history"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

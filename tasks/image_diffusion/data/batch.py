@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.data.gather import BatchDataset
 
@@ -74,12 +75,12 @@ class ImageDataset(BatchDataset):
         """Return N."""
         return len(self.label)
 
+    @override
     def batch(self, rows: Tensor) -> ImageBatch:
-        """Return the images of these rows."""
         return ImageBatch(self.fetch(rows), self.label[rows], torch.full_like(rows, self.domain), rows)
 
+    @override
     def join(self, parts: list[Any], order: Tensor) -> ImageBatch:
-        """Return one batch of several."""
         return ImageBatch.cat(parts).take(order)
 
 

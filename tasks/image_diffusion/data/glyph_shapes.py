@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
@@ -68,8 +69,8 @@ class GlyphShapes(ImageSource):
         return 1
 
     @property
+    @override
     def image_size(self) -> int:
-        """Pixels along a side."""
         return self.size
 
     @property
@@ -87,8 +88,8 @@ class GlyphShapes(ImageSource):
         """All names a role may hold."""
         return [*FAMILIES, *STYLES, *(f"{family}_{style}" for family in FAMILIES for style in STYLES)]
 
+    @override
     def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Check the names."""
         check_domains(roles, self.domains, "GlyphShapes")
         self.roles = roles
 
@@ -101,14 +102,14 @@ class GlyphShapes(ImageSource):
         for name in track(wanted, "drawing images", transient=True, disable=not wanted):
             self._load(name, cache)
 
+    @override
     def dataset(self, domain: str, split: Split, cache: Path | None) -> PixelImages:
-        """Return the drawings of one domain and split."""
         arrays = self._load(domain, cache)
         pixels, label = torch.from_numpy(arrays[f"{split}_x"]), torch.from_numpy(arrays[f"{split}_y"])
         return PixelImages(pixels, label, train=split == "train")
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say how the domain was made."""
         return f"generated drawings, version {GENERATOR_VERSION}, seed {self.seed}, {self.counts} images per class"
 
     def _path(self, domain: str, cache: Path | None) -> Path:

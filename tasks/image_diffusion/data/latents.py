@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.data.domain import Role, Split
 from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
@@ -162,8 +163,8 @@ class LatentImages(ImageSource):
                 f"{allowed[0]} (latent) or {allowed[1]} (mean and log-variance) x {self.size} x {self.size}"
             )
 
+    @override
     def dataset(self, domain: str, split: Split, cache: Path | None) -> LatentDataset:
-        """Return the latents of one domain and split."""
         kind, train = self.layout(domain), split == "train"
         if kind == "folder":
             return self._folder(domain, split)
@@ -201,6 +202,6 @@ class LatentImages(ImageSource):
     def _renumber(self, label: Tensor, domain: str) -> Tensor:
         return torch.tensor([self._numbers[name] for name in self.classes[domain]])[label]
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say where the latents lie."""
         return f"own latents, {self.root.name}/{domain}, {self.num_channels} x {self.size} x {self.size}"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
@@ -74,8 +75,8 @@ class OwnImages(ImageSource):
         return self.num_channels
 
     @property
+    @override
     def image_size(self) -> int:
-        """Pixels along a side."""
         return self.size
 
     @property
@@ -119,8 +120,8 @@ class OwnImages(ImageSource):
         names = given or [str(number) for number in range(int(label.max()) + 1 if len(label) else 0)]
         return (pixels_nchw(arrays["x"], path) if pixels else torch.empty(0)), label, names
 
+    @override
     def dataset(self, domain: str, split: Split, cache: Path | None) -> PixelImages:
-        """Return the images of one domain and split."""
         if domain not in self._read:
             self._read[domain] = self._all(domain, cache)
         pixels, label = self._read[domain]
@@ -163,8 +164,8 @@ class OwnImages(ImageSource):
         saved = read_arrays(build_once(cache_dir("image_diffusion", root=cache) / f"{domain}-{key}.npz", write), "x")
         return torch.from_numpy(saved["x"]), torch.tensor([number for _, number in files]), names
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say where the images lie."""
         return f"own images, {self.root.name}/{domain}, {self.size} x {self.size}"
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package
 from moeapps.data.cache import build_once, cache_dir, config_hash
@@ -62,13 +63,13 @@ class Tri28(ImageSource):
         return 1
 
     @property
+    @override
     def image_size(self) -> int:
-        """28."""
         return 28
 
     @property
+    @override
     def class_names(self) -> list[str]:
-        """Thirty names."""
         return [name for names in CLASSES.values() for name in names]
 
     @property
@@ -76,8 +77,8 @@ class Tri28(ImageSource):
         """The domain of each class."""
         return [number for number, names in enumerate(CLASSES.values()) for _ in names]
 
+    @override
     def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Check the names."""
         check_domains(roles, [*CLASSES, *STYLES], "Tri28")
 
     def prepare(self, cache: Path | None) -> None:
@@ -88,8 +89,8 @@ class Tri28(ImageSource):
         """
         build_once(self._path(cache), lambda path: _write(path, cache))
 
+    @override
     def dataset(self, domain: str, split: Split, cache: Path | None) -> PixelImages:
-        """Return the images of one domain and split."""
         if self._arrays is None:
             self.prepare(cache)
             with np.load(self._path(cache)) as file:

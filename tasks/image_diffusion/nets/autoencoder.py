@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tasks.image_diffusion.data.readers.latent_files import SCALE
 
@@ -38,7 +39,7 @@ class LatentDecoder(nn.Module):
         self.scale = scale
 
     @torch.no_grad()
+    @override
     def forward(self, latent: Tensor) -> Tensor:
-        """Return pixels."""
         pixels: Tensor = self.autoencoder.decode(latent / self.scale).sample
         return pixels.clamp(-1, 1)

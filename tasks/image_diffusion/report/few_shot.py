@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.run import run_dir
@@ -73,8 +74,8 @@ class FewShot(L.Callback):
         self.tuned, self.test_images, self.seed = list(tuned), test_images, seed
         self.result: dict[str, dict[str, float]] = {}
 
+    @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget an earlier test."""
         self.result = {}
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

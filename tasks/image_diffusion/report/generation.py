@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.training.run import run_dir
@@ -123,12 +124,12 @@ class GenerationQuality(L.Callback):
         self.inception = None if inception is None else InceptionFeatures(inception)
         self.result: dict[str, dict[str, float]] = {}
 
+    @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget an earlier test."""
         self.result = {}
 
+    @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, judge and write."""
         folder = run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return

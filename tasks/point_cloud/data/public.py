@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from tasks.point_cloud.data.dataset import Scan, ScanDataset
@@ -60,8 +61,8 @@ class PublicScans(PointSource):
             raise ValueError(f"{len(names)} class names; at most {UNLABELLED} are allowed, merge some")
         return names
 
+    @override
     def missing(self, cache: Path | None) -> str | None:
-        """Return why the data cannot be had, or None."""
         try:
             self.reader.require_root()
         except PointCloudFileError as error:
@@ -89,8 +90,8 @@ class PublicScans(PointSource):
         """Return the items of one split without holding its scans; ``view`` as for `ScanDataset`."""
         return StreamedScans(self, split, cache, **view)
 
+    @override
     def describe(self) -> str:
-        """Say where the data comes from."""
         return f"{type(self.reader).__name__} ({self.reader.source})"
 
 

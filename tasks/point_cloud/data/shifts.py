@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from tasks.point_cloud.data.domains import DOMAINS, DomainSpec, Split, generate_scan, scene_seed
 from tasks.point_cloud.data.features import normal_z
@@ -73,12 +74,12 @@ class Shifted(PointSource):
         self.spec = _changed(DOMAINS[base], dict(sensor or {}), answer_in or base)
         self.voxel, self.indoor, self.label_set = self.spec.voxel, self.spec.indoor, label_set(self.spec.name)
 
+    @override
     def missing(self, cache: Path | None) -> str | None:
-        """Return None: nothing is needed."""
         return None
 
+    @override
     def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
-        """Generate the scans of one split."""
         return [self._scan(scene_seed(self.data_seed, self.base, split, index)) for index in range(self.scenes)]
 
     def _scan(self, seed: tuple[int, ...]) -> ScanArrays:
@@ -106,8 +107,8 @@ class Shifted(PointSource):
         masked = rng.permutation(count) < min(count - 1, round(self.mask_ratio * count))
         return np.asarray(~masked[inverse.reshape(-1)])
 
+    @override
     def describe(self) -> str:
-        """Say what was changed."""
         parts = [
             f"keep {self.keep:g}" if self.keep < 1 else "",
             f"mask {self.mask_ratio:g} of {self.mask_size:g} m blocks" if self.mask_ratio else "",

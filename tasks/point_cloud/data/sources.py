@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
 from tasks.point_cloud.data.dataset import ScanDataset
@@ -156,8 +157,8 @@ class LasFiles(PointSource):
             table[number] = self.label_set.index(name)
         return table[cloud.classification]
 
+    @override
     def describe(self) -> str:
-        """Say where the files come from."""
         if self.root is None and self.package is not None:
             return (
                 f"{self.package.name} {self.package.version} ({self.package.kind}, sha256 {self.package.sha256[:12]})"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moeapps.moe.derivatives import first_gradients, needs_operations
 
@@ -191,12 +192,12 @@ class SubmanifoldConv3d(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    @override
     def forward(self, x_NC: Tensor, table: NeighbourTable) -> Tensor:
-        """Convolve; see `submanifold_conv`."""
         y_NO = submanifold_conv(x_NC, self.weight, table)
         return y_NO if self.bias is None else y_NO + self.bias
 
+    @override
     def extra_repr(self) -> str:
-        """Sizes, as ``torch.nn.Conv3d`` prints them."""
         in_dim, out_dim = self.weight.shape[1:]
         return f"{in_dim}, {out_dim}, kernel_size={self.kernel_size}, bias={self.bias is not None}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from moeapps.training.callbacks import ExpertReport
 from moeapps.training.callbacks.experts import LayerWork, information
@@ -28,8 +29,8 @@ class VoxelExpertReport(ExpertReport):
 
     by_stage: ClassVar[bool] = True
 
+    @override
     def numbers(self, layer: LayerWork) -> dict[str, float]:
-        """Return the numbers of one layer."""
         return informations(layer.tables)
 
 

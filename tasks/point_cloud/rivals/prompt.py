@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 from torch_geometric.utils import scatter
+from typing_extensions import override
 
 from moeapps.training.task import Stage, StepOutput
 from tasks.point_cloud.model import PointMoE
@@ -147,8 +148,8 @@ class DomainDetector(nn.Module):
             nn.Linear(2 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, num_domains)
         )
 
+    @override
     def forward(self, x_NC: Tensor, level: Level) -> Tensor:
-        """Logits of each scan."""
         table, num_scans = level.neighbours(3), len(level.num_B)
         y_ND = F.relu(self.conv2(F.relu(self.conv1(x_NC, table)), table))
         pooled = [scatter(y_ND, level.batch_N, dim_size=num_scans, reduce=reduce) for reduce in ("mean", "max")]

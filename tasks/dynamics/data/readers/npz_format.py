@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from moeapps.data.domain import Split
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
@@ -169,8 +170,8 @@ class NpzTrajectories(DynamicsSource):
         return self.test.x[:, fresh]
 
     @property
+    @override
     def state_dim(self) -> int:
-        """D."""
         return int(self.train.x.shape[3])
 
     @property
@@ -196,8 +197,8 @@ class NpzTrajectories(DynamicsSource):
         cut = self.choice_environments
         return range(cut) if domain == FOR_CHOICES else range(cut, len(self.query.x))
 
+    @override
     def load(self, domain: str, split: Split, seen: Sequence[str]) -> EnvironmentSet:
-        """Return the trajectories of one domain and split."""
         rows, names = self._rows(domain, seen), self.environments(domain, seen)
         part = slice(0, self.val_trajectories) if split == "val" else slice(self.val_trajectories, None)
         if domain == TRAINED:
@@ -214,8 +215,8 @@ class NpzTrajectories(DynamicsSource):
         dt = file.dt[rows] * self.stride
         return EnvironmentSet(x[:, :, :: self.stride], dt, names, families, num_support, 1, observed)
 
+    @override
     def describe(self, domain: str) -> str:
-        """Say that it is a file."""
         return "npz files of the user's own"
 
 

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tasks.dynamics.nets.experts.base import MetaExperts, layer_sizes
 
@@ -167,8 +168,8 @@ class GEPSExperts(AdaptedExperts):
             nn.init.zeros_(self.shift)
 
     @property
+    @override
     def flops_per_row(self) -> int:
-        """Forward operations of one expert on one row."""
         m = self.piece_dim
         layers = sum(2 * (n_in * n_out + n_in * m + 2 * m * n_out) for n_in, n_out in self.sizes)
         return layers + self.slope_flops
@@ -185,8 +186,8 @@ class GEPSExperts(AdaptedExperts):
             layers.append((torch.baddbmm(root, down * piece_S1m, adapt), torch.baddbmm(bias, piece_S1m, lift)))
         return _perceptron(layers, weight_S, _slopes(self.slope, piece_S1m, expert_S))
 
+    @override
     def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
-        """The perceptrons of all blocks."""
         h, slopes = x_ECD, _slopes(p.get("slope"), piece_ECm)
         for i, (_, n_out) in enumerate(self.sizes):
             root, down, up, bias = (p[f"{name}{i}"] for name in ("root", "down", "up", "bias"))
@@ -266,8 +267,8 @@ class CoDAExperts(AdaptedExperts):
             nn.init.zeros_(self.shift)
 
     @property
+    @override
     def flops_per_row(self) -> int:
-        """Forward operations of one expert on one row."""
         layers = sum(2 * (1 + self.piece_dim) * (n_in + 1) * n_out for n_in, n_out in self.sizes)
         return layers + self.slope_flops
 
@@ -282,8 +283,8 @@ class CoDAExperts(AdaptedExperts):
             layers.append((whole[:, :n_in], whole[:, n_in:]))
         return _perceptron(layers, weight_S, _slopes(self.slope, piece_Sm[:, None], expert_S))
 
+    @override
     def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
-        """The perceptrons of all blocks."""
         h, slopes = x_ECD, _slopes(p.get("slope"), piece_ECm)
         one = torch.ones_like(h[..., :1])
         factor = torch.cat([one, piece_ECm], -1).unsqueeze(-1)  # (E, C, 1 + m, 1)

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tasks.dynamics.nets.experts.base import MetaExperts, layer_sizes
 
@@ -94,12 +95,12 @@ class NCFExperts(MetaExperts):
             nn.init.zeros_(self.shift)
 
     @property
+    @override
     def flops_per_row(self) -> int:
-        """Forward operations of one expert on one row."""
         return sum(2 * n_in * n_out for sizes in self.nets.values() for n_in, n_out in sizes)
 
+    @override
     def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
-        """The three nets of all blocks."""
         both = torch.cat([self._net(p, "data", x_ECD), self._net(p, "ctx", piece_ECm)], -1)
         return self._net(p, "main", both)
 
@@ -154,12 +155,12 @@ class PlainExperts(MetaExperts):
                 self.uniform(self.stacks()[f"{name}{i}"], 1 / math.sqrt(n_in))
 
     @property
+    @override
     def flops_per_row(self) -> int:
-        """Forward operations of one expert on one row."""
         return sum(2 * n_in * n_out for n_in, n_out in self.sizes)
 
+    @override
     def compute(self, p: dict[str, Tensor], x_ECD: Tensor, piece_ECm: Tensor) -> Tensor:
-        """The perceptrons of all blocks."""
         h = x_ECD
         for i in range(len(self.sizes)):
             h = torch.baddbmm(p[f"bias{i}"], h, p[f"weight{i}"])
