@@ -31,7 +31,7 @@ from benchmarks.core_cases import (
 from moeapps.moe import LinearScore, MoELayer, MoERecorder, Router, TopK
 from moeapps.moe.backends import Backend, choose_backend, run, sort_assignments
 from moeapps.moe.experts import Experts
-from moeapps.moe.losses import switch_balance
+from moeapps.moe.objectives import switch_balance
 
 MODES: tuple[Mode, Mode] = ("forward", "fwd+bwd")
 BACKENDS: tuple[Backend, ...] = ("auto", "segments", "grouped_mm", "loop")

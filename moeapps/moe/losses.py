@@ -3,8 +3,7 @@
 
 ``loss(records)`` is what a task adds to its own loss, the weight included; ``loss.value(records)``, logged as
 ``train/aux/<name>``, is without it. Both add up the layers unless ``reduction`` says ``mean``: the codes that weights
-are copied from add each layer's loss, and the mean of n layers acts with 1/n of such a weight. The functions are here,
-too.
+are copied from add each layer's loss, and the mean of n layers acts with 1/n of such a weight.
 """
 
 from __future__ import annotations
@@ -13,51 +12,15 @@ import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from moeapps.moe.objectives import (
-    batch_entropy_gap,
-    chosen_balance,
-    column_counts,
-    cv_squared,
-    importance_cv2,
-    load_cv2,
-    mutual_information,
-    probabilities,
-    switch_balance,
-    token_entropy,
-    z_loss,
-)
+from moeapps.moe import objectives
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Record
-
-__all__ = [
-    "AuxLoss",
-    "BatchEntropyLoss",
-    "ChosenBalance",
-    "EntropyLoss",
-    "GlobalBatchBalance",
-    "ImportanceLoss",
-    "LoadLoss",
-    "MutualInformationLoss",
-    "SwitchBalance",
-    "ZLoss",
-    "batch_entropy_gap",
-    "chosen_balance",
-    "column_counts",
-    "cv_squared",
-    "importance_cv2",
-    "load_cv2",
-    "mutual_information",
-    "probabilities",
-    "switch_balance",
-    "token_entropy",
-    "z_loss",
-]
-
 
 Reduction = Literal["sum", "mean"]
 
@@ -65,7 +28,7 @@ Reduction = Literal["sum", "mean"]
 class AuxLoss(nn.Module):
     r"""A loss over all recorded layers, :math:`w \sum_l L_l` or :math:`\frac{w}{n} \sum_l L_l` over n records.
 
-    To write one, set ``name`` and override `compute`.
+    To write one, set ``name`` and override `compute`, or set ``objective`` where a function of the record is all.
 
     Args:
         weight: Coefficient w; `value` is without it.
@@ -89,8 +52,9 @@ class AuxLoss(nn.Module):
     """
 
     name: str = "aux"
+    objective: ClassVar[staticmethod[[Record], Tensor] | None] = None
 
-    def __init__(self, weight: float, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
         super().__init__()
         if not math.isfinite(weight):
             raise ValueError(
@@ -107,7 +71,9 @@ class AuxLoss(nn.Module):
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one record, 0-dim."""
-        raise NotImplementedError(f"{type(self).__name__} must override compute(record)")
+        if self.objective is None:
+            raise NotImplementedError(f"{type(self).__name__} must override compute(record)")
+        return self.objective(record)
 
     def forward(self, records: Sequence[Record]) -> Tensor:
         """Give the weighted loss, ready to be added to another.
@@ -146,8 +112,8 @@ class AuxLoss(nn.Module):
     def on_optimizer_step(self) -> None:
         """Forget what was gathered over micro-batches; the training loop calls this after each optimizer step."""
 
+    @override
     def extra_repr(self) -> str:
-        """Show weight, layers and reduction in the print-out of a model."""
         return f"weight={self.weight}, layers={self.layers!r}, reduction={self.reduction!r}"
 
 
@@ -177,9 +143,9 @@ class SwitchBalance(AuxLoss):
         super().__init__(weight, layers=layers, reduction=reduction)
         self.per_group = per_group
 
+    @override
     def compute(self, record: Record) -> Tensor:
-        """Give `switch_balance` of one record."""
-        return switch_balance(record, per_group=self.per_group)
+        return objectives.switch_balance(record, per_group=self.per_group)
 
 
 class GlobalBatchBalance(AuxLoss):
@@ -209,16 +175,16 @@ class GlobalBatchBalance(AuxLoss):
 
     def compute(self, record: Record) -> Tensor:
         """Give `switch_balance` of one record with the counts of the step so far."""
-        counts_E = column_counts(record)
+        counts_E = objectives.column_counts(record)
         if self.training:
             counts_E = sum_over_ranks(counts_E)
             if record.name in self._seen:
                 counts_E = counts_E + self._seen[record.name]
             self._seen[record.name] = counts_E
-        return switch_balance(record, counts_E=counts_E)
+        return objectives.switch_balance(record, counts_E=counts_E)
 
+    @override
     def on_optimizer_step(self) -> None:
-        """Start the next step's counts from nothing."""
         self._seen.clear()
 
 
@@ -228,11 +194,6 @@ class ChosenBalance(AuxLoss):
     Args:
         weight: Coefficient; UniMoE-Audio lowers it from 0.025 to 0.001 in 10,000 steps.
         layers: Pattern of layer names.
-        reduction: ``sum`` or ``mean`` over the layers; UniMoE-Audio takes the mean.
-
-    Args:
-        weight: Coefficient.
-        layers: Pattern of layer names.
         reduction: ``mean`` over the layers, as in the released code, or ``sum``.
 
     Example:
@@ -241,13 +202,10 @@ class ChosenBalance(AuxLoss):
     """
 
     name = "chosen_balance"
+    objective = staticmethod(objectives.chosen_balance)
 
     def __init__(self, weight: float = 0.025, *, layers: str = "*", reduction: Reduction = "mean") -> None:
         super().__init__(weight, layers=layers, reduction=reduction)
-
-    def compute(self, record: Record) -> Tensor:
-        """Give `chosen_balance` of one record."""
-        return chosen_balance(record)
 
 
 class ImportanceLoss(AuxLoss):
@@ -259,13 +217,7 @@ class ImportanceLoss(AuxLoss):
     """
 
     name = "importance"
-
-    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
-
-    def compute(self, record: Record) -> Tensor:
-        """Give `importance_cv2` of one record."""
-        return importance_cv2(record)
+    objective = staticmethod(objectives.importance_cv2)
 
 
 class LoadLoss(AuxLoss):
@@ -290,9 +242,9 @@ class LoadLoss(AuxLoss):
         super().__init__(weight, layers=layers, reduction=reduction)
         self.noise_std = noise_std
 
+    @override
     def compute(self, record: Record) -> Tensor:
-        """Give `load_cv2` of one record."""
-        return load_cv2(record, noise_std=self.noise_std)
+        return objectives.load_cv2(record, noise_std=self.noise_std)
 
 
 class ZLoss(AuxLoss):
@@ -304,13 +256,10 @@ class ZLoss(AuxLoss):
     """
 
     name = "z"
+    objective = staticmethod(objectives.z_loss)
 
     def __init__(self, weight: float = 0.001, *, layers: str = "*", reduction: Reduction = "sum") -> None:
         super().__init__(weight, layers=layers, reduction=reduction)
-
-    def compute(self, record: Record) -> Tensor:
-        """Give `z_loss` of one record."""
-        return z_loss(record)
 
 
 class EntropyLoss(AuxLoss):
@@ -322,13 +271,10 @@ class EntropyLoss(AuxLoss):
     """
 
     name = "entropy"
+    objective = staticmethod(objectives.token_entropy)
 
     def __init__(self, weight: float = 1e-4, *, layers: str = "*", reduction: Reduction = "sum") -> None:
         super().__init__(weight, layers=layers, reduction=reduction)
-
-    def compute(self, record: Record) -> Tensor:
-        """Give `token_entropy` of one record."""
-        return token_entropy(record)
 
 
 class BatchEntropyLoss(AuxLoss):
@@ -340,13 +286,7 @@ class BatchEntropyLoss(AuxLoss):
     """
 
     name = "batch_entropy"
-
-    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
-
-    def compute(self, record: Record) -> Tensor:
-        """Give `batch_entropy_gap` of one record."""
-        return batch_entropy_gap(record)
+    objective = staticmethod(objectives.batch_entropy_gap)
 
 
 class MutualInformationLoss(AuxLoss):
@@ -359,9 +299,6 @@ class MutualInformationLoss(AuxLoss):
 
     name = "mutual_information"
 
-    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
-
+    @override
     def compute(self, record: Record) -> Tensor:
-        """Give minus `mutual_information` of one record."""
-        return -mutual_information(record)
+        return -objectives.mutual_information(record)

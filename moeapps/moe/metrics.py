@@ -82,26 +82,6 @@ def mean_k(routing: Routing, token_mask: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def drop_rate(routing: Routing, k: int, token_mask: Tensor | None = None) -> Tensor:
-    """Give the fraction of the k asked-for assignments per row that do no work, in [0, 1].
-
-    With a capacity these are drops, with null experts they are the share of nulls; a routing does not tell the two
-    apart.
-
-    Args:
-        routing: A sparse routing of at most k assignments per counted row.
-        k: Number of experts asked for per row.
-        token_mask: bool [N]; rows with False do not count.
-
-    Raises:
-        ValueError: If ``k`` is below 1.
-    """
-    if k < 1:
-        raise ValueError(f"k={k}: give the number of experts asked for per row, at least 1")
-    return 1.0 - mean_k(routing, token_mask) / k
-
-
-@torch.no_grad()
 def token_entropy(probs_NE: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """Give the mean over rows of the entropy of each row's probabilities, in nats per row, in [0, log E].
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moeapps.moe import Chooser, GatedShared, GroupLimitedTopK, Record, TopK, TopP
-from moeapps.moe.losses import column_counts
+from moeapps.moe.objectives import column_counts
 from moeapps.moe.routers.chooser import top_indices
 from tests.moe.chooser_common import CHOOSERS, E, bound, ids, logits, weights
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe import losses
+from moeapps.moe import losses, objectives
 from moeapps.moe.record import Record
 from moeapps.moe.routers import TopK, TopP
 from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
@@ -77,7 +77,7 @@ def test_layers_pattern_chooses_records() -> None:
         topk_record(logits(seed=1), K, name="enc.0.moe"),
         topk_record(logits(seed=2), K, name="dec.0.moe"),
     )
-    torch.testing.assert_close(losses.ZLoss(layers="enc.*").value([encoder, decoder]), losses.z_loss(encoder))
+    torch.testing.assert_close(losses.ZLoss(layers="enc.*").value([encoder, decoder]), objectives.z_loss(encoder))
 
 
 def test_module_without_matching_record_says_what_was_recorded() -> None:
@@ -90,7 +90,7 @@ def test_module_without_matching_record_says_what_was_recorded() -> None:
 def test_global_balance_uses_the_counts_so_far_and_forgets_at_the_step() -> None:
     s = logits()
     halves = [topk_record(part, K) for part in s.split(N // 2)]
-    counts = sum(losses.column_counts(half) for half in halves)
+    counts = sum(objectives.column_counts(half) for half in halves)
     module = losses.GlobalBatchBalance()
 
     first = module.value(halves[:1])
@@ -98,8 +98,8 @@ def test_global_balance_uses_the_counts_so_far_and_forgets_at_the_step() -> None
     module.on_optimizer_step()
     again = module.value(halves[:1])
 
-    torch.testing.assert_close(first, losses.switch_balance(halves[0]))
-    torch.testing.assert_close(second, losses.switch_balance(halves[1], counts_E=counts))
+    torch.testing.assert_close(first, objectives.switch_balance(halves[0]))
+    torch.testing.assert_close(second, objectives.switch_balance(halves[1], counts_E=counts))
     torch.testing.assert_close(again, first)
 
 
@@ -107,12 +107,12 @@ def test_global_balance_gathers_nothing_in_evaluation() -> None:
     first, second = (topk_record(part, K) for part in logits().split(N // 2))
     module = losses.GlobalBatchBalance().eval()
     module.value([first])
-    torch.testing.assert_close(module.value([second]), losses.switch_balance(second))
+    torch.testing.assert_close(module.value([second]), objectives.switch_balance(second))
 
 
 def test_global_balance_keeps_layers_apart() -> None:
     a, b = topk_record(logits(seed=1), K, name="a"), topk_record(logits(seed=2), K, name="b")
-    expected = losses.switch_balance(a) + losses.switch_balance(b)
+    expected = objectives.switch_balance(a) + objectives.switch_balance(b)
     torch.testing.assert_close(losses.GlobalBatchBalance().value([a, b]), expected)
 
 
@@ -122,7 +122,7 @@ def test_global_balance_lets_one_sided_micro_batches_be_when_the_step_is_balance
     first, second = (topk_record(s, 1) for s in one_sided)
     module = losses.GlobalBatchBalance()
     module.value([first])
-    assert losses.switch_balance(second).item() == pytest.approx(2.0)
+    assert objectives.switch_balance(second).item() == pytest.approx(2.0)
     assert module.value([second]).item() == pytest.approx(1.0)
 
 
@@ -132,7 +132,7 @@ def test_no_rows_give_zero_with_a_graph() -> None:
         value = kind().value([empty])
         assert value.item() == 0.0, kind
         assert value.requires_grad, kind
-    assert losses.switch_balance(empty, per_group=True).item() == 0.0
+    assert objectives.switch_balance(empty, per_group=True).item() == 0.0
 
 
 # --- errors
@@ -160,19 +160,19 @@ def unmarked_nulls() -> Record:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: losses.switch_balance(dense_record()), "DenseRouting, which selects no experts.*ImportanceLoss"),
-        (lambda: losses.switch_balance(slot_record()), "SlotRouting"),
-        (lambda: losses.load_cv2(dense_record()), "DenseRouting"),
-        (lambda: losses.switch_balance(bare_record()), "without probabilities"),
-        (lambda: losses.z_loss(bare_record()), "without logits"),
-        (lambda: losses.switch_balance(topk_record(logits(), K), per_group=True), "without group"),
+        (lambda: objectives.switch_balance(dense_record()), "DenseRouting, which selects no experts.*ImportanceLoss"),
+        (lambda: objectives.switch_balance(slot_record()), "SlotRouting"),
+        (lambda: objectives.load_cv2(dense_record()), "DenseRouting"),
+        (lambda: objectives.switch_balance(bare_record()), "without probabilities"),
+        (lambda: objectives.z_loss(bare_record()), "without logits"),
+        (lambda: objectives.switch_balance(topk_record(logits(), K), per_group=True), "without group"),
         (
-            lambda: losses.switch_balance(topk_record(logits(), K), per_group=True, counts_E=torch.ones(E)),
+            lambda: objectives.switch_balance(topk_record(logits(), K), per_group=True, counts_E=torch.ones(E)),
             "leave counts_E out",
         ),
-        (lambda: losses.switch_balance(unmarked_nulls()), "set it in your router"),
-        (lambda: losses.load_cv2(record_of(TopP(0.5), logits())), "no fixed k"),
-        (lambda: losses.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
+        (lambda: objectives.switch_balance(unmarked_nulls()), "set it in your router"),
+        (lambda: objectives.load_cv2(record_of(TopP(0.5), logits())), "no fixed k"),
+        (lambda: objectives.load_cv2(topk_record(logits(), K), noise_std=0.0), "noise above 0"),
         (lambda: losses.SwitchBalance(weight=math.nan), "finite number"),
         (lambda: losses.ZLoss(reduction="max"), "'max' of 'z' is unknown; use sum or mean"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeapps.moe import losses
+from moeapps.moe import losses, objectives
 from moeapps.moe.experts import MLPExperts
 from moeapps.moe.layer import MoELayer
 from moeapps.moe.objectives import routed
@@ -89,7 +89,7 @@ def test_balance_of_even_conditional_rows_is_one_however_many_rows_are_given(unc
     with MoERecorder() as recorder:
         MoELayer(ConditionalSplit(router), MLPExperts(E + 1, E, 3))(x, group=group)
     assert losses.SwitchBalance().value(recorder.records).item() == pytest.approx(1.0)
-    assert losses.column_counts(recorder.records[0]).tolist() == [3.0] * E
+    assert objectives.column_counts(recorder.records[0]).tolist() == [3.0] * E
     assert losses.ImportanceLoss().value(recorder.records).item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -109,8 +109,8 @@ def test_a_split_within_a_split_gives_the_experts_of_both() -> None:
     record = routed(recorded(nested, x, group))
     alone = router(x[group >= 0])
     assert record.routing.num_experts == E
-    torch.testing.assert_close(losses.column_counts(record), alone.counts().double())
-    torch.testing.assert_close(losses.probabilities(record), alone.probs_NE)
+    torch.testing.assert_close(objectives.column_counts(record), alone.counts().double())
+    torch.testing.assert_close(objectives.probabilities(record), alone.probs_NE)
 
 
 def test_rows_repeated_after_routing_keep_what_they_were_given() -> None:

@@ -69,11 +69,10 @@ def routing() -> Routing:
     )
 
 
-def test_mean_k_and_drop_rate_count_work_only() -> None:
+def test_mean_k_counts_work_only() -> None:
     mask = torch.tensor([True, True, True, False])
     assert metrics.mean_k(routing()).item() == 0.75
     assert metrics.mean_k(routing(), mask).item() == 1.0
-    assert metrics.drop_rate(routing(), 2, mask).item() == 0.5
     assert metrics.mean_k(routing(), torch.zeros(4, dtype=torch.bool)).item() == 0.0
 
 
@@ -197,7 +196,6 @@ def test_path_consistency_leaves_dropped_rows_out(choices) -> None:
     [
         (lambda: metrics.load(torch.ones(2, 2)), "one count per expert"),
         (lambda: metrics.contingency(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64)), "one label per row"),
-        (lambda: metrics.drop_rate(routing(), 0), "at least 1"),
         (lambda: metrics.path_consistency([torch.zeros(3, dtype=torch.int64)], 2), "at least two"),
     ],
 )

@@ -49,10 +49,11 @@ from moeapps.moe import (
     Threshold,
     TopK,
     TopP,
+    objectives,
 )
 from moeapps.moe import losses as aux
 from moeapps.moe.balance import CountAccumulator
-from moeapps.moe.metrics import drop_rate, mean_k
+from moeapps.moe.metrics import mean_k
 from moeapps.training.callbacks.routing import expert_work, routing_entropy
 from moeapps.training.cost import work_per_row
 from tests.moe.chooser_common import CHOOSERS
@@ -114,14 +115,14 @@ def recorded(layer: MoELayer) -> Iterator[list[Record]]:
 
 
 LOSSES: dict[str, Callable[[Record], Tensor]] = {
-    "switch_balance": aux.switch_balance,
-    "per_group": lambda record: aux.switch_balance(record, per_group=True),
-    "importance": aux.importance_cv2,
-    "load": aux.load_cv2,
-    "z": aux.z_loss,
-    "entropy": aux.token_entropy,
-    "batch_entropy": aux.batch_entropy_gap,
-    "mutual_information": aux.mutual_information,
+    "switch_balance": objectives.switch_balance,
+    "per_group": lambda record: objectives.switch_balance(record, per_group=True),
+    "importance": objectives.importance_cv2,
+    "load": objectives.load_cv2,
+    "z": objectives.z_loss,
+    "entropy": objectives.token_entropy,
+    "batch_entropy": objectives.batch_entropy_gap,
+    "mutual_information": objectives.mutual_information,
     "global": lambda record: aux.GlobalBatchBalance().compute(record),
 }
 
@@ -144,7 +145,6 @@ def statistics(record: Record) -> dict[str, Tensor]:
     found["counts"] = record.routing.counts()
     if isinstance(record.routing, Routing):
         found["mean_k"] = mean_k(record.routing, record.token_mask)
-        found["drops"] = drop_rate(record.routing, 2, record.token_mask)
         counts = CountAccumulator()
         counts.add([record])
         found["balance"] = counts.totals()[record.name]

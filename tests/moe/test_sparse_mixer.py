@@ -26,7 +26,7 @@ from moeapps.moe import (
     TopK,
     TopP,
 )
-from moeapps.moe.losses import chosen_balance
+from moeapps.moe.objectives import chosen_balance
 from tests.moe.chooser_common import E, bound, logits
 
 TIE = torch.tensor([[1.99, 2.0, 0.5, -3.0]], dtype=torch.float64)

@@ -14,7 +14,7 @@ from official_common import furthest, part, scatter
 from torch import Tensor
 
 from moeapps.moe import MoELayer, MoERecorder
-from moeapps.moe.losses import chosen_balance
+from moeapps.moe.objectives import chosen_balance
 from moeapps.moe.presets import unimoe_audio
 
 REAL, NULL, SHARED, P, EPS = 5, 2, 2, 0.7, 0.01

@@ -10,7 +10,7 @@ from official_common import furthest, part, scatter
 from torch import Tensor
 
 from moeapps.moe import MoERecorder
-from moeapps.moe.losses import switch_balance
+from moeapps.moe.objectives import switch_balance
 from moeapps.moe.presets import point_moe
 
 N, D, E, K = 40, 6, 5, 2

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeapps.moe.losses import AuxLoss, SwitchBalance, ZLoss, switch_balance
+from moeapps.moe.losses import AuxLoss, SwitchBalance, ZLoss
+from moeapps.moe.objectives import switch_balance
 from moeapps.moe.record import MoERecorder, Record
 from tests.toy import ToyData, ToyNet, ToyTask
 
