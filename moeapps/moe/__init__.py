@@ -6,38 +6,14 @@ Loads torch and nothing else of weight.
 
 from __future__ import annotations
 
-from moeapps.moe.activation import (
-    ActivationName,
-)
-from moeapps.moe.backends import (
-    Backend,
-    Plan,
-    run,
-    sort_assignments,
-)
-from moeapps.moe.balance import (
-    CountAccumulator,
-    update_bias,
-)
+from moeapps.moe.activation import ActivationName
+from moeapps.moe.backends import Backend, Plan, run, sort_assignments
+from moeapps.moe.balance import CountAccumulator, update_bias
 from moeapps.moe.chain import Chain
-from moeapps.moe.combine import (
-    Combiner,
-    Stack,
-    Sum,
-)
-from moeapps.moe.experts import (
-    Experts,
-    GLUExperts,
-    MLPExperts,
-)
-from moeapps.moe.joined import (
-    JoinedExperts,
-)
-from moeapps.moe.layer import (
-    LayerFactory,
-    MoELayer,
-    RouterFactory,
-)
+from moeapps.moe.combine import Combiner, Stack, Sum
+from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
+from moeapps.moe.joined import JoinedExperts
+from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
 from moeapps.moe.losses import (
     AuxLoss,
     BatchEntropyLoss,
@@ -50,17 +26,9 @@ from moeapps.moe.losses import (
     SwitchBalance,
     ZLoss,
 )
-from moeapps.moe.module_experts import (
-    ModuleExperts,
-)
-from moeapps.moe.normalised import (
-    NormalisedExperts,
-)
-from moeapps.moe.record import (
-    MoERecorder,
-    Record,
-    record_call,
-)
+from moeapps.moe.module_experts import ModuleExperts
+from moeapps.moe.normalised import NormalisedExperts
+from moeapps.moe.record import MoERecorder, Record, record_call
 from moeapps.moe.routers import (
     AttentionScore,
     Capacity,
@@ -98,12 +66,7 @@ from moeapps.moe.routers import (
     TopK,
     TopP,
 )
-from moeapps.moe.routing import (
-    AnyRouting,
-    DenseRouting,
-    Routing,
-    SlotRouting,
-)
+from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
 __all__ = [
     "ActivationName",

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from moeapps.moe.backends import Backend, apply
 from moeapps.moe.experts import Experts
-from moeapps.moe.feed_forward import BankPart, FeedForward
+from moeapps.moe.feed_forward import FeedForward
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.record import record_experts
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
@@ -103,7 +103,7 @@ def _run(work: Work, routing: Routing) -> Tensor:
 def _apart(work: Work, routing: Routing, stack: FeedForward) -> Tensor:
     """The routed experts by a backend; to them the shared ones, each by two plain products over all rows."""
     routed, shared = stack.split(routing.num_experts)
-    y_No = apply(BankPart(routed), work.x, routing, backend=work.backend, weight_at=work.weight_at)
+    y_No = apply(routed, work.x, routing, backend=work.backend, weight_at=work.weight_at)
     given = routing.shared_weight_NS is not None or work.token_mask is not None
     weights = _shared_weight(routing, work, y_No.dtype).to(y_No.dtype).unsqueeze(-1).unbind(1) if given else ()
     for s in range(work.num_shared):

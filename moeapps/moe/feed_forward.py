@@ -19,7 +19,7 @@ from moeapps.moe.activation import Activation
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The stacked weights of a two-layer bank, all that a fast backend has to know.
+    """The stacked weights of a two-layer bank, all that a backend has to know; a part of a bank is one as well.
 
     Attributes:
         w_in: (E, D, H) with H = F, or 2F (gate | up) when ``gated``.
@@ -36,6 +36,16 @@ class FeedForward:
     b_out: Tensor | None
     activation: Activation
     gated: bool
+    batched: ClassVar[bool] = False
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.w_in.shape[0]
+
+    def feed_forward(self) -> FeedForward:
+        """These weights, as of a bank."""
+        return self
 
     def hidden(self, h: Tensor) -> Tensor:
         """Turn pre-activations (..., H) into what the second layer reads (..., F)."""
@@ -77,35 +87,6 @@ class FeedForward:
         """Apply every expert to every row of ``x``, (N, D) or (E, N, D), by two batched products; gives (N, E, O)."""
         h_ENH = _batched(_expand(x, self.w_in.shape[0]), self.w_in, self.b_in)
         return _batched(self.hidden(h_ENH), self.w_out, self.b_out).transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class BankPart:
-    """Some experts of a stacked bank, by reference: what a backend needs of a bank.
-
-    Attributes:
-        ffn: their weights, a slice of the bank's.
-    """
-
-    ffn: FeedForward
-    batched: ClassVar[bool] = False
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of the part."""
-        return self.ffn.w_in.shape[0]
-
-    def feed_forward(self) -> FeedForward:
-        """The weights."""
-        return self.ffn
-
-    def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
-        """Apply each expert to its own rows; see ``Experts.grouped``."""
-        return self.ffn.grouped(x_MD, counts_on_host(counts))
-
-    def every(self, x: Tensor, *side: Tensor) -> Tensor:
-        """Apply every expert to every row; see ``Experts.every``."""
-        return self.ffn.every(x)
 
 
 def counts_on_host(counts: Sequence[int] | Tensor) -> Sequence[int]:

@@ -21,7 +21,7 @@ from moeapps.moe.plan import Plan, plan_of
 
 if TYPE_CHECKING:
     from moeapps.moe.experts import Experts
-    from moeapps.moe.feed_forward import BankPart, FeedForward
+    from moeapps.moe.feed_forward import FeedForward
     from moeapps.moe.routing import Routing
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
@@ -52,7 +52,7 @@ _ELSEWHERE = Thresholds(work=float("inf"), shared_work=float("inf"), stack_bytes
 
 
 def apply(
-    experts: Experts | BankPart,
+    experts: Experts | FeedForward,
     x_ND: Tensor,
     routing: Routing,
     *,
@@ -101,7 +101,7 @@ def apply(
 
 
 def _apply_static(
-    experts: Experts | BankPart,
+    experts: Experts | FeedForward,
     x_ND: Tensor,
     routing: Routing,
     side: tuple[Tensor, ...],
@@ -124,7 +124,7 @@ def _apply_static(
 
 @runs_eagerly
 def run(
-    experts: Experts | BankPart,
+    experts: Experts | FeedForward,
     x_ND: Tensor,
     plan: Plan,
     *,
@@ -197,7 +197,7 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
     return next((name for name in preferred if _refusal(name, ffn, x_ND) is None), "loop")
 
 
-def _check(experts: Experts | BankPart, x_ND: Tensor, plan: Plan | Routing, backend: str, weight_at: str) -> None:
+def _check(experts: Experts | FeedForward, x_ND: Tensor, plan: Plan | Routing, backend: str, weight_at: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}.")
     if weight_at not in ("output", "input"):

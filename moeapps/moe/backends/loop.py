@@ -11,11 +11,11 @@ from moeapps.moe.plan import Plan, combine, weigh
 
 if TYPE_CHECKING:
     from moeapps.moe.experts import Experts
-    from moeapps.moe.feed_forward import BankPart
+    from moeapps.moe.feed_forward import FeedForward
 
 
 def loop(
-    experts: Experts | BankPart, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
+    experts: Experts | FeedForward, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
 ) -> Tensor:
     """Compute the weighted sum of the chosen experts with ordinary operations.
 

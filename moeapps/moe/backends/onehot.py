@@ -10,12 +10,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moeapps.moe.experts import Experts
-    from moeapps.moe.feed_forward import BankPart
+    from moeapps.moe.feed_forward import FeedForward
     from moeapps.moe.plan import Plan
 
 
 def onehot(
-    experts: Experts | BankPart, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
+    experts: Experts | FeedForward, x_ND: Tensor, plan: Plan, *, side: tuple[Tensor, ...] = (), at_input: bool = False
 ) -> Tensor:
     """Compute the weighted sum as a chain of dense products, O(M E) work and memory; for tests alone.
 

@@ -28,7 +28,6 @@ from moeapps.moe.routing import Routing
 
 if TYPE_CHECKING:
     from moeapps.moe.experts import Experts
-    from moeapps.moe.feed_forward import BankPart
 
 _ROUTING = "Tensor row, Tensor expert, Tensor? target, SymInt? top_k, SymInt num_targets"
 _BANK = "Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, bool gated, bool at_input"
@@ -155,7 +154,7 @@ _segments.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def every_expert(
-    experts: Experts | BankPart,
+    experts: Experts | FeedForward,
     x_ND: Tensor,
     routing: Routing,
     *,

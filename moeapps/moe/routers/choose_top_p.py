@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
 from moeapps.moe.routers.chooser import NullMass, Picked, RowChooser, is_recomputed, normalised
@@ -94,8 +93,8 @@ class TopP(RowChooser):
         """The budget, which training approaches; None where the data decide."""
         return self.budget
 
-    @override
     def pick(self, logits_NX: Tensor) -> Picked:
+        """The smallest sets that reach p, or the threshold that stands for it."""
         probs_NX = logits_NX.softmax(-1)
         num = probs_NX.shape[-1]
         k = min(num, int(self.p * num) + 1 if self.threshold is None else num, self.max_k or num)
@@ -119,8 +118,8 @@ class TopP(RowChooser):
         moved = self.decay * self.threshold + (1 - self.decay) * met
         self.threshold.copy_(moved.where(met.isfinite(), self.threshold))
 
-    @override
     def extra_repr(self) -> str:
+        """The settings, for the printed module."""
         budget = "" if self.budget is None else f", budget={self.budget}"
         return f"p={self.p}, num_null={self.num_null}, max_k={self.max_k}, renormalise={self.renormalise}{budget}"
 
