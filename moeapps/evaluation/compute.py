@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from moeapps.evaluation.results import RunResults
 from moeapps.evaluation.variants import variants_of
@@ -18,39 +17,20 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class RunCost:
-    """What one run cost.
-
-    Args:
-        run: as it is named in the matrix.
-        seed: its seed.
-        sizes: name in the header -> number; what a file does not say is left out.
-    """
-
-    run: str
-    seed: int | None
-    sizes: dict[str, float]
-
-
-def run_costs(runs: Sequence[RunResults]) -> list[RunCost]:
-    """Read what runs cost out of their headers, one entry per run."""
-    found = []
-    once = list({run.path: run for run in runs}.values())
-    names = {run.path: variant.name for variant in variants_of(once) for run in variant.runs}
-    for run in once:
-        sizes = {name: run.header.get(name) for name in SIZES}
-        known = {name: float(size) for name, size in sizes.items() if isinstance(size, int | float) and size > 0}
-        found.append(RunCost(names[run.path], run.seed, known))
-    return found
+def sizes_of(run: RunResults) -> dict[str, float]:
+    """Return what a run cost, name in the header -> number; what the file does not say is left out."""
+    sizes = {name: run.header.get(name) for name in SIZES}
+    return {name: float(size) for name, size in sizes.items() if isinstance(size, int | float) and size > 0}
 
 
 def cost_lines(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()) -> list[str]:
     """Return one line per variant and set of sizes: what it cost."""
+    once = list({run.path: run for run in (*runs, *baseline)}.values())
+    names = {run.path: variant.name for variant in variants_of(once) for run in variant.runs}
     lines: dict[str, None] = {}
-    for cost in run_costs([*runs, *baseline]):
-        told = ", ".join(f"{SIZES[name]} {size:,.6g}" for name, size in cost.sizes.items())
-        lines[f"{cost.run}: {told or 'cost unknown'}"] = None
+    for run in once:
+        told = ", ".join(f"{SIZES[name]} {size:,.6g}" for name, size in sizes_of(run).items())
+        lines[f"{names[run.path]}: {told or 'cost unknown'}"] = None
     return list(lines)
 
 
@@ -64,11 +44,10 @@ def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) ->
     lines: list[str] = []
     if not baseline:
         return lines
-    base_costs = run_costs(baseline)
     for found in variants_of(others):
-        mine, variant = run_costs(found.runs), found.name
+        variant = found.name
         for name, text in SIZES.items():
-            left, right = _mean(mine, name), _mean(base_costs, name)
+            left, right = _mean(found.runs, name), _mean(baseline, name)
             if left is None or right is None:
                 if name == "train_flops":
                     lines.append(f"{variant}: its training FLOPs and the baseline's are not both known")
@@ -80,6 +59,8 @@ def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) ->
     return lines
 
 
-def _mean(costs: Sequence[RunCost], name: str) -> float | None:
-    sizes = [cost.sizes[name] for cost in costs if name in cost.sizes]
-    return math.fsum(sizes) / len(sizes) if sizes and len(sizes) == len(costs) else None
+def _mean(runs: Sequence[RunResults], name: str) -> float | None:
+    """The mean of a size over different runs, None where one does not say it."""
+    found = [sizes_of(run).get(name) for run in {run.path: run for run in runs}.values()]
+    sizes = [size for size in found if size is not None]
+    return math.fsum(sizes) / len(sizes) if sizes and len(sizes) == len(found) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,14 +108,6 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
         for row in rows:
             value = math.nan if row["value"] is None else float(row["value"])
             values.setdefault(row["metric"], {})[row["domain"]] = value
-        parts: dict[str, dict[str, Any]] = {}
-        for domain, metrics in raw.get("parts", {}).items():
-            for metric, rows_of_units in metrics.items():
-                parts.setdefault(metric, {})[domain] = rows_of_units
-        units: dict[str, dict[str, list[float]]] = {}
-        for domain, metrics in raw.get("units", {}).items():
-            for metric, numbers in metrics.items():
-                units.setdefault(metric, {})[domain] = [math.nan if x is None else float(x) for x in numbers]
         return RunResults(
             folder,
             raw["header"],
@@ -122,12 +115,21 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
             values,
             {row["domain"]: int(row["n"]) for row in rows},
             {row["metric"]: row["direction"] for row in rows},
-            units,
-            parts,
+            _by_metric(raw.get("units", {}), lambda numbers: [math.nan if x is None else float(x) for x in numbers]),
+            _by_metric(raw.get("parts", {}), lambda rows_of_units: rows_of_units),
             _config_beside(folder),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not a results file of moeapps ({error!r}); run the test again") from error
+
+
+def _by_metric(table: dict[str, dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
+    """Turn domain -> metric -> values into metric -> domain -> values."""
+    found: dict[str, dict[str, Any]] = {}
+    for domain, metrics in table.items():
+        for metric, values in metrics.items():
+            found.setdefault(metric, {})[domain] = read(values)
+    return found
 
 
 def _config_beside(folder: Path) -> dict[str, Any]:
