@@ -102,9 +102,11 @@ def measure_cost(task: BaseTask, batch: Any, precision: Precision | None = None)
     twin = None
     if twins is not None:
         match, missing = twins
-        own = flops.total if match == "flops" else total
+        own = flops.get_total_flops() if match == "flops" else total
         twin = (match, own / max(1, own + missing))
-    return Cost(total, trainable, round(total - idle), flops.total, task.num_tokens(batch), tuple(layers), twin)
+    return Cost(
+        total, trainable, round(total - idle), flops.get_total_flops(), task.num_tokens(batch), tuple(layers), twin
+    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def measure_training(
         moved = precision.convert_input(twin.transfer_batch_to_device(batch, task.device, 0))
         with isolate_rng(), torch.enable_grad(), precision.forward_context(), counting() as flops:
             twin.differentiate(moved, kind)
-        step[kind] = processes * flops.total
+        step[kind] = processes * flops.get_total_flops()
     return TrainingCost(step, kinds, planned)
 
 

@@ -46,24 +46,12 @@ def count_flops(module: nn.Module, *inputs: Any, **options: Any) -> int:
     """
     with torch.no_grad(), counting(module) as flops:
         module(*inputs, **options)
-    return flops.total
-
-
-class Flops:
-    """What has been counted so far."""
-
-    def __init__(self, mode: FlopCounterMode) -> None:
-        self._mode = mode
-
-    @property
-    def total(self) -> int:
-        """Operations since counting began."""
-        return int(self._mode.get_total_flops())
+    return int(flops.get_total_flops())
 
 
 @contextmanager
-def counting(module: nn.Module | None = None) -> Iterator[Flops]:
-    """Count what runs inside the block, backward passes included.
+def counting(module: nn.Module | None = None) -> Iterator[FlopCounterMode]:
+    """Count what runs inside the block, backward passes included; ask what it yields for ``get_total_flops()``.
 
     Args:
         module: what is watched for parts that hold matrices, are called and count 0; they are named in one warning.
@@ -72,11 +60,10 @@ def counting(module: nn.Module | None = None) -> Iterator[Flops]:
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole attention layer
     mode = FlopCounterMode(display=False, custom_mapping=formulas())
     mode.mod_tracker = _Whole()  # type: ignore[assignment]
-    flops = Flops(mode)
-    watch = _Watch(module, flops)
+    watch = _Watch(module, mode)
     try:
         with mode:
-            yield flops
+            yield mode
     finally:
         watch.stop()
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -98,19 +85,19 @@ class _Whole:
 class _Watch:
     """Which modules were called on at least one row, and what each counted, its parts included."""
 
-    def __init__(self, root: nn.Module | None, flops: Flops) -> None:
+    def __init__(self, root: nn.Module | None, mode: FlopCounterMode) -> None:
         self._names = {} if root is None else {module: name for name, module in root.named_modules()}
         self._counted: dict[nn.Module, int] = defaultdict(int)
         self._called: set[nn.Module] = set()
         self._open: list[int] = []
-        self._flops = flops
+        self._mode = mode
         self._handles = []
         for module in self._names:
             self._handles.append(module.register_forward_pre_hook(self._enter))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._open.append(self._flops.total)
+        self._open.append(self._mode.get_total_flops())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not self._open:  # another hook has failed before ours
@@ -119,7 +106,7 @@ class _Watch:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         self._called.add(module)
         if not tensors or any(value.numel() for value in tensors):  # an expert that gets no row has nothing to count
-            self._counted[module] += self._flops.total - before
+            self._counted[module] += self._mode.get_total_flops() - before
 
     def stop(self) -> None:
         for handle in self._handles:

@@ -101,11 +101,19 @@ class RoutingMonitor(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        self._add(cast(BaseTask, pl_module))
+        task = cast(BaseTask, pl_module)
+        for record in task.last_records:
+            work_E = expert_work(record)
+            if record.name not in self._layers:
+                table_SE = work_E.new_zeros(len(self._domains), len(work_E))
+                self._layers[record.name] = _Layer(table_SE, work_E.new_zeros(()), work_E.new_zeros(()))
+            layer = self._layers[record.name]
+            layer.table_SE[self._domains.index(str(task.last_domain))] += work_E
+            entropy, rows = routing_entropy(record)
+            layer.entropy += entropy * rows
+            layer.rows += rows
 
-    @override
-    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._add(cast(BaseTask, pl_module))
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log, write and warn (not after the sanity check)."""
@@ -119,18 +127,6 @@ class RoutingMonitor(L.Callback):
     def _start(self, task: BaseTask, stage: str) -> None:
         self._domains = task.data.eval_domains(stage)
         self._layers = {}
-
-    def _add(self, task: BaseTask) -> None:
-        for record in task.last_records:
-            work_E = expert_work(record)
-            if record.name not in self._layers:
-                table_SE = work_E.new_zeros(len(self._domains), len(work_E))
-                self._layers[record.name] = _Layer(table_SE, work_E.new_zeros(()), work_E.new_zeros(()))
-            layer = self._layers[record.name]
-            layer.table_SE[self._domains.index(str(task.last_domain))] += work_E
-            entropy, rows = routing_entropy(record)
-            layer.entropy += entropy * rows
-            layer.rows += rows
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run_dir(trainer)

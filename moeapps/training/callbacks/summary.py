@@ -83,9 +83,7 @@ class MoESummary(L.Callback):
         """Measure for the results file, if that has not happened."""
         self._measure(trainer, cast(BaseTask, pl_module), show=False)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure for the results file, if that has not happened."""
-        self._measure(trainer, cast(BaseTask, pl_module), show=False)
+    on_validation_start = on_test_start
 
     def describe_run(self) -> dict[str, Any]:
         """Return parameters, active parameters, FLOPs per token and of the training for the results file."""
