@@ -281,11 +281,6 @@ def _rates(depths: Sequence[int], drop_path: float) -> list[list[float]]:
 # --- named sizes ------------------------------------------------------------------------------------------------------
 
 
-def point_moe_tiny(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:
-    """The CPU default: 3 stages, about 1.6 M parameters with 4 experts."""
-    return PointMoE(facts, moe=moe)
-
-
 def point_moe_paper(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:
     """The paper's backbone. Which of its networks it is, S or L, is decided by ``moe``.
 
