@@ -175,12 +175,7 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
 
     ``loop`` serves whatever is not a stacked two-layer bank, float64 (reference accuracy) and transforms that a custom
     function does not support (``torch.func``, forward mode). One expert, and few rows that all choose every expert,
-    need no dispatch. Otherwise the work per busy expert decides.
-
-    Args:
-        ffn: Stacked weights of the bank, None if it has none.
-        x_ND: Rows (N, D).
-        plan: Sorted assignments.
+    need no dispatch. Otherwise the work per busy expert decides. ``ffn`` is None for a bank without stacked weights.
     """
     if ffn is None or x_ND.dtype == torch.float64 or is_transformed():
         return "loop"

@@ -25,16 +25,9 @@ def is_dense(plan: Plan) -> bool:
 
 
 def dense(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = False) -> Tensor:
-    """Apply every expert to every row, without a gather, and add up with the weights; see ``is_dense``.
+    """Apply every expert to every row (N, D), without a gather, and add up with the weights, (N, O).
 
-    Args:
-        ffn: Stacked weights.
-        x_ND: Rows (N, D).
-        plan: Sorted assignments for which ``is_dense`` holds.
-        at_input: Multiply the weight into the row before the expert instead of into its output.
-
-    Returns:
-        (N, O).
+    For plans of which ``is_dense`` holds; else as ``loop``.
     """
     weight_EN1 = plan.weight_M.to(x_ND.dtype).view(plan.num_experts, -1, 1)
     y_ENO = ffn.every(x_ND * weight_EN1 if at_input else x_ND).transpose(0, 1)

@@ -26,12 +26,7 @@ _ALIGNMENT = 16  # bytes
 
 
 def grouped_mm_refusal(ffn: FeedForward, x_ND: Tensor) -> str | None:
-    """Say why ``grouped_mm`` cannot run this case, or None when it can.
-
-    Args:
-        ffn: Stacked weights of the bank.
-        x_ND: Rows (N, D).
-    """
+    """Say why ``grouped_mm`` cannot run this bank on these rows, or None when it can."""
     if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm takes float32, bfloat16 or float16, not {x_ND.dtype}"
     if x_ND.is_cuda and x_ND.dtype != torch.bfloat16:
@@ -44,17 +39,7 @@ def grouped_mm_refusal(ffn: FeedForward, x_ND: Tensor) -> str | None:
 
 
 def grouped_mm(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = False) -> Tensor:
-    """Compute the weighted sum of the chosen experts with grouped matrix products.
-
-    Args:
-        ffn: Stacked weights.
-        x_ND: Rows (N, D), float32, bfloat16 or float16.
-        plan: Sorted assignments.
-        at_input: Multiply the weight into the row before the expert instead of into its output.
-
-    Returns:
-        (targets, O).
-    """
+    """Compute the weighted sum of the chosen experts by grouped matrix products; all else is as for ``loop``."""
     offs_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32, device=x_ND.device)
     x_MD = x_ND.index_select(0, plan.row_M)
     if at_input:
@@ -69,16 +54,8 @@ def grouped_mm_static(ffn: FeedForward, x_ND: Tensor, routing: Routing, *, at_in
     """Compute the weighted sum of the chosen experts with grouped products and nothing that the host has to see.
 
     Outputs are combined by the inverse permutation where every row has K assignments, so that results are the same to
-    the bit from run to run; ``index_add`` on CUDA is not.
-
-    Args:
-        ffn: Stacked weights.
-        x_ND: Rows (N, D), of a dtype and widths that ``grouped_mm`` takes.
-        routing: Sparse routing.
-        at_input: Multiply the weight into the row before the expert instead of into its output.
-
-    Returns:
-        (targets, O).
+    the bit from run to run; ``index_add`` on CUDA is not. Takes and gives what ``grouped_mm`` does, but for
+    the routing.
     """
     num_experts, num, top_k = routing.num_experts, routing.expert_M.shape[0], routing.top_k
     order_M = torch.sort(routing.expert_M.to(key_dtype(num_experts)), stable=True).indices

@@ -21,16 +21,7 @@ def onehot(
 
     With one-hot matrices P (M, N) of rows, Q (M, E) of experts and T (M, targets), and ``w`` on the diagonal:
     ``y = T^T diag(w) sum_e Q[:, e] * E_e(P x)``.
-
-    Args:
-        experts: The bank; it has to offer ``every``.
-        x_ND: Rows (N, ...).
-        plan: Sorted assignments.
-        side: Further inputs with N rows each.
-        at_input: Multiply the weight into the row before the expert instead of into its output.
-
-    Returns:
-        (targets, O).
+    Takes and gives what ``loop`` does; the bank has to offer ``every``.
     """
     pick_MN = _one_hot(plan.row_M, plan.num_rows, x_ND)
     expert_ME = _one_hot(plan.expert_M(), plan.num_experts, x_ND)

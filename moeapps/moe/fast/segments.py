@@ -65,16 +65,8 @@ def segments(ffn: FeedForward, x_ND: Tensor, plan: Plan, *, at_input: bool = Fal
     """Compute the weighted sum of the chosen experts, storing the pre-activations alone for backward.
 
     Differentiable any number of times: under ``create_graph=True`` the gradients are the same to the bit, and what is
-    asked of them in turn runs through ordinary operations. Forward mode and ``torch.func`` need the ``loop`` backend.
-
-    Args:
-        ffn: Stacked weights; the activation must give the same values when computed twice.
-        x_ND: Rows (N, D).
-        plan: Sorted assignments.
-        at_input: Multiply the weight into the row before the expert instead of into its output.
-
-    Returns:
-        (targets, O).
+    asked of them in turn runs through ordinary operations. Forward mode and ``torch.func`` need the ``loop`` backend,
+    whose arguments and result these are; the activation must give the same values when computed twice.
     """
     static = Static(ffn.activation, ffn.gated, plan, at_input, torch.is_grad_enabled())
     weight_M = plan.weight_M.to(x_ND.dtype)

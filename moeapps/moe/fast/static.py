@@ -63,16 +63,8 @@ class _Call(NamedTuple):
 def segments_static(ffn: FeedForward, x_ND: Tensor, routing: Routing, *, at_input: bool = False) -> Tensor:
     """Compute the weighted sum of the chosen experts by the operator ``moeapps::segments``; see ``segments``.
 
-    Pre-activations are kept for all M assignments, those of sentinels included: M is what the graph knows.
-
-    Args:
-        ffn: Stacked weights; the activation must be one of the table.
-        x_ND: Rows (N, D).
-        routing: Sparse routing.
-        at_input: Multiply the weight into the row before the expert instead of into its output.
-
-    Returns:
-        (targets, O).
+    Pre-activations are kept for all M assignments, those of sentinels included: M is what the graph knows. The
+    activation must be one of the table.
     """
     weight_M = routing.weight_M.to(x_ND.dtype)
     places = (routing.row_M, routing.expert_M, routing.target_M, routing.top_k, routing.num_outputs)
@@ -161,17 +153,9 @@ def every_expert(
     side: tuple[Tensor, ...] = (),
     at_input: bool = False,
 ) -> Tensor:
-    """Compute the weighted sum of the chosen experts from the outputs of all.
+    """Compute the weighted sum of the chosen experts from the outputs of all; the bank has to offer ``every``.
 
-    Args:
-        experts: The bank; it has to offer ``every``.
-        x_ND: Rows (N, ...).
-        routing: Sparse routing.
-        side: Further inputs with N rows each.
-        at_input: Multiply the weight into the row before the expert; then every expert runs on all M assignments.
-
-    Returns:
-        (targets, O).
+    With ``at_input`` every expert runs on all M assignments. Else as ``backends.loop``, but for the routing.
     """
     num_experts = routing.num_experts
     weight_M = routing.weight_M.where(routing.expert_M < num_experts, 0)
