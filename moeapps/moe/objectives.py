@@ -89,7 +89,7 @@ def probabilities(record: Record) -> Tensor:
             )
         weight = record.routing.weight_M if isinstance(record.routing, Routing) else record.routing.assignment()
         probs = weight.new_ones(record.routing.num_rows, 1)
-    probs_NE = _counted_rows(record, probs)
+    probs_NE = counted_rows(record, probs)
     return probs_NE / probs_NE.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_NE.dtype).tiny)
 
 
@@ -339,7 +339,7 @@ def _chosen_columns(record: Record) -> Tensor:
         null_M = num if routing.column_M is None else routing.column_M
         column_M = torch.where(routing.null_M, null_M, column_M.where(column_M < num, num + nulls))
     chosen = torch.zeros(routing.num_rows, num + nulls + 1, dtype=torch.bool, device=column_M.device)
-    return _counted_rows(record, chosen.index_put((routing.row_M, column_M), chosen.new_ones(()))[:, :-1])
+    return counted_rows(record, chosen.index_put((routing.row_M, column_M), chosen.new_ones(()))[:, :-1])
 
 
 def _row_chooser(record: Record) -> RowChooser | None:
@@ -367,10 +367,10 @@ def _logits(record: Record) -> Tensor:
             f"layer {record.name!r} routes without logits (random or table routing): the loss is not defined; "
             "remove the loss from aux_losses or choose other layers with its 'layers' pattern"
         )
-    return _counted_rows(record, logits)
+    return counted_rows(record, logits)
 
 
-def _counted_rows(record: Record, values: Tensor) -> Tensor:
+def counted_rows(record: Record, values: Tensor) -> Tensor:
     """Rows that count, gates stacked along the rows: [N', E]."""
     if record.token_mask is not None:
         values = values[..., record.token_mask, :]

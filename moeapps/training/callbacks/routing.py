@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information, token_entropy
+from moeapps.moe.objectives import counted_rows
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
 from moeapps.training.run import run_dir
@@ -44,10 +45,7 @@ def routing_entropy(record: Record) -> tuple[float | Tensor, int]:
     probs = record.routing.probs_NE
     if probs is None:
         return 0.0, 0
-    probs_NE = probs.detach()
-    if record.token_mask is not None:
-        probs_NE = probs_NE[..., record.token_mask, :]
-    probs_NE = probs_NE.flatten(0, -2)
+    probs_NE = counted_rows(record, probs.detach())
     return token_entropy(probs_NE), len(probs_NE)
 
 
