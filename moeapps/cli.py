@@ -55,15 +55,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        args: the words after the program name; None takes them from the command line.
-
-    Returns:
-        Exit code: 0 done, 1 failed, 2 wrong usage or configuration.
-    """
+def _run(args: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     program = Path(sys.argv[0]).stem if args is None else "moeapps"
     extend_path()
@@ -85,6 +77,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return run_hook(of_tasks[first], words[1:])
     command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
     return command(words if first in RUN_COMMANDS else words[1:])
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: the words after the program name; None takes them from the command line.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 wrong usage or configuration.
+    """
+    try:
+        return _run(args)
+    except SystemExit as stop:  # of a parser: help, or wrong usage
+        return stop.code if isinstance(stop.code, int) else 2
 
 
 def _missing_config(words: Sequence[str]) -> str | None:

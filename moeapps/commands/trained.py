@@ -31,38 +31,19 @@ def build(run: Path | None, configs: Sequence[Path] = ()) -> Cli:
     """
     import yaml
 
-    from moeapps.commands.messages import UsageError
-    from moeapps.commands.run import Cli, import_tasks, quiet
+    from moeapps.commands.run import Cli, config_of, import_tasks, quiet
 
     quiet()
     configs = [find_config(str(path)) for path in configs]
     with TemporaryDirectory() as folder:
         words = [word for path in configs for word in ("--config", str(path))]
         if run is not None:
-            if not (run / "config.yaml").is_file():
-                raise UsageError(
-                    f"--run {run}: no config.yaml there; give a run folder such as runs/promoe/base/version_0"
-                )
-            held = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+            held = yaml.safe_load(config_of(run).read_text(encoding="utf-8"))
             part = Path(folder) / "config.yaml"
             part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
             words = ["--config", str(part), *words]
         import_tasks(words)
         return Cli([*words, "--trainer.logger", "false"], run=False)
-
-
-def checkpoint_of(run: Path | None) -> Path:
-    """The best checkpoint of a run, else its last.
-
-    Raises:
-        UsageError: there is neither.
-    """
-    from moeapps.commands.messages import UsageError
-
-    for name in ("best.ckpt", "last.ckpt"):
-        if run is not None and (run / "checkpoints" / name).is_file():
-            return run / "checkpoints" / name
-    raise UsageError(f"--run {run}: no checkpoints/best.ckpt there; name a file with --ckpt_path")
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

@@ -26,10 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: list[str]) -> int:
     """Print the matrix and, with --out, write it."""
-    try:
-        options = parser().parse_args(args)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
+    options = parser().parse_args(args)
     from rich.console import Console
 
     from moeapps.evaluation.compute import cost_lines, cost_warnings
