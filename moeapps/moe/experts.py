@@ -132,6 +132,7 @@ class Experts(nn.Module):
 class _StackedExperts(Experts):
     """Two-layer experts whose weights are stacked as (E, in, out): ``y = f(x W_in + b_in) W_out + b_out``."""
 
+    gated: ClassVar[bool]
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
 
@@ -141,19 +142,17 @@ class _StackedExperts(Experts):
         dim: int,
         hidden_dim: int,
         *,
-        out_dim: int | None,
-        activation: ActivationName | nn.Module,
-        bias: bool,
-        gated: bool,
+        out_dim: int | None = None,
+        activation: ActivationName | nn.Module = "gelu",
+        bias: bool = True,
     ) -> None:
         super().__init__(num_experts, dim, dim if out_dim is None else out_dim)
         if hidden_dim < 1:
             raise ValueError(f"hidden_dim={hidden_dim}, but it must be at least 1.")
         self.hidden_dim = hidden_dim
-        self.gated = gated
         resolve_activation(activation)
         self.activation = activation
-        width = 2 * hidden_dim if gated else hidden_dim
+        width = 2 * hidden_dim if self.gated else hidden_dim
         self.w_in = nn.Parameter(torch.empty(num_experts, dim, width))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, self.out_dim))
         self.register_parameter("b_in", nn.Parameter(torch.empty(num_experts, width)) if bias else None)
@@ -227,17 +226,7 @@ class MLPExperts(_StackedExperts):
         torch.Size([3, 4, 8])
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        dim: int,
-        hidden_dim: int,
-        *,
-        out_dim: int | None = None,
-        activation: ActivationName | nn.Module = "gelu",
-        bias: bool = True,
-    ) -> None:
-        super().__init__(num_experts, dim, hidden_dim, out_dim=out_dim, activation=activation, bias=bias, gated=False)
+    gated: ClassVar[bool] = False
 
 
 class GLUExperts(_StackedExperts):
@@ -268,6 +257,8 @@ class GLUExperts(_StackedExperts):
         torch.Size([3, 8])
     """
 
+    gated: ClassVar[bool] = True
+
     def __init__(
         self,
         num_experts: int,
@@ -278,7 +269,7 @@ class GLUExperts(_StackedExperts):
         activation: ActivationName | nn.Module = "silu",
         bias: bool = False,
     ) -> None:
-        super().__init__(num_experts, dim, hidden_dim, out_dim=out_dim, activation=activation, bias=bias, gated=True)
+        super().__init__(num_experts, dim, hidden_dim, out_dim=out_dim, activation=activation, bias=bias)
 
 
 def _no_side(experts: Experts, side: tuple[Tensor, ...]) -> None:

@@ -50,14 +50,18 @@ def runs_root() -> Path:
 
 def next_version(folder: Path) -> int:
     """Return the first k for which no ``version_k`` of ``folder`` has that or a higher number."""
-    taken = [int(p.name[8:]) for p in folder.glob("version_*") if p.name[8:].isdigit()] if folder.is_dir() else []
-    return max(taken, default=-1) + 1
+    return max(_versions(folder), default=-1) + 1
 
 
 def newest_version(folder: Path) -> Path:
     """Return the newest ``version_k`` in runs/<system>/<name>; a folder without versions is returned as it is."""
-    versions = [path for path in folder.glob("version_*") if path.name[8:].isdigit()]
-    return max(versions, key=lambda path: int(path.name[8:]), default=folder)
+    versions = _versions(folder)
+    return versions[max(versions)] if versions else folder
+
+
+def _versions(folder: Path) -> dict[int, Path]:
+    found = {path.name.removeprefix("version_"): path for path in folder.glob("version_*")}
+    return {int(number): path for number, path in found.items() if number.isdigit()}
 
 
 def run_dir(trainer: L.Trainer) -> Path | None:

@@ -17,10 +17,28 @@ BatchWeighing = Literal["softmax", "sigmoid", "identity"]
 ChoiceWeighing = Literal["softmax", "row_softmax", "sigmoid", "identity"]
 
 
-def _weights(logits_NE: Tensor, weighing: BatchWeighing) -> Tensor:
-    if weighing == "identity":
-        return logits_NE
-    return logits_NE.sigmoid() if weighing == "sigmoid" else logits_NE.softmax(-1)
+class _BatchChooser(Chooser):
+    """What choosers among the rows of a batch share."""
+
+    capacity_factor: float
+    weighing: ChoiceWeighing
+
+    def mean_k(self) -> float | None:
+        """The capacity factor, which training holds (and a threshold approaches in evaluation)."""
+        return min(self.capacity_factor, float(self.num_experts))
+
+    def _gates(self, logits_NE: Tensor, token_mask: Tensor | None, group_N: Tensor | None = None) -> list[Tensor]:
+        """Weights, probabilities, and the scores that decide (minus infinity in masked rows)."""
+        probs_NE = logits_NE.softmax(-1)
+        weight_NE = probs_NE
+        if self.weighing == "row_softmax":
+            weight_NE = _row_softmax(logits_NE, group_N, token_mask)
+        elif self.weighing != "softmax":
+            weight_NE = logits_NE if self.weighing == "identity" else logits_NE.sigmoid()
+        score_NE = weight_NE.detach()
+        if token_mask is not None:
+            score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
+        return [weight_NE, probs_NE, score_NE]
 
 
 def _row_softmax(logits_NE: Tensor, group_N: Tensor | None, token_mask: Tensor | None) -> Tensor:
@@ -65,7 +83,7 @@ def _rank_in_group(score_NE: Tensor, group_N: Tensor, token_mask: Tensor | None)
     return torch.zeros_like(order_NE).scatter(0, order_NE, place_N1.expand_as(order_NE)), size_N
 
 
-class ExpertChoice(Chooser):
+class ExpertChoice(_BatchChooser):
     r"""Each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows, at least 1, of the N that are not masked.
 
     The balance is perfect; a row may get anything from 0 to E experts.
@@ -104,20 +122,10 @@ class ExpertChoice(Chooser):
         self.capacity_factor, self.per, self.weighing = capacity_factor, per, weighing
         self.pool = per
 
-    @override
-    def mean_k(self) -> float | None:
-        return min(self.capacity_factor, float(self.num_experts))
-
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
         """The rows each expert takes; masked rows neither count nor are taken."""
-        if self.weighing == "row_softmax":
-            weight_NE = _row_softmax(logits_NX, group if self.per == "group" else None, token_mask)
-        else:
-            weight_NE = _weights(logits_NX, self.weighing)
-        probs_NE = weight_NE if self.weighing == "softmax" else logits_NX.softmax(-1)
-        score_NE = weight_NE.detach()
-        if token_mask is not None:
-            score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
+        own = group if self.per == "group" else None
+        weight_NE, probs_NE, score_NE = self._gates(logits_NX, token_mask, own)
         if self.per == "group":
             if group is None:
                 raise ValueError(
@@ -152,7 +160,7 @@ class ExpertChoice(Chooser):
         )
 
 
-class Threshold(Chooser):
+class Threshold(_BatchChooser):
     r"""Choice over the whole batch in training, by a learned threshold in evaluation.
 
     Training, ``scope="expert"``: each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows; the buffer
@@ -206,17 +214,9 @@ class Threshold(Chooser):
         self.threshold = torch.zeros(num_experts if self.scope == "expert" else 1)
         return num_experts
 
-    def mean_k(self) -> float | None:
-        """The capacity factor, which training holds and evaluation approaches."""
-        return min(self.capacity_factor, float(self.num_experts))
-
     @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        weight_NE = _weights(logits_NX, self.weighing)
-        probs_NE = weight_NE if self.weighing == "softmax" else logits_NX.softmax(-1)
-        score_NE = weight_NE.detach()
-        if token_mask is not None:
-            score_NE = score_NE.masked_fill(~token_mask.unsqueeze(-1), float("-inf"))
+        weight_NE, probs_NE, score_NE = self._gates(logits_NX, token_mask)
         rows = rows_that_count(score_NE, token_mask)
         taken_NE = self._best(score_NE, rows) if self.training else score_NE >= self.threshold.to(score_NE.dtype)
         return pairs_to_routing(taken_NE & score_NE.isfinite(), weight_NE, logits_NX, probs_NE)

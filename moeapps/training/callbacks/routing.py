@@ -88,12 +88,11 @@ class RoutingMonitor(L.Callback):
     # Evaluation ---------------------------------------------------------------------------------------------------
 
     @override
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(cast(BaseTask, pl_module), "val")
-
-    @override
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(cast(BaseTask, pl_module), "test")
+        self._domains = cast(BaseTask, pl_module).data.eval_domains("test" if trainer.testing else "val")
+        self._layers = {}
+
+    on_validation_epoch_start = on_test_epoch_start
 
     @override
     def on_validation_batch_end(
@@ -121,10 +120,6 @@ class RoutingMonitor(L.Callback):
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finish(trainer, pl_module, "test")
-
-    def _start(self, task: BaseTask, stage: str) -> None:
-        self._domains = task.data.eval_domains(stage)
-        self._layers = {}
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run_dir(trainer)
