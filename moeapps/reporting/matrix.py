@@ -118,12 +118,8 @@ def _titles(matrix: Matrix) -> list[str]:
         f"{matrix.metric} ({better})",
         "means over seeds [95 %]",
         "the same scores, with intervals over whole test units [95 %]",
-        f"difference to {_baseline(matrix)}",
+        f"difference to {matrix.differences[0].baseline if matrix.differences else 'the baseline'}",
     ]
-
-
-def _baseline(matrix: Matrix) -> str:
-    return matrix.differences[0].baseline if matrix.differences else "the baseline"
 
 
 def _number(value: float | None) -> str:
