@@ -21,10 +21,7 @@ def mutation_of_training(file: str, name: str, search: str, replace: str, tests:
 _training = mutation_of_training
 
 
-_AFTER_BATCH = (
-    "_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:\n"
-    '        """Let go of the records."""\n'
-)
+_AFTER_BATCH = "_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:\n"
 
 TASK = (
     _training(
