@@ -33,11 +33,9 @@ class WholeFile:
         self.temporary = self._folder / path.name
 
     def __enter__(self) -> Path:
-        """Give the path to write to."""
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Finish the file, or drop it after an error."""
         if kind is None:
             self.finish()
         else:

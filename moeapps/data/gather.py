@@ -26,7 +26,6 @@ class BatchDataset(Dataset[Any]):
         raise TypeError(f"{type(self).__name__} must define join(parts, order)")
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         raise TypeError(f"{type(self).__name__} must define __len__()")
 
     def __getitem__(self, index: int) -> Any:

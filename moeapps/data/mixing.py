@@ -107,11 +107,9 @@ class MixingSampler(Sampler[list[int]]):
         return max(1, sum(self.sizes) // step)
 
     def __len__(self) -> int:
-        """Return the steps of one whole epoch."""
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this process's row indices, step by step."""
         epoch, start = self.epoch, self.start
         generator = torch.Generator().manual_seed(fold(self.seed, 0 if self.repeat else epoch))
         batches = self._one_domain(generator) if self.mode == "one_domain" else self._mixed(generator)
@@ -176,7 +174,6 @@ class ShardedBatches(Sampler[list[int]]):
         return (batch_idx * self.world_size + self.rank) * self.batch_size >= self.size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the row indices of this process's batches."""
         for i in range(len(self)):
             first = 0 if self.is_padding(i) else (i * self.world_size + self.rank) * self.batch_size
             yield list(range(first, min(first + self.batch_size, self.size)))

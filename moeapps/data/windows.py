@@ -69,7 +69,6 @@ class WindowSampler(MixingSampler):
         return max(1, self.share // self.batch_size) * self.workers
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this process's row indices, step by step."""
         epoch, start = self.epoch, self.start
         number = 0 if self.repeat else epoch
         order = torch.randperm(len(self.sizes), generator=torch.Generator().manual_seed(fold(self.seed, number)))

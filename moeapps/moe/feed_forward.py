@@ -40,7 +40,7 @@ class FeedForward:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, the length of the stacks."""
         return self.w_in.shape[0]
 
     def feed_forward(self) -> FeedForward:

@@ -224,7 +224,7 @@ class DenseRouting:
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """N, rows that are routed."""
         return int(self.weight.shape[-2])
 
     def repeat_rows(self, times: int) -> DenseRouting:
@@ -298,12 +298,12 @@ class SlotRouting:
 
     @property
     def num_rows(self) -> int:
-        """N."""
+        """N, rows that are routed."""
         return int(self.dispatch.shape[0])
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, routed experts."""
         return int(self.dispatch.shape[1])
 
     def counts(self) -> Tensor:

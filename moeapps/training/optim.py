@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from typing_extensions import override
 
 
 @dataclass
@@ -145,8 +146,8 @@ class Cosine(Schedule):
         self.warmup = warmup
         self.final = final
 
+    @override
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the scheduler over ``total_steps`` optimizer steps."""
         warm = round(self.warmup * total_steps)
 
         def factor(step: int) -> float:
@@ -185,8 +186,8 @@ class OneCycle(Schedule):
         self.anneal = anneal
         self.cycle_momentum = cycle_momentum
 
+    @override
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the scheduler over ``total_steps`` optimizer steps."""
         return OneCycleLR(
             optimizer,
             max_lr=[float(group["lr"]) for group in optimizer.param_groups],

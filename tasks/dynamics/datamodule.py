@@ -168,7 +168,6 @@ class Environments(Dataset[Trajectories]):
         self.whole = whole
 
     def __len__(self) -> int:
-        """Return S."""
         return len(self.whole.x)
 
     def __getitem__(self, index: int) -> Trajectories:
@@ -207,7 +206,6 @@ class EnvironmentSampler(MixingSampler):
         return self._num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this process's rows, step by step."""
         epoch, start = self.epoch, self.start
         generator = torch.Generator().manual_seed(int(config_hash([self.seed, epoch]), 16))
         for step in range(self.num_batches):

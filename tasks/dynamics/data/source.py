@@ -144,7 +144,7 @@ class DynamicsSource(ABC):
     @property
     @abstractmethod
     def state_dim(self) -> int:
-        """D."""
+        """D, numbers of a state."""
 
     @property
     @abstractmethod

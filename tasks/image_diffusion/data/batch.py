@@ -34,7 +34,6 @@ class ImageBatch:
     index: Tensor
 
     def __len__(self) -> int:
-        """Return B."""
         return len(self.label)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
@@ -72,7 +71,6 @@ class ImageDataset(BatchDataset):
         raise TypeError(f"{type(self).__name__} must define fetch(rows)")
 
     def __len__(self) -> int:
-        """Return N."""
         return len(self.label)
 
     @override

@@ -123,11 +123,9 @@ class ScanDataset(Dataset[Scan]):
         return int(sum((target != IGNORE).sum() for target in self.targets))
 
     def __len__(self) -> int:
-        """Return the number of items."""
         return len(self.scans) * self.crops if self.train else len(self.tiles)
 
     def __getitem__(self, index: int) -> Scan:
-        """Return one item."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         if self.train:

@@ -161,11 +161,9 @@ class StreamedScans(ScanDataset):
         return None
 
     def __len__(self) -> int:
-        """Return the number of items."""
         return len(self.refs) * self.crops if self.train else int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Scan:
-        """Return one item."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         if not self.train:
