@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import moeapps
@@ -134,11 +134,10 @@ def _unknown(first: str, words: list[str], program: str) -> int:
 
 def _lightning_sdk() -> EntryPoint | None:
     """Return the entry point of lightning-sdk's own ``lightning`` script, if that package is installed."""
-    for distribution in distributions(name="lightning-sdk"):
-        for entry in distribution.entry_points:
-            if entry.group == "console_scripts" and entry.name == "lightning":
-                return entry
-    return None
+    scripts = entry_points(group="console_scripts", name="lightning")
+    return next(
+        (entry for entry in scripts if entry.dist and entry.dist.name.replace("_", "-") == "lightning-sdk"), None
+    )
 
 
 if __name__ == "__main__":

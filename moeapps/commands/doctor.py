@@ -5,20 +5,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.metadata import distributions
+from importlib.metadata import entry_points
 from pathlib import Path
 
 
 def script_owner(name: str) -> list[str]:
     """Return the installed packages that declare a console script of this name."""
-    return sorted(
-        {
-            str(distribution.metadata["Name"])
-            for distribution in distributions()
-            for entry in distribution.entry_points
-            if entry.group == "console_scripts" and entry.name == name
-        }
-    )
+    return sorted({entry.dist.name for entry in entry_points(group="console_scripts", name=name) if entry.dist})
 
 
 def report() -> list[tuple[str, str]]:

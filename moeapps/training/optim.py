@@ -180,11 +180,13 @@ class OneCycle(Schedule):
     ) -> None:
         if anneal not in ("cos", "linear"):
             raise ValueError(f"anneal={anneal!r} is unknown; use cos or linear")
-        self.pct_start = pct_start
-        self.div_factor = div_factor
-        self.final_div_factor = final_div_factor
-        self.anneal = anneal
-        self.cycle_momentum = cycle_momentum
+        self.options: dict[str, Any] = {
+            "pct_start": pct_start,
+            "div_factor": div_factor,
+            "final_div_factor": final_div_factor,
+            "anneal_strategy": anneal,
+            "cycle_momentum": cycle_momentum,
+        }
 
     @override
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -193,9 +195,5 @@ class OneCycle(Schedule):
             max_lr=[float(group["lr"]) for group in optimizer.param_groups],
             # One step more than is taken: Lightning steps the schedule after the last optimizer step as well.
             total_steps=total_steps + 1,
-            pct_start=self.pct_start,
-            div_factor=self.div_factor,
-            final_div_factor=self.final_div_factor,
-            anneal_strategy="cos" if self.anneal == "cos" else "linear",
-            cycle_momentum=self.cycle_momentum,
+            **self.options,
         )
