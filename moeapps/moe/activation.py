@@ -46,54 +46,42 @@ class Activation:
     tabulated: bool = True
 
 
-def _identity(h_RF: Tensor) -> Tensor:
-    return h_RF
+def _by_aten(name: str, function: Callable[[Tensor], Tensor], operator: str, **options: str) -> Activation:
+    """An activation of which torch has the form into ``out``, and that of its derivative, under the usual names."""
+    forward, backward = getattr(_aten, operator).out, getattr(_aten, f"{operator}_backward").grad_input
+    return Activation(
+        name,
+        function,
+        lambda h, out: forward(h, out=out, **options),
+        lambda grad, h, a, out: backward(grad, h, grad_input=out, **options),
+    )
 
 
-_TABLE: dict[str, Activation] = {
-    "relu": Activation(
+_KNOWN = (
+    Activation(
         "relu",
         F.relu,
         lambda h, out: _aten.relu.out(h, out=out),
         lambda grad, h, a, out: _aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
     ),
-    "gelu": Activation(
-        "gelu",
-        F.gelu,
-        lambda h, out: _aten.gelu.out(h, out=out),
-        lambda grad, h, a, out: _aten.gelu_backward.grad_input(grad, h, grad_input=out),
-    ),
-    "gelu_tanh": Activation(
-        "gelu_tanh",
-        lambda h: F.gelu(h, approximate="tanh"),
-        lambda h, out: _aten.gelu.out(h, approximate="tanh", out=out),
-        lambda grad, h, a, out: _aten.gelu_backward.grad_input(grad, h, approximate="tanh", grad_input=out),
-    ),
-    "silu": Activation(
-        "silu",
-        F.silu,
-        lambda h, out: _aten.silu.out(h, out=out),
-        lambda grad, h, a, out: _aten.silu_backward.grad_input(grad, h, grad_input=out),
-    ),
-    "tanh": Activation(
+    _by_aten("gelu", F.gelu, "gelu"),
+    _by_aten("gelu_tanh", lambda h: F.gelu(h, approximate="tanh"), "gelu", approximate="tanh"),
+    _by_aten("silu", F.silu, "silu"),
+    Activation(
         "tanh",
         torch.tanh,
         lambda h, out: torch.tanh(h, out=out),
         lambda grad, h, a, out: _aten.tanh_backward.grad_input(grad, a, grad_input=out),
     ),
-    "elu": Activation(
+    Activation(
         "elu",
         F.elu,
         lambda h, out: _aten.elu.out(h, out=out),
         lambda grad, h, a, out: _aten.elu_backward.grad_input(grad, 1.0, 1.0, 1.0, False, h, grad_input=out),
     ),
-    "identity": Activation(
-        "identity",
-        _identity,
-        lambda h, out: out.copy_(h),
-        lambda grad, h, a, out: out.copy_(grad),
-    ),
-}
+    Activation("identity", lambda h: h, lambda h, out: out.copy_(h), lambda grad, h, a, out: out.copy_(grad)),
+)
+_TABLE = {activation.name: activation for activation in _KNOWN}
 
 
 def resolve_activation(activation: ActivationName | nn.Module) -> Activation:

@@ -145,7 +145,7 @@ def compute_forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: St
             h_CH = h_buffer[: chunk.size] if h_MH is None else h_MH[chunk.rows]
             a_CF = h_CH[:, :narrow] if h_MH is None else a_buffer[: chunk.size]  # in place where h is not kept
             linear_out(x_CD, w_in, b_in, h_CH, chunk)
-            _activate(static, h_CH, a_CF)
+            _activate(static, h_CH, a_CF, a_CF)
             linear_out(a_CF, w_out, b_out, y_MO[chunk.rows], chunk)
 
     run_shares(work, _shares(static, x_ND))
@@ -153,14 +153,12 @@ def compute_forward(x_ND: Tensor, weight_M: Tensor, ffn: FeedForward, static: St
     return _scatter(y_MO, weight, plan.target_M, plan.num_targets, plan.inverse_NK)
 
 
-def _activate(static: Static, h_CH: Tensor, a_CF: Tensor) -> None:
-    """Write what the second layer reads into ``a_CF``."""
-    if not static.gated:
-        static.activation.forward_out(h_CH, a_CF)
-        return
-    gate_CF, up_CF = h_CH.chunk(2, dim=1)
-    static.activation.forward_out(gate_CF, a_CF)
-    a_CF.mul_(up_CF)
+def _activate(static: Static, h_CH: Tensor, s_CF: Tensor, a_CF: Tensor) -> None:
+    """Write the activation into ``s_CF`` and what the second layer reads into ``a_CF``; they may be the same memory."""
+    gate_CF, *up = h_CH.chunk(2, dim=1) if static.gated else (h_CH,)
+    static.activation.forward_out(gate_CF, s_CF)
+    if up:
+        torch.mul(s_CF, up[0], out=a_CF)
 
 
 def _scatter(
@@ -244,12 +242,7 @@ class Backward:
 
     def _second_layer(self, chunk: Chunk, own: _Buffers, h_CH: Tensor) -> None:
         """Gradients of the second layer and of the weight; leaves that of the pre-activations, without the weight."""
-        if self.static.gated:
-            gate_CF, up_CF = h_CH.chunk(2, dim=1)
-            self.static.activation.forward_out(gate_CF, own.s_CF)
-            torch.mul(own.s_CF, up_CF, out=own.a_CF)
-        else:
-            self.static.activation.forward_out(h_CH, own.a_CF)
+        _activate(self.static, h_CH, own.s_CF, own.a_CF)
         if self.need_dh or self.need_dot:
             linear_out(own.g_CO, self.w_out_T, None, own.da_CF, chunk)
         if self.need_dot:
