@@ -161,10 +161,6 @@ class OdeFamilies(DynamicsSource):
         support = observed[:, : self.num_support]
         return EnvironmentSet(np.concatenate([support, own], 1), dt, names, families, self.num_support, self.num_given)
 
-    def settings(self, domain: str, seen: Sequence[str]) -> list[fields.Setting]:
-        """Return the parameters of a domain's environments; for pictures and tests, never for a model."""
-        return [setting for _, _, setting in self._members(domain, seen)]
-
     def describe(self, domain: str) -> str:
         """Say how the domain is made."""
         return (

@@ -77,22 +77,6 @@ def read_npz(path: Path) -> NpzFile:
     )
 
 
-def write_npz(path: Path, x: Floats, t: Floats, parameters: Any = None) -> None:
-    """Write a file that `read_npz` gives back, with its bounds (and parameters) where families are told apart.
-
-    Args:
-        path: file to write.
-        x: [S, N, T, D] or [F, S, N, T, D].
-        t: [T] or [F, T].
-        parameters: anything that json can say.
-    """
-    np.savez(path, X=x, t=t)
-    if x.ndim == 5:
-        np.save(path.with_name(path.stem + "_bounds.npy"), np.abs(x).max(axis=(2, 3), keepdims=True))
-    if parameters is not None:
-        path.with_name(path.stem + "_envs.json").write_text(json.dumps(parameters), encoding="utf-8")
-
-
 class NpzTrajectories(DynamicsSource):
     """Trajectories in the npz files of the JAX examples.
 
