@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.sparse import check_sparse_tensor_invariants
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.clustering import adjusted_rand_score
+from torchmetrics.utilities.data import dim_zero_cat
 
 from tasks.dynamics.nets.solvers import diverged
 
@@ -86,7 +87,7 @@ class TrajectoryScore(Metric):
     higher_is_better = False
     is_differentiable = False
     full_state_update = False
-    values: list[Tensor] | Tensor
+    values: list[Tensor]
 
     def __init__(self, error: Error = "mse", summary: Summary = "mean", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -98,14 +99,13 @@ class TrajectoryScore(Metric):
 
     def update(self, pred: Tensor, truth: Tensor, scored: Tensor | None = None) -> None:
         """Add the environments of one batch."""
-        assert isinstance(self.values, list)
         # In the dtype of the metric: a process without a batch sends an empty tensor of that dtype to the others.
         self.values.append(environment_errors(pred, truth, scored)[self.error].to(self.dtype))
 
     def compute(self) -> Tensor:
         """The summary over all environments since the last reset."""
-        values = torch.cat(self.values) if isinstance(self.values, list) and self.values else self.values
-        values = values[~values.isnan()] if isinstance(values, Tensor) else torch.empty(0)
+        values = dim_zero_cat(self.values) if len(self.values) else torch.empty(0)
+        values = values[~values.isnan()]
         return self.summarise(values) if len(values) else torch.tensor(torch.nan)
 
     def summarise(self, values: Tensor) -> Tensor:
@@ -188,16 +188,9 @@ def purity(expert: Tensor, family: Tensor) -> float:
     """
     if not (family >= 0).any():
         return float("nan")
-    counts = _table(expert, family)
-    return float(counts.amax(dim=1).sum() / counts.sum())
-
-
-def _table(expert: Tensor, family: Tensor) -> Tensor:
-    """Count environments of known family: rows are experts that are used, columns families that occur."""
     known = family >= 0
-    rows, columns = (torch.unique(labels[known], return_inverse=True)[1] for labels in (expert, family))
-    height, width = int(rows.max()) + 1, int(columns.max()) + 1
-    return torch.bincount(rows * width + columns, minlength=height * width).view(height, width)
+    same = [family[known & (expert == k)].unique(return_counts=True)[1].max() for k in expert[known].unique()]
+    return float(torch.stack(same).sum() / known.sum())
 
 
 def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]]) -> Tensor:

@@ -123,6 +123,7 @@ class NpzTrajectories(DynamicsSource):
         self.root, self.val_trajectories, self.stride = root, val_trajectories, stride
         self.choice_environments = choice_environments
         self.train, self.test = _same(read_npz(root / train), read_npz(root / test), train, test)
+        self.state_dim, self.num_steps = self.train.x.shape[3], len(range(0, self.train.x.shape[2], stride))
         self.default_seen: Sequence[str] = (TRAINED,)
         self.default_validation: Sequence[str] = ()
         self.default_unseen: Sequence[str] = ()
@@ -151,16 +152,6 @@ class NpzTrajectories(DynamicsSource):
                 f"val_trajectories={self.val_trajectories} are needed"
             )
         return self.test.x[:, fresh]
-
-    @property
-    def state_dim(self) -> int:
-        """D."""
-        return int(self.train.x.shape[3])
-
-    @property
-    def num_steps(self) -> int:
-        """T after the stride."""
-        return len(range(0, self.train.x.shape[2], self.stride))
 
     def families(self, seen: Sequence[str]) -> list[str]:
         """Return ``family_0`` and so on."""
