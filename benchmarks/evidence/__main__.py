@@ -20,12 +20,11 @@ from benchmarks.evidence.cells import (
     CellResult,
     beside_seeds,
     differing_metrics,
-    largest_share,
     read_cells,
     same_arithmetic,
     write_cell,
 )
-from benchmarks.evidence.grid import Cell, Grid, GridError, list_systems, load_grid
+from benchmarks.evidence.grid import Cell, Grid, GridError, Scale, list_systems, load_grid
 from benchmarks.evidence.recount import count_variant, rewrite
 from benchmarks.evidence.report import render
 from benchmarks.evidence.runner import COMMAND, Failure, Runner
@@ -91,7 +90,7 @@ class Evidence:
         """Draw finished cells at random, run them again, and give how many differ.
 
         With the same instruction set and threads that is by more than 1e-6. A cell made with others, or before cells
-        said so, is held to the spread over the seeds of its variant, and what differs is printed beside it.
+        said so, is held to what two seeds differ by (`beside_seeds`), and the largest difference is printed.
         """
         done = self.read()
         fresh = sorted(done.keys() - set(self.stale()), key=lambda cell: cell.stem)
@@ -128,17 +127,17 @@ class Evidence:
         self.summarise()
 
     def _compare_beside_seeds(self, old: CellResult, new: CellResult, done: dict[Cell, CellResult]) -> list[str]:
-        """Print how a cell differs from itself under other arithmetic; give what the seeds do not dwarf."""
-        others = [result for cell, result in done.items() if cell.variant == old.variant]
-        used = {claim.metric for claim in self.grid.claims if old.variant in claim.variants} | set(self.grid.show)
-        metrics = sorted(name for name in used if name in old.metrics or name in new.metrics)
-        lines = beside_seeds(old, new, others, metrics)
+        """Print how a cell differs from itself under other arithmetic; give what two seeds do not explain."""
+        used: dict[str, Scale] = dict.fromkeys(sorted(self.grid.show), "linear")
+        used |= {claim.metric: claim.scale for claim in self.grid.claims if old.variant in claim.variants}
+        metrics = {name: scale for name, scale in used.items() if name in old.metrics or name in new.metrics}
+        lines, largest = beside_seeds(old, new, done.values(), metrics)
         made = f"{old.instruction_set or 'an unknown instruction set'} ({old.machine or 'unknown machine'})"
-        told = "DIFFERS beyond the spread over seeds" if lines else "the same within the spread over seeds"
+        told = "DIFFERS by more than two seeds do" if lines else "the same within what two seeds differ by"
         self.console.print(f"{old.cell.stem}: {told}", markup=False)
         self.console.print(
             f"  made with {made}, run again with {new.instruction_set or 'an unknown one'}: not the same to 1e-6; "
-            + largest_share(old, new, others, metrics),
+            + largest,
             markup=False,
         )
         return lines
@@ -227,8 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify",
         type=int,
         metavar="N",
-        help="draw N finished cells, run them again, compare to 1e-6 (if made with other instructions: to the spread "
-        "over seeds)",
+        help="draw N finished cells, run them again, compare to 1e-6 (if made with other instructions: to what "
+        "two seeds differ by)",
     )
     parser.add_argument(
         "--verify-seed", type=int, metavar="S", help="seed of the drawing (default: another one each time)"

@@ -8,16 +8,19 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.grid import Cell
+from scipy.special import stdtrit
+
+from benchmarks.evidence.grid import Cell, Scale
 from moeapps.files import write_text
 
 FORMAT = 1
 UNIT_LIMIT = 200  # Values per unit are kept where a domain has at most this many units: a cell stays a few kilobytes.
+CHANCE = 0.01  # that a cell run again with other arithmetic is called different though nothing else differs.
 ONE_SEED_BOUND = 1e-3  # Relative; what other instruction sets were seen to change (ProMoE 1e-3, Point-MoE 4e-5).
 _SCALARS = ("params_total", "params_active", "flops_per_token", "train_flops")
 _GEOMETRIC = "geometric."
@@ -216,51 +219,65 @@ def same_arithmetic(old: CellResult, new: CellResult) -> bool:
     return bool(old.instruction_set) and (old.instruction_set, old.threads) == (new.instruction_set, new.threads)
 
 
-def beside_seeds(old: CellResult, new: CellResult, others: Sequence[CellResult], metrics: Sequence[str]) -> list[str]:
-    """List, for a cell run again with other arithmetic, differences that the seeds do not dwarf.
+def beside_seeds(
+    old: CellResult, new: CellResult, done: Iterable[CellResult], metrics: Mapping[str, Scale]
+) -> tuple[list[str], str]:
+    r"""Hold a cell that was run again with other arithmetic to what two seeds of one variant differ by.
 
-    Kernels of another instruction set round in another way, and training carries that on. It says nothing about a claim
-    while it lies below the standard deviation over the variant's own seeds.
+    Kernels of another instruction set round in another way, and training carries that on until the run is one of
+    another seed: nothing smaller than the difference of two seeds can be asked of it. With :math:`s` the standard
+    deviation within variants, pooled over all of them, and :math:`m` metrics, a difference is one of seeds up to
+    :math:`t_{1 - \alpha / 2m} \sqrt{2} s`, where :math:`\alpha = 0.01` is the chance that an honest cell fails.
 
     Args:
         old: The finished cell.
         new: The same cell, run here.
-        others: All finished cells of the variant, ``old`` among them.
-        metrics: What is compared: the metrics that claims and tables use.
+        done: All finished cells of the grid, ``old`` among them.
+        metrics: What is compared, and on which scale: the metrics that claims and tables use.
 
     Returns:
-        One line per metric whose difference exceeds that spread, or is not known in both.
+        One line per metric whose difference two seeds do not explain, or that is not known in both; and a sentence on
+        the largest difference beside that spread.
     """
-    lines = []
-    for name in metrics:
-        a, b = old.metrics.get(name), new.metrics.get(name)
-        values = [cell.metrics[name] for cell in others if name in cell.metrics]
-        if a is None and b is None:
+    lines, shares = [], {}
+    done = list(done)
+    for name, scale in metrics.items():
+        if old.metrics.get(name) is None or new.metrics.get(name) is None:
+            same = old.metrics.get(name) is new.metrics.get(name)
+            lines += [] if same else [f"{name}: {old.metrics.get(name)} before, {new.metrics.get(name)} now"]
             continue
-        if a is None or b is None:
-            lines.append(f"{name}: {a} before, {b} now")
-            continue
-        # With one seed there is no spread: a thousandth of the value stands in for it.
-        bound = statistics.stdev(values) if len(values) > 1 else ONE_SEED_BOUND * abs(a)
-        if abs(a - b) > max(bound, 1e-6 * max(1.0, abs(a))):
-            lines.append(f"{name}: {a} before, {b} now; over {len(values)} seeds the spread is {bound:.3g}")
-    return lines
-
-
-def largest_share(old: CellResult, new: CellResult, others: Sequence[CellResult], metrics: Sequence[str]) -> str:
-    """Say which difference is the largest beside the spread over seeds."""
-    shares = {}
-    for name in metrics:
-        values = [cell.metrics[name] for cell in others if name in cell.metrics]
-        if len(values) > 1 and name in old.metrics and name in new.metrics and statistics.stdev(values) > 0:
-            shares[name] = abs(old.metrics[name] - new.metrics[name]) / statistics.stdev(values)
+        a, b = _scaled(old, name, scale), _scaled(new, name, scale)
+        spread, freedom = _pooled_spread(name, scale, done)
+        # Where no variant has two seeds there is no spread: a thousandth of the value stands in for it.
+        factor = math.sqrt(2) * float(stdtrit(freedom, 1 - CHANCE / 2 / len(metrics))) if freedom else 1.0
+        bound = max(factor * (spread if freedom else ONE_SEED_BOUND * abs(a)), 1e-6 * max(1.0, abs(a)))
+        if spread > 0:
+            shares[name] = abs(a - b) / spread
+        if abs(a - b) > bound:
+            logs = "log10 " if scale == "log10" else ""
+            lines.append(f"{logs}{name}: {a} before, {b} now; two seeds of a variant differ by up to {bound:.3g}")
     if not shares:
-        return "no metric has a spread over seeds to set it beside"
+        return lines, "no metric has a spread over seeds to set it beside"
     name = max(shares, key=lambda key: shares[key])
-    return (
+    return lines, (
         f"the largest difference is {name}: {old.metrics[name]:.6g} before, {new.metrics[name]:.6g} now, "
         f"{shares[name]:.2g} of the standard deviation over seeds"
     )
+
+
+def _scaled(cell: CellResult, name: str, scale: Scale) -> float:
+    return math.log10(cell.metrics[name]) if scale == "log10" else cell.metrics[name]
+
+
+def _pooled_spread(name: str, scale: Scale, cells: Iterable[CellResult]) -> tuple[float, int]:
+    """Standard deviation of a metric within variants, and its degrees of freedom."""
+    values: dict[str, list[float]] = {}
+    for cell in cells:
+        if name in cell.metrics:
+            values.setdefault(cell.variant, []).append(_scaled(cell, name, scale))
+    squares = math.fsum(statistics.variance(group) * (len(group) - 1) for group in values.values() if len(group) > 1)
+    freedom = sum(len(group) - 1 for group in values.values())
+    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
 def describe_machine() -> str:
