@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeapps.moe import FittedRouter, MoELayer, Router, Routing
 from moeapps.moe.routing import AnyRouting
 from tasks.dynamics.data.batch import Trajectories
+from tasks.dynamics.losses import scaled_errors
 from tasks.dynamics.nets.experts import ExpertsFactory, MetaExperts
 from tasks.dynamics.nets.gates import GateFactory
 from tasks.dynamics.nets.modulation import SelfModulation, taylor
@@ -126,12 +126,7 @@ class MixER(nn.Module):
         return self._one_ahead(data, context_Sc, routing, anchor_Sc), data.x[:, :, 1:], mask
 
     def rollout(
-        self,
-        data: Trajectories,
-        context_Sc: Tensor,
-        routing: AnyRouting,
-        anchor_Sc: Tensor | None = None,
-        num_steps: int | None = None,
+        self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None = None
     ) -> Tensor:
         """Predict whole trajectories from their first ``data.num_given`` samples.
 
@@ -140,12 +135,17 @@ class MixER(nn.Module):
             context_Sc: contexts of its environments.
             routing: of its environments.
             anchor_Sc: contexts about which fields are expanded, if any.
-            num_steps: T; None means as many as ``data`` has.
 
         Returns:
             [S, N, T, D]; the given samples are returned as they are.
         """
         raise NotImplementedError
+
+    def errors(self, data: Trajectories, *args: Any, rollout: bool) -> Tensor:
+        """The `scaled_errors` of a batch, [S]: of whole roll-outs, or one sample ahead; ``args`` as for `shoot`."""
+        if rollout:
+            return scaled_errors(self.rollout(data, *args), data.x, data.mask, data.scale)
+        return scaled_errors(*self.shoot(data, *args), data.scale)
 
     def _one_ahead(
         self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None
@@ -158,14 +158,10 @@ class FieldMixER(MixER):
 
     Args:
         facts: see :class:`MixER`.
-        experts: ``(state_dim, num_experts, context_dim) -> bank``.
-        gate: ``(context_dim, num_experts) -> router``.
-        num_experts: E.
-        context_dim: c.
-        route_by: see :class:`MixER`.
         method: solver, see ``tasks.dynamics.nets.solvers.solve``.
         substeps: steps of the solver between two samples.
         modulation: contextual self-modulation in training; None trains the field as it is.
+        options: further arguments of :class:`MixER`.
     """
 
     kind: ClassVar[str] = "field"
@@ -174,23 +170,12 @@ class FieldMixER(MixER):
         self,
         facts: dict[str, Any],
         *,
-        experts: ExpertsFactory,
-        gate: GateFactory,
-        num_experts: int = 4,
-        context_dim: int = 16,
-        route_by: Literal["family", "environment"] = "family",
         method: Method = "rk4",
         substeps: int = 1,
         modulation: SelfModulation | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            facts,
-            experts=experts,
-            gate=gate,
-            num_experts=num_experts,
-            context_dim=context_dim,
-            route_by=route_by,
-        )
+        super().__init__(facts, **options)
         self.method: Method = method
         self.substeps = substeps
         self.modulation = modulation
@@ -238,15 +223,10 @@ class FieldMixER(MixER):
         return path[:, :, 1].view(S, N, T - 1, D)
 
     def rollout(
-        self,
-        data: Trajectories,
-        context_Sc: Tensor,
-        routing: AnyRouting,
-        anchor_Sc: Tensor | None = None,
-        num_steps: int | None = None,
+        self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None = None
     ) -> Tensor:
         """Solve from the last given sample; see :meth:`MixER.rollout`."""
-        N, T, given = data.x.shape[1], num_steps or data.x.shape[2], data.num_given
+        N, T, given = data.x.shape[1], data.x.shape[2], data.num_given
         field = self.field(context_Sc, routing, N, anchor_Sc)
         start = data.x[:, :, given - 1]
         path = solve(field, start, 0.0, data.dt, T - given + 1, method=self.method, substeps=self.substeps)
@@ -256,13 +236,7 @@ class FieldMixER(MixER):
 class SequenceMixER(MixER):
     """Experts are maps from sample to sample (``ShallowPLRNNExperts``); training forces them onto the data.
 
-    Args:
-        facts: see :class:`MixER`.
-        experts: ``(state_dim, num_experts, context_dim) -> bank`` over rows [model state, observed state].
-        gate: ``(context_dim, num_experts) -> router``.
-        num_experts: E.
-        context_dim: c.
-        route_by: see :class:`MixER`.
+    Their bank is one over rows [model state, observed state]; the arguments are those of :class:`MixER`.
     """
 
     kind: ClassVar[str] = "sequence"
@@ -273,15 +247,10 @@ class SequenceMixER(MixER):
         return self._run(data, data.x.shape[2] - 1, context_Sc, routing, data.x.shape[2])
 
     def rollout(
-        self,
-        data: Trajectories,
-        context_Sc: Tensor,
-        routing: AnyRouting,
-        anchor_Sc: Tensor | None = None,
-        num_steps: int | None = None,
+        self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None = None
     ) -> Tensor:
         """Follow the given samples, then run freely; see :meth:`MixER.rollout`."""
-        T, given = num_steps or data.x.shape[2], data.num_given
+        T, given = data.x.shape[2], data.num_given
         path = self._run(data, T - 1, context_Sc, routing, given)
         return torch.cat([data.x[:, :, :given], path[:, :, given - 1 :]], dim=2)
 
@@ -298,21 +267,3 @@ class SequenceMixER(MixER):
             z = self.layer(torch.cat([z, observed], -1), routing=rows, side=side)
             states.append(z)
         return torch.stack(states, 2)
-
-
-# --- Losses -----------------------------------------------------------------------------------------------------------
-
-
-def scaled_errors(pred: Tensor, target: Tensor, mask: Tensor | None, scale_S: Tensor) -> Tensor:
-    """Mean squared error of each environment over its mean squared increment, [S].
-
-    Args:
-        pred: [S, N, T, D].
-        target: [S, N, T, D].
-        mask: bool [S, N, T], what counts; None counts all.
-        scale_S: root mean squared increment.
-    """
-    square = F.mse_loss(pred, target, reduction="none").mean(-1)  # (S, N, T)
-    if mask is None:
-        return square.mean((1, 2)) / scale_S.square()
-    return square.where(mask, 0).sum((1, 2)) / mask.sum((1, 2)).clamp_min(1) / scale_S.square()

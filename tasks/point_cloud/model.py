@@ -130,7 +130,7 @@ class Stage(nn.Module):
 
 
 class PointMoE(nn.Module):
-    """U-Net of Point Transformer V3 blocks whose merging of the heads is made by ``moe``.
+    """U-Net of Point Transformer V3 blocks whose merging of the heads is made by ``moe``; by default small, for CPUs.
 
     Args:
         facts: from the data module; read is ``in_dim``, the channels of the input features.
@@ -278,7 +278,7 @@ def _rates(depths: Sequence[int], drop_path: float) -> list[list[float]]:
     return [flat[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
 
 
-# --- named sizes ------------------------------------------------------------------------------------------------------
+# --- the paper's size -------------------------------------------------------------------------------------------------
 
 
 def point_moe_paper(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:

@@ -6,8 +6,9 @@ S environments, N trajectories per environment, T samples, D state size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,18 @@ class Trajectories:
         """The trajectories that are scored: all of a trained environment, those after the support of a new one."""
         return self._trajectories(slice(self.num_support, None))
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Trajectories:
+        """Apply a function to every tensor."""
+        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
+
     def environments(self, rows: Tensor) -> Trajectories:
         """Keep some environments.
 
         Args:
             rows: int64 row numbers or bool [S].
         """
-        parts = {name: getattr(self, name)[rows] for name in ("x", "dt", "env", "family", "scale")}
-        return replace(self, **parts, mask=None if self.mask is None else self.mask[rows])
+        return self.each(lambda part: part[rows])
 
     def _trajectories(self, part: slice) -> Trajectories:
         mask = None if self.mask is None else self.mask[:, part]
