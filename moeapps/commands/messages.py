@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 _NOISE = re.compile(
@@ -250,20 +251,10 @@ def _class_of(node: Any) -> Any:
 
 
 def option_names(target: Any) -> list[str]:
-    """Return the parameter names of a class or function; those behind ``**kwargs`` come from its base classes."""
-    functions = (
-        [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
-        if inspect.isclass(target)
-        else [target]
-    )
-    names: list[str] = []
-    for function in functions:
-        parameters = inspect.signature(function).parameters.values()
-        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        names += [p.name for p in parameters if p.kind not in kinds and p.name not in ("self", *names)]
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return [name for name in names if name != "facts"]
+    """Return the options of a class or function that a config can set, those passed on by ``**kwargs`` included."""
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
+    return [name for name in add(target, as_group=False, fail_untyped=False) if name != "facts"]
 
 
 def merged_config(args: Sequence[str]) -> dict[str, Any]:
