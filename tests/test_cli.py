@@ -216,6 +216,18 @@ def test_wrong_yaml_exits_with_2_and_a_short_text(
     assert len(message.splitlines()) <= 8
 
 
+def test_options_passed_on_to_another_function_are_suggested_and_what_it_fixes_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overlays = ["--config", "configs/home.yaml", "--config", "configs/baselines/home_cgc.yaml"]
+    assert main(["fit", *overlays, "--model.net.init_args.bank.init_args.shard_experts", "3"]) == 2
+
+    message = capsys.readouterr().err.split("error:")[-1]
+    assert "unknown option 'shard_experts' of cgc" in message
+    assert "did you mean 'shared_experts'" in message
+    assert "levels" not in message
+
+
 def test_a_missing_config_file_is_told_before_anything_slow(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "configs/pointmoe.yaml"]) == 2
     assert "did you mean configs/point_moe.yaml?" in capsys.readouterr().err

@@ -18,9 +18,8 @@ def shared_bottom(*, width: int = 64, hidden: int | None = None, tower_dim: int 
         hidden: units of a hidden layer in it; None for none.
         tower_dim: hidden width of a tower.
     """
-    one = LevelPlan((0,), (0,), ((True,),), ((0,),), experts=("shared",), gates=("all",))
     settings = plain(width, hidden, "none", "relu", mixing="uniform")
-    return network(lambda tree: [one], settings, tower_dim, one_gate=True)
+    return network(lambda tree: [_all_shared(1, ("all",))], settings, tower_dim, one_gate=True)
 
 
 def single_task(*, width: int = 32, hidden: int | None = None, tower_dim: int = 16) -> NetFactory:
@@ -59,10 +58,8 @@ def omoe(
         activation: of the experts.
         tower_dim: hidden width of a tower.
     """
-    plan = LevelPlan(
-        (0,), (0,) * num_experts, ((True,) * num_experts,), ((0,),), experts=shared_names(num_experts), gates=("all",)
-    )
-    return network(lambda tree: [plan], plain(width, hidden, norm, activation), tower_dim, one_gate=True)
+    settings = plain(width, hidden, norm, activation)
+    return network(lambda tree: [_all_shared(num_experts, ("all",))], settings, tower_dim, one_gate=True)
 
 
 def mmoe(
@@ -88,14 +85,11 @@ def mmoe(
 
     Source: J. Ma et al., KDD 2018 (docs/papers/home.md, equation 9).
     """
+    settings = plain(width, hidden, norm, activation, mixing=mixing)
+    return network(lambda tree: [_all_shared(num_experts, tree.tasks)], settings, tower_dim)
 
-    def plans(tree: TaskTree) -> list[LevelPlan]:
-        num = len(tree.tasks)
-        every = table(num, num_experts, lambda g, e: True)
-        return [
-            LevelPlan(
-                (0,), (0,) * num_experts, every, ((0,),) * num, experts=shared_names(num_experts), gates=tree.tasks
-            )
-        ]
 
-    return network(plans, plain(width, hidden, norm, activation, mixing=mixing), tower_dim)
+def _all_shared(num_experts: int, gates: tuple[str, ...]) -> LevelPlan:
+    """A level whose gates all see all experts."""
+    sees, reads = table(len(gates), num_experts, lambda g, e: True), ((0,),) * len(gates)
+    return LevelPlan((0,), (0,) * num_experts, sees, reads, experts=shared_names(num_experts), gates=gates)

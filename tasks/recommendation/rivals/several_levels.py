@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
@@ -41,54 +42,19 @@ def ple(
     Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
     """
     at_least(levels=(levels, 1), experts=(shared_experts + task_experts, 1))
-
-    def plans(tree: TaskTree) -> list[LevelPlan]:
-        num = len(tree.tasks)
-        owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
-        return [
-            _unit_level(tree, owner, level, levels, lambda g, e: not mask or owner[e] in (g, num))
-            for level in range(levels)
-        ]
-
+    plans = _unit_levels(levels, task_experts, shared_experts, mask=mask)
     return network(plans, plain(width, hidden, norm, activation), tower_dim)
 
 
-def cgc(
-    *,
-    shared_experts: int = 4,
-    task_experts: int = 1,
-    width: int = 32,
-    hidden: int | None = None,
-    norm: Norm = "none",
-    activation: ActivationName = "relu",
-    mask: bool = True,
-    tower_dim: int = 16,
-) -> NetFactory:
-    """CGC: shared experts and experts of each task's own; a task's gate sees both.
+def cgc(**options: Any) -> NetFactory:
+    """CGC: shared experts and experts of each task's own; a task's gate sees both; without its mask it is MMoE.
 
     Args:
-        shared_experts: experts that every task sees.
-        task_experts: experts of each task's own.
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
-        norm: normalisation of the experts' outputs.
-        activation: of the experts.
-        mask: whether a task is kept from the experts of others; without, it is MMoE.
-        tower_dim: hidden width of a tower.
+        options: those of `ple` but for its levels, of which there is one.
 
     Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
     """
-    return ple(
-        levels=1,
-        shared_experts=shared_experts,
-        task_experts=task_experts,
-        width=width,
-        hidden=hidden,
-        norm=norm,
-        activation=activation,
-        mask=mask,
-        tower_dim=tower_dim,
-    )
+    return ple(levels=1, **options)
 
 
 def ml_mmoe(
@@ -163,16 +129,10 @@ def adatt(
     Source: D. Li et al., KDD 2023 (docs/papers/home.md, equation 11); facebookresearch/AdaTT ``mtl_lib.py``.
     """
     at_least(levels=(levels, 1), task_experts=(task_experts, 1))
-
-    def plans(tree: TaskTree) -> list[LevelPlan]:
-        num = len(tree.tasks)
-        owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
-        return [_unit_level(tree, owner, level, levels, lambda g, e: True) for level in range(levels)]
-
     one_each = task_experts == 1 and shared_experts in (0, 1)
     kind: Residual = ("ones" if one_each else "constant") if residual else "none"
     settings = plain(width, hidden, "none", "relu", residual=kind)
-    return network(plans, settings, tower_dim)
+    return network(_unit_levels(levels, task_experts, shared_experts), settings, tower_dim)
 
 
 def cross_stitch(*, levels: int = 2, width: int = 32, tower_dim: int = 16) -> NetFactory:
@@ -186,12 +146,7 @@ def cross_stitch(*, levels: int = 2, width: int = 32, tower_dim: int = 16) -> Ne
     Source: I. Misra et al., CVPR 2016, one number per pair of tasks instead of one per pair of channels.
     """
     at_least(levels=(levels, 1))
-
-    def plans(tree: TaskTree) -> list[LevelPlan]:
-        owner = list(range(len(tree.tasks)))
-        return [_unit_level(tree, owner, level, levels, lambda g, e: True) for level in range(levels)]
-
-    return network(plans, plain(width, None, "none", "relu", mixing="constant"), tower_dim)
+    return network(_unit_levels(levels, 1, 0), plain(width, None, "none", "relu", mixing="constant"), tower_dim)
 
 
 def stem(
@@ -219,12 +174,33 @@ def stem(
 
     def plans(tree: TaskTree) -> list[LevelPlan]:
         num = len(tree.tasks)
-        owner = [t for t in range(num) for _ in range(task_experts)] + [num] * shared_experts
+        owner = _owners(num, task_experts, shared_experts)
         trains = table(num, len(owner), lambda g, e: owner[e] in (g, num))
         plan = _unit_level(tree, owner, 1, 2, lambda g, e: True)
         return [replace(plan, views=tuple(range(num + 1)), trains=trains if stop_gradient else None)]
 
     return network(plans, plain(width, hidden, "none", "relu"), tower_dim)
+
+
+def _owners(num_tasks: int, task_experts: int, shared_experts: int) -> list[int]:
+    """The unit of each expert: its task's, or as number T the shared one."""
+    return [t for t in range(num_tasks) for _ in range(task_experts)] + [num_tasks] * shared_experts
+
+
+def _unit_levels(
+    levels: int, task_experts: int, shared_experts: int, *, mask: bool = False
+) -> Callable[[TaskTree], list[LevelPlan]]:
+    """Levels of units that are alike; with ``mask`` a task is kept from the experts of others."""
+
+    def plans(tree: TaskTree) -> list[LevelPlan]:
+        num = len(tree.tasks)
+        owner = _owners(num, task_experts, shared_experts)
+        return [
+            _unit_level(tree, owner, level, levels, lambda g, e: not mask or owner[e] in (g, num))
+            for level in range(levels)
+        ]
+
+    return plans
 
 
 def _unit_level(

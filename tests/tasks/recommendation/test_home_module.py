@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from jsonargparse import ArgumentParser
 from rec_common import make_batch
 from torch import Tensor
 
@@ -231,7 +232,7 @@ def bank(*files: str) -> tuple[str, dict[str, Any]]:
         found = config.get("model", {}).get("init_args", {}).get("net", {}).get("init_args", {}).get("bank", {})
         if found.get("class_path", path) != path:
             path = found["class_path"]
-            allowed = PLANS[path.rpartition(".")[2]].__kwdefaults__
+            allowed = ArgumentParser().add_function_arguments(PLANS[path.rpartition(".")[2]], as_group=False)
             options = {key: value for key, value in options.items() if key in allowed}
         options |= found.get("init_args", {})
     return path.rpartition(".")[2], options
