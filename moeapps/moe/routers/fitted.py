@@ -152,15 +152,8 @@ class FittedRouter(Router):
         return int(self.calls) + 1 >= self.warmup and self.partition.needs_losses
 
     @override
-    def forward(
-        self,
-        features: Features,
-        *,
-        state: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        group: Tensor | None = None,
-    ) -> Routing:
-        routing = super().forward(features, state=state, token_mask=token_mask, group=group)
+    def forward(self, features: Features, **given: Tensor | None) -> Routing:
+        routing = super().forward(features, **given)
         assert isinstance(routing, Routing)
         if not (self.warmup and self.training) or int(self.calls) >= self.warmup:  # no warm-up, no look at the device
             return routing

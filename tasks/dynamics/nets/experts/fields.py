@@ -112,7 +112,7 @@ class PlainExperts(MetaExperts):
         context_dim: width of the contexts that come and are not read.
         width: hidden width.
         depth: linear layers.
-        same_init: see :class:`MetaExperts`.
+        options: ``same_init`` of :class:`MetaExperts`.
 
     Example:
         >>> PlainExperts(2, 3, 1).every(torch.zeros(5, 2), torch.zeros(5, 1)).shape
@@ -127,11 +127,9 @@ class PlainExperts(MetaExperts):
         *,
         width: int = 24,
         depth: int = 3,
-        same_init: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            state_dim, num_experts, context_dim, split_context=False, shift_context=False, same_init=same_init
-        )
+        super().__init__(state_dim, num_experts, context_dim, split_context=False, shift_context=False, **options)
         self.sizes = layer_sizes(state_dim, width, depth, state_dim)
         for i, (n_in, n_out) in enumerate(self.sizes):
             setattr(self, f"weight{i}", nn.Parameter(torch.empty(num_experts, n_in, n_out)))
