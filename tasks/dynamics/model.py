@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeapps.moe import FittedRouter, MoELayer, Router, Routing
 from moeapps.moe.routing import AnyRouting
 from tasks.dynamics.data.batch import Trajectories
+from tasks.dynamics.losses import scaled_errors
 from tasks.dynamics.nets.experts import ExpertsFactory, MetaExperts
 from tasks.dynamics.nets.gates import GateFactory
 from tasks.dynamics.nets.modulation import SelfModulation, taylor
@@ -147,6 +147,12 @@ class MixER(nn.Module):
         """
         raise NotImplementedError
 
+    def errors(self, data: Trajectories, *args: Any, rollout: bool) -> Tensor:
+        """The `scaled_errors` of a batch, [S]: of whole roll-outs, or one sample ahead; ``args`` as for `shoot`."""
+        if rollout:
+            return scaled_errors(self.rollout(data, *args), data.x, data.mask, data.scale)
+        return scaled_errors(*self.shoot(data, *args), data.scale)
+
     def _one_ahead(
         self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None
     ) -> Tensor:
@@ -158,14 +164,10 @@ class FieldMixER(MixER):
 
     Args:
         facts: see :class:`MixER`.
-        experts: ``(state_dim, num_experts, context_dim) -> bank``.
-        gate: ``(context_dim, num_experts) -> router``.
-        num_experts: E.
-        context_dim: c.
-        route_by: see :class:`MixER`.
         method: solver, see ``tasks.dynamics.nets.solvers.solve``.
         substeps: steps of the solver between two samples.
         modulation: contextual self-modulation in training; None trains the field as it is.
+        options: further arguments of :class:`MixER`.
     """
 
     kind: ClassVar[str] = "field"
@@ -174,23 +176,12 @@ class FieldMixER(MixER):
         self,
         facts: dict[str, Any],
         *,
-        experts: ExpertsFactory,
-        gate: GateFactory,
-        num_experts: int = 4,
-        context_dim: int = 16,
-        route_by: Literal["family", "environment"] = "family",
         method: Method = "rk4",
         substeps: int = 1,
         modulation: SelfModulation | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            facts,
-            experts=experts,
-            gate=gate,
-            num_experts=num_experts,
-            context_dim=context_dim,
-            route_by=route_by,
-        )
+        super().__init__(facts, **options)
         self.method: Method = method
         self.substeps = substeps
         self.modulation = modulation
@@ -256,13 +247,7 @@ class FieldMixER(MixER):
 class SequenceMixER(MixER):
     """Experts are maps from sample to sample (``ShallowPLRNNExperts``); training forces them onto the data.
 
-    Args:
-        facts: see :class:`MixER`.
-        experts: ``(state_dim, num_experts, context_dim) -> bank`` over rows [model state, observed state].
-        gate: ``(context_dim, num_experts) -> router``.
-        num_experts: E.
-        context_dim: c.
-        route_by: see :class:`MixER`.
+    Their bank is one over rows [model state, observed state]; the arguments are those of :class:`MixER`.
     """
 
     kind: ClassVar[str] = "sequence"
@@ -298,21 +283,3 @@ class SequenceMixER(MixER):
             z = self.layer(torch.cat([z, observed], -1), routing=rows, side=side)
             states.append(z)
         return torch.stack(states, 2)
-
-
-# --- Losses -----------------------------------------------------------------------------------------------------------
-
-
-def scaled_errors(pred: Tensor, target: Tensor, mask: Tensor | None, scale_S: Tensor) -> Tensor:
-    """Mean squared error of each environment over its mean squared increment, [S].
-
-    Args:
-        pred: [S, N, T, D].
-        target: [S, N, T, D].
-        mask: bool [S, N, T], what counts; None counts all.
-        scale_S: root mean squared increment.
-    """
-    square = F.mse_loss(pred, target, reduction="none").mean(-1)  # (S, N, T)
-    if mask is None:
-        return square.mean((1, 2)) / scale_S.square()
-    return square.where(mask, 0).sum((1, 2)) / mask.sum((1, 2)).clamp_min(1) / scale_S.square()

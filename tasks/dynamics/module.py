@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -24,66 +23,16 @@ from moeapps.training.callbacks.router_fit import fitted_routers
 from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
+from tasks.dynamics.losses import scaled_errors, scored_samples
 from tasks.dynamics.metrics import environment_errors, trajectory_metrics
-from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
+from tasks.dynamics.model import FieldMixER, MixER
 from tasks.dynamics.nets.adaptation import Adaptation, Adapted, TryExperts
+from tasks.dynamics.nets.alternation import Alternation, Phase
 from tasks.dynamics.report.partition import PartitionReport
 from tasks.dynamics.report.predictions import TrajectoryWriter
 
 log = logging.getLogger("moeapps")
-Phase = Literal["context", "model"]
 FIT = "fit of the gate"
-
-
-@dataclass
-class Alternation:
-    """Proximal alternating minimisation: some steps on the contexts, then some on the weights, and so on.
-
-    Args:
-        context_steps: steps on the contexts per round (published: 12).
-        model_steps: steps on weights and gate per round (published: 12).
-        prox: beta of both proximal terms, beta/2 times the mean squared distance to the start of the round (10).
-        contributors: environments per step: one drawn and its nearest by context (published: as many as a family has);
-            None takes all of the batch.
-        context_l1: weight of the mean absolute context in the loss.
-        rollout_share: last share of the steps that train on whole roll-outs; before, on single steps from every
-            observed sample (multiple shooting). 1 is the published way.
-        max_grad_norm: gradients of a step are scaled down to this norm; None never.
-        max_skipped: steps in a row whose loss or gradient is not finite before training stops.
-    """
-
-    context_steps: int = 6
-    model_steps: int = 6
-    prox: float = 10.0
-    contributors: int | None = None
-    context_l1: float = 0.0
-    rollout_share: float = 0.1
-    max_grad_norm: float | None = 10.0
-    max_skipped: int = 50
-
-    def __post_init__(self) -> None:
-        if self.context_steps < 1 or self.model_steps < 1 or self.max_skipped < 1:
-            raise ValueError(
-                f"context_steps={self.context_steps}, model_steps={self.model_steps}, max_skipped={self.max_skipped}: "
-                "each must be 1 or more"
-            )
-        if self.prox < 0 or self.context_l1 < 0 or not 0 <= self.rollout_share <= 1:
-            raise ValueError(
-                f"prox={self.prox} and context_l1={self.context_l1} must be 0 or more, rollout_share="
-                f"{self.rollout_share} lie in [0, 1]"
-            )
-        if self.contributors is not None and self.contributors < 1:
-            raise ValueError(
-                f"contributors={self.contributors}: a step needs at least one environment, or None for all"
-            )
-
-    def phase(self, step: int) -> Phase:
-        """What step ``step`` (from 0) changes."""
-        return "context" if step % (self.context_steps + self.model_steps) < self.context_steps else "model"
-
-    def begins(self, step: int) -> bool:
-        """Whether a round begins with step ``step``."""
-        return step % (self.context_steps + self.model_steps) == 0
 
 
 class DynamicsTask(BaseTask):
@@ -236,12 +185,7 @@ class DynamicsTask(BaseTask):
             anchor_Sc = context_Sc[near_Sp.flatten()]
             context_Sc = context_Sc.repeat_interleave(pool, 0)
             routing = routing.repeat_rows(pool)  # type: ignore[union-attr]
-        return self._errors(data, context_Sc, routing, anchor_Sc, rollout=rollout).mean()
-
-    def _errors(self, data: Trajectories, *args: Any, rollout: bool) -> Tensor:
-        if rollout:
-            return scaled_errors(self.net.rollout(data, *args), data.x, data.mask, data.scale)
-        return scaled_errors(*self.net.shoot(data, *args), data.scale)
+        return self.net.errors(data, context_Sc, routing, anchor_Sc, rollout=rollout).mean()
 
     def _trains_rollouts(self, step: int) -> bool:
         return self._rolls_out(step, int(self.trainer.estimated_stepping_batches))
@@ -249,19 +193,10 @@ class DynamicsTask(BaseTask):
     def _rolls_out(self, step: int, planned: int) -> bool:
         return step >= round((1 - self.alternation.rollout_share) * planned)
 
-    @torch.no_grad()
     def _contributing(self, batch: Trajectories) -> Trajectories:
-        """One environment of the batch and its nearest by mean absolute context distance; all where none is set."""
-        count = self.alternation.contributors
-        if count is None or count >= len(batch.x):
-            return batch
-        context_Sc = self.net.contexts[batch.env]
-        chosen = int(torch.randint(len(context_Sc), ()))
-        distance_S = (context_Sc - context_Sc[chosen]).abs().mean(1)
-        distance_S[chosen] = -1.0  # all distances are 0 at the start; a random order keeps families from coming in turn
-        order_S = torch.randperm(len(distance_S), device=distance_S.device)
-        nearest = order_S[distance_S[order_S].argsort(stable=True)[:count]]
-        return batch.environments(nearest.sort().values)
+        """The environments of the batch that this step reads."""
+        rows = self.alternation.chosen(self.net.contexts[batch.env].detach())
+        return batch if rows is None else batch.environments(rows)
 
     def _proximal(self, phase: Phase) -> Tensor:
         """beta/2 times the mean squared distance of what this phase moves to the start of the round."""
@@ -336,9 +271,7 @@ class DynamicsTask(BaseTask):
             data = self.data
             parts = [data.get_dataset(name, "train") for name in data.present("seen")]
             items = [part[i] for part in parts for i in range(len(cast(Any, part)))]
-            joined = collate_environments(items)
-            moved = {name: getattr(joined, name).to(self.device) for name in ("x", "dt", "env", "family", "scale")}
-            self._training = replace(joined, **moved, mask=None if joined.mask is None else joined.mask.to(self.device))
+            self._training = collate_environments(items).each(lambda part: part.to(self.device))
         return self._training
 
     @torch.no_grad()
@@ -355,7 +288,7 @@ class DynamicsTask(BaseTask):
         rows = torch.arange(S, device=self.device).repeat(E)
         expert = torch.arange(E, device=self.device).repeat_interleave(S)
         every, context = data.environments(rows), self.net.contexts.detach()[rows]
-        error = self._errors(every, context, self.net.route_to(expert, context), rollout=False)
+        error = self.net.errors(every, context, self.net.route_to(expert, context), rollout=False)
         return error.view(E, S).T
 
     # Evaluation ---------------------------------------------------------------------------------------------------
@@ -370,7 +303,7 @@ class DynamicsTask(BaseTask):
             return Adapted(context_Sc, expert_S, zero_S, torch.ones_like(expert_S, dtype=torch.bool))
         # Adaptation needs gradients of the contexts, which inference mode forbids even inside enable_grad.
         with torch.inference_mode(False):
-            return self.adaptation(net, _normal(data.support), net.group(self.training_data()))
+            return self.adaptation(net, data.support.each(torch.clone), net.group(self.training_data()))
 
     def predict_trajectories(self, data: Trajectories) -> tuple[Tensor, Adapted]:
         """Roll out the query trajectories of a batch: [S, N, T, D], with the contexts and experts used."""
@@ -422,15 +355,3 @@ class DynamicsTask(BaseTask):
         """Take it up."""
         super().on_load_checkpoint(checkpoint)
         self._round_start = checkpoint.get("round_start", [])
-
-
-def scored_samples(data: Trajectories) -> Tensor:
-    """Which samples are scored: those that are there and were not given, bool [S, N, T]."""
-    there = torch.ones(data.x.shape[:3], dtype=torch.bool, device=data.x.device) if data.mask is None else data.mask
-    return there & (torch.arange(data.x.shape[2], device=data.x.device) >= data.num_given)
-
-
-def _normal(data: Trajectories) -> Trajectories:
-    """The batch in tensors that autograd may save: those made in inference mode are copied."""
-    copied = {name: getattr(data, name).clone() for name in ("x", "dt", "env", "family", "scale")}
-    return replace(data, **copied, mask=None if data.mask is None else data.mask.clone())

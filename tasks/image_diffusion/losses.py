@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing losses of ProMoE and its rivals: pure functions of a record, and the modules that YAML names.
 
+All these papers sum over the layers, as `AuxLoss` does unless told otherwise.
+
 Shape legend: N tokens, E experts, D width, G images, M assignments.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeapps.moe import AuxLoss, PrototypeScore, Record, Routing
-from moeapps.moe.losses import Reduction
 from moeapps.moe.objectives import routed
 from moeapps.moe.routers.router import without_autocast
 from tasks.image_diffusion.rivals.diffmoe import CapacityRouting
@@ -112,8 +115,7 @@ class RoutingContrast(AuxLoss):
         weight: lambda (paper: 1; 10 for the smallest DDPM model).
         tau: temperature (paper: 0.07).
         per_image: means within each image, for the EC variant.
-        layers: pattern of layer names.
-        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
+        options: see `AuxLoss`.
 
     Raises:
         ValueError: in use, for a layer without prototypes.
@@ -121,16 +123,8 @@ class RoutingContrast(AuxLoss):
 
     name = "contrast"
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        *,
-        tau: float = 0.07,
-        per_image: bool = False,
-        layers: str = "*",
-        reduction: Reduction = "sum",
-    ) -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
+    def __init__(self, weight: float = 1.0, *, tau: float = 0.07, per_image: bool = False, **options: Any) -> None:
+        super().__init__(weight, **options)
         if not tau > 0:
             raise ValueError(f"tau={tau}, but a temperature is above 0 (paper: 0.07)")
         self.tau, self.per_image = tau, per_image
@@ -157,14 +151,13 @@ class RouterSimilarity(AuxLoss):
 
     Args:
         weight: coefficient; 1e-5 in one re-implementation, the paper's is not known to us.
-        layers: pattern of layer names.
-        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
+        options: see `AuxLoss`.
     """
 
     name = "similarity"
 
-    def __init__(self, weight: float = 1e-5, *, layers: str = "*", reduction: Reduction = "sum") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
+    def __init__(self, weight: float = 1e-5, **options: Any) -> None:
+        super().__init__(weight, **options)
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one layer."""
@@ -183,8 +176,7 @@ class CapacityLoss(AuxLoss):
 
     Args:
         weight: coefficient (DiffMoE: 1). The predictor reads detached tokens, so nothing else is trained by it.
-        layers: pattern of layer names.
-        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
+        options: see `AuxLoss`.
 
     Raises:
         ValueError: in use, for a layer without a capacity predictor.
@@ -192,8 +184,8 @@ class CapacityLoss(AuxLoss):
 
     name = "capacity"
 
-    def __init__(self, weight: float = 1.0, *, layers: str = "*", reduction: Reduction = "sum") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
+    def __init__(self, weight: float = 1.0, **options: Any) -> None:
+        super().__init__(weight, **options)
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one layer over the tokens that were routed."""
@@ -215,14 +207,13 @@ class SuperclassLoss(AuxLoss, ClassTable):
 
     Args:
         weight: coefficient (the paper's is not known to us).
-        layers: pattern of layer names.
-        reduction: ``sum`` (all these papers) or ``mean`` over the layers.
+        options: see `AuxLoss`.
     """
 
     name = "superclass"
 
-    def __init__(self, weight: float = 1.0, *, layers: str = "*", reduction: Reduction = "sum") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
+    def __init__(self, weight: float = 1.0, **options: Any) -> None:
+        super().__init__(weight, **options)
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one layer over the tokens with a class; equal weight for every image."""

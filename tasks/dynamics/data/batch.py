@@ -6,7 +6,7 @@ S environments, N trajectories per environment, T samples, D state size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,14 +48,18 @@ class Trajectories:
         """The trajectories that are scored: all of a trained environment, those after the support of a new one."""
         return self._trajectories(slice(self.num_support, None))
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Trajectories:
+        """Apply a function to every tensor."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
+
     def environments(self, rows: Tensor) -> Trajectories:
         """Keep some environments.
 
         Args:
             rows: int64 row numbers or bool [S].
         """
-        parts = {name: getattr(self, name)[rows] for name in ("x", "dt", "env", "family", "scale")}
-        return replace(self, **parts, mask=None if self.mask is None else self.mask[rows])
+        return self.each(lambda part: part[rows])
 
     def _trajectories(self, part: slice) -> Trajectories:
         mask = None if self.mask is None else self.mask[:, part]

@@ -10,8 +10,8 @@ Shape letters: S environments, E experts, B candidate experts, c context width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from moeapps.moe import DenseRouting
 from moeapps.moe.routing import AnyRouting
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.model import MixER, scaled_errors
+from tasks.dynamics.model import MixER
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,7 @@ class Adaptation:
         if not self.sequential:
             return self.adapt(net, support, groups_S)
         parts = [self.adapt(net, support.environments(torch.tensor([e])), groups_S) for e in range(len(support.x))]
-        return Adapted(
-            *(
-                torch.cat([getattr(part, name) for part in parts])
-                for name in ("context", "expert", "support_loss", "gate_agrees")
-            )
-        )
-
-    def errors(self, net: MixER, data: Trajectories, context_Sc: Tensor, routing: AnyRouting) -> Tensor:
-        """The loss of each environment, [S]."""
-        if self.loss == "rollout":
-            return scaled_errors(net.rollout(data, context_Sc, routing), data.x, data.mask, data.scale)
-        return scaled_errors(*net.shoot(data, context_Sc, routing), data.scale)
+        return Adapted(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Adapted)))
 
     def descend(
         self, net: MixER, data: Trajectories, start_Sc: Tensor, route: Callable[[Tensor], AnyRouting], steps: int
@@ -99,7 +88,7 @@ class Adaptation:
             context_Sc = start_Sc.detach().clone().requires_grad_()
             optimizer = torch.optim.Adam([context_Sc], lr=self.lr)
             for _ in range(steps):
-                loss = self.errors(net, data, context_Sc, route(context_Sc)).sum()
+                loss = net.errors(data, context_Sc, route(context_Sc), rollout=self.loss == "rollout").sum()
                 (gradient,) = torch.autograd.grad(loss, [context_Sc], allow_unused=True)
                 if gradient is None:
                     break  # experts that read no context
@@ -109,14 +98,7 @@ class Adaptation:
 
 
 class FromZeros(Adaptation):
-    """The published way: contexts start at 0 and the gate chooses in every step, so all start with the same expert.
-
-    Args:
-        steps: Adam steps on the contexts.
-        lr: their step size.
-        loss: see :class:`Adaptation`.
-        sequential: see :class:`Adaptation`.
-    """
+    """The published way: contexts start at 0 and the gate chooses in every step, so all start with the same expert."""
 
     def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
         """Descend from 0 under the gate."""
@@ -129,7 +111,7 @@ class FromZeros(Adaptation):
         start_Sc = torch.zeros(len(support.x), net.context_dim, device=support.x.device)
         context_Sc = self.descend(net, support, start_Sc, route, self.steps)
         with torch.no_grad():
-            loss_S = scaled_errors(*net.shoot(support, context_Sc, route(context_Sc)), support.scale)
+            loss_S = net.errors(support, context_Sc, route(context_Sc), rollout=False)
             expert_S = net.best_experts(context_Sc, group_S)
         return Adapted(context_Sc, expert_S, loss_S, torch.ones_like(expert_S, dtype=torch.bool))
 
@@ -142,28 +124,18 @@ class TryExperts(Adaptation):
     where they start.
 
     Args:
-        steps: Adam steps on the contexts in all.
-        lr: their step size.
-        loss: see :class:`Adaptation`.
-        sequential: see :class:`Adaptation`.
         warmup: share of the steps that every candidate takes, in [0, 1].
+        options: see :class:`Adaptation`.
 
     Raises:
         ValueError: a number outside its range.
     """
 
-    def __init__(
-        self,
-        steps: int = 200,
-        lr: float = 0.02,
-        loss: Literal["shooting", "rollout"] = "shooting",
-        sequential: bool = False,
-        warmup: float = 0.25,
-    ) -> None:
-        super().__init__(steps, lr, loss, sequential)
+    def __init__(self, *, warmup: float = 0.25, **options: Any) -> None:
+        super().__init__(**options)
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup={warmup} is a share of the steps and must lie in [0, 1]")
-        self.warmup = round(warmup * steps)
+        self.warmup = round(warmup * self.steps)
 
     def adapt(self, net: MixER, support: Trajectories, groups_S: Tensor) -> Adapted:
         """Try, keep, confirm."""
@@ -196,7 +168,7 @@ class TryExperts(Adaptation):
 
     @torch.no_grad()
     def _loss(self, net: MixER, data: Trajectories, context: Tensor, expert: Tensor) -> Tensor:
-        return scaled_errors(*net.shoot(data, context, net.route_to(expert, context)), data.scale)
+        return net.errors(data, context, net.route_to(expert, context), rollout=False)
 
 
 def _finite(loss: Tensor) -> Tensor:

@@ -20,11 +20,9 @@ def published(*, noise: float = 1e-4, max_rounds: int = 20, tol: float = 1e-4) -
         max_rounds: K-means rounds.
         tol: absolute tolerance on the centroids.
     """
-
-    def build(context_dim: int, num_experts: int) -> FittedRouter:
-        return FittedRouter(context_dim, num_experts, PublishedKMeans(max_rounds, tol), noise=noise)
-
-    return build
+    return lambda context_dim, num_experts: FittedRouter(
+        context_dim, num_experts, PublishedKMeans(max_rounds, tol), noise=noise
+    )
 
 
 def robust(

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeapps.moe.losses import AuxLoss
-from moeapps.training.optim import OptimizerConfig, Schedule
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.model import MixER
-from tasks.dynamics.module import Alternation, DynamicsTask, Phase
-from tasks.dynamics.nets.adaptation import Adaptation
+from tasks.dynamics.module import DynamicsTask
+from tasks.dynamics.nets.alternation import Phase
 
 
 class CaviaTask(DynamicsTask):
@@ -24,17 +20,9 @@ class CaviaTask(DynamicsTask):
     weights; ``alternation.context_steps`` and ``context_lr`` are not used.
 
     Args:
-        net: makes a network with one expert from the facts.
-        facts: see `DynamicsTask`.
         inner_steps: gradient steps on the contexts inside a training step.
         inner_lr: their step size (of plain gradient descent on the error of each environment).
-        alternation: see `DynamicsTask`.
-        gate_every: see `DynamicsTask`.
-        context_lr: not used.
-        adaptation: see `DynamicsTask`.
-        aux_losses: losses on the routing.
-        optimizer: Adam's numbers for the weights.
-        schedule: learning-rate schedule of the weights.
+        options: arguments of `DynamicsTask`; ``net`` makes a network with one expert.
 
     Raises:
         ValueError: more than one expert (the published trainer goes with no gate), or a number outside its range.
@@ -42,32 +30,8 @@ class CaviaTask(DynamicsTask):
     Source: Zintgraf et al. (2019); named as a baseline in MixER (docs/papers/mixer.md, equation 17).
     """
 
-    def __init__(
-        self,
-        *,
-        net: Callable[[dict[str, Any]], MixER],
-        facts: dict[str, Any],
-        inner_steps: int = 3,
-        inner_lr: float = 0.1,
-        alternation: Alternation | None = None,
-        gate_every: int = 2,
-        context_lr: float = 5e-3,
-        adaptation: Adaptation | None = None,
-        aux_losses: list[AuxLoss] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
-    ) -> None:
-        super().__init__(
-            net=net,
-            facts=facts,
-            alternation=alternation,
-            gate_every=gate_every,
-            context_lr=context_lr,
-            adaptation=adaptation,
-            aux_losses=aux_losses,
-            optimizer=optimizer,
-            schedule=schedule,
-        )
+    def __init__(self, *, inner_steps: int = 3, inner_lr: float = 0.1, **options: Any) -> None:
+        super().__init__(**options)
         if self.net.num_experts != 1 or inner_steps < 1 or not inner_lr > 0:
             raise ValueError(
                 f"num_experts={self.net.num_experts}, inner_steps={inner_steps}, inner_lr={inner_lr}: CAVIA has one "
@@ -86,9 +50,9 @@ class CaviaTask(DynamicsTask):
         routing = self.net.route(context_Sc, self.net.group(data))
         for _ in range(self.inner_steps):
             # The sum keeps environments apart: each takes a step of its own.
-            error = self._errors(data, context_Sc, routing, rollout=rollout).sum()
+            error = self.net.errors(data, context_Sc, routing, rollout=rollout).sum()
             (gradient,) = torch.autograd.grad(error, [context_Sc], create_graph=True)
             context_Sc = context_Sc - self.inner_lr * gradient
         with torch.no_grad():
             self.net.contexts[data.env] = context_Sc
-        return self._errors(data, context_Sc, routing, rollout=rollout).mean()
+        return self.net.errors(data, context_Sc, routing, rollout=rollout).mean()

@@ -15,11 +15,7 @@ def hard_em(*, noise: float = 1e-4) -> GateFactory:
     Args:
         noise: standard deviation added to the contexts before the fit.
     """
-
-    def build(context_dim: int, num_experts: int) -> FittedRouter:
-        return FittedRouter(context_dim, num_experts, LowestLoss(), noise=noise)
-
-    return build
+    return lambda context_dim, num_experts: FittedRouter(context_dim, num_experts, LowestLoss(), noise=noise)
 
 
 def frozen() -> GateFactory:
@@ -34,20 +30,12 @@ def frozen() -> GateFactory:
 
 def switch() -> GateFactory:
     """Rival: the top-1 expert, with its field scaled by the gate's probability, so that the gate learns by gradient."""
-
-    def build(context_dim: int, num_experts: int) -> Router:
-        return Router(LinearScore(context_dim, num_experts, bias=True), TopK(1))
-
-    return build
+    return lambda context_dim, num_experts: Router(LinearScore(context_dim, num_experts, bias=True), TopK(1))
 
 
 def soft() -> GateFactory:
     """Rival: the softmax-weighted sum of all fields, at E times the cost."""
-
-    def build(context_dim: int, num_experts: int) -> Router:
-        return Router(LinearScore(context_dim, num_experts, bias=True), Dense())
-
-    return build
+    return lambda context_dim, num_experts: Router(LinearScore(context_dim, num_experts, bias=True), Dense())
 
 
 def single() -> GateFactory:
@@ -69,8 +57,4 @@ def single() -> GateFactory:
 
 def by_group() -> GateFactory:
     """Control: a row with group g (family or environment) goes to expert g modulo E."""
-
-    def build(context_dim: int, num_experts: int) -> Router:
-        return Router(TableScore(torch.eye(num_experts)), TopK(1, weighing="ones"))
-
-    return build
+    return lambda context_dim, num_experts: Router(TableScore(torch.eye(num_experts)), TopK(1, weighing="ones"))

@@ -56,31 +56,12 @@ class GlyphShapes(ImageSource):
         seed: int = 0,
     ) -> None:
         self.counts: dict[Split, int] = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
-        sizes: dict[str, int] = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
-        for name, count in {**sizes, "image_size": image_size}.items():
+        for name, count in {**dict[str, int](self.counts), "image_size": image_size}.items():
             if count < 1:
                 raise ValueError(f"{name}: {count} is not allowed; use 1 or more")
-        self.size, self.seed = image_size, seed
-
-    @property
-    def channels(self) -> int:
-        """One: grey."""
-        return 1
-
-    @property
-    def image_size(self) -> int:
-        """Pixels along a side."""
-        return self.size
-
-    @property
-    def class_names(self) -> list[str]:
-        """Thirty names of sketches."""
-        return [name for sketches in FAMILIES.values() for name in sketches]
-
-    @property
-    def superclass(self) -> list[int]:
-        """The family of each class."""
-        return [number for number, sketches in enumerate(FAMILIES.values()) for _ in sketches]
+        self.channels, self.image_size, self.seed = 1, image_size, seed
+        self.class_names = [name for sketches in FAMILIES.values() for name in sketches]
+        self.superclass = [number for number, sketches in enumerate(FAMILIES.values()) for _ in sketches]
 
     @property
     def domains(self) -> list[str]:
@@ -112,7 +93,7 @@ class GlyphShapes(ImageSource):
         return f"generated drawings, version {GENERATOR_VERSION}, seed {self.seed}, {self.counts} images per class"
 
     def _path(self, domain: str, cache: Path | None) -> Path:
-        key = config_hash([GENERATOR_VERSION, domain, self.counts, self.size, self.seed])
+        key = config_hash([GENERATOR_VERSION, domain, self.counts, self.image_size, self.seed])
         return cache_dir("image_diffusion", root=cache) / f"{domain}-{key}.npz"
 
     def _load(self, domain: str, cache: Path | None) -> dict[str, Any]:
@@ -137,7 +118,7 @@ class GlyphShapes(ImageSource):
             for sketch in sketches.values():
                 label += 1
                 if family in ("", name):
-                    pixels.append(draw(sketch, HANDS[name], count, self.size, generator))
+                    pixels.append(draw(sketch, HANDS[name], count, self.image_size, generator))
                     labels.append(torch.full((count,), label, dtype=torch.int64))
         drawn = torch.cat(pixels)
         return (STYLES[style](drawn, seed % (1 << 31)) if style else drawn), torch.cat(labels)

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from moeapps.data.domain import Role, Split
 from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
@@ -22,12 +20,12 @@ from tasks.image_diffusion.data.readers.latent_files import (
     read_shard,
     read_statistics,
 )
-from tasks.image_diffusion.data.source import ImageSource, split_rows
+from tasks.image_diffusion.data.source import OwnSource, split_rows
 
 Layout = Literal["folder", "shards", "arrays"]
 
 
-class LatentImages(ImageSource):
+class LatentImages(OwnSource):
     """Latents below ``root``, one domain each; classes of one name are one class.
 
     Layouts of a domain: ``<domain>/<class>/*.npz`` with ``latent`` (ProMoE) or ``moments`` (MAR, DiffMoE);
@@ -43,7 +41,7 @@ class LatentImages(ImageSource):
         statistics: normalise shards by their ``latents_stats.pt``.
         val_share: share of each class for validation.
         test_share: share of each class for tests.
-        seed: seed of the splits.
+        options: see `OwnSource`.
 
     Raises:
         ValueError: a share or size that is not allowed.
@@ -62,41 +60,14 @@ class LatentImages(ImageSource):
         statistics: bool = True,
         val_share: float = 0.01,
         test_share: float = 0.01,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         if channels < 1 or image_size < 1 or not scale > 0:
             raise ValueError(f"channels={channels}, image_size={image_size}, scale={scale}; all must be positive")
-        if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1):
-            raise ValueError(f"val_share={val_share}, test_share={test_share}; 0 or more, and together less than 1")
-        self.root, self.num_channels, self.size = Path(root), channels, image_size
-        self.scale, self.normalise, self.seed = scale, statistics, seed
-        self.shares: dict[Split, float] = {"test": test_share, "val": val_share}
-        self.classes: dict[str, list[str]] = {}
-
-    @property
-    def channels(self) -> int:
-        """Channels of the latent."""
-        return self.num_channels
-
-    @property
-    def image_size(self) -> int:
-        """Places along a side of the latent."""
-        return self.size
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of all classes, those of the first domain first."""
-        return list(self._numbers)
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        names = dict.fromkeys(name for names in self.classes.values() for name in names)
-        return {name: number for number, name in enumerate(names)}
-
-    @property
-    def superclass(self) -> list[int]:
-        """Number of the first domain that has the class."""
-        return [next(i for i, names in enumerate(self.classes.values()) if name in names) for name in self.class_names]
+        super().__init__(
+            root=root, channels=channels, image_size=image_size, val_share=val_share, test_share=test_share, **options
+        )
+        self.scale, self.normalise = scale, statistics
 
     def layout(self, domain: str) -> Layout:
         """Return how a domain is kept.
@@ -118,12 +89,12 @@ class LatentImages(ImageSource):
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Look for the classes of every domain and read one latent of each, whose shape must be the model's."""
-        self.classes = {name: self._classes(name) for names in roles.values() for name in names}
-        self.__dict__.pop("_numbers", None)
+        super().bind(roles)
         for name in self.classes:
             self._check_shape(name)
 
-    def _classes(self, domain: str) -> list[str]:
+    def classes_of(self, domain: str) -> list[str]:
+        """Names of its folders or arrays, or the numbers of its labels."""
         kind = self.layout(domain)
         if kind == "folder":
             return sorted(path.name for path in (self.root / domain).iterdir() if any(path.glob("*.npz")))
@@ -148,18 +119,18 @@ class LatentImages(ImageSource):
             path = self._shards(domain)[0]
             shape = tuple(read_shard(path, "latents", 0).shape)
             if self.normalise:
-                read_statistics(path.parent / "latents_stats.pt", self.num_channels)
+                read_statistics(path.parent / "latents_stats.pt", self.channels)
         else:
             path = next((self.root / domain).glob("*/*.npz"))
             shape = tuple(read_latent(path).shape)
         self._check(shape, path)
 
     def _check(self, shape: tuple[int, ...], path: Path) -> None:
-        allowed = (self.num_channels, 2 * self.num_channels)
-        if len(shape) != 3 or shape[0] not in allowed or shape[1:] != (self.size, self.size):
+        allowed = (self.channels, 2 * self.channels)
+        if len(shape) != 3 or shape[0] not in allowed or shape[1:] != (self.image_size, self.image_size):
             raise ImageFileError(
-                f"{path}: a latent has shape {shape}; channels={self.num_channels} and image_size={self.size} allow "
-                f"{allowed[0]} (latent) or {allowed[1]} (mean and log-variance) x {self.size} x {self.size}"
+                f"{path}: a latent has shape {shape}; channels={self.channels} and image_size={self.image_size} allow "
+                f"{allowed[0]} (latent) or {allowed[1]} (mean and log-variance) x {self.image_size} x {self.image_size}"
             )
 
     def dataset(self, domain: str, split: Split, cache: Path | None) -> LatentDataset:
@@ -170,21 +141,21 @@ class LatentImages(ImageSource):
         if kind == "arrays":
             return self._arrays(domain, split)
         paths = self._shards(domain)
-        label = self._renumber(torch.cat([read_shard(path, "labels") for path in paths]), domain)
-        stats = read_statistics(paths[0].parent / "latents_stats.pt", self.num_channels) if self.normalise else None
+        label = self.numbers(domain)[torch.cat([read_shard(path, "labels") for path in paths])]
+        stats = read_statistics(paths[0].parent / "latents_stats.pt", self.channels) if self.normalise else None
         rows = split_rows(label, self.shares, self.seed)[split]
         scale = 1.0 if self.normalise else self.scale
-        shards = LatentShards(paths, self.num_channels, scale, train=train, rows=rows, statistics=stats)
+        shards = LatentShards(paths, self.channels, scale, train=train, rows=rows, statistics=stats)
         shards.label = label[rows]
         return shards
 
     def _folder(self, domain: str, split: Split) -> LatentFolder:
-        names = self.classes[domain]
-        files = [(path, name) for name in names for path in sorted((self.root / domain / name).glob("*.npz"))]
-        label = torch.tensor([self._numbers[name] for _, name in files])
+        number = dict(zip(self.classes[domain], self.numbers(domain).tolist(), strict=True))
+        files = [(path, number[name]) for name in number for path in sorted((self.root / domain / name).glob("*.npz"))]
+        label = torch.tensor([label for _, label in files])
         rows = split_rows(label, self.shares, self.seed)[split]
         paths = [files[row][0] for row in rows.tolist()]
-        return LatentFolder(paths, label[rows], self.num_channels, self.scale, train=split == "train")
+        return LatentFolder(paths, label[rows], self.channels, self.scale, train=split == "train")
 
     def _arrays(self, domain: str, split: Split) -> LatentArrays:
         path = self.root / f"{domain}.npz"
@@ -193,14 +164,11 @@ class LatentImages(ImageSource):
         if x.ndim != 4 or x.dtype.kind != "f":
             raise ImageFileError(f"{path}: x is {x.dtype} {x.shape}; give floats (N, C, h, w)")
         self._check(x.shape[1:], path)
-        label = self._renumber(check_labels(arrays["y"], len(x), path, self.classes[domain]), domain)
+        label = self.numbers(domain)[check_labels(arrays["y"], len(x), path, self.classes[domain])]
         rows = split_rows(label, self.shares, self.seed)[split]
         values = torch.from_numpy(x)[rows]
-        return LatentArrays(values, label[rows], self.num_channels, self.scale, train=split == "train")
-
-    def _renumber(self, label: Tensor, domain: str) -> Tensor:
-        return torch.tensor([self._numbers[name] for name in self.classes[domain]])[label]
+        return LatentArrays(values, label[rows], self.channels, self.scale, train=split == "train")
 
     def describe(self, domain: str) -> str:
         """Say where the latents lie."""
-        return f"own latents, {self.root.name}/{domain}, {self.num_channels} x {self.size} x {self.size}"
+        return f"own latents, {self.root.name}/{domain}, {self.channels} x {self.image_size} x {self.image_size}"

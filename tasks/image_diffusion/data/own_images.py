@@ -12,21 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import Split
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import PixelImages
 from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, pixels_nchw, read_array, read_arrays
-from tasks.image_diffusion.data.source import ImageSource, split_rows
+from tasks.image_diffusion.data.source import OwnSource, split_rows
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class OwnImages(ImageSource):
+class OwnImages(OwnSource):
     """``root/<domain>/<class>/*.png`` (jpg, webp, bmp), ``root/<domain>.npz``, or ``root/<domain>_x.npy`` and ``_y``.
 
-    Classes of one name are one class, whichever domain they are in. The superclass of a class is the first domain that
-    has it. Image files are cropped to a square and scaled as ImageNet usually is for diffusion; arrays must have the
-    right size already. Splits are drawn class by class.
+    Image files are cropped to a square and scaled as ImageNet usually is for diffusion; arrays must have the right size
+    already. Domains share classes as `OwnSource` says.
 
     Args:
         root: folder that holds the domains.
@@ -35,7 +34,7 @@ class OwnImages(ImageSource):
         mirror: probability of a left-right mirror image in training; 0 where the side matters (digits, letters).
         val_share: share of each class for validation.
         test_share: share of each class for tests.
-        seed: seed of the splits.
+        options: see `OwnSource`.
 
     Raises:
         ValueError: a size, a share or a number of channels that is not allowed.
@@ -51,48 +50,22 @@ class OwnImages(ImageSource):
         mirror: float = 0.5,
         val_share: float = 0.05,
         test_share: float = 0.1,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         if channels not in (1, 3) or image_size < 1:
             raise ValueError(
                 f"channels={channels}, image_size={image_size}; channels must be 1 or 3, the size positive"
             )
-        if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1 and 0 <= mirror <= 1):
-            raise ValueError(
-                f"val_share={val_share}, test_share={test_share}, mirror={mirror}; shares must be 0 or more and "
-                "together less than 1, mirror between 0 and 1"
-            )
-        self.root, self.size, self.num_channels = Path(root), image_size, channels
-        self.mirror, self.seed = mirror, seed
-        self.shares: dict[Split, float] = {"test": test_share, "val": val_share}
-        self.classes: dict[str, list[str]] = {}
+        if not 0 <= mirror <= 1:
+            raise ValueError(f"mirror={mirror}; a probability lies in [0, 1]")
+        super().__init__(
+            root=root, channels=channels, image_size=image_size, val_share=val_share, test_share=test_share, **options
+        )
+        self.mirror = mirror
         self._read: dict[str, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def channels(self) -> int:
-        """1 or 3."""
-        return self.num_channels
-
-    @property
-    def image_size(self) -> int:
-        """Pixels along a side."""
-        return self.size
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of all classes, those of the first domain first."""
-        return list(dict.fromkeys(name for names in self.classes.values() for name in names))
-
-    @property
-    def superclass(self) -> list[int]:
-        """Number of the first domain that has the class."""
-        return [next(i for i, names in enumerate(self.classes.values()) if name in names) for name in self.class_names]
-
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Look for the classes of every domain."""
-        self.classes = {name: self._classes(name) for names in roles.values() for name in names}
-
-    def _classes(self, domain: str) -> list[str]:
+    def classes_of(self, domain: str) -> list[str]:
+        """Names of its folders, or those of its arrays."""
         if (self.root / domain).is_dir():
             names = sorted(path.name for path in (self.root / domain).iterdir() if path.is_dir())
             if not names:
@@ -129,43 +102,41 @@ class OwnImages(ImageSource):
 
     def _all(self, domain: str, cache: Path | None) -> tuple[Tensor, Tensor]:
         if (self.root / domain).is_dir():
-            pixels, label, names = self._from_files(domain, cache)
+            pixels, label = self._from_files(domain, cache)
         else:
-            pixels, label, names = self._arrays(domain)
-        wanted = (self.num_channels, self.size, self.size)
+            pixels, label, _ = self._arrays(domain)
+        wanted = (self.channels, self.image_size, self.image_size)
         if tuple(pixels.shape[1:]) != wanted:
             raise ImageFileError(
                 f"domain {domain!r}: images of shape {tuple(pixels.shape[1:])}, the model takes {wanted}; set "
                 "image_size and channels, or scale the arrays"
             )
-        number = {name: i for i, name in enumerate(self.class_names)}
-        return pixels, torch.tensor([number[name] for name in names])[label]
+        return pixels, self.numbers(domain)[label]
 
-    def _from_files(self, domain: str, cache: Path | None) -> tuple[Tensor, Tensor, list[str]]:
-        names = self.classes[domain]
+    def _from_files(self, domain: str, cache: Path | None) -> tuple[Tensor, Tensor]:
         files = [
             (path, number)
-            for number, name in enumerate(names)
+            for number, name in enumerate(self.classes[domain])
             for path in sorted((self.root / domain / name).iterdir())
             if path.suffix.lower() in ENDINGS
         ]
         if not files:
             raise ImageFileError(f"{self.root / domain} holds no image; allowed endings: {', '.join(ENDINGS)}")
         stamps = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path, _ in files]
-        key = config_hash([1, stamps, self.size, self.num_channels])
+        key = config_hash([1, stamps, self.image_size, self.channels])
 
         def write(path: Path) -> None:
             from rich.progress import track
 
             shown = track(files, f"reading {domain}", transient=True, disable=len(files) < 500)
-            write_arrays(path, x=np.stack([read_image(file, self.size, self.num_channels) for file, _ in shown]))
+            write_arrays(path, x=np.stack([read_image(file, self.image_size, self.channels) for file, _ in shown]))
 
         saved = read_arrays(build_once(cache_dir("image_diffusion", root=cache) / f"{domain}-{key}.npz", write), "x")
-        return torch.from_numpy(saved["x"]), torch.tensor([number for _, number in files]), names
+        return torch.from_numpy(saved["x"]), torch.tensor([number for _, number in files])
 
     def describe(self, domain: str) -> str:
         """Say where the images lie."""
-        return f"own images, {self.root.name}/{domain}, {self.size} x {self.size}"
+        return f"own images, {self.root.name}/{domain}, {self.image_size} x {self.image_size}"
 
 
 def centre_crop(image: Any, size: int) -> Any:

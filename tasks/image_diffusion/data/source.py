@@ -21,30 +21,18 @@ class ImageSource(ABC):
     Attributes:
         default_roles: domains per role where the data module names none.
         latent: images are latents of an autoencoder, not pixels.
+        channels: C of the images the model sees.
+        image_size: H = W of the images the model sees.
+        class_names: one name per label; known once the roles are bound.
+        superclass: group of each label (0, 1, ...): what classification routing is supervised by.
     """
 
     default_roles: ClassVar[dict[Role, list[str]]] = {}
     latent: bool = False
-
-    @property
-    @abstractmethod
-    def channels(self) -> int:
-        """C of the images the model sees."""
-
-    @property
-    @abstractmethod
-    def image_size(self) -> int:
-        """H = W of the images the model sees."""
-
-    @property
-    @abstractmethod
-    def class_names(self) -> list[str]:
-        """One name per label."""
-
-    @property
-    @abstractmethod
-    def superclass(self) -> list[int]:
-        """Group of each label (0, 1, ...): what classification routing is supervised by."""
+    channels: int
+    image_size: int
+    class_names: list[str]
+    superclass: list[int]
 
     @abstractmethod
     def bind(self, roles: dict[Role, list[str]]) -> None:
@@ -71,6 +59,52 @@ class ImageSource(ABC):
     @abstractmethod
     def describe(self, domain: str) -> str:
         """Say where a domain's images come from, for results files."""
+
+
+class OwnSource(ImageSource):
+    """A user's own domains below a folder: classes of one name are one class, whichever domain they are in.
+
+    The superclass of a class is the first domain that has it. Splits are drawn class by class.
+
+    Args:
+        root: folder that holds the domains.
+        channels: C.
+        image_size: height and width the model sees.
+        val_share: share of each class for validation.
+        test_share: share of each class for tests.
+        seed: seed of the splits.
+
+    Raises:
+        ValueError: shares that leave nothing for training.
+    """
+
+    def __init__(
+        self, *, root: Path, channels: int, image_size: int, val_share: float, test_share: float, seed: int = 0
+    ) -> None:
+        if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1):
+            raise ValueError(f"val_share={val_share}, test_share={test_share}; 0 or more, and together less than 1")
+        self.root, self.channels, self.image_size, self.seed = Path(root), channels, image_size, seed
+        self.shares: dict[Split, float] = {"test": test_share, "val": val_share}
+        self.classes: dict[str, list[str]] = {}
+        self.class_names, self.superclass = [], []
+
+    @abstractmethod
+    def classes_of(self, domain: str) -> list[str]:
+        """Look for the class names of a domain, in the order of its own labels."""
+
+    def bind(self, roles: dict[Role, list[str]]) -> None:
+        """Look for the classes of every domain."""
+        self.classes = {name: self.classes_of(name) for names in roles.values() for name in names}
+        first: dict[str, int] = {}
+        for domain, names in enumerate(self.classes.values()):
+            first = {**dict.fromkeys(names, domain), **first}
+        self.class_names = list(dict.fromkeys(name for names in self.classes.values() for name in names))
+        self.superclass = [first[name] for name in self.class_names]
+
+    def numbers(self, domain: str) -> Tensor:
+        """Label of each class of a domain among all classes, int64."""
+        number = {name: i for i, name in enumerate(self.class_names)}
+        return torch.tensor([number[name] for name in self.classes[domain]])
 
 
 def check_domains(roles: dict[Role, list[str]], known: Sequence[str], what: str) -> None:

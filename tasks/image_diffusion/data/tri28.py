@@ -53,28 +53,10 @@ class Tri28(ImageSource):
     }
 
     def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
+        self.channels, self.image_size, self.seed = 1, 28, seed
+        self.class_names = [name for names in CLASSES.values() for name in names]
+        self.superclass = [number for number, names in enumerate(CLASSES.values()) for _ in names]
         self._arrays: dict[str, Any] | None = None
-
-    @property
-    def channels(self) -> int:
-        """One: grey."""
-        return 1
-
-    @property
-    def image_size(self) -> int:
-        """28."""
-        return 28
-
-    @property
-    def class_names(self) -> list[str]:
-        """Thirty names."""
-        return [name for names in CLASSES.values() for name in names]
-
-    @property
-    def superclass(self) -> list[int]:
-        """The domain of each class."""
-        return [number for number, names in enumerate(CLASSES.values()) for _ in names]
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Check the names."""

@@ -9,8 +9,9 @@ Shape legend: B images, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count, pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -137,6 +138,17 @@ def image_noise(seed: int, index_B: Tensor, shape: tuple[int, ...], draw: int = 
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module back into training or evaluation mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -182,61 +194,45 @@ def sample(
     _check(labels, network.num_classes, cfg, steps, solver, process)
     index = torch.arange(len(labels)) if index is None else index
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        starts = range(0, len(labels), batch_size)
-        long = len(labels) * steps >= 20_000
-        parts = []
-        for start in track(starts, description="sampling", transient=True) if long else starts:
-            own = slice(start, start + batch_size)
-            run = _Run(network, process, labels[own].to(device), index[own].cpu(), cfg, steps, seed, solver, clip)
-            parts.append(run.images())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    how: dict[str, Any] = {"cfg": cfg, "steps": steps, "seed": seed, "solver": solver, "clip": clip}
+    pairs = list(zip(labels.split(batch_size), index.split(batch_size), strict=True)) if len(labels) else []
+    shown = track(pairs, description="sampling", transient=True, disable=len(labels) * steps < 20_000)
+    with kept_modes(model):
+        model.eval()
+        parts = [_images(network, process, label_B.to(device), index_B.cpu(), **how) for label_B, index_B in shown]
     images = torch.cat(parts) if parts else torch.empty(0, network.channels, network.image_size, network.image_size)
     return images.clamp(-1, 1) if clip else images
 
 
-class _Run:
+def _images(
+    network: LabelledNetwork,
+    process: Process,
+    label_B: Tensor,
+    index_B: Tensor,
+    *,
+    cfg: float,
+    steps: int,
+    seed: int,
+    solver: str,
+    clip: bool,
+) -> Tensor:
     """One batch on its way from noise to images."""
+    shape, draws = (network.channels, network.image_size, network.image_size), count()
 
-    def __init__(
-        self,
-        network: LabelledNetwork,
-        process: Process,
-        label_B: Tensor,
-        index_B: Tensor,
-        cfg: float,
-        steps: int,
-        seed: int,
-        solver: str,
-        clip: bool,
-    ) -> None:
-        self.network, self.process, self.label_B, self.index_B = network, process, label_B, index_B
-        self.cfg, self.steps, self.seed, self.solver, self.clip = cfg, steps, seed, solver, clip
-        self.draws = 0
-
-    def images(self) -> Tensor:
-        """Noise, then the solver."""
-        x = self.noise()
-        if isinstance(self.process, GaussianDiffusion):
-            noise = self.noise if self.solver == "ancestral" else None
-            return denoise(self.process, self.predict, x, self.steps, noise=noise, clip=self.clip)
-        grid = time_grid(self.steps, getattr(self.process, "shift", 1.0))
-        return (euler if self.solver == "euler" else heun)(self.predict, x, grid)
-
-    def predict(self, x: Tensor, t_B: Tensor) -> Tensor:
-        """The guided prediction at times in [0, 1]; a flow has no use for the channels of a variance."""
-        output = guided(self.network, x, self.process.network_time(t_B), self.label_B, self.cfg).float()
-        return output if self.process.needs_variance else output[:, : self.network.channels]
-
-    def noise(self) -> Tensor:
+    def noise() -> Tensor:
         """The next draw of every image's own stream."""
-        shape = (self.network.channels, self.network.image_size, self.network.image_size)
-        self.draws += 1
-        return image_noise(self.seed, self.index_B, shape, self.draws - 1).to(self.label_B.device)
+        return image_noise(seed, index_B, shape, next(draws)).to(label_B.device)
+
+    def predict(x: Tensor, t_B: Tensor) -> Tensor:
+        """The guided prediction at times in [0, 1]; a flow has no use for the channels of a variance."""
+        output = guided(network, x, process.network_time(t_B), label_B, cfg).float()
+        return output if process.needs_variance else output[:, : network.channels]
+
+    x = noise()
+    if isinstance(process, GaussianDiffusion):
+        return denoise(process, predict, x, steps, noise=noise if solver == "ancestral" else None, clip=clip)
+    grid = time_grid(steps, getattr(process, "shift", 1.0))
+    return (euler if solver == "euler" else heun)(predict, x, grid)
 
 
 def _check(labels: Tensor, num_classes: int, cfg: float, steps: int, solver: str, process: Process) -> None:

@@ -23,6 +23,7 @@ from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.datamodule import ImageData
+from tasks.image_diffusion.nets.samplers import kept_modes
 from tasks.image_diffusion.report.quality import balanced_rows
 
 log = logging.getLogger("moeapps")
@@ -137,17 +138,15 @@ def paired(task: BaseTask, batch: ImageBatch, *, null: bool, size: int = 128) ->
 def restored(task: nn.Module) -> Iterator[None]:
     """Put weights, buffers, modes and ``requires_grad`` back at the end."""
     state = {name: value.detach().clone() for name, value in task.state_dict().items()}
-    modes = [(module, module.training) for module in task.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in task.parameters()]
-    try:
-        yield
-    finally:
-        task.load_state_dict(state)
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        for module, mode in modes:
-            module.training = mode
+    with kept_modes(task):
+        try:
+            yield
+        finally:
+            task.load_state_dict(state)
+            for parameter, flag in wanted:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
 
 
 def tune(

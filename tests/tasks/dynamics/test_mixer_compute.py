@@ -11,7 +11,8 @@ import torch
 from moeapps.training.cost import count_flops, measure_training
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.model import FieldMixER
-from tasks.dynamics.module import Alternation, DynamicsTask
+from tasks.dynamics.module import DynamicsTask
+from tasks.dynamics.nets.alternation import Alternation
 from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.gates import GateFactory, robust
 from tasks.dynamics.rivals.gates import single

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moeapps.moe import Capacity, DenseRouting, LinearScore, Router, Routing, TopK
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.model import FieldMixER, MixER, SequenceMixER, scaled_errors
+from tasks.dynamics.losses import scaled_errors
+from tasks.dynamics.model import FieldMixER, MixER, SequenceMixER
 from tasks.dynamics.nets import gates
 from tasks.dynamics.nets.adaptation import Adaptation, FromZeros, TryExperts
 from tasks.dynamics.nets.experts import GEPSExperts, PlainExperts, ShallowPLRNNExperts

@@ -12,8 +12,10 @@ import torch
 
 from moeapps.training.optim import Cosine
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.model import FieldMixER, MixER, scaled_errors
-from tasks.dynamics.module import Alternation, DynamicsTask
+from tasks.dynamics.losses import scaled_errors
+from tasks.dynamics.model import FieldMixER, MixER
+from tasks.dynamics.module import DynamicsTask
+from tasks.dynamics.nets.alternation import Alternation
 from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.modulation import SelfModulation
 from tasks.dynamics.rivals import gates as rival_gates

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,7 @@ class AdaptedExperts(MetaExperts):
         width: hidden width.
         depth: linear layers.
         activation: ``swish`` (published) or ``silu``.
-        split_context: see :class:`MetaExperts`.
-        shift_context: see :class:`MetaExperts`.
-        same_init: see :class:`MetaExperts`.
+        options: how contexts are read and experts start, see :class:`MetaExperts`.
 
     Raises:
         ValueError: for another activation.
@@ -50,21 +48,12 @@ class AdaptedExperts(MetaExperts):
         num_experts: int,
         context_dim: int,
         *,
-        width: int,
-        depth: int,
-        activation: Activation,
-        split_context: bool,
-        shift_context: bool,
-        same_init: bool,
+        width: int = 24,
+        depth: int = 3,
+        activation: Activation = "swish",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            state_dim,
-            num_experts,
-            context_dim,
-            split_context=split_context,
-            shift_context=shift_context,
-            same_init=same_init,
-        )
+        super().__init__(state_dim, num_experts, context_dim, **options)
         if activation not in get_args(Activation):
             raise ValueError(f"activation={activation!r}; use {' or '.join(get_args(Activation))}")
         self.sizes = layer_sizes(state_dim, width, depth, state_dim)
@@ -98,14 +87,9 @@ class GEPSExperts(AdaptedExperts):
         state_dim: D.
         num_experts: E.
         context_dim: whole width of a context.
-        width: hidden width.
-        depth: linear layers.
-        activation: see :class:`AdaptedExperts`.
         start: from where A, A_b and B are drawn, U(+-1/sqrt(n)): ``published``, n the outputs for A and A_b and m for
             B; ``fan_in``, n the inputs of each product (m for A and A_b, the layer's inputs for B).
-        split_context: see :class:`MetaExperts`.
-        shift_context: see :class:`MetaExperts`.
-        same_init: see :class:`MetaExperts`.
+        options: see :class:`AdaptedExperts`.
 
     Raises:
         ValueError: for another activation or start.
@@ -120,30 +104,9 @@ class GEPSExperts(AdaptedExperts):
     """
 
     def __init__(
-        self,
-        state_dim: int,
-        num_experts: int,
-        context_dim: int,
-        *,
-        width: int = 24,
-        depth: int = 3,
-        activation: Activation = "swish",
-        start: Start = "published",
-        split_context: bool = True,
-        shift_context: bool = True,
-        same_init: bool = True,
+        self, state_dim: int, num_experts: int, context_dim: int, *, start: Start = "published", **options: Any
     ) -> None:
-        super().__init__(
-            state_dim,
-            num_experts,
-            context_dim,
-            width=width,
-            depth=depth,
-            activation=activation,
-            split_context=split_context,
-            shift_context=shift_context,
-            same_init=same_init,
-        )
+        super().__init__(state_dim, num_experts, context_dim, **options)
         if start not in get_args(Start):
             raise ValueError(f"start={start!r}; use {' or '.join(get_args(Start))}")
         self.start = start
@@ -207,12 +170,7 @@ class CoDAExperts(AdaptedExperts):
         state_dim: D.
         num_experts: E.
         context_dim: whole width of a context.
-        width: hidden width.
-        depth: linear layers.
-        activation: see :class:`AdaptedExperts`.
-        split_context: see :class:`MetaExperts`.
-        shift_context: see :class:`MetaExperts`.
-        same_init: see :class:`MetaExperts`.
+        options: see :class:`AdaptedExperts`.
 
     Source: CoDA (Kirchmeyer et al. 2022) as in MixER (docs/papers/mixer.md, equation 3), ddrous/MixER
         ``mixer/learner.py``.
@@ -222,37 +180,12 @@ class CoDAExperts(AdaptedExperts):
         torch.Size([5, 1, 2])
     """
 
-    def __init__(
-        self,
-        state_dim: int,
-        num_experts: int,
-        context_dim: int,
-        *,
-        width: int = 24,
-        depth: int = 3,
-        activation: Activation = "swish",
-        split_context: bool = True,
-        shift_context: bool = True,
-        same_init: bool = True,
-    ) -> None:
-        super().__init__(
-            state_dim,
-            num_experts,
-            context_dim,
-            width=width,
-            depth=depth,
-            activation=activation,
-            split_context=split_context,
-            shift_context=shift_context,
-            same_init=same_init,
-        )
+    def __init__(self, state_dim: int, num_experts: int, context_dim: int, **options: Any) -> None:
+        super().__init__(state_dim, num_experts, context_dim, **options)
         for i, (n_in, n_out) in enumerate(self.sizes):
             # Row 0 is theta_0, rows 1..m are V; the inputs of a layer are [x, 1], so its last row is the bias.
-            setattr(
-                self,
-                f"weight{i}",
-                nn.Parameter(torch.empty(num_experts, (1 + self.piece_dim) * (n_in + 1), n_out)),
-            )
+            shape = (num_experts, (1 + self.piece_dim) * (n_in + 1), n_out)
+            setattr(self, f"weight{i}", nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -24,7 +24,7 @@ from moeapps.moe import Experts
 class MetaExperts(Experts):
     """Base of the banks: cuts contexts, sorts rows into equal blocks, starts all experts from the same weights.
 
-    A subclass makes its stacks and defines ``reset_parameters`` and ``compute``.
+    A subclass makes its stacks and defines ``reset_parameters`` and ``compute``; its ``options`` are those below.
 
     Args:
         state_dim: D.

@@ -8,6 +8,7 @@ an expert reads.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,7 @@ class NCFExperts(MetaExperts):
         intermediate: width of what the two nets hand to the main net.
         width: hidden width of the main net.
         depth: hidden layers of the main net.
-        split_context: see :class:`MetaExperts`.
-        shift_context: see :class:`MetaExperts`.
-        same_init: see :class:`MetaExperts`.
+        options: how contexts are read and experts start, see :class:`MetaExperts`.
 
     Source: NCF (Nzoyem et al. 2025) as in MixER (docs/papers/mixer.md, equation 4), ddrous/MixER ``mixer/learner.py``;
     the single hidden layers of the two small nets are as wide as the geometric mean of their ends without its fraction,
@@ -51,18 +50,9 @@ class NCFExperts(MetaExperts):
         intermediate: int = 16,
         width: int = 24,
         depth: int = 2,
-        split_context: bool = True,
-        shift_context: bool = True,
-        same_init: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            state_dim,
-            num_experts,
-            context_dim,
-            split_context=split_context,
-            shift_context=shift_context,
-            same_init=same_init,
-        )
+        super().__init__(state_dim, num_experts, context_dim, **options)
         if intermediate < 1:
             raise ValueError(f"intermediate={intermediate}, but the two nets must hand over at least one number")
         ends = {"ctx": self.piece_dim, "data": state_dim}

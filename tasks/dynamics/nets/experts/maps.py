@@ -8,7 +8,7 @@ an expert reads.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ class ShallowPLRNNExperts(MetaExperts):
         hidden: units L of the hidden layer.
         alpha_min: least share of the model's own state, in [0, 1].
         split_context: see :class:`MetaExperts` (published: no).
-        shift_context: see :class:`MetaExperts`.
-        same_init: see :class:`MetaExperts`.
+        options: see :class:`MetaExperts`.
 
     Raises:
         ValueError: ``alpha_min`` outside [0, 1] or ``hidden`` below 1.
@@ -59,17 +58,9 @@ class ShallowPLRNNExperts(MetaExperts):
         hidden: int = 16,
         alpha_min: float = 0.0,
         split_context: bool = False,
-        shift_context: bool = True,
-        same_init: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            state_dim,
-            num_experts,
-            context_dim,
-            split_context=split_context,
-            shift_context=shift_context,
-            same_init=same_init,
-        )
+        super().__init__(state_dim, num_experts, context_dim, split_context=split_context, **options)
         if not 0 <= alpha_min <= 1 or hidden < 1:
             raise ValueError(f"alpha_min={alpha_min} must lie in [0, 1] and hidden={hidden} be at least 1")
         self.hidden, self.alpha_min = hidden, alpha_min
