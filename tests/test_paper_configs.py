@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from moeapps.commands.run import run
-from tasks.image_diffusion.data.readers.latent_files import write_latent
 from tests.systems import CONFIGS, PAPERS, TINY, base_of, flags, name
+from tests.tasks.image_diffusion.image_common import write_latent
 
 pytestmark = [
     pytest.mark.medium,

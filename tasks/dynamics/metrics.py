@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.sparse import check_sparse_tensor_invariants
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.clustering import adjusted_rand_score
+from torchmetrics.utilities.data import dim_zero_cat
 
 from tasks.dynamics.nets.solvers import diverged
 
@@ -86,7 +87,7 @@ class TrajectoryScore(Metric):
     higher_is_better = False
     is_differentiable = False
     full_state_update = False
-    values: list[Tensor] | Tensor
+    values: list[Tensor]
 
     def __init__(self, error: Error = "mse", summary: Summary = "mean", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -98,14 +99,13 @@ class TrajectoryScore(Metric):
 
     def update(self, pred: Tensor, truth: Tensor, scored: Tensor | None = None) -> None:
         """Add the environments of one batch."""
-        assert isinstance(self.values, list)
         # In the dtype of the metric: a process without a batch sends an empty tensor of that dtype to the others.
         self.values.append(environment_errors(pred, truth, scored)[self.error].to(self.dtype))
 
     def compute(self) -> Tensor:
         """The summary over all environments since the last reset."""
-        values = torch.cat(self.values) if isinstance(self.values, list) and self.values else self.values
-        values = values[~values.isnan()] if isinstance(values, Tensor) else torch.empty(0)
+        values = dim_zero_cat(self.values) if len(self.values) else torch.empty(0)
+        values = values[~values.isnan()]
         return self.summarise(values) if len(values) else torch.tensor(torch.nan)
 
     def summarise(self, values: Tensor) -> Tensor:
@@ -188,16 +188,9 @@ def purity(expert: Tensor, family: Tensor) -> float:
     """
     if not (family >= 0).any():
         return float("nan")
-    counts = _table(expert, family)
-    return float(counts.amax(dim=1).sum() / counts.sum())
-
-
-def _table(expert: Tensor, family: Tensor) -> Tensor:
-    """Count environments of known family: rows are experts that are used, columns families that occur."""
     known = family >= 0
-    rows, columns = (torch.unique(labels[known], return_inverse=True)[1] for labels in (expert, family))
-    height, width = int(rows.max()) + 1, int(columns.max()) + 1
-    return torch.bincount(rows * width + columns, minlength=height * width).view(height, width)
+    same = [family[known & (expert == k)].unique(return_counts=True)[1].max() for k in expert[known].unique()]
+    return float(torch.stack(same).sum() / known.sum())
 
 
 def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]]) -> Tensor:
@@ -218,46 +211,3 @@ def merged(family: Tensor, names: Sequence[str], alike: Iterable[Iterable[str]])
             table[members] = min(members)
     table = torch.cat([table, torch.tensor([-1])]).to(family.device)  # -1, unknown, stays -1
     return table[family]
-
-
-class FamilyRecovery(Metric):
-    """How well the experts of environments recover the hidden families.
-
-    Args:
-        score: ``ari`` (adjusted Rand index), ``purity`` or ``experts_used``.
-
-    Shape:
-        update(expert int64 [S], family int64 [S], negative where unknown); compute() -> scalar.
-
-    Raises:
-        ValueError: an unknown score.
-    """
-
-    is_differentiable = False
-    full_state_update = False
-    higher_is_better = True
-    experts: list[Tensor] | Tensor
-    labels: list[Tensor] | Tensor
-
-    def __init__(self, score: Literal["ari", "purity", "experts_used"] = "ari", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if score not in ("ari", "purity", "experts_used"):
-            raise ValueError(f"score={score!r} is unknown; use ari, purity or experts_used")
-        self.score = score
-        self.add_state("experts", [], dist_reduce_fx="cat")
-        self.add_state("labels", [], dist_reduce_fx="cat")
-
-    def update(self, expert: Tensor, family: Tensor) -> None:
-        """Add environments."""
-        assert isinstance(self.experts, list)
-        assert isinstance(self.labels, list)
-        self.experts.append(expert.detach())
-        self.labels.append(family)
-
-    def compute(self) -> Tensor:
-        """The score over all environments since the last reset."""
-        expert = torch.cat(self.experts) if isinstance(self.experts, list) else self.experts
-        family = torch.cat(self.labels) if isinstance(self.labels, list) else self.labels
-        if self.score == "experts_used":
-            return torch.tensor(float(len(expert.unique())))
-        return torch.tensor(adjusted_rand_index(expert, family) if self.score == "ari" else purity(expert, family))

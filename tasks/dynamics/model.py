@@ -126,12 +126,7 @@ class MixER(nn.Module):
         return self._one_ahead(data, context_Sc, routing, anchor_Sc), data.x[:, :, 1:], mask
 
     def rollout(
-        self,
-        data: Trajectories,
-        context_Sc: Tensor,
-        routing: AnyRouting,
-        anchor_Sc: Tensor | None = None,
-        num_steps: int | None = None,
+        self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None = None
     ) -> Tensor:
         """Predict whole trajectories from their first ``data.num_given`` samples.
 
@@ -140,7 +135,6 @@ class MixER(nn.Module):
             context_Sc: contexts of its environments.
             routing: of its environments.
             anchor_Sc: contexts about which fields are expanded, if any.
-            num_steps: T; None means as many as ``data`` has.
 
         Returns:
             [S, N, T, D]; the given samples are returned as they are.
@@ -229,15 +223,10 @@ class FieldMixER(MixER):
         return path[:, :, 1].view(S, N, T - 1, D)
 
     def rollout(
-        self,
-        data: Trajectories,
-        context_Sc: Tensor,
-        routing: AnyRouting,
-        anchor_Sc: Tensor | None = None,
-        num_steps: int | None = None,
+        self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None = None
     ) -> Tensor:
         """Solve from the last given sample; see :meth:`MixER.rollout`."""
-        N, T, given = data.x.shape[1], num_steps or data.x.shape[2], data.num_given
+        N, T, given = data.x.shape[1], data.x.shape[2], data.num_given
         field = self.field(context_Sc, routing, N, anchor_Sc)
         start = data.x[:, :, given - 1]
         path = solve(field, start, 0.0, data.dt, T - given + 1, method=self.method, substeps=self.substeps)
@@ -258,15 +247,10 @@ class SequenceMixER(MixER):
         return self._run(data, data.x.shape[2] - 1, context_Sc, routing, data.x.shape[2])
 
     def rollout(
-        self,
-        data: Trajectories,
-        context_Sc: Tensor,
-        routing: AnyRouting,
-        anchor_Sc: Tensor | None = None,
-        num_steps: int | None = None,
+        self, data: Trajectories, context_Sc: Tensor, routing: AnyRouting, anchor_Sc: Tensor | None = None
     ) -> Tensor:
         """Follow the given samples, then run freely; see :meth:`MixER.rollout`."""
-        T, given = num_steps or data.x.shape[2], data.num_given
+        T, given = data.x.shape[2], data.num_given
         path = self._run(data, T - 1, context_Sc, routing, given)
         return torch.cat([data.x[:, :, :given], path[:, :, given - 1 :]], dim=2)
 

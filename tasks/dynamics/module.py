@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 
-from moeapps.moe.losses import AuxLoss
 from moeapps.moe.record import record_call
 from moeapps.training.callbacks import RouterFit
 from moeapps.training.callbacks.router_fit import fitted_routers
-from moeapps.training.optim import OptimizerConfig, Schedule, build_adamw
+from moeapps.training.optim import build_adamw
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.losses import scaled_errors, scored_samples
@@ -49,9 +48,8 @@ class DynamicsTask(BaseTask):
         gate_every: steps between two fits of a fitted gate; without effect on other gates.
         context_lr: Adam's step size for the contexts, under the same schedule.
         adaptation: how new environments get a context; None means `TryExperts`.
-        aux_losses: losses on the routing.
-        optimizer: Adam's numbers for the weights (decay is decoupled; published: AdaBelief, no decay).
-        schedule: learning-rate schedule of contexts and weights, each over its own steps.
+        options: further arguments of `BaseTask`: ``aux_losses``, ``optimizer`` (Adam's numbers for the weights;
+            published: AdaBelief, no decay) and ``schedule`` (of contexts and weights, each over its own steps).
 
     Raises:
         ValueError: ``facts`` lacks an entry, or the data is of another kind than the network.
@@ -75,11 +73,9 @@ class DynamicsTask(BaseTask):
         gate_every: int = 2,
         context_lr: float = 5e-3,
         adaptation: Adaptation | None = None,
-        aux_losses: list[AuxLoss] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        super().__init__(facts=facts, **options)
         if gate_every < 1 or not context_lr > 0:
             raise ValueError(f"gate_every={gate_every} must be 1 or more and context_lr={context_lr} above 0")
         self.automatic_optimization = False

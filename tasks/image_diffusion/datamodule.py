@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,12 +24,10 @@ class ImageData(DomainDataModule):
         validation: domains never trained on where every choice is made; None means the source's own.
         unseen: domains that only ``test`` touches; None means the source's own.
         batch_size: images per training step and process.
-        num_workers: loader processes; 0 loads in the training process.
-        seed: seed of the order of the training images.
-        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
         mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
             or one_domain (each batch from one domain).
         eval_batch_size: images per evaluation batch; None means 2 * batch_size.
+        options: further arguments of `DomainDataModule`.
 
     Raises:
         ValueError: a domain the source does not have, roles that overlap, or a source without classes.
@@ -44,11 +41,9 @@ class ImageData(DomainDataModule):
         validation: list[str] | None = None,
         unseen: list[str] | None = None,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: Path | None = None,
         mixing: DomainMixing = "balanced",
         eval_batch_size: int | None = None,
+        **options: Any,
     ) -> None:
         self.source = source or GlyphShapes()
         given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
@@ -58,11 +53,9 @@ class ImageData(DomainDataModule):
         super().__init__(
             **cast(dict[str, Any], roles),
             batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            cache_dir=cache_dir,
             mixing=mixing,
             eval_batch_size=eval_batch_size or 2 * batch_size,
+            **options,
         )
         self.source.bind(self.roles)
         if not self.source.class_names:

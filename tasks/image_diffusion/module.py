@@ -12,7 +12,6 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from moeapps.moe.losses import AuxLoss
-from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
@@ -56,9 +55,8 @@ class ImageDiffusionTask(BaseTask):
         facts: from the data module: ``domains``, ``num_classes``, ``channels``, ``image_size``, ``superclass``.
         process: how images are noised; None means `RectifiedFlow`.
         sampling: how ``predict`` draws images.
-        aux_losses: losses on the routing (paper: `RoutingContrast`).
-        optimizer: AdamW's numbers.
-        schedule: learning-rate schedule (paper: constant).
+        options: further arguments of `BaseTask`: ``aux_losses`` (paper: `RoutingContrast`), ``optimizer`` and
+            ``schedule`` (paper: constant).
 
     Raises:
         ValueError: ``facts`` lacks an entry or a superclass, or the network gives no variance that the process needs.
@@ -78,11 +76,9 @@ class ImageDiffusionTask(BaseTask):
         facts: dict[str, Any],
         process: Process | None = None,
         sampling: Sampling | None = None,
-        aux_losses: list[AuxLoss] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        super().__init__(facts=facts, **options)
         if len(facts["superclass"]) != facts["num_classes"]:
             raise ValueError(f"facts['superclass'] is {facts['superclass']}; give one entry for each class")
         self.net = net(facts)

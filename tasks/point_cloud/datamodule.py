@@ -14,7 +14,7 @@ from torch_geometric.data import Batch
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import DomainDataModule
-from moeapps.data.mixing import DomainMixing, MixingSampler
+from moeapps.data.mixing import MixingSampler
 from tasks.point_cloud.data.dataset import Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
@@ -47,12 +47,6 @@ class PointCloudData(DomainDataModule):
         unseen: domains that only ``test`` touches; None means rgbd_house and drive_front.
         own: domains that are read from files, by name; they also need a role.
         batch_size: crops per training step.
-        num_workers: loader processes; 0 loads in the training process.
-        seed: seed of crops, augmentation and order.
-        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
-        mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
-            or one_domain (each batch from one domain).
-        eval_batch_size: tiles per evaluation batch; None means batch_size.
         data_seed: seed of the generated worlds; another one gives other scenes everywhere.
         train_scenes: generated training scenes per seen domain.
         val_scenes: generated validation scenes per domain.
@@ -61,8 +55,9 @@ class PointCloudData(DomainDataModule):
         max_voxels: most voxels in a training crop or test tile.
         augment: random changes of training crops; None for none.
         features: ``common`` gives all domains one layout, ``paper`` the paper's two.
-        predict: domains that ``predict`` answers, of any role; None means all. Only their scans are needed then.
         voting: how often ``test`` and ``predict`` look at each tile; None for once (validation always looks once).
+        options: further arguments of `DomainDataModule`; ``seed`` is that of crops, augmentation and order, and only
+            the scans of the domains in ``predict`` are needed to predict.
 
     Raises:
         ValueError: an unknown domain, or a count below 1.
@@ -76,11 +71,6 @@ class PointCloudData(DomainDataModule):
         unseen: list[str] | None = None,
         own: dict[str, PointSource] | None = None,
         batch_size: int = 6,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: Path | None = None,
-        mixing: DomainMixing = "concat",
-        eval_batch_size: int | None = None,
         data_seed: int = 0,
         train_scenes: int = 48,
         val_scenes: int = 6,
@@ -89,20 +79,15 @@ class PointCloudData(DomainDataModule):
         max_voxels: int = 3000,
         augment: Augmentation | None = _DEFAULT_AUGMENTATION,
         features: Features = "common",
-        predict: list[str] | None = None,
         voting: Voting | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             seen=list(SEEN) if seen is None else seen,
             validation=list(VALIDATION) if validation is None else validation,
             unseen=list(UNSEEN) if unseen is None else unseen,
             batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            cache_dir=cache_dir,
-            mixing=mixing,
-            eval_batch_size=eval_batch_size,
-            predict=predict,
+            **options,
         )
         self.counts: dict[Split, int] = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
         sizes = {f"{split}_scenes": count for split, count in self.counts.items()}

@@ -130,7 +130,7 @@ class Stage(nn.Module):
 
 
 class PointMoE(nn.Module):
-    """U-Net of Point Transformer V3 blocks whose merging of the heads is made by ``moe``.
+    """U-Net of Point Transformer V3 blocks whose merging of the heads is made by ``moe``; by default small, for CPUs.
 
     Args:
         facts: from the data module; read is ``in_dim``, the channels of the input features.
@@ -278,12 +278,7 @@ def _rates(depths: Sequence[int], drop_path: float) -> list[list[float]]:
     return [flat[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
 
 
-# --- named sizes ------------------------------------------------------------------------------------------------------
-
-
-def point_moe_tiny(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:
-    """The CPU default: 3 stages, about 1.6 M parameters with 4 experts."""
-    return PointMoE(facts, moe=moe)
+# --- the paper's size -------------------------------------------------------------------------------------------------
 
 
 def point_moe_paper(facts: dict[str, Any], moe: LayerFactory) -> PointMoE:

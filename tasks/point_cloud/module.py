@@ -14,8 +14,6 @@ from torch_geometric.data import Batch
 from torchmetrics import MetricCollection
 
 from moeapps.moe import MoERecorder, Record
-from moeapps.moe.losses import AuxLoss
-from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
@@ -46,9 +44,8 @@ class PointCloudTask(BaseTask):
         logit_scale: factor of the cosine between a point and a class name, > 0 (paper: about 100).
         learn_logit_scale: train that factor (paper: no).
         lovasz_weight: weight of the Lovász-softmax loss beside cross-entropy (paper's code: 1).
-        aux_losses: losses on the routing (paper: none).
-        optimizer: AdamW's numbers; the paper trains parameters named ``*block*`` at 0.3 times the learning rate.
-        schedule: learning-rate schedule (paper: one cycle).
+        options: further arguments of `BaseTask`: ``aux_losses`` (paper: none), ``optimizer`` (the paper trains
+            parameters named ``*block*`` at 0.3 times the learning rate) and ``schedule`` (paper: one cycle).
 
     Raises:
         ValueError: ``facts`` lacks an entry.
@@ -70,11 +67,9 @@ class PointCloudTask(BaseTask):
         logit_scale: float = 100.0,
         learn_logit_scale: bool = False,
         lovasz_weight: float = 1.0,
-        aux_losses: list[AuxLoss] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        super().__init__(facts=facts, **options)
         self.net = net(facts)
         self.label_sets: dict[str, list[str]] = facts["label_sets"]
         self.domain_names: list[str] = facts["domain_names"]

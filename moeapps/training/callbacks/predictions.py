@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -19,7 +20,10 @@ log = logging.getLogger("moeapps")
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Save the predictions of every batch as predictions/<domain>/<batch>.pt, readable with ``torch.load(path)``."""
+    """Save the predictions of every batch as predictions/<domain>/<batch>.pt, readable with ``torch.load(path)``.
+
+    A task with a format of its own overrides `save`.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
@@ -34,13 +38,16 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Save one batch (padding batches of a multi-process run are left out)."""
+        """Hand one batch to `save` (padding batches of a multi-process run are left out)."""
         folder, data = run_dir(trainer), cast(BaseTask, pl_module).data
         if folder is None or prediction is None or data.is_padding("predict", dataloader_idx, batch_idx):
             return
         number = batch_idx * trainer.world_size + trainer.global_rank
-        path = folder / "predictions" / data.eval_domains("predict")[dataloader_idx] / f"{number:05d}.pt"
-        with WholeFile(path) as temporary:
+        self.save(folder / "predictions", data.eval_domains("predict")[dataloader_idx], number, prediction, data)
+
+    def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:
+        """Write one batch of a domain; ``number`` counts the batches of all processes."""
+        with WholeFile(folder / domain / f"{number:05d}.pt") as temporary:
             torch.save(prediction, temporary)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -98,23 +98,9 @@ class OdeFamilies(DynamicsSource):
         dims = {name: len(family.low) for name, family in self.catalogue.items()}
         if len(set(dims.values())) != 1:
             raise ValueError(f"families of one source must have one state size, not {dims}")
-        self.num_samples, self.num_support, self.noise, self.likeness = (
-            num_samples,
-            support_trajectories,
-            noise,
-            likeness,
-        )
-        self.data_seed, self.num_given = data_seed, num_given
-
-    @property
-    def state_dim(self) -> int:
-        """D."""
-        return len(next(iter(self.catalogue.values())).low)
-
-    @property
-    def num_steps(self) -> int:
-        """T."""
-        return self.num_samples
+        (self.state_dim,) = set(dims.values())
+        self.num_steps, self.num_support, self.num_given = num_samples, support_trajectories, num_given
+        self.noise, self.likeness, self.data_seed = noise, likeness, data_seed
 
     def families(self, seen: Sequence[str]) -> list[str]:
         """Return the seen families, then the others."""
@@ -150,7 +136,7 @@ class OdeFamilies(DynamicsSource):
         start = sum(self.counts[earlier] for earlier in _SPLITS[: _SPLITS.index(split)])
         own, training = whole[:, start : start + self.counts[split]], whole[:, : self.counts["train"]]
         names, families = self.environments(domain, seen), [family.name for family, _, _ in members]
-        dt = np.array([family.horizon / (self.num_samples - 1) for family, _, _ in members])
+        dt = np.array([family.horizon / (self.num_steps - 1) for family, _, _ in members])
         seed = [self.data_seed, _number(domain)]
         observed = with_noise(EnvironmentSet(training, dt, names, families), self.noise, seed).x
         if domain in seen:
@@ -160,10 +146,6 @@ class OdeFamilies(DynamicsSource):
             raise ValueError(f"domain {domain!r} is not trained on and has no train split")
         support = observed[:, : self.num_support]
         return EnvironmentSet(np.concatenate([support, own], 1), dt, names, families, self.num_support, self.num_given)
-
-    def settings(self, domain: str, seen: Sequence[str]) -> list[fields.Setting]:
-        """Return the parameters of a domain's environments; for pictures and tests, never for a model."""
-        return [setting for _, _, setting in self._members(domain, seen)]
 
     def describe(self, domain: str) -> str:
         """Say how the domain is made."""
@@ -187,7 +169,7 @@ class OdeFamilies(DynamicsSource):
     def _path(self, family: Family) -> Path:
         about: dict[str, Any] = {**asdict(family), "settings": {g: list(s) for g, s in family.settings.items()}}
         key = config_hash(
-            [GENERATOR_VERSION, about, self.num_samples, list(self.counts.items()), self.likeness, self.data_seed]
+            [GENERATOR_VERSION, about, self.num_steps, list(self.counts.items()), self.likeness, self.data_seed]
         )
         return cache_dir("dynamics", root=self.cache) / f"{family.name}-{key}.npz"
 
@@ -209,7 +191,7 @@ class OdeFamilies(DynamicsSource):
         """
         settings = torch.tensor([s for group in family.settings.values() for s in group], dtype=torch.float64)
         x0 = torch.from_numpy(np.stack([self._initial(family, e) for e in range(len(settings))]))
-        x = integrate(family, settings, x0, self.num_samples, likeness=self.likeness)
+        x = integrate(family, settings, x0, self.num_steps, likeness=self.likeness)
         if not x.isfinite().all():
             raise ValueError(
                 f"a trajectory of family {family.name!r} becomes infinite; narrow its box, shorten its horizon or take "

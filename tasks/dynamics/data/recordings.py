@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -19,23 +19,6 @@ from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats, K
 
 Unequal = Literal["error", "cut", "mask"]
 Missing = Literal["error", "mask"]
-
-
-@dataclass(frozen=True)
-class SeriesSet:
-    """Recordings of one domain.
-
-    Attributes:
-        x: [S, N, T, D], nan where missing.
-        names: one per environment.
-        families: hidden family of each, None where unknown.
-        dt: seconds between samples.
-    """
-
-    x: Floats
-    names: list[str]
-    families: list[str | None]
-    dt: float
 
 
 class SeriesSource(DynamicsSource):
@@ -62,13 +45,13 @@ class SeriesSource(DynamicsSource):
         if val_steps < 1 or test_steps < 1:
             raise ValueError(f"val_steps={val_steps} and test_steps={test_steps} must be 1 or more")
         self.val_steps, self.test_steps, self.kind = val_steps, test_steps, kind
-        self._read: dict[str, SeriesSet] = {}
+        self._read: dict[str, EnvironmentSet] = {}
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def read(self, domain: str) -> SeriesSet:
-        """Read one domain.
+    def read(self, domain: str) -> EnvironmentSet:
+        """Read one domain: one environment per recording, nan where a value is missing.
 
         Raises:
             ValueError: unknown domain, or damaged files.
@@ -76,7 +59,7 @@ class SeriesSource(DynamicsSource):
 
     # Facts --------------------------------------------------------------------------------------------------------
 
-    def recordings(self, domain: str) -> SeriesSet:
+    def recordings(self, domain: str) -> EnvironmentSet:
         """Return one domain, read once and checked."""
         if domain not in self._read:
             data = self.read(domain)
@@ -95,12 +78,12 @@ class SeriesSource(DynamicsSource):
         return self._read[domain]
 
     @property
-    def state_dim(self) -> int:
+    def state_dim(self) -> int:  # type: ignore[override]
         """D."""
         return int(self.recordings(self.default_seen[0]).x.shape[3])
 
     @property
-    def num_steps(self) -> int:
+    def num_steps(self) -> int:  # type: ignore[override]
         """T of the training part."""
         return self._train_steps(self.recordings(self.default_seen[0]))
 
@@ -114,7 +97,7 @@ class SeriesSource(DynamicsSource):
         """Return the names of the recordings."""
         return list(self.recordings(domain).names)
 
-    def _train_steps(self, data: SeriesSet) -> int:
+    def _train_steps(self, data: EnvironmentSet) -> int:
         length: int = data.x.shape[2]
         return length - self.val_steps - self.test_steps
 
@@ -125,19 +108,18 @@ class SeriesSource(DynamicsSource):
         data = self.recordings(domain)
         mean, deviation = self._standard(seen)
         x, train = (data.x - mean) / deviation, self._train_steps(data)
-        dt = np.full(len(x), data.dt)
         if split == "train":
             if domain not in seen:
                 raise ValueError(f"domain {domain!r} is not trained on and has no train split")
-            return EnvironmentSet(x[:, :, :train], dt, data.names, data.families)
+            return replace(data, x=x[:, :, :train])
         known = train if split == "val" else train + self.val_steps
         end = train + self.val_steps if split == "val" else x.shape[2]
         query, given = (x[:, :, :end], known) if self.kind == "sequence" else (x[:, :, known - 1 : end], 1)
         if domain in seen:
-            return EnvironmentSet(query, dt, data.names, data.families, 0, given, observed=x[:, :, :train])
+            return replace(data, x=query, num_given=given, observed=x[:, :, :train])
         length = max(query.shape[2], known)
         both = np.concatenate([_padded(x[:, :, :known], length), _padded(query, length)], axis=1)
-        return EnvironmentSet(both, dt, data.names, data.families, x.shape[1], given)
+        return replace(data, x=both, num_support=x.shape[1], num_given=given)
 
     def _standard(self, seen: Sequence[str]) -> tuple[Floats, Floats]:
         """Mean and standard deviation [D] of the training part of the seen domains."""

@@ -12,8 +12,8 @@ import numpy as np
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
 from tasks.dynamics.data.readers.csv_format import read_csv
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
-from tasks.dynamics.data.recordings import Missing, SeriesSet, SeriesSource, Unequal, equal_lengths
-from tasks.dynamics.data.source import Floats, Kind
+from tasks.dynamics.data.recordings import Missing, SeriesSource, Unequal, equal_lengths
+from tasks.dynamics.data.source import EnvironmentSet, Floats, Kind
 from tasks.dynamics.packages import PACKAGES
 
 NEW_VALIDATION, NEW = "new_for_choices", "new"
@@ -62,9 +62,9 @@ class TsFiles(SeriesSource):
         self.package = None if package is None else package_named(package, PACKAGES)
         self.train_file, self.test_file, self.root = train_file, test_file, root
         self.dt, self.unequal, self.missing, self.channels = dt, unequal, missing, channels
-        self._files: dict[str, SeriesSet] = {}
+        self._files: dict[str, EnvironmentSet] = {}
 
-    def _file(self, name: str) -> SeriesSet:
+    def _file(self, name: str) -> EnvironmentSet:
         """Read one file, all classes together."""
         if name not in self._files:
             path = self._folder() / name
@@ -75,7 +75,7 @@ class TsFiles(SeriesSource):
             series = [s if self.channels is None else s[:, self.channels] for s in found.series]
             names = [f"{Path(name).stem}-{i}" for i in range(len(series))]
             x = equal_lengths(series, names, self.unequal, self.missing)
-            self._files[name] = SeriesSet(x[:, None], names, list(labels), self.dt)
+            self._files[name] = EnvironmentSet(x[:, None], np.full(len(x), self.dt), names, labels)
         return self._files[name]
 
     def _folder(self) -> Path:
@@ -94,7 +94,7 @@ class TsFiles(SeriesSource):
     default_validation = (NEW_VALIDATION,)
     default_unseen = (NEW,)
 
-    def read(self, domain: str) -> SeriesSet:
+    def read(self, domain: str) -> EnvironmentSet:
         """Return a class, or half of the new recordings."""
         new = domain in (NEW_VALIDATION, NEW)
         data = self._file(self.test_file if new else self.train_file)
@@ -107,7 +107,8 @@ class TsFiles(SeriesSource):
         if not chosen:
             classes = ", ".join(self.default_seen)
             raise ValueError(f"unknown domain {domain!r}; allowed: {classes}, {NEW_VALIDATION}, {NEW}")
-        return SeriesSet(data.x[chosen], [data.names[i] for i in chosen], [data.families[i] for i in chosen], data.dt)
+        names, families = [data.names[i] for i in chosen], [data.families[i] for i in chosen]
+        return EnvironmentSet(data.x[chosen], data.dt[chosen], names, families)
 
     def describe(self, domain: str) -> str:
         """Say which file it is."""
@@ -160,7 +161,7 @@ class CsvSeries(SeriesSource):
         self.root, self.dt, self.unequal, self.missing = root, dt, unequal, missing
         self.default_seen, self.default_validation, self.default_unseen = seen, validation or [], unseen or []
 
-    def read(self, domain: str) -> SeriesSet:
+    def read(self, domain: str) -> EnvironmentSet:
         """Read the files of one domain."""
         folder = self.root / domain
         paths = sorted(folder.glob("*.csv"))
@@ -183,7 +184,8 @@ class CsvSeries(SeriesSource):
             raise SeriesFormatError(f"files of {folder} have steps of {sorted(steps)} seconds; a domain needs one")
         x = whole.reshape(len(files), -1, *whole.shape[1:])
         family = domain if domain in self.default_seen and len(self.default_seen) > 1 else None
-        return SeriesSet(x, [path.stem for path in paths], [family] * len(files), files[0].dt)
+        dt = np.full(len(files), files[0].dt)
+        return EnvironmentSet(x, dt, [path.stem for path in paths], [family] * len(files))
 
     def describe(self, domain: str) -> str:
         """Say that they are files."""
@@ -228,7 +230,7 @@ class SyntheticControl(SeriesSource):
             raise ValueError(f"series={series} and new_series={new_series} must be 1 or more")
         self.series, self.new_series, self.num_samples, self.data_seed = series, new_series, num_samples, data_seed
 
-    def read(self, domain: str) -> SeriesSet:
+    def read(self, domain: str) -> EnvironmentSet:
         """Draw one class, or new series of all classes."""
         domains = [*self.default_seen, NEW_VALIDATION, NEW]
         if domain not in domains:
@@ -237,8 +239,9 @@ class SyntheticControl(SeriesSource):
         classes = [domain] if domain in self.default_seen else list(self.default_seen)
         count = self.series if domain in self.default_seen else self.new_series
         x = np.concatenate([control_charts(name, count, self.num_samples, rng) for name in classes])
-        families: list[str | None] = [name for name in classes for _ in range(count)]
-        return SeriesSet(x[:, None, :, None], [f"{f}-{domain}-{i}" for i, f in enumerate(families)], families, 1.0)
+        families = [name for name in classes for _ in range(count)]
+        names = [f"{f}-{domain}-{i}" for i, f in enumerate(families)]
+        return EnvironmentSet(x[:, None, :, None], np.ones(len(x)), names, families)
 
     def describe(self, domain: str) -> str:
         """Say how the series are made."""

@@ -129,6 +129,8 @@ class DynamicsSource(ABC):
 
     Attributes:
         kind: ``field`` (initial value problems) or ``sequence`` (series that are continued).
+        state_dim: D.
+        num_steps: T of the training trajectories.
         default_seen: domains trained on if none are named.
         default_validation: domains where choices are made if none are named.
         default_unseen: domains that only ``test`` touches if none are named.
@@ -136,20 +138,12 @@ class DynamicsSource(ABC):
     """
 
     kind: Kind
+    state_dim: int
+    num_steps: int
     default_seen: Sequence[str]
     default_validation: Sequence[str]
     default_unseen: Sequence[str]
     cache: Path | None = None
-
-    @property
-    @abstractmethod
-    def state_dim(self) -> int:
-        """D."""
-
-    @property
-    @abstractmethod
-    def num_steps(self) -> int:
-        """T of the training trajectories."""
 
     @abstractmethod
     def families(self, seen: Sequence[str]) -> list[str]:

@@ -69,7 +69,7 @@ def trajectory_figure(
         _limits(axis.set_ylim, truth[e, trajectory])
         axis.set_title(names[e], fontsize=9, color=INK, loc="left")
         axis.set_xlabel("seconds", fontsize=8)
-    _key(figure, [("truth", "o"), ("prediction", "-")])
+    _key(figure)
     return figure
 
 
@@ -100,7 +100,7 @@ def phase_figure(title: str, truth: Floats, pred: Floats, names: Sequence[str], 
         _limits(axis.set_xlim, truth[e, ..., 0])
         _limits(axis.set_ylim, truth[e, ..., 1])
         axis.set_title(names[e], fontsize=9, color=INK, loc="left")
-    _key(figure, [("truth", "o"), ("prediction", "-")])
+    _key(figure)
     return figure
 
 
@@ -218,22 +218,12 @@ def _panels(title: str, count: int, height: float, width: float | None = None) -
     return figure, axes[:count]
 
 
-def _key(figure: Any, entries: Sequence[tuple[str, str]]) -> None:
+def _key(figure: Any) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=INK,
-            linestyle="-" if form == "-" else "",
-            marker="" if form == "-" else form,
-            ms=3,
-            label=text,
-        )
-        for text, form in entries
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    handles = [Line2D([], [], color=INK, ls="", marker="o", ms=3, label="truth")]
+    handles.append(Line2D([], [], color=INK, ls="-", label="prediction"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
 def _spread(count: int, most: int) -> list[int]:

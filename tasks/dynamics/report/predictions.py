@@ -3,43 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
-import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import BasePredictionWriter
 
 from moeapps.files import write_arrays
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks import PredictionWriter
 
 
-class TrajectoryWriter(BasePredictionWriter):
+class TrajectoryWriter(PredictionWriter):
     """Write ``predictions/<domain>.npz`` in ``predict``.
 
     Arrays: ``X`` predicted and ``truth`` [S, N, T, D], ``t`` [S, T] seconds, ``names``, ``env``, ``family``, ``expert``
     [S], ``context`` [S, c]. Further batches of a domain get a number.
     """
 
-    def __init__(self) -> None:
-        super().__init__(write_interval="batch")
-
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Write one batch (padding batches of a multi-process run are left out)."""
-        folder, data = run_dir(trainer), cast(Any, trainer).datamodule
-        if folder is None or prediction is None or data.is_padding("predict", dataloader_idx, batch_idx):
-            return
-        domain = prediction["domain"]
-        number = batch_idx * trainer.world_size + trainer.global_rank
+    def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:
+        """Write one batch of environments."""
         steps = np.arange(prediction["x"].shape[2])
         arrays = {
             "X": prediction["x"],
@@ -49,4 +30,4 @@ class TrajectoryWriter(BasePredictionWriter):
             **{key: prediction[key] for key in ("env", "family", "expert", "context")},
         }
         name = domain if number == 0 else f"{domain}-{number}"
-        write_arrays(folder / "predictions" / f"{name}.npz", **arrays)
+        write_arrays(folder / f"{name}.npz", **arrays)

@@ -56,7 +56,7 @@ class GlyphShapes(ImageSource):
         seed: int = 0,
     ) -> None:
         self.counts: dict[Split, int] = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
-        for name, count in {**dict[str, int](self.counts), "image_size": image_size}.items():
+        for name, count in (*self.counts.items(), ("image_size", image_size)):
             if count < 1:
                 raise ValueError(f"{name}: {count} is not allowed; use 1 or more")
         self.channels, self.image_size, self.seed = 1, image_size, seed

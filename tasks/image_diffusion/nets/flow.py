@@ -87,21 +87,6 @@ def shifted(u: Tensor, shift: float) -> Tensor:
     return u if shift == 1.0 else shift * u / (1 + (shift - 1) * u)
 
 
-def data_of(x_t: Tensor, velocity: Tensor, t_B: Tensor) -> Tensor:
-    """Data that a velocity at time t points back to: x - t v."""
-    return x_t - per_image(t_B, x_t) * velocity
-
-
-def noise_of(x_t: Tensor, velocity: Tensor, t_B: Tensor) -> Tensor:
-    """Noise that a velocity at time t points on to: x + (1 - t) v."""
-    return x_t + (1 - per_image(t_B, x_t)) * velocity
-
-
-def velocity_of(x_t: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
-    """Velocity at time t < 1 of a network that predicts noise: (eps - x) / (1 - t)."""
-    return (eps - x_t) / (1 - per_image(t_B, x_t))
-
-
 def data_first(network: Network, *, time_scale: float = 1.0) -> Network:
     """Turn a network whose time runs from noise (0) to data (1) and whose velocity is x0 - eps into one of ours.
 

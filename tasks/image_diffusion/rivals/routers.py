@@ -58,12 +58,8 @@ def expert_choice(
         capacity: C, mean number of experts per token.
         pool: among which tokens an expert chooses; ``batch`` makes an image depend on its mates.
     """
-
-    def build(dim: int) -> Router:
-        per: Literal["group", "batch"] = "group" if pool == "image" else "batch"
-        return Router(LinearScore(dim, num_experts, init_std=NORMAL_STD), ExpertChoice(capacity, per=per))
-
-    return build
+    per: Literal["group", "batch"] = "group" if pool == "image" else "batch"
+    return lambda dim: Router(LinearScore(dim, num_experts, init_std=NORMAL_STD), ExpertChoice(capacity, per=per))
 
 
 def expert_race(
@@ -79,12 +75,9 @@ def expert_race(
         weighing: of the logits (paper: identity).
         decay: of the threshold (not known; 0.95 and 0.99 in re-implementations).
     """
-
-    def build(dim: int) -> Router:
-        choose = Threshold(capacity, scope="pairs", weighing=weighing, decay=decay)
-        return Router(MLPScore(dim, dim, num_experts), choose)
-
-    return build
+    return lambda dim: Router(
+        MLPScore(dim, dim, num_experts), Threshold(capacity, scope="pairs", weighing=weighing, decay=decay)
+    )
 
 
 def dsmoe(*, num_experts: int = 16, top_k: int = 2, scale: float = 2.0) -> RouterFactory:
@@ -95,12 +88,10 @@ def dsmoe(*, num_experts: int = 16, top_k: int = 2, scale: float = 2.0) -> Route
         top_k: experts per token, at least 2.
         scale: factor on the weights (released code: 2.0 to 2.5).
     """
-
-    def build(dim: int) -> Router:
-        choose = TopK(top_k, weighing="sigmoid", renormalise=True, scale=scale, balance_bias=True)
-        return Router(LinearScore(dim, num_experts), choose)
-
-    return build
+    return lambda dim: Router(
+        LinearScore(dim, num_experts),
+        TopK(top_k, weighing="sigmoid", renormalise=True, scale=scale, balance_bias=True),
+    )
 
 
 def prototypes(*, num_experts: int = 12, top_k: int = 1, weighing: Weighing = "identity") -> RouterFactory:

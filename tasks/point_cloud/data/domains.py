@@ -188,7 +188,7 @@ def generate_scan(spec: DomainSpec, seed: tuple[int, ...]) -> ScanArrays:
     scan = look(spec, scene, rng)
     pos = scan.pos
     if isinstance(spec.world, towns.TownWorld):
-        pos = pos + np.array([[0, 0, 1]], np.float32) * towns.relief(spec.world, rng).height(pos)[:, None]
+        pos = pos + np.array([[0, 0, 1]], np.float32) * towns.relief(spec.world, rng)(pos)[:, None]
     if spec.slope:
         # The vehicle and the street share one slope: turned as a whole, sensor geometry stays exact.
         pos = pos @ rotation(0.0, *np.radians(rng.uniform(-spec.slope, spec.slope, 2)).tolist()).T

@@ -138,12 +138,7 @@ def common_features(
 
 
 def paper_features(
-    pos: npt.NDArray[np.floating],
-    size: float,
-    light: npt.NDArray[np.floating],
-    up: npt.NDArray[np.floating],
-    *,
-    indoor: bool,
+    pos: npt.NDArray[np.floating], light: npt.NDArray[np.floating], up: npt.NDArray[np.floating], *, indoor: bool
 ) -> Floats:
     """Return six channels as the paper feeds them: they mean one thing indoors and another outdoors.
 
@@ -151,7 +146,6 @@ def paper_features(
     times. Kept to show what a domain cue in the input does.
     Source: Point-MoE release, configs/point_moe (UVA-Computer-Vision-Lab/point_moe).
     """
-    del size
     grey = np.repeat(light[:, None], 3, axis=1)
     zero = np.zeros(len(pos))
     first = grey if indoor else pos - pos.mean(0)
@@ -178,9 +172,6 @@ def network_input(
         features: ``common`` or ``paper``.
         indoor: which of the paper's two layouts applies.
     """
-    if features == "paper":
-        x = paper_features(pos, size, light, up, indoor=indoor)
-    else:
-        x = common_features(pos, size, light, up)
+    x = paper_features(pos, light, up, indoor=indoor) if features == "paper" else common_features(pos, size, light, up)
     grid = np.floor(pos.astype(np.float64) / size).astype(np.int64)
     return grid - grid.min(0), x

@@ -63,12 +63,6 @@ class Scene:
         """Number of primitives P."""
         return len(self.kind)
 
-    def objects_per_name(self) -> dict[str, int]:
-        """Count the objects (instances) per world name."""
-        pairs = np.unique(np.stack([self.name, self.instance]), axis=1)
-        ids, counts = np.unique(pairs[0], return_counts=True)
-        return {WORLD_NAMES[int(index)]: int(count) for index, count in zip(ids, counts, strict=True)}
-
     def ground_paint(self, x: Floats, y: Floats) -> tuple[Ints, Floats]:
         """Return name ids and albedos of ground points at ``x``, ``y``."""
         assert self.ground is not None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,30 +152,19 @@ def _power_line(builder: SceneBuilder, rng: np.random.Generator, size: tuple[flo
                 frame.box("power line", center, (span / 8, 0.12, 0.12), albedo=0.3)
 
 
-def relief(world: TownWorld, rng: np.random.Generator) -> _Relief:
-    """Draw a gentle terrain."""
-    slope = rng.uniform(0, world.slope)
-    heading = rng.uniform(0, 2 * np.pi)
-    wave = 2 * np.pi / rng.uniform(8, 30, 2)
-    return _Relief(
-        (float(slope * np.cos(heading)), float(slope * np.sin(heading))),
-        (float(wave[0]), float(wave[1])),
-        (float(rng.uniform(0, 6)), float(rng.uniform(0, 6))),
-        world.relief * float(rng.uniform(0, 1)),
-    )
+def relief(world: TownWorld, rng: np.random.Generator) -> Callable[[Floats], Floats]:
+    """Draw a gentle terrain: from points [N, 3] to the height of the ground below them.
 
+    Points are lifted by it after casting: exact for vertical rays, off by tilt times slope (under 0.02) for ours.
+    """
+    steep, heading = rng.uniform(0, world.slope), rng.uniform(0, 2 * np.pi)
+    wave = (2 * np.pi / rng.uniform(8, 30, 2)).tolist()
+    slope = float(steep * np.cos(heading)), float(steep * np.sin(heading))
+    phase = float(rng.uniform(0, 6)), float(rng.uniform(0, 6))
+    amplitude = world.relief * float(rng.uniform(0, 1))
 
-@dataclass(frozen=True)
-class _Relief:
-    slope: tuple[float, float]
-    wave: tuple[float, float]
-    phase: tuple[float, float]
-    amplitude: float
+    def height(pos: Floats) -> Floats:
+        bumps = np.sin(wave[0] * pos[:, 0] + phase[0]) * np.sin(wave[1] * pos[:, 1] + phase[1])
+        return np.asarray(slope[0] * pos[:, 0] + slope[1] * pos[:, 1] + amplitude * bumps, np.float32)
 
-    def height(self, pos: Floats) -> Floats:
-        """Height of the terrain below [N, 3] points.
-
-        Points are lifted by it after casting: exact for vertical rays, off by tilt times slope (under 0.02) for ours.
-        """
-        bumps = np.sin(self.wave[0] * pos[:, 0] + self.phase[0]) * np.sin(self.wave[1] * pos[:, 1] + self.phase[1])
-        return np.asarray(self.slope[0] * pos[:, 0] + self.slope[1] * pos[:, 1] + self.amplitude * bumps, np.float32)
+    return height

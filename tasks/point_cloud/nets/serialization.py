@@ -43,14 +43,6 @@ def _spread(x: Tensor) -> Tensor:
     return x
 
 
-def _gather_bits(x: Tensor) -> Tensor:
-    """Inverse of `_spread`: collect the bits 3i."""
-    x = x & 0x249249249249
-    for shift, mask in ((2, 0x0C30C30C30C3), (4, 0x00F00F00F00F), (8, 0xFF0000FF), (16, 0xFFFF)):
-        x = (x | (x >> shift)) & mask
-    return x
-
-
 def z_encode(grid_N3: Tensor, depth: int = MAX_DEPTH) -> Tensor:
     """Interleave the bits of x, y, z: bit i goes to bits 3i+2, 3i+1, 3i.
 
@@ -71,11 +63,6 @@ def z_encode(grid_N3: Tensor, depth: int = MAX_DEPTH) -> Tensor:
     _check(grid_N3, depth)
     x, y, z = grid_N3.unbind(1)
     return (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
-
-
-def z_decode(code_N: Tensor) -> Tensor:
-    """Inverse of `z_encode`: int64 [N] codes without scan number -> int64 [N, 3]."""
-    return torch.stack([_gather_bits(code_N >> 2), _gather_bits(code_N >> 1), _gather_bits(code_N)], dim=1)
 
 
 def hilbert_encode(grid_N3: Tensor, depth: int = MAX_DEPTH) -> Tensor:

@@ -54,21 +54,9 @@ class ScanWriter(PredictionWriter):
         """Forget the rest of a run that was stopped."""
         self._tiles = []
 
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:
         """Take the tiles of one batch; the tiles of a scan follow one another, so that one scan is held at a time."""
-        folder = run_dir(trainer)
-        if folder is None:
-            return
-        for tile in prediction or []:
+        for tile in prediction:
             if self._tiles and _scan_of(self._tiles[0]) != _scan_of(tile):
                 self._flush(folder)
             self._tiles.append(tile)
@@ -77,7 +65,7 @@ class ScanWriter(PredictionWriter):
         """Write the last scan."""
         folder = run_dir(trainer)
         if folder is not None:
-            self._flush(folder)
+            self._flush(folder / "predictions")
 
     def _flush(self, folder: Path) -> None:
         """Write the scan whose tiles are held."""
@@ -91,7 +79,7 @@ class ScanWriter(PredictionWriter):
                 "scan %s of %s: %d of its %d points were answered (trainer.limit_predict_batches?); the others are "
                 "not in its file", name, domain, len(prediction.xyz), scan_points,
             )  # fmt: skip
-        place = folder / "predictions" / domain
+        place = folder / domain
         table = place / "classes.csv"
         if not table.exists():
             write_text(table, class_list(prediction.names))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from series_files import write_npz
 
 from tasks.dynamics.data.batch import Trajectories, collate_environments
-from tasks.dynamics.data.readers.npz_format import NpzTrajectories, read_npz, write_npz
+from tasks.dynamics.data.readers.npz_format import NpzTrajectories, read_npz
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.series import SyntheticControl, control_charts
 from tasks.dynamics.datamodule import DynamicsData

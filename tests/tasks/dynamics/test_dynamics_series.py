@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from series_files import write_csv, write_ts
 
 from moeapps.cli import main
-from tasks.dynamics.data.readers.csv_format import read_csv, write_csv
-from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts, write_ts
+from tasks.dynamics.data.readers.csv_format import read_csv
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
 from tasks.dynamics.data.series import CsvSeries, TsFiles
 from tasks.dynamics.datamodule import DynamicsData
 from tasks.dynamics.packages import PACKAGES

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeapps.files import write_arrays
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
@@ -66,3 +67,19 @@ def stand_in(task: Any, labels: Tensor, *, seed: int = 0, **options: Any) -> Ten
     with torch.no_grad():
         image = task.net(labels)
     return (image + 0.1 * torch.randn(image.shape, generator=generator)).clamp(-1, 1)
+
+
+def write_latent(path: Path, value: Tensor, flipped: Tensor | None = None, *, key: str = "latent") -> Path:
+    """Write the moments or latent of one image; ``key`` is ``latent`` (ProMoE) or ``moments`` (MAR, DiffMoE)."""
+    arrays = {key: value.numpy()} | ({} if flipped is None else {f"{key}_flip": flipped.numpy()})
+    return write_arrays(path, **arrays)
+
+
+def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | None = None) -> Path:
+    """Write one shard."""
+    from safetensors.torch import save_file
+
+    tensors = {"latents": latents, "labels": labels} | ({} if flipped is None else {"latents_flip": flipped})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_common import ALL, bound
+from image_common import ALL, bound, write_latent, write_shard
 
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.latents import LatentImages
@@ -21,8 +21,6 @@ from tasks.image_diffusion.data.readers.latent_files import (
     LatentArrays,
     posterior,
     read_latent,
-    write_latent,
-    write_shard,
 )
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.autoencoder import LatentDecoder

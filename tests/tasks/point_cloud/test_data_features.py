@@ -93,8 +93,8 @@ def test_shared_features_do_not_know_where_the_scan_stands_in_plan() -> None:
 
 def test_paper_features_mean_other_things_indoors_and_outdoors() -> None:
     pos, light, up = _rng().random((9, 3)) * 20, _rng().random(9), _rng().random(9)
-    indoor = paper_features(pos, 0.1, light, up, indoor=True)
-    outdoor = paper_features(pos, 0.1, light, up, indoor=False)
+    indoor = paper_features(pos, light, up, indoor=True)
+    outdoor = paper_features(pos, light, up, indoor=False)
 
     np.testing.assert_allclose(indoor[:, :3], light[:, None] * np.ones(3), rtol=1e-6)
     np.testing.assert_allclose(indoor[:, 5], up, rtol=1e-6)

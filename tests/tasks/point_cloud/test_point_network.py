@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 
 from moeapps.moe import MoERecorder, presets
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
-from tasks.point_cloud.model import PointMoE, Pooling, Unpooling, point_moe_paper, point_moe_tiny, pool_max
+from tasks.point_cloud.model import PointMoE, Pooling, Unpooling, point_moe_paper, pool_max
 from tasks.point_cloud.nets.attention import PatchAttention
 from tasks.point_cloud.nets.geometry import finest_level
 from tasks.point_cloud.nets.head import LanguageHead
@@ -262,7 +262,7 @@ def test_wrong_sizes_are_errors_that_say_what_to_give() -> None:
 
 
 def test_tiny_size_is_small(naive_moe) -> None:
-    assert 1.2e6 < sum(p.numel() for p in point_moe_tiny(FACTS, naive_moe).parameters()) < 2e6
+    assert 1.2e6 < sum(p.numel() for p in PointMoE(FACTS, moe=naive_moe).parameters()) < 2e6
 
 
 def test_loss_halves_in_sixty_tiny_steps(make_scan, naive_moe) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tasks.recommendation.nets.feature_gates import FeatureGates
 from tests.moe.derivatives_common import apart, derivatives
-from tests.tasks.recommendation.test_home_network import CATEGORY, feature_gate, inputs, naive_home, network
+from tests.tasks.recommendation.home_oracle import CATEGORY, feature_gate, inputs, naive_home, network
 
 
 @pytest.mark.parametrize("low", [1, 2, 3])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoME's network: equal to a loop written from the equations, and the laws of its mask, gates and experts."""
+"""HoME's network: the laws of its mask, gates and experts; ablations and controls."""
 
 from __future__ import annotations
 
@@ -8,191 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from moeapps.moe import MoERecorder
 from tasks.recommendation.model import home
 from tasks.recommendation.nets.fast_gates import StackedGates
 from tasks.recommendation.nets.feature_gates import FeatureGates
-from tasks.recommendation.nets.gates import HomeGates
 from tasks.recommendation.nets.levels import RankingNet, TaskTree
-
-TASKS = ["click", "like", "view", "share", "stay"]
-FACTS: dict[str, Any] = {"tasks": TASKS, "categories": ["act", "act", "watch", "act", "watch"]}
-CATEGORY = [0, 0, 1, 0, 1]
-DIM, WIDTH = 6, 4
-
-
-def network(facts: dict[str, Any] = FACTS, **options: Any) -> RankingNet:
-    """HoME in float64 with parameters far from their start."""
-    sizes = {"meta_shared": 2, "meta_category": 2, "width": WIDTH, "tower_dim": 3, "feature_rank": 3}
-    net = home(**{**sizes, **options})(DIM, facts).double()
-    assert isinstance(net, RankingNet)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.7)
-    return net
-
-
-def inputs(rows: int = 9) -> Tensor:
-    return torch.randn(1, rows, DIM, dtype=torch.float64, requires_grad=True)
-
-
-# --- docs/papers/home.md, equations 1 to 7, one row of the tables at a time ---
-
-
-def feature_gate(gates: FeatureGates, v: int, x: Tensor) -> Tensor:
-    share = torch.softmax(x @ gates.mix[v] + gates.mix_bias[v], -1)
-    total = torch.zeros_like(x)
-    for low in range(gates.num_gates):
-        b = gates.down[v][:, low * gates.rank : (low + 1) * gates.rank]
-        total = total + share[:, low : low + 1] * 2 * torch.sigmoid(x @ b @ gates.up[v, low])
-    return x * total
-
-
-def expert(bank: Any, e: int, x: Tensor) -> Tensor:
-    z = x @ bank.weight[e]
-    z = bank.gamma[e] * (z - z.mean(0)) / torch.sqrt(z.var(0, unbiased=False) + bank.eps) + bank.beta[e]
-    return z * torch.sigmoid(z)
-
-
-class GateReader:
-    """Hands out rows of the stacked gates in the order of their columns: gate by gate, then self-gates."""
-
-    def __init__(self, router: StackedGates) -> None:
-        self.router, self.bias = router, iter(range(len(router.bias)))
-        places = {}
-        for s in range(router.index.shape[0]):
-            for x, row in enumerate(router.index[s].tolist()):
-                if row < len(router.weight):
-                    places[s, x] = row
-        slots = router.bias_index.view(router.num_slots, router.num_columns)
-        self.row_of = {(s, int(router.bias_index[x])): row for (s, x), row in places.items()}
-        assert slots.shape[1] >= router.num_gates
-
-    def logits(self, states: list[tuple[int, Tensor]], experts: list[int]) -> Tensor:
-        found = []
-        for _ in experts:
-            b = next(self.bias)
-            found.append(sum(z @ self.router.weight[self.row_of[s, b]] for s, z in states) + self.router.bias[b])
-        return torch.stack(found, -1)
-
-
-def mix(weights: Tensor, outputs: list[Tensor]) -> Tensor:
-    return sum(weights[:, i : i + 1] * h for i, h in enumerate(outputs))  # type: ignore[return-value]
-
-
-def naive_home(net: RankingNet, x: Tensor, c_of: list[int], num_c: int, *, own: int = 1) -> Tensor:
-    """HoME with 2 and 2 experts on level 1, 1, 1 and ``own`` on level 2."""
-    meta, task = net.levels
-    # Level 1: experts by category, then the shared ones.
-    views = [feature_gate(meta.feature_gates, c, x) for c in range(num_c + 1)]
-    h = {(g, i): expert(meta.moe.experts, 2 * g + i, views[g]) for g in range(num_c + 1) for i in range(2)}
-    gates = GateReader(meta.moe.router)
-    pairs = {g: [(g, 0), (g, 1), (num_c, 0), (num_c, 1)] for g in range(num_c)} | {num_c: list(h)}
-    z = []
-    for g in range(num_c + 1):
-        z.append(mix(torch.softmax(gates.logits([(g, views[g])], pairs[g]), -1), [h[p] for p in pairs[g]]))  # type: ignore[arg-type]
-    for g in range(num_c + 1):
-        z[g] = z[g] + mix(torch.softmax(gates.logits([(g, views[g])], [0, 1]), -1), [h[g, 0], h[g, 1]])
-    # Level 2: for each category its own expert and those of its tasks; last the shared one.
-    order = [(c, t) for c in range(num_c) for t in (-1, *(t for t in range(len(c_of)) if c_of[t] == c))] + [(num_c, -1)]
-    h2, e = {}, 0
-    for v, (s, t) in enumerate(order):
-        view = feature_gate(task.feature_gates, v, z[s])
-        for i in range(own if t >= 0 else 1):
-            h2[s, t, i] = expert(task.moe.experts, e, view)
-            e += 1
-    gates = GateReader(task.moe.router)
-    seen = [[k for k in h2 if k[1] == t or (k[1] < 0 and k[0] in (c, num_c))] for t, c in enumerate(c_of)]
-    states = [[(c, z[c]), (num_c, z[num_c])] for c in c_of]
-    y = [mix(torch.softmax(gates.logits(s, k), -1), [h2[i] for i in k]) for s, k in zip(states, seen, strict=True)]  # type: ignore[arg-type]
-    logits = []
-    for t, c in enumerate(c_of):
-        a = gates.logits(states[t], [0] * own)
-        y[t] = y[t] + mix(torch.sigmoid(a) if own == 1 else torch.softmax(a, -1), [h2[c, t, i] for i in range(own)])
-        tower = net.towers
-        hidden = torch.relu(y[t] @ tower.w_in[t] + tower.b_in[t])
-        logits.append((hidden @ tower.w_out[t])[:, 0] + tower.b_out[t])
-    return torch.stack(logits, -1)
-
-
-@pytest.mark.parametrize("own", [1, 2])
-@pytest.mark.parametrize("categories", [CATEGORY, [0, 1, 2, 0, 1], [0] * 5], ids=["two", "three", "one"])
-def test_network_is_the_equations_of_the_card_in_values_and_all_gradients(own: int, categories: list[int]) -> None:
-    facts = {"tasks": TASKS, "categories": [f"c{c}" for c in categories]}
-    net, x = network(facts, task_own=own), inputs()
-
-    fast = net(x)
-    slow = naive_home(net, x[0], categories, len(set(categories)), own=own)
-
-    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-11)
-    probe = torch.randn_like(fast)
-    leaves = [x, *net.parameters()]
-    found, wanted = (torch.autograd.grad((y * probe).sum(), leaves) for y in (fast, slow))
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-        assert b.any()
-
-
-def weights_one_by_one(stacked: StackedGates, plain: HomeGates) -> dict[str, Tensor]:
-    """Parameters of the equation, made of those of the stacked gates; 0 for pairs that a gate does not see."""
-    parts, read, found = {"gates": plain.gates}, GateReader(stacked), {}
-    if plain.both is not plain.gates:
-        parts = dict(zip(("both.routers.0", "both.routers.1"), plain.both.routers, strict=True))
-    for name, part in parts.items():
-        for g, score in enumerate(part.scores):
-            weight, bias = list(torch.zeros_like(score.weight)), list(torch.zeros_like(score.bias))
-            for e in part.allowed[g].nonzero()[:, 0].tolist():
-                b = next(read.bias)
-                weight[e] = torch.cat([stacked.weight[read.row_of[s, b]] for s in stacked.reads[g]])
-                bias[e] = stacked.bias[b]
-            found |= {f"{name}.scores.{g}.weight": torch.stack(weight), f"{name}.scores.{g}.bias": torch.stack(bias)}
-    return found
-
-
-@pytest.mark.parametrize("self_gates", [True, False])
-@pytest.mark.parametrize("own", [1, 2])
-def test_stacked_gates_are_the_equation_in_weights_and_all_gradients(own: int, self_gates: bool) -> None:
-    for level in network(task_own=own, self_gates=self_gates).levels:
-        stacked, plan = level.moe.router, level.plan
-        plain = HomeGates(stacked.width, plan.sees, stacked.reads, owns=plan.owns if self_gates else None).double()
-        states = torch.randn(4, 7, stacked.width, dtype=torch.float64, requires_grad=True)
-
-        fast = stacked(states)
-        slow = functional_call(plain, weights_one_by_one(stacked, plain), states)
-
-        torch.testing.assert_close(fast.weight, slow.weight, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(fast.probs_NE, slow.probs_NE, rtol=1e-12, atol=1e-14)
-        probe, leaves = torch.randn_like(fast.weight), [states, stacked.weight, stacked.bias]
-        found, wanted = (torch.autograd.grad((r.weight * probe).sum(), leaves) for r in (fast, slow))
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-            assert b.any()
-
-
-def test_the_network_runs_on_gates_one_by_one_and_refuses_what_these_do_not_know() -> None:
-    x = inputs()
-    assert network(fast_gates=False)(x).shape == (9, len(TASKS))
-    with pytest.raises(ValueError, match="fast_gates=True"):
-        network(fast_gates=False, mixing="uniform")
-
-
-@pytest.mark.parametrize("fast_gates", [True, False])
-def test_biases_of_own_pairs_close_the_gates_to_their_own_experts_alone(fast_gates: bool) -> None:
-    net, x = network(fast_gates=fast_gates), inputs()
-    with torch.no_grad():
-        for level in net.levels:
-            for bias, own in level.moe.router.biases_of(torch.as_tensor(level.plan.owns)):
-                bias[own] -= 200.0
-
-    for routing, level in zip(routings(net, x), net.levels, strict=True):
-        owns, sees = torch.as_tensor(level.plan.owns), torch.as_tensor(level.plan.sees)
-        closed = (sees & ~owns).any(1)  # a gate that sees its own experts alone has nothing else to mix
-        probs = routing.probs_NE.detach().transpose(0, 1)[:, closed]
-        assert float(probs[:, owns[closed]].max()) < 1e-30
-        assert float(probs[:, (sees & ~owns)[closed]].max()) > 0.1
-
+from tests.tasks.recommendation.home_oracle import DIM, FACTS, TASKS, inputs, network, routings
 
 # --- laws of the network ---
 
@@ -212,12 +33,6 @@ def test_feature_gates_are_differentiated_right(low: int) -> None:
 
     assert torch.autograd.gradcheck(lambda x, *_: gates(x), (states, *gates.parameters()))
     assert torch.autograd.gradgradcheck(lambda x, *_: gates(x), (states, *gates.parameters()))
-
-
-def routings(net: nn.Module, x: Tensor) -> list[Any]:
-    with MoERecorder(net) as recorder:
-        net(x)
-    return [record.routing for record in recorder.records]
 
 
 def test_gate_rows_sum_to_one_over_allowed_experts_and_are_exactly_zero_elsewhere() -> None:

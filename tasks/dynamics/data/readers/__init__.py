@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of trajectories and series, each with its tiny writer."""
+"""Readers of trajectories and series."""

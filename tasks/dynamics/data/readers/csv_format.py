@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Series of one environment as a CSV file: a reader and a small writer."""
+"""Series of one environment as a CSV file."""
 
 from __future__ import annotations
 
@@ -92,14 +92,3 @@ def _step(times: Sequence[Sequence[float]], name: str) -> float:
             else f"{name}: a trajectory needs at least two samples"
         )
     return step
-
-
-def write_csv(path: Path, x: Floats, channels: Sequence[str], dt: float) -> None:
-    """Write the trajectories [N, T, D] of one environment, nan as empty cells."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow([TRAJECTORY, TIME, *channels])
-        for n, trajectory in enumerate(x):
-            for t, sample in enumerate(trajectory):
-                writer.writerow([n, repr(t * dt), *["" if np.isnan(v) else repr(float(v)) for v in sample]])

@@ -77,22 +77,6 @@ def read_npz(path: Path) -> NpzFile:
     )
 
 
-def write_npz(path: Path, x: Floats, t: Floats, parameters: Any = None) -> None:
-    """Write a file that `read_npz` gives back, with its bounds (and parameters) where families are told apart.
-
-    Args:
-        path: file to write.
-        x: [S, N, T, D] or [F, S, N, T, D].
-        t: [T] or [F, T].
-        parameters: anything that json can say.
-    """
-    np.savez(path, X=x, t=t)
-    if x.ndim == 5:
-        np.save(path.with_name(path.stem + "_bounds.npy"), np.abs(x).max(axis=(2, 3), keepdims=True))
-    if parameters is not None:
-        path.with_name(path.stem + "_envs.json").write_text(json.dumps(parameters), encoding="utf-8")
-
-
 class NpzTrajectories(DynamicsSource):
     """Trajectories in the npz files of the JAX examples.
 
@@ -139,6 +123,7 @@ class NpzTrajectories(DynamicsSource):
         self.root, self.val_trajectories, self.stride = root, val_trajectories, stride
         self.choice_environments = choice_environments
         self.train, self.test = _same(read_npz(root / train), read_npz(root / test), train, test)
+        self.state_dim, self.num_steps = self.train.x.shape[3], len(range(0, self.train.x.shape[2], stride))
         self.default_seen: Sequence[str] = (TRAINED,)
         self.default_validation: Sequence[str] = ()
         self.default_unseen: Sequence[str] = ()
@@ -167,16 +152,6 @@ class NpzTrajectories(DynamicsSource):
                 f"val_trajectories={self.val_trajectories} are needed"
             )
         return self.test.x[:, fresh]
-
-    @property
-    def state_dim(self) -> int:
-        """D."""
-        return int(self.train.x.shape[3])
-
-    @property
-    def num_steps(self) -> int:
-        """T after the stride."""
-        return len(range(0, self.train.x.shape[2], self.stride))
 
     def families(self, seen: Sequence[str]) -> list[str]:
         """Return ``family_0`` and so on."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The .ts text format of the UCR and UEA archives of time series: a reader and a small writer.
+"""The .ts text format of the UCR and UEA archives of time series.
 
 ``@key value`` lines, ``@data``, then one series per line: channels divided by ``:``, values by ``,``, the label last.
 ``?`` and ``nan`` are missing values; lines that begin with ``#`` or ``%`` are comments.
@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,22 +85,3 @@ def _series(text: str, where: str, classes: list[str] | None) -> tuple[Floats, s
     if len(lengths) != 1:
         raise SeriesFormatError(f"{where}: channels have {sorted(lengths)} values; all must have the same number")
     return np.array(rows).T, label
-
-
-def write_ts(path: Path, series: Sequence[Floats], labels: Sequence[str], name: str = "series") -> None:
-    """Write a .ts file that `read_ts` gives back.
-
-    Args:
-        path: file to write.
-        series: one [T, D] array per series.
-        labels: class of each series, words without spaces.
-        name: name of the problem.
-    """
-    classes = " ".join(dict.fromkeys(labels))
-    lengths = {len(values) for values in series}
-    lines = [f"@problemName {name}", "@timeStamps false", f"@dimensions {series[0].shape[1]}"]
-    lines += [f"@equalLength {str(len(lengths) == 1).lower()}", f"@classLabel true {classes}", "@data"]
-    for values, label in zip(series, labels, strict=True):
-        channels = [",".join("?" if np.isnan(v) else repr(float(v)) for v in channel) for channel in values.T]
-        lines.append(":".join([*channels, label]))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of images and latents, each with its tiny writer."""
+"""Readers of images and latents."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import ImageDataset
 from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
 
@@ -122,12 +121,6 @@ def read_latent(path: Path, flip: bool = False) -> Tensor:
     raise ImageFileError(f"{path} has neither {known} but {', '.join(arrays) or 'nothing'}")
 
 
-def write_latent(path: Path, value: Tensor, flipped: Tensor | None = None, *, key: str = "latent") -> Path:
-    """Write the moments or latent of one image; ``key`` is ``latent`` (ProMoE) or ``moments`` (MAR, DiffMoE)."""
-    arrays = {key: value.numpy()} | ({} if flipped is None else {f"{key}_flip": flipped.numpy()})
-    return write_arrays(path, **arrays)
-
-
 class LatentShards(LatentDataset):
     """safetensors files with ``latents`` [n, C, h, w], ``labels`` [n] and perhaps ``latents_flip``, read row by row.
 
@@ -208,16 +201,6 @@ def read_shard(path: Path, key: str, row: int | None = None) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise ImageFileError(f"{path}: {key} cannot be read ({error}); write the file again") from error
     return check_labels(value.numpy(), len(value), path) if key == "labels" else value
-
-
-def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | None = None) -> Path:
-    """Write one shard."""
-    from safetensors.torch import save_file
-
-    tensors = {"latents": latents, "labels": labels} | ({} if flipped is None else {"latents_flip": flipped})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return path
 
 
 def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
