@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -368,13 +369,13 @@ ORIGINALS = originals()
 READERS: dict[str, Any] = {".csv": read_csv, ".ts": read_ts, ".npz": read_npz, ".arff": read_arff}
 
 
-@settings(max_examples=300, deadline=5000)
+@pytest.mark.parametrize("form", sorted(READERS))
+@settings(max_examples=int(os.environ.get("MOEAPPS_FUZZ", "100")), deadline=5000)
 @given(
-    st.sampled_from(sorted(READERS)),
     st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=8),
     st.integers(0, 10000),
 )
-def test_a_damaged_file_is_read_or_told(form: str, changes: list[tuple[int, int]], cut: int) -> None:
+def test_a_damaged_series_file_is_read_or_told(form: str, changes: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(ORIGINALS[form])
     for place, value in changes:
         data[place % len(data)] = value

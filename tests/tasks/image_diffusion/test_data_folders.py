@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_common import bound
+from image_common import bound, write_latent, write_shard
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -23,7 +23,6 @@ from tasks.image_diffusion.data.latents import LatentImages
 from tasks.image_diffusion.data.own_images import OwnImages
 from tasks.image_diffusion.data.readers.arrays import ImageFileError
 from tasks.image_diffusion.data.readers.folders import class_files, found_table
-from tasks.image_diffusion.data.readers.latent_files import write_latent, write_shard
 from tasks.image_diffusion.data.readers.pictures import ENDINGS
 from tasks.image_diffusion.datamodule import ImageData
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from tasks.image_diffusion.data.readers.arrays import ImageFileError
-from tasks.image_diffusion.data.readers.pictures import BACKGROUNDS, ENDINGS, open_picture, read_image
+from tasks.image_diffusion.data.readers.pictures import BACKGROUNDS, open_picture, read_image
 
 RNG = np.random.default_rng(0)
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -216,39 +216,3 @@ def test_what_cannot_be_shown_is_told(make: Any, message: str, tmp_path: Path) -
 
     with pytest.raises(ImageFileError, match=message):
         read_image(path, 8, 3)
-
-
-def original(form: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"a{form}"
-        image = Image.fromarray(RNG.integers(0, 256, (12, 9)).astype(np.uint8))
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        image.save(path, **({"exif": exif} if form in (".png", ".jpg", ".webp", ".tif") else {}))
-        return path.read_bytes()
-
-
-ORIGINALS = {form: original(form) for form in ENDINGS}
-
-
-@settings(max_examples=200, deadline=5000)
-@given(
-    st.sampled_from(ENDINGS),
-    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=8),
-    st.integers(0, 5000),
-)
-def test_a_damaged_picture_is_read_or_told(form: str, changes: list[tuple[int, int]], cut: int) -> None:
-    data = bytearray(ORIGINALS[form])
-    for place, value in changes:
-        data[place % len(data)] = value
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"a{form}"
-        path.write_bytes(data[: max(cut % (2 * len(data)), 1)])
-        try:
-            found = read_image(path, 8, 3)
-        except ImageFileError as error:
-            told = str(error)
-        else:
-            told = path.name
-            assert (found.shape, found.dtype) == ((3, 8, 8), np.uint8)
-    assert path.name in told

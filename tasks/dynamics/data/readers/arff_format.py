@@ -54,7 +54,8 @@ def read_arff(path: Path) -> LabelledSeries:
 
 
 def _load(text: str) -> tuple[Any, Any]:
-    return arff.loadarff(io.StringIO(text))
+    rows, about = arff.loadarff(io.StringIO(text))
+    return rows, about
 
 
 def _series(row: Any, names: list[str], where: str) -> Floats:

@@ -214,7 +214,8 @@ def seconds(cells: Cells, place: int, unit: float) -> Floats:
     except pa.ArrowInvalid as error:
         bad = next(row for row in range(len(text)) if not _is_date(text[row], kind))
         raise SeriesFormatError(f"{cells.where(bad)}: {column[bad].as_py()!r} is no date; correct it") from error
-    return (ticks - ticks[0]) / 1e9
+    since: Floats = (ticks - ticks[0]) / 1e9
+    return since
 
 
 def _is_date(cell: Any, kind: Any) -> bool:
