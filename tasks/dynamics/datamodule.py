@@ -186,18 +186,11 @@ class EnvironmentSampler(MixingSampler):
         sizes: environments per domain.
         batch_size: environments per process and step; more than there are means all.
         num_batches: steps of an epoch.
-        seed: seed of the draws.
-        rank: index of this process.
-        world_size: number of processes.
-
-    Raises:
-        ValueError: as `MixingSampler`.
+        options: see `MixingSampler`.
     """
 
-    def __init__(
-        self, sizes: list[int], batch_size: int, num_batches: int, *, seed: int, rank: int, world_size: int
-    ) -> None:
-        super().__init__(sizes, batch_size, seed=seed, rank=rank, world_size=world_size)
+    def __init__(self, sizes: list[int], batch_size: int, num_batches: int, **options: Any) -> None:
+        super().__init__(sizes, batch_size, **options)
         self._num_batches = num_batches
 
     @property

@@ -40,14 +40,8 @@ CATEGORY_COLOURS: dict[str, str] = {
     **{"engine": "#1f8a9e", "train": "#4d5aa8", "on foot": "#e0457b", "riding": "#c2316a", "four legs": "#a3486f"},
     **{"worktop": "#d98e4a", "bedside": "#e3b07a", "seat": "#5b8def", "lounge": "#c75b7a", "closed": "#6d9f71"},
     **{"open": "#93b35a", "basin": "#5fb6b0", "seat of water": "#3f918c", "cold": "#a9c4d6", "display": "#474f7a"},
-    **{
-        "sleep": "#9c6ac4",
-        "lighting": "#f0c75e",
-        "piece": "#b07aa1",
-        "small": "#9c9183",
-        "other": "#8d8d8d",
-        "measurement": "#c0c0c0",
-    },
+    **{"sleep": "#9c6ac4", "lighting": "#f0c75e", "piece": "#b07aa1", "small": "#9c9183", "other": "#8d8d8d"},
+    "measurement": "#c0c0c0",
 }
 """Colour of the last category above a name in the taxonomy; names of one category differ in lightness."""
 
@@ -65,17 +59,18 @@ def class_colour(name: str) -> tuple[float, float, float]:
     if path is None:
         hue = hashlib.sha256(normalise_name(name).encode()).digest()[0] / 256
         return colorsys.hls_to_rgb(hue, 0.55, 0.45)
-    value = CATEGORY_COLOURS[path[-2]]
-    red, green, blue = (int(value[i : i + 2], 16) / 255 for i in (1, 3, 5))
     siblings = [other for other, where in taxonomy().items() if where[:-1] == path[:-1]]
-    hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
+    hue, light, saturation = colorsys.rgb_to_hls(*_rgb(CATEGORY_COLOURS[path[-2]]))
     step = (0, 0.12, -0.12, 0.2, -0.2, 0.06, -0.06, 0.27, -0.26)[siblings.index(path[-1]) % 9]
     return colorsys.hls_to_rgb(hue, min(max(light + step, 0.15), 0.88), saturation)
 
 
 def expert_colour(expert: int) -> tuple[float, float, float]:
     """Colour of an expert: red, green, blue in [0, 1]."""
-    value = EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
+    return _rgb(EXPERT_COLOURS[expert % len(EXPERT_COLOURS)])
+
+
+def _rgb(value: str) -> tuple[float, float, float]:
     return int(value[1:3], 16) / 255, int(value[3:5], 16) / 255, int(value[5:7], 16) / 255
 
 
@@ -202,13 +197,8 @@ def scan_figure(scan: ScanPicture) -> Any:
         expert = scan.expert_R[kept]
         tints = np.array([expert_colour(e) for e in range(int(expert.max()) + 1)] + [(0.8, 0.8, 0.8)])
         panels.append(("expert", tints[expert]))
-        handles.append(
-            [
-                Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}")
-                for e in np.unique(expert)
-                if e >= 0
-            ]
-        )
+        present = [e for e in np.unique(expert) if e >= 0]
+        handles.append([Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}") for e in present])
     figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=150, facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     figure.subplots_adjust(left=0.01, right=0.99, top=0.85, bottom=0.17, wspace=0.03)
@@ -218,14 +208,8 @@ def scan_figure(scan: ScanPicture) -> Any:
         axis.set_axis_off()
     figure.text(0.013, 0.965, scan.title, fontsize=14, color=INK, weight="bold", va="top")
     figure.text(0.987, 0.96, scan.note, fontsize=9, color="#6b7280", va="top", ha="right")
-    style: dict[str, Any] = {
-        "frameon": False,
-        "fontsize": 9,
-        "labelcolor": INK,
-        "handlelength": 1.0,
-        "handleheight": 1.0,
-    }
-    style.update(columnspacing=1.4, loc="upper left", borderaxespad=0)
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK, "loc": "upper left"}
+    style |= {"handlelength": 1.0, "handleheight": 1.0, "columnspacing": 1.4, "borderaxespad": 0}
     figure.legend(handles=handles[0], ncols=7 if len(panels) > 2 else 9, bbox_to_anchor=(0.013, 0.15), **style)
     if len(handles) > 1:
         figure.legend(handles=handles[1], ncols=2, bbox_to_anchor=(0.672, 0.15), **style)

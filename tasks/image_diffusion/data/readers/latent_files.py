@@ -191,8 +191,9 @@ def read_shard(path: Path, key: str, row: int | None = None) -> Tensor:
     """
     from safetensors import SafetensorError, safe_open
 
-    if key not in shard_keys(path):
-        raise ImageFileError(f"{path} has no {key!r} but {', '.join(shard_keys(path)) or 'nothing'}")
+    there = shard_keys(path)
+    if key not in there:
+        raise ImageFileError(f"{path} has no {key!r} but {', '.join(there) or 'nothing'}")
     try:
         with safe_open(path, framework="pt") as file:
             value: Tensor = file.get_tensor(key) if row is None else file.get_slice(key)[row]
