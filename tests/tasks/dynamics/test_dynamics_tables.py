@@ -309,6 +309,7 @@ def test_arff_flat_and_relational_gives_the_series_of_the_rows(rows: Any, labell
         ("@attribute a numeric\n@attribute b {x,y}\n@attribute c {x,y}\n@data\n1,x,y\n", "kinds nominal, numeric"),
         ("@attribute a numeric\n@data\n", "holds no series"),
         ("@attribute a numeric\n@data\ninf\n", "series 1: an infinite value"),
+        ("@data\n1\n", "a.arff"),
         ("", "a.arff"),
     ],
 )

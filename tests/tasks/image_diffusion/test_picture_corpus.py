@@ -58,6 +58,7 @@ def expected(path: Path) -> Any:
         return "readable"
 
 
+@pytest.mark.medium
 def test_pillow_pictures_are_read_as_pillow_shows_them_or_told(folder: Path) -> None:
     outcomes: Counter[str] = Counter()
     for path in sorted(folder.rglob("*")):

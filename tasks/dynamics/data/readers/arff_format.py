@@ -31,7 +31,7 @@ def read_arff(path: Path) -> LabelledSeries:
     # scipy's reader answers damage with nearly any error.
     except Exception as error:
         raise SeriesFormatError(f"{path.name}{_line(text)} cannot be read ({error}); correct or remove it") from error
-    if not len(rows):
+    if not len(rows) or not about.names():
         raise SeriesFormatError(f"{path.name} holds no series; is it an .arff file with an @data line?")
     names, kinds = about.names(), about.types()
     labelled = kinds[-1] == "nominal"
