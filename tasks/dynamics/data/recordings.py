@@ -21,6 +21,9 @@ from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats, K
 Unequal = Literal["error", "cut", "mask"]
 Missing = Literal["error", "mask"]
 
+_ROUNDING = 1e-12
+"""A channel whose values differ by less, relative to the largest, is constant."""
+
 
 class SeriesSource(DynamicsSource):
     """Recordings whose last samples are held out: first for choices, the very last for the test.
@@ -123,11 +126,13 @@ class SeriesSource(DynamicsSource):
         return replace(data, x=both, num_support=x.shape[1], num_given=given)
 
     def _standard(self, seen: Sequence[str]) -> tuple[Floats, Floats]:
-        """Mean and standard deviation [D] of the training part of the seen domains."""
+        """Mean and standard deviation [D] of the training part of the seen domains; 1 for a constant channel."""
         parts = [self.recordings(domain) for domain in seen]
         values = np.concatenate([p.x[:, :, : self._train_steps(p)].reshape(-1, p.x.shape[3]) for p in parts])
-        deviation = np.nanstd(values, axis=0)
-        return np.nanmean(values, axis=0), np.where(deviation > 0, deviation, 1.0)
+        # The deviation of a constant is not 0 but a rounding error, which nothing may be divided by.
+        span, largest = np.nanmax(values, axis=0) - np.nanmin(values, axis=0), np.nanmax(np.abs(values), axis=0)
+        constant = span <= _ROUNDING * largest
+        return np.nanmean(values, axis=0), np.where(constant, 1.0, np.nanstd(values, axis=0))
 
 
 def _padded(x: Floats, length: int) -> Floats:

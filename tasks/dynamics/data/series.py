@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +12,34 @@ import numpy as np
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
-from tasks.dynamics.data.readers.csv_format import read_csv
+from tasks.dynamics.data.readers.arff_format import read_arff
+from tasks.dynamics.data.readers.csv_format import CsvFile, read_csv
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
 from tasks.dynamics.data.recordings import Missing, SeriesSource, Unequal, equal_lengths
 from tasks.dynamics.data.source import EnvironmentSet, Floats, Kind
 from tasks.dynamics.packages import PACKAGES
 
+log = logging.getLogger("moeapps")
+
+TABLES = (".csv", ".tsv")
+NOTES = (".md", ".rst", ".json", ".yaml", ".yml", ".html", ".pdf", ".png", ".jpg", ".py", ".ipynb")
+"""Endings of what people lay beside their series."""
+_SAME_STEP = 1e-3
+"""Largest relative difference of the steps of two files of one domain."""
 NEW_VALIDATION, NEW = "new_for_choices", "new"
 """Domains of recordings that are not trained on: for choices, and for the test."""
 
 
 class TsFiles(SeriesSource):
-    """Series with class labels out of a pair of .ts files: a class is a hidden family and a domain.
+    """Series with class labels out of a pair of .ts or .arff files: a class is a hidden family and a domain.
 
     Every class of ``train_file`` is a domain (trained on, or an unseen family). The series of ``test_file`` are new
-    recordings: those at even places are the domain ``new_for_choices``, the others ``new``.
+    recordings: those at even places are the domain ``new_for_choices``, the others ``new``. Files without classes
+    (of regression, whose targets are not used) have one domain, ``series``.
 
     Args:
-        train_file: .ts file of the recordings to train on.
-        test_file: .ts file of new recordings.
+        train_file: .ts or .arff file of the recordings to train on.
+        test_file: file of new recordings.
         package: name of a pinned package that holds the files (see ``moeapps data list``); None: ``root``.
         root: folder of the files, where they are your own.
         dt: seconds between samples.
@@ -71,7 +81,7 @@ class TsFiles(SeriesSource):
             path = self._folder() / name
             if not path.is_file():
                 raise ValueError(f"no file {path}; correct root or the file name")
-            found = read_ts(path)
+            found = read_arff(path) if path.suffix.lower() == ".arff" else read_ts(path)
             labels = [_word(label) for label in found.labels or ["series"] * len(found.series)]
             series = [s if self.channels is None else s[:, self.channels] for s in found.series]
             names = [f"{Path(name).stem}-{i}" for i in range(len(series))]
@@ -122,16 +132,17 @@ class TsFiles(SeriesSource):
 class CsvSeries(SeriesSource):
     """Series of your own: ``<root>/<domain>/<environment>.csv``, one file per environment.
 
-    The first line names the columns. ``time`` (seconds, evenly spaced) and ``trajectory`` (a number or word, for
-    several recordings of one environment) are optional; all others are channels. An empty cell is a missing value. A
-    domain that is seen counts as a family, for metrics only, where there are two or more of them.
+    The first line names the columns. A time column (``time``, ``timestamp``, ...: seconds or dates, evenly spaced) and
+    ``trajectory`` (a number or word, for several recordings of one environment) are optional; all others are channels.
+    An empty cell is a missing value. docs/dynamics_data.md says which spellings are read. A domain that is seen counts
+    as a family, for metrics only, where there are two or more of them.
 
     Args:
         root: folder of the domains.
         seen: domains that are trained on if the data module names none.
         validation: domains for choices if the data module names none.
         unseen: domains for the test if the data module names none.
-        dt: seconds between samples where there is no ``time`` column.
+        dt: seconds between samples where there is no time column.
         val_steps: samples for choices.
         test_steps: samples for the test, at the end.
         unequal: what to do with series of different lengths: error, cut or mask.
@@ -160,17 +171,16 @@ class CsvSeries(SeriesSource):
         if not seen or not dt > 0:
             raise ValueError(f"seen={seen} must name a domain and dt={dt} must be positive seconds")
         self.root, self.dt, self.unequal, self.missing = root, dt, unequal, missing
+        self._channels: tuple[str, tuple[str, ...]] | None = None
         self.default_seen, self.default_validation, self.default_unseen = seen, validation or [], unseen or []
 
     @override
     def read(self, domain: str) -> EnvironmentSet:
         folder = self.root / domain
-        paths = sorted(folder.glob("*.csv"))
-        if not paths:
-            raise ValueError(f"domain {domain!r}: no file {folder}/*.csv; lay one file per environment there")
+        paths = table_files(folder, domain)
         files = [read_csv(path, self.dt) for path in paths]
+        first = files[0]
         for path, file in zip(paths, files, strict=True):
-            first = files[0]
             if file.channels != first.channels:
                 raise SeriesFormatError(f"{path} has channels {file.channels}, {paths[0].name} {first.channels}")
             if len(file.series) != len(first.series):
@@ -180,17 +190,62 @@ class CsvSeries(SeriesSource):
         series = [s for file in files for s in file.series]
         names = [f"{path.name}, trajectory {n}" for path in paths for n in range(len(files[0].series))]
         whole = equal_lengths(series, names, self.unequal, self.missing)
-        steps = {round(file.dt, 12) for file in files}
-        if len(steps) > 1:
-            raise SeriesFormatError(f"files of {folder} have steps of {sorted(steps)} seconds; a domain needs one")
+        steps = [file.dt for file in files]
+        if not np.allclose(steps, steps[0], rtol=_SAME_STEP, atol=0):
+            raise SeriesFormatError(
+                f"files of {folder} have steps of {min(steps):.6g} to {max(steps):.6g} seconds; a domain needs one"
+            )
+        self._compare(domain, files)
         x = whole.reshape(len(files), -1, *whole.shape[1:])
         family = domain if domain in self.default_seen and len(self.default_seen) > 1 else None
-        dt = np.full(len(files), files[0].dt)
+        dt = np.full(len(files), first.dt)
         return EnvironmentSet(x, dt, [path.stem for path in paths], [family] * len(files))
+
+    def _compare(self, domain: str, files: list[CsvFile]) -> None:
+        """Say what was read, and that all domains have the same channels."""
+        channels = files[0].channels
+        clock = "no time column" if files[0].time is None else f"time column {files[0].time!r}"
+        log.info(
+            "domain %s: %d files of %d series, channels %s, %s, a step of %.6g s",
+            *(domain, len(files), len(files[0].series), ", ".join(channels), clock, files[0].dt),
+        )
+        self._channels = self._channels or (domain, channels)
+        if channels != self._channels[1]:
+            raise SeriesFormatError(
+                f"domain {domain!r} has channels {channels}, {self._channels[0]!r} {self._channels[1]}; give all "
+                "domains the same columns in the same order"
+            )
 
     @override
     def describe(self, domain: str) -> str:
         return f"CSV files of the user's own, {len(self.recordings(domain).names)} environments"
+
+
+def table_files(folder: Path, domain: str) -> list[Path]:
+    """Find the tables of a domain, one per environment.
+
+    Hidden files and notes are left out; anything else that is not read is an error, so that none is lost in silence.
+
+    Raises:
+        SeriesFormatError: no table, another file or folder, or two tables of one name.
+    """
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        ending = path.suffix.lower()
+        if path.is_dir() or ending not in (*TABLES, *NOTES):
+            if not path.name.startswith(".") and path.name.lower() not in ("thumbs.db", "desktop.ini"):
+                raise SeriesFormatError(
+                    f"domain {domain!r}: {path} is not read; lay one {' or '.join(TABLES)} file per environment into "
+                    f"{folder}, and nothing else but notes"
+                )
+        elif ending in TABLES and not path.name.startswith("."):
+            found.append(path)
+    if not found:
+        raise SeriesFormatError(f"domain {domain!r}: no file {folder}/*.csv; lay one file per environment there")
+    twice = [path for path in found if sum(other.stem == path.stem for other in found) > 1]
+    if twice:
+        raise SeriesFormatError(f"domain {domain!r}: {twice[0].name} and {twice[1].name} have one name; rename one")
+    return found
 
 
 class SyntheticControl(SeriesSource):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.domain import Role, Split
 from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
+from tasks.image_diffusion.data.readers.folders import class_files
 from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,
@@ -79,7 +81,7 @@ class LatentImages(OwnSource):
         folder = self.root / domain
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             return "shards"
-        if folder.is_dir() and any(folder.glob("*/*.npz")):
+        if folder.is_dir() and any(folder.rglob("*.npz")):
             return "folder"
         if (self.root / f"{domain}.npz").is_file():
             return "arrays"
@@ -91,23 +93,25 @@ class LatentImages(OwnSource):
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Look for the classes of every domain and read one latent of each, whose shape must be the model's."""
         super().bind(roles)
-        for name in self.classes:
+        for name in self.counts:
             self._check_shape(name)
 
-    def classes_of(self, domain: str) -> list[str]:
-        """Names of its folders or arrays, or the numbers of its labels."""
-        kind = self.layout(domain)
+    def labels_of(self, domain: str) -> tuple[Tensor, list[str]]:
+        """Labels of its files, shards or arrays."""
+        kind, names = self.layout(domain), None
         if kind == "folder":
-            return sorted(path.name for path in (self.root / domain).iterdir() if any(path.glob("*.npz")))
+            return self.labels_of_files(self._files(domain))
         if kind == "shards":
             label = torch.cat([read_shard(path, "labels") for path in self._shards(domain)])
         else:
             path = self.root / f"{domain}.npz"
             arrays = read_arrays(path, "y", "names?")
-            if "names" in arrays:
-                return [str(name) for name in arrays["names"]]
-            label = check_labels(arrays["y"], len(arrays["y"]), path)
-        return [str(number) for number in range(int(label.max()) + 1)]
+            names = [str(name) for name in arrays["names"]] if "names" in arrays else None
+            label = check_labels(arrays["y"], len(arrays["y"]), path, names)
+        return label, names or self.unnamed(domain, label)
+
+    def _files(self, domain: str) -> dict[str, list[Path]]:
+        return class_files(self.root / domain, (".npz",), "latent")
 
     def _shards(self, domain: str) -> list[Path]:
         return sorted((self.root / domain).glob("*.safetensors"))
@@ -122,7 +126,7 @@ class LatentImages(OwnSource):
             if self.normalise:
                 read_statistics(path.parent / "latents_stats.pt", self.channels)
         else:
-            path = next((self.root / domain).glob("*/*.npz"))
+            path = next(iter(self._files(domain).values()))[0]
             shape = tuple(read_latent(path).shape)
         self._check(shape, path)
 
@@ -142,7 +146,7 @@ class LatentImages(OwnSource):
         if kind == "arrays":
             return self._arrays(domain, split)
         paths = self._shards(domain)
-        label = self.numbers(domain)[torch.cat([read_shard(path, "labels") for path in paths])]
+        label = self.numbers(domain)[self.labels_of(domain)[0]]
         stats = read_statistics(paths[0].parent / "latents_stats.pt", self.channels) if self.normalise else None
         rows = split_rows(label, self.shares, self.seed)[split]
         scale = 1.0 if self.normalise else self.scale
@@ -151,21 +155,20 @@ class LatentImages(OwnSource):
         return shards
 
     def _folder(self, domain: str, split: Split) -> LatentFolder:
-        number = dict(zip(self.classes[domain], self.numbers(domain).tolist(), strict=True))
-        files = [(path, number[name]) for name in number for path in sorted((self.root / domain / name).glob("*.npz"))]
-        label = torch.tensor([label for _, label in files])
+        found = self._files(domain)
+        files = [path for paths in found.values() for path in paths]
+        label = self.numbers(domain)[self.labels_of_files(found)[0]]
         rows = split_rows(label, self.shares, self.seed)[split]
-        paths = [files[row][0] for row in rows.tolist()]
+        paths = [files[row] for row in rows.tolist()]
         return LatentFolder(paths, label[rows], self.channels, self.scale, train=split == "train")
 
     def _arrays(self, domain: str, split: Split) -> LatentArrays:
         path = self.root / f"{domain}.npz"
-        arrays = read_arrays(path, "x", "y")
-        x = arrays["x"]
+        x = read_arrays(path, "x")["x"]
         if x.ndim != 4 or x.dtype.kind != "f":
             raise ImageFileError(f"{path}: x is {x.dtype} {x.shape}; give floats (N, C, h, w)")
         self._check(x.shape[1:], path)
-        label = self.numbers(domain)[check_labels(arrays["y"], len(x), path, self.classes[domain])]
+        label = self.numbers(domain)[check_labels(self.labels_of(domain)[0].numpy(), len(x), path)]
         rows = split_rows(label, self.shares, self.seed)[split]
         values = torch.from_numpy(x)[rows]
         return LatentArrays(values, label[rows], self.channels, self.scale, train=split == "train")

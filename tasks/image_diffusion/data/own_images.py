@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,13 +16,13 @@ from moeapps.data.domain import Split
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import PixelImages
 from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, pixels_nchw, read_array, read_arrays
+from tasks.image_diffusion.data.readers.folders import class_files
+from tasks.image_diffusion.data.readers.pictures import BACKGROUNDS, ENDINGS, read_image
 from tasks.image_diffusion.data.source import OwnSource, split_rows
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class OwnImages(OwnSource):
-    """``root/<domain>/<class>/*.png`` (jpg, webp, bmp), ``root/<domain>.npz``, or ``root/<domain>_x.npy`` and ``_y``.
+    """``root/<domain>/<class>/*.png`` (see `ENDINGS`), ``root/<domain>.npz``, or ``root/<domain>_x.npy`` and ``_y``.
 
     Image files are cropped to a square and scaled as ImageNet usually is for diffusion; arrays must have the right size
     already. Domains share classes as `OwnSource` says.
@@ -35,11 +34,12 @@ class OwnImages(OwnSource):
         mirror: probability of a left-right mirror image in training; 0 where the side matters (digits, letters).
         val_share: share of each class for validation.
         test_share: share of each class for tests.
+        background: what shows through transparent pictures: white, grey or black.
         options: see `OwnSource`.
 
     Raises:
-        ValueError: a size, a share or a number of channels that is not allowed.
-        ImageFileError: no such folder, no class, a damaged file.
+        ValueError: a size, a share, a background or a number of channels that is not allowed.
+        ImageFileError: no such folder, no class, a class without a picture, a file that is not read, a damaged file.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class OwnImages(OwnSource):
         mirror: float = 0.5,
         val_share: float = 0.05,
         test_share: float = 0.1,
+        background: str = "white",
         **options: Any,
     ) -> None:
         if channels not in (1, 3) or image_size < 1:
@@ -59,20 +60,26 @@ class OwnImages(OwnSource):
             )
         if not 0 <= mirror <= 1:
             raise ValueError(f"mirror={mirror}; a probability lies in [0, 1]")
+        if background not in BACKGROUNDS:
+            raise ValueError(f"background={background!r} is not allowed; use one of {', '.join(BACKGROUNDS)}")
         super().__init__(
             root=root, channels=channels, image_size=image_size, val_share=val_share, test_share=test_share, **options
         )
-        self.mirror = mirror
+        self.mirror, self.background = mirror, background
         self._read: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def classes_of(self, domain: str) -> list[str]:
-        """Names of its folders, or those of its arrays."""
+    def labels_of(self, domain: str) -> tuple[Tensor, list[str]]:
+        """Labels of its files, or those of its arrays."""
         if (self.root / domain).is_dir():
-            names = sorted(path.name for path in (self.root / domain).iterdir() if path.is_dir())
-            if not names:
-                raise ImageFileError(f"{self.root / domain} holds no class folder; put images into <class>/ below it")
-            return names
-        return self._arrays(domain, pixels=False)[2]
+            return self.labels_of_files(self._files(domain))
+        return self._arrays(domain, pixels=False)[1:]
+
+    def _files(self, domain: str) -> dict[str, list[Path]]:
+        """Picture files of each class of a domain kept as a folder."""
+        both = [path for end in (".npz", "_x.npy") if (path := self.root / f"{domain}{end}").exists()]
+        if both:
+            raise ImageFileError(f"{self.root} holds a folder {domain} and {both[0].name}; keep one of them")
+        return class_files(self.root / domain, ENDINGS)
 
     def _arrays(self, domain: str, *, pixels: bool = True) -> tuple[Tensor, Tensor, list[str]]:
         """Pixels (none if not asked for), labels within the domain and class names of a domain kept as arrays."""
@@ -90,7 +97,7 @@ class OwnImages(OwnSource):
         given = [str(name) for name in arrays["names"]] if "names" in arrays else None
         count = len(arrays["x"]) if pixels else len(arrays["y"])
         label = check_labels(arrays["y"], count, path, given)
-        names = given or [str(number) for number in range(int(label.max()) + 1 if len(label) else 0)]
+        names = given or self.unnamed(domain, label)
         return (pixels_nchw(arrays["x"], path) if pixels else torch.empty(0)), label, names
 
     @override
@@ -115,70 +122,21 @@ class OwnImages(OwnSource):
         return pixels, self.numbers(domain)[label]
 
     def _from_files(self, domain: str, cache: Path | None) -> tuple[Tensor, Tensor]:
-        files = [
-            (path, number)
-            for number, name in enumerate(self.classes[domain])
-            for path in sorted((self.root / domain / name).iterdir())
-            if path.suffix.lower() in ENDINGS
-        ]
-        if not files:
-            raise ImageFileError(f"{self.root / domain} holds no image; allowed endings: {', '.join(ENDINGS)}")
-        stamps = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path, _ in files]
-        key = config_hash([1, stamps, self.image_size, self.channels])
+        found = self._files(domain)
+        files = [path for paths in found.values() for path in paths]
+        stamps = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+        form = (self.image_size, self.channels, self.background)
+        key = config_hash([2, stamps, *form])
 
         def write(path: Path) -> None:
             from rich.progress import track
 
             shown = track(files, f"reading {domain}", transient=True, disable=len(files) < 500)
-            write_arrays(path, x=np.stack([read_image(file, self.image_size, self.channels) for file, _ in shown]))
+            write_arrays(path, x=np.stack([read_image(file, *form) for file in shown]))
 
         saved = read_arrays(build_once(cache_dir("image_diffusion", root=cache) / f"{domain}-{key}.npz", write), "x")
-        return torch.from_numpy(saved["x"]), torch.tensor([number for _, number in files])
+        return torch.from_numpy(saved["x"]), self.labels_of_files(found)[0]
 
     @override
     def describe(self, domain: str) -> str:
         return f"own images, {self.root.name}/{domain}, {self.image_size} x {self.image_size}"
-
-
-def centre_crop(image: Any, size: int) -> Any:
-    """Halve by box filter while the short side is at least twice ``size``, scale it to ``size``, crop the centre.
-
-    The ImageNet preparation of guided diffusion (docs/papers/promoe.md, file formats).
-
-    Args:
-        image: a PIL image.
-        size: side of the result.
-    """
-    from PIL import Image
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = (image.size[0] - size) // 2, (image.size[1] - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
-    """Read one image file, cropped and scaled.
-
-    Args:
-        path: png, jpg, webp or bmp.
-        size: side of the result.
-        channels: 1 (grey) or 3 (colour).
-
-    Returns:
-        uint8 [channels, size, size].
-
-    Raises:
-        ImageFileError: not a readable image.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            small = centre_crop(image.convert("L" if channels == 1 else "RGB"), size)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageFileError(f"{path} is not a readable image ({error}); repair or remove it") from error
-    pixels: NDArray[np.uint8] = np.asarray(small).reshape(size, size, channels).transpose(2, 0, 1)
-    return pixels

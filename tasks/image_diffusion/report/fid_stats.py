@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moeapps.data.domain import Split
 from tasks.image_diffusion.data.batch import from_uint8
-from tasks.image_diffusion.data.own_images import ENDINGS, read_image
+from tasks.image_diffusion.data.readers.folders import files_below
+from tasks.image_diffusion.data.readers.pictures import ENDINGS, read_image
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.report.adm import read_adm, write_adm
 from tasks.image_diffusion.report.inception import InceptionFeatures
@@ -81,7 +82,7 @@ def _own(path: Path, data: ImageData) -> Tensor:
     if data.facts["latent"]:
         raise ValueError("--images takes pictures, and this data set holds latents; leave --images out")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+        files = sorted(files_below(path, ENDINGS, "--images"))
         if not files:
             raise ValueError(f"{path} holds no image; allowed endings: {', '.join(ENDINGS)}")
         pixels = np.stack([read_image(file, size, channels) for file in files])

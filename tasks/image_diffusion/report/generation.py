@@ -150,7 +150,10 @@ class GenerationQuality(L.Callback):
         if self.inception is not None:
             fid, floor = distance_to_real(image, real, self.inception, self.seed)
             self.result["generation"] |= {"fid": fid, "fid_floor": floor}
-        self._write(folder, image, label, class_table(image, label, judge, data.facts["class_names"]), judge.key)
+        classes: dict[str, float] = {}
+        if "class_accuracy" in self.result["generation"]:
+            classes = class_table(image, label, judge, data.facts["class_names"])
+        self._write(folder, image, label, classes, judge.key)
 
     def _write(self, folder: Path, image: Tensor, label: Tensor, classes: dict[str, float], key: str) -> None:
         how = {name: getattr(self, name) for name in ("num_images", "cfg", "steps", "solver", "seed")}
@@ -160,11 +163,9 @@ class GenerationQuality(L.Callback):
         shown = torch.cat([torch.nonzero(label == c).flatten()[:4] for c in label.unique()[:60]])
         write_png(folder / "figures" / "samples.png", grid(image[shown], 4 * max(1, round((len(shown) / 16) ** 0.5))))
         all_of_it = self.result["generation"]
-        log.info(
-            "samples: class accuracy %.3f (real images %.3f), domain accuracy %.3f; see %s",
-            *(all_of_it[name] for name in ("class_accuracy", "real_class_accuracy", "domain_accuracy")),
-            folder / "metrics" / "generation.json",
-        )
+        names = ("class_accuracy", "real_class_accuracy", "domain_accuracy", "nearest_ratio")
+        shares = ", ".join(f"{name} {all_of_it[name]:.3f}" for name in names if name in all_of_it)
+        log.info("samples: %s; see %s", shares, folder / "metrics" / "generation.json")
 
     def describe_results(self) -> dict[str, dict[str, float]]:
         """Return the numbers for the summary of the results file."""

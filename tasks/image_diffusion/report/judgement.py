@@ -6,6 +6,7 @@ Shape legend: N drawn images.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from tasks.image_diffusion.report.quality import (
     nearest_distance,
     precision_recall,
 )
+
+log = logging.getLogger("moeapps")
 
 NEIGHBOUR = 3
 
@@ -78,8 +81,10 @@ def judge_images(image: Tensor, label: Tensor, real: RealImages, judge: Judge, s
     Returns:
         ``generation``: numbers over all; ``generation.<domain>``: over the classes of one domain. In each:
 
-        - ``class_accuracy``, ``real_class_accuracy``: the judge's, of drawn and of real test images.
-        - ``domain_accuracy``: share whose judged class belongs to the domain asked for.
+        - ``class_accuracy``, ``real_class_accuracy``: the judge's, of drawn and of real test images; left out, with a
+          warning, where the training or the test images are all of one class, which any judge gets right.
+        - ``domain_accuracy``: share whose judged class belongs to the domain asked for; left out likewise where one
+          domain is trained on.
         - ``frechet``: to all training images, classes weighed alike; ``frechet_floor``: the same of ``floor_images``
           real test images, as many as were drawn if there are so many.
         - ``precision``, ``recall`` (k = 3) against those test images.
@@ -97,15 +102,24 @@ def judge_images(image: Tensor, label: Tensor, real: RealImages, judge: Judge, s
     # The judged class of an untrained label has domain -1, which no image was asked for.
     right_domain = table[judged] == asked
     near = nearest_distance(image, real.train.image)
+    several_classes = min(len(part.label.unique()) for part in (real.train, real.test)) > 1
+    several_domains = len(real.train.domain.unique()) > 1
+    if not several_classes:
+        log.warning(
+            "training or test images are all of one class: no class accuracy is reported, it would mean nothing"
+        )
 
     def numbers(fake: Tensor, train: Tensor, test: Tensor) -> dict[str, float]:
         """The numbers of some drawn, training and test images, given as rows."""
         floor = test[balanced_rows(real.test.label[test], len(fake), seed)]
         reference = Gaussian.of(trained[train], real.train.label[train])
-        found = {
-            "class_accuracy": _mean(judged[fake] == label[fake]),
-            "real_class_accuracy": _mean(judged_test[test] == real.test.label[test]),
-            "domain_accuracy": _mean(right_domain[fake]),
+        found: dict[str, float] = {}
+        if several_classes:
+            found["class_accuracy"] = _mean(judged[fake] == label[fake])
+            found["real_class_accuracy"] = _mean(judged_test[test] == real.test.label[test])
+        if several_domains:
+            found["domain_accuracy"] = _mean(right_domain[fake])
+        found |= {
             "nearest_ratio": float(near[fake].median())
             / max(float(nearest_distance(real.test.image[floor], real.train.image).median()), 1e-12),
             "images": float(len(fake)),

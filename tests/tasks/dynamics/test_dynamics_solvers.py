@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tasks.dynamics.nets.solvers import Method, diverged, solve
@@ -163,3 +165,36 @@ def test_wrong_arguments_are_named(change: dict[str, Any], text: str) -> None:
 
     with pytest.raises(ValueError, match=text):
         solve(lambda t, x: x, **arguments)
+
+
+STARTS = st.floats(-5, 5).filter(lambda v: abs(v) > 1e-3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.lists(STARTS, min_size=2, max_size=2), min_size=1, max_size=2), st.sampled_from(["rk4", "dopri5"]))
+def test_an_exploding_trajectory_spoils_no_other(starts: list[list[float]], method: Method) -> None:
+    """x' = x^2 has the solution x0 / (1 - x0 t): what explodes before the end is told, all else is right."""
+    x0, dt = torch.tensor(starts, dtype=F64)[..., None], 0.25
+    found = solve(lambda t, x: x**2, x0, 0.0, torch.full((len(starts),), dt, dtype=F64), 8, method=method, substeps=40)
+    t = dt * torch.arange(8, dtype=F64)
+    exact = x0 / (1 - x0 * t)
+    gap = (1 - x0 * t).abs().amin(2)  # close to its explosion no solver can follow it
+    fine, explodes = (x0[..., 0] * t[-1] < 1) & (gap > 0.2), (x0[..., 0] * t[-1] > 1) & (gap > 0.01)
+
+    torch.testing.assert_close(found[fine][..., 0], exact[fine], rtol=1e-3, atol=1e-4)
+    if method == "dopri5":  # equal steps may jump over a pole
+        assert diverged(found)[explodes].all()
+        before = explodes[..., None] & (x0 * t < 0.8)
+        torch.testing.assert_close(found[..., 0][before], exact[before], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_pass_by_an_exploding_trajectory() -> None:
+    """Those of the others are the derivatives of x0 / (1 - x0 t), 1 / (1 - x0 t)^2."""
+    x0 = torch.tensor([[[0.1], [5.0], [-1.0]]], dtype=F64, requires_grad=True)
+    x = solve(lambda t, x: x**2, x0, 0.0, torch.tensor([0.5], dtype=F64), 4, method="dopri5")
+    x[0, [0, 2], -1].sum().backward()
+    assert x0.grad is not None
+
+    expected = 1 / (1 - x0.detach()[0, [0, 2]] * 1.5) ** 2
+    torch.testing.assert_close(x0.grad[0, [0, 2]], expected, rtol=1e-3, atol=1e-4)
+    assert x0.grad[0, 1] == 0

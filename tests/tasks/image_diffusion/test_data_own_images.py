@@ -13,8 +13,9 @@ from image_common import ALL, bound
 from PIL import Image
 
 from moeapps.files import write_arrays
-from tasks.image_diffusion.data.own_images import OwnImages, centre_crop
+from tasks.image_diffusion.data.own_images import OwnImages
 from tasks.image_diffusion.data.readers.arrays import ImageFileError
+from tasks.image_diffusion.data.readers.pictures import centre_crop
 from tasks.image_diffusion.datamodule import ImageData
 
 RNG = np.random.default_rng(0)
@@ -57,7 +58,7 @@ def test_arrays_in_one_npz_or_two_npy_files_are_read_alike(tmp_path: Path) -> No
     np.save(tmp_path / "b_y.npy", y)
     source = bound(OwnImages(root=tmp_path, image_size=8, channels=1, **ALL), "a", "b")
 
-    assert source.class_names == ["p", "q", "r", "0", "1", "2"]
+    assert source.class_names == ["p", "q", "r", "b/0", "b/1", "b/2"]
     assert source.superclass == [0, 0, 0, 1, 1, 1]
     a, b = (source.dataset(name, "train", None) for name in "ab")
     assert torch.equal(a.pixels, torch.from_numpy(x)[:, None])
@@ -151,7 +152,7 @@ def pickled(root: Path) -> None:
     [
         (broken_png, "00.png is not a readable image"),
         (no_class, "holds no class folder"),
-        (no_picture, "holds no image; allowed endings"),
+        (no_picture, "class 'cat' in .*a holds no picture; allowed endings"),
         (nothing, "neither a folder a, nor a.npz.*it holds other.npz"),
         (cut_npz, "a.npz cannot be read"),
         (float_pixels, "x is float64"),

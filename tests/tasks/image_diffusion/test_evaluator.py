@@ -153,3 +153,20 @@ def test_missing_inception_weights_are_told_before_anything_runs(tmp_path: Path)
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pip install 'moeapps\[fid\]'"):
         InceptionFeatures(tmp_path / "weights.pth")
+
+
+def test_no_accuracy_is_given_where_any_judge_would_be_right(
+    judge: Judge, real: RealImages, caplog: pytest.LogCaptureFixture
+) -> None:
+    ones = torch.nonzero(real.test.label == 3).flatten()
+    one_class = replace(real, test=real.test.take(ones))
+    found = judge_images(one_class.test.image, one_class.test.label, one_class, judge)
+
+    assert all("class_accuracy" not in group and "real_class_accuracy" not in group for group in found.values())
+    assert "domain_accuracy" in found["generation"]  # three domains are trained on
+    assert "of one class" in caplog.text
+    glyphs = [torch.nonzero(part.domain == 0).flatten() for part in (real.train, real.test)]
+    one_domain = replace(real, train=real.train.take(glyphs[0]), test=real.test.take(glyphs[1]))
+    found = judge_images(one_domain.test.image, one_domain.test.label, one_domain, judge)
+    assert "domain_accuracy" not in found["generation"]
+    assert "class_accuracy" in found["generation"]

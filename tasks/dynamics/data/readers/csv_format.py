@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Series of one environment as a CSV file."""
+"""Series of one environment as a CSV file: which columns are times, trajectories and channels."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tasks.dynamics.data.readers.cells import Cells, is_value, numbers, read_cells, seconds
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import Floats
 
-TIME, TRAJECTORY = "time", "trajectory"
+TRAJECTORY = "trajectory"
+TIMES = ("time", "t", "timestamp", "date", "datetime", "date_time", "datetime_utc", "datetime_gmt")
+"""Names of a time column, in small letters; a unit may follow, as in ``time (ms)``."""
+INDEX = ("", "unnamed: 0", "index")
+"""Names of a column that counts rows, or holds times, where a program wrote its index without a name."""
+UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
 _EVEN = 1e-2
 """Largest relative difference of a time step from the median one."""
 
@@ -26,69 +31,107 @@ class CsvFile:
         series: one [T, D] array per trajectory, nan where a cell is empty.
         channels: names of the columns.
         dt: seconds between samples.
+        time: name of the time column, or None.
     """
 
     series: list[Floats]
     channels: tuple[str, ...]
     dt: float
+    time: str | None = None
 
 
 def read_csv(path: Path, dt: float = 1.0) -> CsvFile:
     """Read the trajectories of one environment.
 
     Args:
-        path: file with a line of column names; ``time`` and ``trajectory`` are special, the others are channels.
-        dt: seconds between samples where there is no ``time`` column.
+        path: file with a line of column names (see `read_cells`). A time column (see `TIMES`) and ``trajectory`` are
+            special in any spelling, a column that counts the rows (see `INDEX`) is left out, the others are channels.
+        dt: seconds between samples where there is no time column.
 
     Raises:
-        SeriesFormatError: no channel, no row, a row of another length, a cell that is no number, times that are
-            missing, do not rise or are not evenly spaced. The text names the line.
+        SeriesFormatError: no names, no channel, no row, a row of another length, a cell that is no number, times that
+            are missing, do not rise or are not evenly spaced. The text names the line.
     """
-    with open(path, newline="", encoding="utf-8-sig") as handle:
-        rows = [(number, row) for number, row in enumerate(csv.reader(handle), 1) if any(cell.strip() for cell in row)]
-    if len(rows) < 2:
-        raise SeriesFormatError(f"{path.name}: needs a line of column names and at least one row")
-    names = [cell.strip() for cell in rows[0][1]]
-    if len(set(names)) < len(names):
-        raise SeriesFormatError(f"{path.name}: two columns share a name in {names}")
-    channels = tuple(name for name in names if name not in (TIME, TRAJECTORY))
-    if not channels:
-        raise SeriesFormatError(f"{path.name}: columns {names} hold no channel beside time and trajectory")
-    groups: dict[str, list[list[float]]] = {}
-    times: dict[str, list[float]] = {}
-    for number, row in rows[1:]:
-        where = f"{path.name}, line {number}"
-        if len(row) != len(names):
-            raise SeriesFormatError(f"{where}: {len(row)} cells, but {len(names)} columns are named")
-        cells = dict(zip(names, row, strict=True))
-        key = cells.get(TRAJECTORY, "").strip()
-        groups.setdefault(key, []).append([_number(cells[name], where) for name in channels])
-        if TIME in cells:
-            times.setdefault(key, []).append(_number(cells[TIME], where))
-    if times:
-        dt = _step(list(times.values()), path.name)
-    return CsvFile([np.array(group) for group in groups.values()], channels, dt)
-
-
-def _number(cell: str, where: str) -> float:
-    text = cell.strip()
-    try:
-        value = float(text) if text else float("nan")
-    except ValueError as error:
-        raise SeriesFormatError(f"{where}: {text!r} is not a number; leave missing cells empty") from error
-    if np.isinf(value):
-        raise SeriesFormatError(f"{where}: infinite value; leave the cell empty where it is missing")
-    return value
-
-
-def _step(times: Sequence[Sequence[float]], name: str) -> float:
-    steps = np.concatenate([np.diff(values) for values in times])
-    step = float(np.median(steps)) if len(steps) else float("nan")
-    if not step > 0 or not (np.abs(steps - step) <= _EVEN * step).all():
+    cells = read_cells(path)
+    _check_names(cells)
+    groups = [i for i, name in enumerate(cells.names) if name.lower() == TRAJECTORY]
+    counting = [i for i, name in enumerate(cells.names) if name.lower() in INDEX and _counts_rows(cells, i)]
+    clocks = [
+        i for i, name in enumerate(cells.names) if _unit(name) or (name.lower() in INDEX[:2] and i not in counting)
+    ]
+    if len(clocks) > 1:
+        shown = " and ".join(repr(cells.names[i]) for i in clocks)
         raise SeriesFormatError(
-            f"{name}: the time column is not evenly spaced and rising (steps {steps.min():.4g} to {steps.max():.4g}); "
-            "resample the series, and leave cells empty where samples are missing"
-            if len(steps)
-            else f"{name}: a trajectory needs at least two samples"
+            f"{cells.file}, line {cells.first}: {shown} are both times; keep one, with date and time of day in one cell"
         )
-    return step
+    places = [i for i in range(len(cells.names)) if i not in (*groups, *counting, *clocks)]
+    if not places:
+        raise SeriesFormatError(f"{cells.file}: columns {list(cells.names)} hold no channel beside time and trajectory")
+    values, rows = numbers(cells, places), _trajectories(cells, groups)
+    if clocks:
+        times = seconds(cells, clocks[0], _unit(cells.names[clocks[0]]) or 1.0)
+        dt = _step(cells, times, rows, cells.names[clocks[0]])
+    channels = tuple(cells.names[i] for i in places)
+    return CsvFile([values[part] for part in rows], channels, dt, cells.names[clocks[0]] if clocks else None)
+
+
+def _check_names(cells: Cells) -> None:
+    """Raise SeriesFormatError unless the first line holds names."""
+    names, where = cells.names, f"{cells.file}, line {cells.first}"
+    # A table that was written with an index and without names of its own counts its columns.
+    counted = names[0] == "" and names[1:] == tuple(str(i) for i in range(len(names) - 1)) and len(names) > 1
+    known = any(name.lower() in (*INDEX, TRAJECTORY) or _unit(name) for name in names if name)
+    values = [name for name in names if name and is_value(name)]
+    if not counted and (all(is_value(name) for name in names) or (values and not known)):
+        raise SeriesFormatError(
+            f"{where}: {', '.join(names[:4])} holds numbers where names of columns belong; add names"
+        )
+    if "" in names[1:]:
+        raise SeriesFormatError(f"{where}: column {names.index('', 1) + 1} has no name; give it one")
+    if len(set(names)) < len(names):
+        raise SeriesFormatError(f"{where}: two columns share a name in {list(names)}")
+    if sum(name.lower() == TRAJECTORY for name in names) > 1:
+        raise SeriesFormatError(f"{where}: two columns are called {TRAJECTORY}; keep one")
+
+
+def _unit(name: str) -> float | None:
+    """Seconds of one unit of a time column; None for the name of another column."""
+    match = re.fullmatch(r"(.*?)\s*[\[(/]?\s*([a-z]+)\s*[\])]", name.lower()) or re.fullmatch(
+        r"(.*)[_/ ]+([a-z]+)", name.lower()
+    )
+    if name.lower() in TIMES:
+        return 1.0
+    return UNITS.get(match[2]) if match and match[1] in TIMES else None
+
+
+def _counts_rows(cells: Cells, place: int) -> bool:
+    text = cells.columns[place].to_pylist()
+    return text[0].isdecimal() and text == [str(int(text[0]) + i) for i in range(len(text))] and int(text[0]) in (0, 1)
+
+
+def _trajectories(cells: Cells, groups: list[int]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Rows of each trajectory, in the order in which they begin."""
+    if not groups:
+        return [np.arange(len(cells.lines))]
+    keys = cells.columns[groups[0]].to_pylist()
+    found: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        found.setdefault(key, []).append(row)
+    return [np.array(rows) for rows in found.values()]
+
+
+def _step(cells: Cells, times: Floats, rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], name: str) -> float:
+    steps = np.concatenate([np.diff(times[part]) for part in rows])
+    if not len(steps):
+        raise SeriesFormatError(f"{cells.file}: a trajectory needs at least two samples")
+    later = np.concatenate([part[1:] for part in rows])
+    step = float(np.median(steps))
+    uneven = np.flatnonzero(~(np.abs(steps - step) <= _EVEN * abs(step))) if step > 0 else np.flatnonzero(steps <= 0)
+    if len(uneven):
+        raise SeriesFormatError(
+            f"{cells.where(later[uneven[0]])}: column {name!r} is taken for the time and is not evenly spaced and "
+            f"rising (steps {steps.min():.4g} to {steps.max():.4g}); resample the series and leave cells empty where "
+            "samples are missing, or rename the column if it is a channel"
+        )
+    # Times are often rounded as they are written: the whole span knows the step better than any of its parts.
+    return float(steps.mean())

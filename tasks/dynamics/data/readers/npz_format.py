@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,17 @@ def read_npz(path: Path) -> NpzFile:
     """Read either layout.
 
     Raises:
-        SeriesFormatError: no file, no X or t, shapes that do not agree, times that are not evenly spaced and rising.
+        SeriesFormatError: no file, a damaged one, no X or t, shapes that do not agree, infinite values, times that are
+            not evenly spaced and rising.
     """
     if not path.is_file():
         raise SeriesFormatError(f"no file {path}; correct root or the file name")
-    with np.load(path, allow_pickle=False) as arrays:
-        if not {"X", "t"} <= set(arrays.files):
-            raise SeriesFormatError(f"{path.name} holds {sorted(arrays.files)}; it must hold X and t")
-        x, t = arrays["X"].astype(np.float64), np.atleast_2d(arrays["t"].astype(np.float64))
+    with _readable(path), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        if not isinstance(arrays, np.lib.npyio.NpzFile) or not {"X", "t"} <= set(arrays.files):
+            held = sorted(arrays.files) if isinstance(arrays, np.lib.npyio.NpzFile) else "one array"
+            raise SeriesFormatError(f"{path.name} holds {held}; it must hold X and t")
+        x, t = (_numbers(arrays[name], f"{path.name}: {name}") for name in ("X", "t"))
+        t = np.atleast_2d(t)
     if x.ndim == 4:
         x = x[None]
     if x.ndim != 5 or t.shape != (x.shape[0], x.shape[3]) or x.shape[3] < 2:
@@ -66,7 +70,13 @@ def read_npz(path: Path) -> NpzFile:
         raise SeriesFormatError(f"{path.name}: t is not evenly spaced and rising; resample the trajectories")
     F, S = x.shape[:2]
     bounds_path, json_path = (path.with_name(path.stem + end) for end in ("_bounds.npy", "_envs.json"))
-    bounds = np.load(bounds_path, allow_pickle=False) if bounds_path.is_file() else None
+    bounds, parameters = None, None
+    if bounds_path.is_file():
+        with _readable(bounds_path), open(bounds_path, "rb") as stream:
+            bounds = _numbers(np.load(stream, allow_pickle=False), bounds_path.name)
+    if json_path.is_file():
+        with _readable(json_path):
+            parameters = json.loads(json_path.read_text(encoding="utf-8"))
     if bounds is not None and bounds.shape != (F, S, 1, 1, x.shape[4]):
         raise SeriesFormatError(f"{bounds_path.name} has shape {bounds.shape}, expected {(F, S, 1, 1, x.shape[4])}")
     return NpzFile(
@@ -74,8 +84,28 @@ def read_npz(path: Path) -> NpzFile:
         dt=np.repeat(steps.mean(1), S),
         family=np.repeat(np.arange(F), S),
         bounds=None if bounds is None else bounds.reshape(F * S, -1),
-        parameters=json.loads(json_path.read_text(encoding="utf-8")) if json_path.is_file() else None,
+        parameters=parameters,
     )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what numpy and json answer a damaged file with into one sentence."""
+    try:
+        yield
+    except SeriesFormatError:
+        raise
+    # numpy answers damage with nearly any error; an array larger than the memory is one too.
+    except Exception as error:
+        raise SeriesFormatError(f"{path.name} cannot be read ({error}); it is damaged: write it again") from error
+
+
+def _numbers(array: Any, where: str) -> Floats:
+    """Return float64; anything but finite numbers and nan is an error."""
+    if array.dtype.kind not in "fiu" or np.isinf(array).any():
+        raise SeriesFormatError(f"{where} is {array.dtype} {array.shape}; give finite real numbers, nan where missing")
+    values: Floats = array.astype(np.float64)
+    return values
 
 
 class NpzTrajectories(DynamicsSource):

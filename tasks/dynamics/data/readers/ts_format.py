@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The .ts text format of the UCR and UEA archives of time series.
 
-``@key value`` lines, ``@data``, then one series per line: channels divided by ``:``, values by ``,``, the label last.
-``?`` and ``nan`` are missing values; lines that begin with ``#`` or ``%`` are comments.
+``@key value`` lines, ``@data``, then one series per line: channels divided by ``:``, values by ``,``, last the label of
+a class, or the number to predict where ``@targetlabel true`` says so. ``?`` and ``nan`` are missing values; lines that
+begin with ``#`` or ``%`` are comments.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class LabelledSeries:
     Attributes:
         series: one [T, D] array per series, nan where missing; T may differ.
         labels: class of each series, or None.
+        targets: number to predict of each series, or None.
     """
 
     series: list[Floats]
     labels: list[str] | None
+    targets: list[float] | None = None
 
 
 def read_ts(path: Path) -> LabelledSeries:
@@ -37,24 +40,26 @@ def read_ts(path: Path) -> LabelledSeries:
 
     Raises:
         SeriesFormatError: no data, time stamps, a label that was not announced, channels of different lengths or
-            numbers, or something that is no number. The text names the line.
+            numbers, infinite values, or something that is no number. The text names the line.
     """
     header: dict[str, list[str]] = {}
     series: list[Floats] = []
-    labels: list[str] = []
+    last: list[str] = []
     with open(path, encoding="utf-8", errors="replace") as handle:
-        in_data = False
+        in_data = regression = False
         for number, line in enumerate(handle, 1):
             text = line.strip()
             if not text or text[0] in "#%":
                 continue
             if in_data:
-                values, label = _series(text, f"{path.name}, line {number}", _classes(header))
+                values, label = _series(text, f"{path.name}, line {number}", _classes(header), regression)
                 series.append(values)
-                labels += [] if label is None else [label]
+                last += [] if label is None else [label]
             elif text.lower() == "@data":
-                in_data = True
-                if header.get("timestamps", ["false"])[0].lower() == "true":
+                in_data, regression = True, _says(header, "targetlabel")
+                if regression and _says(header, "classlabel"):
+                    raise SeriesFormatError(f"{path.name} announces a class and a target; a line ends in one of them")
+                if _says(header, "timestamps"):
                     raise SeriesFormatError(f"{path.name} has time stamps, which are not read; resample it to a grid")
             else:
                 key, *words = text.split()
@@ -64,24 +69,35 @@ def read_ts(path: Path) -> LabelledSeries:
     widths = {values.shape[1] for values in series}
     if len(widths) > 1:
         raise SeriesFormatError(f"{path.name}: series have {sorted(widths)} channels; all must have the same number")
-    return LabelledSeries(series, labels if labels else None)
+    if regression:
+        return LabelledSeries(series, None, [float(number) for number in last])
+    return LabelledSeries(series, last if last else None)
+
+
+def _says(header: dict[str, list[str]], key: str) -> bool:
+    return "".join(header.get(key, [])[:1]).lower() == "true"
 
 
 def _classes(header: dict[str, list[str]]) -> list[str] | None:
-    words = header.get("classlabel", ["false"])
-    return words[1:] if words[0].lower() == "true" else None
+    return header["classlabel"][1:] if _says(header, "classlabel") else None
 
 
-def _series(text: str, where: str, classes: list[str] | None) -> tuple[Floats, str | None]:
+def _series(text: str, where: str, classes: list[str] | None, regression: bool) -> tuple[Floats, str | None]:
     channels = text.split(":")
-    label = channels.pop().strip() if classes is not None else None
+    label = channels.pop().strip() if classes is not None or regression else None
     if classes is not None and label not in classes:
         raise SeriesFormatError(f"{where}: label {label!r} is none of {', '.join(classes)}")
     try:
         rows = [[float("nan") if v.strip() == "?" else float(v) for v in channel.split(",")] for channel in channels]
+        target = float(label) if regression and label is not None else 0.0
     except ValueError as error:
         raise SeriesFormatError(f"{where}: {error}") from error
     lengths = {len(row) for row in rows}
     if len(lengths) != 1:
         raise SeriesFormatError(f"{where}: channels have {sorted(lengths)} values; all must have the same number")
-    return np.array(rows).T, label
+    values = np.array(rows).T
+    if np.isinf(values).any() or not np.isfinite(target):
+        raise SeriesFormatError(
+            f"{where}: an infinite value, or a target that is no number; write ? for a missing value"
+        )
+    return values, label

@@ -87,6 +87,26 @@ def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[s
     return torch.from_numpy(label.astype(np.int64))
 
 
+def class_counts(label: Tensor, names: Sequence[str], where: str) -> dict[str, int]:
+    """Return the number of rows of every class that has one.
+
+    Args:
+        label: int64 [N], below the number of names.
+        names: name of each label.
+        where: for messages.
+
+    Raises:
+        ImageFileError: no row, or two labels of one name.
+    """
+    if not len(label):
+        raise ImageFileError(f"{where} is empty; fill it or take it out of the roles")
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ImageFileError(f"{where} gives the name {twice!r} to two labels; name each class once")
+    each = torch.bincount(label, minlength=len(names)).tolist()
+    return {name: count for name, count in zip(names, each, strict=True) if count}
+
+
 def pixels_nchw(x: NDArray[Any], where: Path) -> Tensor:
     """Return uint8 [N, C, H, W] of uint8 [N, H, W] or [N, H, W, C].
 

@@ -7,8 +7,6 @@ of the variance of a Gaussian posterior; a latent is scale * (mean + exp(0.5 * l
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -215,8 +213,12 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     try:
         held = torch.load(path, weights_only=True)
         mean, std = (torch.as_tensor(held[name]).float().reshape(channels, 1, 1) for name in ("mean", "std"))
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    # A damaged file makes torch raise nearly any error.
+    except Exception as error:
         raise ImageFileError(f"{path} holds no mean and std of {channels} channels ({error})") from error
-    if not (std > 0).all():
-        raise ImageFileError(f"{path}: std must be positive, it is {std.flatten().tolist()}")
+    if not ((std > 0) & std.isfinite() & mean.isfinite()).all():
+        raise ImageFileError(
+            f"{path}: std must be positive, and all finite; mean is {mean.flatten().tolist()}, std is "
+            f"{std.flatten().tolist()}"
+        )
     return mean, std
