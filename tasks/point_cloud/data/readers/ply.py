@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +204,9 @@ def _body(path: Path, header: _Header, file: BinaryIO) -> PlyData:
         promised = sum(element.count for element in header.elements)
         if len(lines) != promised:
             raise _bad(path, f"{len(lines)} lines of data", f"{promised} by its header")
-        return PlyData.read(io.BytesIO(header.plain + b"\n".join(lines)))
+        with warnings.catch_warnings():  # plyfile reads the items of a list by loadtxt, which warns of empty ones
+            warnings.simplefilter("ignore", UserWarning)
+            return PlyData.read(io.BytesIO(header.plain + b"\n".join(lines)))
     least = header.length + sum(element.count * element.least_bytes for element in header.elements)
     if least > size:
         raise _bad(path, f"{size} bytes", f"at least {least} by its header")
