@@ -14,10 +14,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Processes that share the tests: JOBS=0 runs them in one, where a debugger works. The first to finish takes over tests
 # of the other.
 JOBS   ?= 2
+CASES  ?= 10000
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow check format bench evidence mutate gpu-check clean
+.PHONY: help setup demo test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ test-fast: setup  ## the laws only, while you work (under 3 minutes)
 
 test-slow: setup  ## processes, faults, resume, notebooks
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests
+
+fuzz: setup  ## damage files of every format at random, CASES=10000 of each: read, or told in one sentence
+	MOEAPPS_FUZZ=$(CASES) $(PYTEST) -m '' -k is_read_or_told tests
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -46,21 +46,20 @@ def cell_keys(pos: npt.NDArray[np.floating], size: float) -> tuple[Ints, tuple[i
     Raises:
         ValueError: the cloud is wider than the curves can number.
     """
-    cell = np.empty((3, len(pos)), np.int64)
-    for axis in range(3):
-        cell[axis] = np.floor(np.asarray(pos[:, axis], np.float64) / size)
-        cell[axis] -= cell[axis].min()
-    top = cell.max(1) + 3  # one empty cell on each side, so that neighbour keys never wrap
+    low, high = (np.floor(np.asarray(edge, np.float64) / size) for edge in (pos.min(0), pos.max(0)))
+    top = (high - low).astype(np.int64) + 3  # one empty cell on each side, so that neighbour keys never wrap
     if top.max() - 2 > MAX_CELLS:
         raise ValueError(
             f"the cloud is {top.max() - 2} voxels of {size} m wide, at most {MAX_CELLS} are allowed; "
             "use a larger voxel, or remove far-away stray points"
         )
     stride_y, stride_x = int(top[2]), int(top[2] * top[1])
-    cell += 1
-    cell[0] *= stride_x
-    cell[1] *= stride_y
-    return cell[0] + cell[1] + cell[2], (stride_x, stride_y)
+    keys = np.zeros(len(pos), np.int64)
+    for axis, stride in enumerate((stride_x, stride_y, 1)):  # one axis at a time: scans are large
+        cell = np.floor(np.asarray(pos[:, axis], np.float64) / size)
+        cell -= low[axis] - 1
+        keys += cell.astype(np.int64) * stride
+    return keys, (stride_x, stride_y)
 
 
 def count_cells(pos: npt.NDArray[np.floating], size: float) -> int:
@@ -83,13 +82,18 @@ def voxelise(pos: npt.NDArray[np.floating], size: float, rng: np.random.Generato
     """
     keys, (stride_x, stride_y) = cell_keys(pos, size)
     order = rng.permutation(len(keys)) if rng is not None else np.arange(len(keys))
-    cells, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
-    back = np.empty_like(inverse)
-    back[order] = inverse
-    x, rest = np.divmod(cells, stride_x)
-    y, z = np.divmod(rest, stride_y)
-    grid = np.stack([x, y, z], axis=1)
-    return Voxels(grid - grid.min(0), back, order[first])
+    order = order[np.argsort(keys[order], kind="stable")]  # cell after cell, within one as drawn
+    keys = keys[order]
+    first = np.diff(keys, prepend=-1) != 0
+    cells, pick = keys[first], order[first]
+    inverse = keys  # not needed any more
+    inverse[order] = np.cumsum(first) - 1
+    del order, first
+    grid = np.empty((len(cells), 3), np.int64)
+    grid[:, 0], rest = np.divmod(cells, stride_x)
+    grid[:, 1], grid[:, 2] = np.divmod(rest, stride_y)
+    grid -= grid.min(0)
+    return Voxels(grid, inverse, pick)
 
 
 def normal_z(pos: npt.NDArray[np.floating], size: float) -> Floats:
@@ -129,7 +133,7 @@ def _block_normals(
     """Return |z| of the normals of the cells in ``block``, of ``cells`` in ascending order and the points in them."""
     columns = [np.ones(len(p)), *p.T, *(p[:, i] * p[:, j] for i, j in _PAIRS)]
     sums = np.stack([np.bincount(inverse, weights=c, minlength=len(cells)) for c in columns], axis=1)
-    sums, known = np.concatenate([sums, np.zeros((1, 10))]), np.append(cells, -1)  # the last row: no such cell
+    known = np.append(cells, -1)  # the last: no such cell
     total = np.zeros((block.stop - block.start, 10))
     for dx in (-1, 0, 1):
         for dy in (-1, 0, 1):
@@ -137,7 +141,8 @@ def _block_normals(
             at = np.searchsorted(cells, wanted)
             for dz in range(3):  # neighbours in z follow one another in the list
                 there = known[at] == wanted + dz
-                total += sums[np.where(there, at, len(cells))]
+                rows = np.flatnonzero(there)
+                total[rows] += sums[at[rows]]
                 at += there
     count = total[:, 0]
     mean = total[:, 1:4] / count[:, None]

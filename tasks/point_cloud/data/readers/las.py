@@ -69,7 +69,8 @@ class LasCloud:
         if not found:
             raise LasError(f"no field {name!r}; there are {', '.join(self.names)}")
         field = next(kind for kind in self.points.point_format.dimensions if kind.name == found[0])
-        values = np.asarray(self.points[field.name] if field.is_standard else self.points.array[field.name])
+        # A copy: a view would keep the whole records in memory.
+        values = np.array(self.points[field.name] if field.is_standard else self.points.array[field.name])
         if values.ndim > 1:
             raise LasError(f"field {name!r} holds {values.shape[1]} numbers per point; name one of one number")
         scaled = not field.is_standard and field.is_scaled

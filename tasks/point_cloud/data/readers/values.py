@@ -152,9 +152,7 @@ def _coordinates(
     if not len(xyz):
         return np.zeros((0, 3), np.float32), (0.0, 0.0, 0.0)
     _require_finite(path, "coordinate", xyz, scaling)
-    wide = xyz.astype(np.float64)
-    wide *= scaling.unit
-    low, high = wide.min(0), wide.max(0)
+    low, high = (edge.astype(np.float64) * scaling.unit for edge in (xyz.min(0), xyz.max(0)))
     extent = float((high - low).max())
     if extent > MAX_EXTENT:
         raise PointCloudFileError(
@@ -163,11 +161,12 @@ def _coordinates(
             f"a scan of at most {MAX_EXTENT:.0f} m",
             f"the file is damaged or in another unit: copy it again or {scaling.advice('unit')} (metres per unit)",
         )
-    if max(float(np.abs(low).max()), float(np.abs(high).max())) <= FAR:
-        return wide.astype(np.float32), (0.0, 0.0, 0.0)
-    origin = np.floor(low)
-    wide -= origin
-    return wide.astype(np.float32), (float(origin[0]), float(origin[1]), float(origin[2]))
+    near = max(float(np.abs(low).max()), float(np.abs(high).max())) <= FAR
+    origin = np.zeros(3) if near else np.floor(low)
+    moved = np.empty(xyz.shape, np.float32)
+    for axis in range(3):  # one axis at a time: scans are large
+        moved[:, axis] = xyz[:, axis].astype(np.float64) * scaling.unit - origin[axis]
+    return moved, (float(origin[0]), float(origin[1]), float(origin[2]))
 
 
 def _color(path: Path | str, color: NDArray[Any]) -> NDArray[np.uint8]:
