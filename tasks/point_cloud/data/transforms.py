@@ -153,7 +153,7 @@ def _lowest(values: FloatArray, count: int, other: FloatArray | None) -> npt.NDA
     if not count:
         return np.zeros(len(values), bool)
     edge = np.partition(values, count - 1)[count - 1]
-    low = values < edge
+    low: npt.NDArray[np.bool_] = values < edge
     level = np.flatnonzero(values == edge)
     if other is not None:
         level = level[np.argsort(other[level], kind="stable")]

@@ -101,7 +101,11 @@ class PromptNorm(nn.Module):
         return torch.empty_like(y_ND).index_copy(0, order_N, y_ND)
 
     def _one(self, x_ND: Tensor, prompt: int) -> Tensor:
-        y_ND: Tensor = self.norms[prompt](x_ND)
+        norm = self.norms[prompt]
+        if isinstance(norm, nn.BatchNorm1d) and len(x_ND) == 1:  # one row has no variance
+            y_ND: Tensor = F.batch_norm(x_ND, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        else:
+            y_ND = norm(x_ND)
         vectors_PV = self._rows.vectors_PV
         if self.modulation is None or vectors_PV is None:
             return y_ND
