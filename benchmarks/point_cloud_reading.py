@@ -76,7 +76,7 @@ def first_tile(root: Path) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory this process held. (``ru_maxrss`` would begin with that of the process that started it.)"""
+    """The most memory this process held; ``ru_maxrss`` would begin with that of the process that started it."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

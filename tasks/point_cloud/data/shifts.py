@@ -77,7 +77,7 @@ class Shifted(PointSource):
         """Return None: nothing is needed."""
         return None
 
-    def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
+    def scans(self, split: Split, cache: Path | None, domain: str = "") -> list[ScanArrays]:
         """Generate the scans of one split."""
         return [self._scan(scene_seed(self.data_seed, self.base, split, index)) for index in range(self.scenes)]
 

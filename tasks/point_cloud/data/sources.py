@@ -140,14 +140,14 @@ class LasFiles(PointSource):
         x, y, z = (float(value) * self.unit for value in middle)
         step = coarse_step(cloud.pos) * self.unit
         check_scan(pos, self.voxel, step, path.stem, domain, "set `unit` of the domain")
-        up, label, light = normal_z(pos, self.voxel), self._labels(cloud), cloud.intensity
+        up, label, light = normal_z(pos, self.voxel), self._labels(cloud), cloud.intensity.astype(np.float32)
         if not light.any() and cloud.rgb is not None:  # an intensity of 0 everywhere was never measured
             light = luminance(cloud.rgb, 65_535)
         return [
             ScanArrays(
                 name=f"{path.stem}-{number}",
                 pos=pos[part].astype(np.float32),
-                light=light[part].astype(np.float32),
+                light=light[part],
                 up=up[part],
                 label=label[part],
                 words=self.label_set,
