@@ -98,6 +98,7 @@ def measure(points: int) -> dict[str, Any]:
     return {
         "command": "python -m benchmarks.point_cloud_reading --json benchmarks/results/point_cloud_reading.json",
         "machine": machine(),
+        "load": round(os.getloadavg()[1], 1),  # processes that wanted a core in the last five minutes
         "gate": {"cpu_s": MOST_SECONDS, "peak_gb": MOST_GB},
         "voxel": VOXEL,
         "rows": rows,
