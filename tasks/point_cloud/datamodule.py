@@ -176,7 +176,7 @@ class PointCloudData(DomainDataModule):
         """
         self.role_of(domain)
         if domain in self.own:
-            return self.own[domain].scans(split, self.cache_dir)
+            return self.own[domain].scans(split, self.cache_dir, domain)
         return load_scans(self._file(domain, split))
 
     def dataset(self, domain: str, split: Split) -> ScanDataset:

@@ -25,10 +25,12 @@ from torch_geometric.data import Batch
 from moeapps.moe import LayerFactory
 from tasks.point_cloud.nets.attention import PatchAttention, PositionalConv, apply_layer
 from tasks.point_cloud.nets.geometry import Level, finest_level
-from tasks.point_cloud.nets.serialization import ORDERS, Order
+from tasks.point_cloud.nets.norm import BatchNorm
+from tasks.point_cloud.nets.serialization import MAX_DEPTH, ORDERS, Order
 from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d
 
 Placement = Literal["projection", "mlp"]
+CurveDepth = Literal["constant", "batch"]
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
@@ -39,7 +41,7 @@ class Stem(nn.Module):
     def __init__(self, in_dim: int, dim: int, norm_momentum: float) -> None:
         super().__init__()
         self.conv = SubmanifoldConv3d(in_dim, dim, 5, bias=False)
-        self.norm = nn.BatchNorm1d(dim, eps=1e-3, momentum=norm_momentum)
+        self.norm = BatchNorm(dim, eps=1e-3, momentum=norm_momentum)
 
     def forward(self, x_NC: Tensor, level: Level) -> Tensor:
         """Lift the input features to the first width."""
@@ -83,7 +85,7 @@ class Pooling(nn.Module):
     def __init__(self, in_dim: int, dim: int, norm_momentum: float) -> None:
         super().__init__()
         self.proj = nn.Linear(in_dim, dim)
-        self.norm = nn.BatchNorm1d(dim, eps=1e-3, momentum=norm_momentum)
+        self.norm = BatchNorm(dim, eps=1e-3, momentum=norm_momentum)
 
     def forward(self, x_ND: Tensor, level: Level) -> Tensor:
         """Rows of ``level`` -> rows of its parent level."""
@@ -101,9 +103,9 @@ class Unpooling(nn.Module):
     def __init__(self, coarse_dim: int, skip_dim: int, dim: int, norm_momentum: float) -> None:
         super().__init__()
         self.proj = nn.Linear(coarse_dim, dim)
-        self.norm = nn.BatchNorm1d(dim, eps=1e-3, momentum=norm_momentum)
+        self.norm = BatchNorm(dim, eps=1e-3, momentum=norm_momentum)
         self.proj_skip = nn.Linear(skip_dim, dim)
-        self.norm_skip = nn.BatchNorm1d(dim, eps=1e-3, momentum=norm_momentum)
+        self.norm_skip = BatchNorm(dim, eps=1e-3, momentum=norm_momentum)
 
     def forward(self, coarse: Tensor, skip: Tensor, level: Level) -> Tensor:
         """Rows of the parent level and of ``level`` -> rows of ``level``."""
@@ -152,6 +154,8 @@ class PointMoE(nn.Module):
         orders: curves to follow. In training they are permuted at random for every stage.
         average_orders: in evaluation, average the features over all rotations of ``orders`` (as many forward passes as
             orders) instead of following them as given.
+        curve_depth: levels of the curves. ``constant``: 16, so that the answer for a scan does not depend on its batch
+            mates. ``batch``: as many as the widest scan of the batch needs (the public code).
 
     Shape:
         A batch of scans with ``x`` [N, in_dim], ``grid`` int64 [N, 3], ``batch`` int64 [N] and optionally ``domain``
@@ -159,7 +163,7 @@ class PointMoE(nn.Module):
 
     Raises:
         ValueError: The stage lists disagree in length, a width is not a multiple of ``head_dim``, ``orders`` is empty,
-            or ``placement`` is unknown.
+            or ``placement`` or ``curve_depth`` is unknown.
     """
 
     block: ClassVar[type[Block]] = Block
@@ -182,6 +186,7 @@ class PointMoE(nn.Module):
         norm_momentum: float = 0.1,
         orders: Sequence[Order] = ORDERS,
         average_orders: bool = False,
+        curve_depth: CurveDepth = "constant",
     ) -> None:
         super().__init__()
         if not len(enc_depths) == len(enc_dims) == len(dec_depths) + 1 == len(dec_dims) + 1:
@@ -194,6 +199,8 @@ class PointMoE(nn.Module):
 
         if placement not in ("projection", "mlp"):
             raise ValueError(f"placement={placement!r}: choose projection or mlp")
+        if curve_depth not in ("constant", "batch"):
+            raise ValueError(f"curve_depth={curve_depth!r}: choose constant or batch")
         block = partial(
             self.block, moe=moe, placement=placement, head_dim=head_dim, patch_size=patch_size, mlp_ratio=mlp_ratio
         )
@@ -206,6 +213,7 @@ class PointMoE(nn.Module):
         self.out_dim = dec_dims[0] if dec_dims else enc_dims[0]
         self.orders = tuple(orders)
         self.average_orders = average_orders
+        self.curve_depth = curve_depth
         self.stem = Stem(self.in_dim, enc_dims[0], norm_momentum)
         self.encoder = nn.ModuleList(stage(dim, rates) for dim, rates in zip(enc_dims, enc_rates, strict=True))
         self.pools = nn.ModuleList(Pooling(fine, coarse, norm_momentum) for fine, coarse in pairwise(enc_dims))
@@ -241,7 +249,10 @@ class PointMoE(nn.Module):
 
     def _levels(self, batch: Batch) -> tuple[list[Level], Tensor]:
         group = None if getattr(batch, "domain", None) is None else batch.domain[batch.batch]
-        level, row_N = finest_level(batch.grid, batch.batch, batch.num_graphs, self.orders, group)
+        depth = MAX_DEPTH
+        if self.curve_depth == "batch":  # not below one level per halving, which each drop one
+            depth = max(int(batch.grid.max()).bit_length(), len(self.pools), 1)
+        level, row_N = finest_level(batch.grid, batch.batch, batch.num_graphs, self.orders, group, depth)
         levels = [level]
         for _ in self.pools:
             levels.append(levels[-1].coarser())

@@ -86,13 +86,14 @@ def _label(role: str) -> str:
 
 
 def _fitting(table: ScoreTable, main: str, width: int) -> tuple[list[str], list[str]]:
-    """Metrics that fit beside the names, the main one first, and those that do not.
+    """Metrics that fit beside the names, the main one and its variants (``miou_all``) first, and those that do not.
 
     With more than `MOST_COLUMNS` metrics those that split another one up (``gauc_like`` beside ``gauc``) go first.
     """
     names = list(dict.fromkeys(score.metric for score in table.scores))
     whole = [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
-    wanted = sorted(names if len(names) <= MOST_COLUMNS else whole, key=lambda name: name != main)
+    columns = names if len(names) <= MOST_COLUMNS else whole
+    wanted = sorted(columns, key=lambda name: (name != main, not name.startswith(f"{main}_")))
     summary = table.summary()
     texts: dict[str, list[str]] = {name: [name] for name in names}
     for score in table.scores:

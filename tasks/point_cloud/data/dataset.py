@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from torch_geometric.data import Batch, Data
 
-from tasks.point_cloud.data.features import Features, network_input, normalise_light, voxelise
+from tasks.point_cloud.data.features import Features, count_cells, network_input, normalise_light, voxelise
 from tasks.point_cloud.data.labels import IGNORE
+from tasks.point_cloud.data.limits import check_density
 from tasks.point_cloud.data.scans import ScanArrays
 from tasks.point_cloud.data.scene import Floats, Ints
 from tasks.point_cloud.data.transforms import Augmentation, crop_columns, tile_columns
@@ -107,16 +108,21 @@ class ScanDataset(Dataset[Scan]):
         self.targets = [_check(scan, domain, label_set) for scan in scans]
         self.lights = [normalise_light(scan.light) for scan in scans]
         self.tiles: list[tuple[int, Ints]] = []
-        if not train:
+        if train:
+            for scan in scans:
+                check_density(len(scan), count_cells(scan.pos, voxel), voxel, scan.name, domain)
+        else:
             for index, scan in enumerate(scans):
                 voxels = voxelise(scan.pos, voxel, self._fixed(index))
-                cell_pos = scan.pos[voxels.pick]
-                owner = np.empty(len(cell_pos), np.int64)
-                parts = tile_columns(cell_pos, max_voxels)
+                check_density(len(scan), len(voxels.pick), voxel, scan.name, domain)
+                parts = tile_columns(scan.pos[voxels.pick], max_voxels)
+                owner = np.empty(len(voxels.pick), np.min_scalar_type(len(parts)))
                 for number, part in enumerate(parts):
                     owner[part] = number
                 of_point = owner[voxels.inverse]
-                self.tiles.extend((index, np.flatnonzero(of_point == number)) for number in range(len(parts)))
+                points = np.argsort(of_point, kind="stable")  # tile after tile, each in the order of the file
+                cuts = np.searchsorted(of_point[points], np.arange(1, len(parts), dtype=owner.dtype))
+                self.tiles.extend((index, own) for own in np.split(points, cuts))
 
     def num_labels(self) -> int | None:
         """Return how many points have a known label; None where that is not known without reading every scan."""

@@ -15,13 +15,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from tasks.point_cloud.data.limits import MAX_CELLS
 from tasks.point_cloud.data.scene import Floats, Ints
 
 Features = Literal["common", "paper"]
 
 IN_DIM = 6
 _HEIGHT_SCALE = 3.0
-_LARGEST_CELL = 2**20
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,29 @@ def cell_keys(pos: npt.NDArray[np.floating], size: float) -> tuple[Ints, tuple[i
     """Return one int64 key per point and the strides (of x, of y) between neighbouring cells.
 
     Raises:
-        ValueError: the cloud is more than 2^20 cells wide.
+        ValueError: the cloud is wider than the curves can number.
     """
-    cell = np.floor(np.asarray(pos, np.float64) / size).astype(np.int64)
-    cell -= cell.min(0)
-    top = cell.max(0) + 3  # one empty cell on each side, so that neighbour keys never wrap
-    if top.max() > _LARGEST_CELL:
+    low, high = (np.floor(np.asarray(edge, np.float64) / size) for edge in (pos.min(0), pos.max(0)))
+    top = (high - low).astype(np.int64) + 3  # one empty cell on each side, so that neighbour keys never wrap
+    if top.max() - 2 > MAX_CELLS:
         raise ValueError(
-            f"the cloud is {top.max()} voxels of {size} m wide, at most {_LARGEST_CELL} are allowed; "
+            f"the cloud is {top.max() - 2} voxels of {size} m wide, at most {MAX_CELLS} are allowed; "
             "use a larger voxel, or remove far-away stray points"
         )
     stride_y, stride_x = int(top[2]), int(top[2] * top[1])
-    return (cell[:, 0] + 1) * stride_x + (cell[:, 1] + 1) * stride_y + cell[:, 2] + 1, (stride_x, stride_y)
+    keys = np.zeros(len(pos), np.int64)
+    for axis, stride in enumerate((stride_x, stride_y, 1)):  # one axis at a time: scans are large
+        cell = np.floor(np.asarray(pos[:, axis], np.float64) / size)
+        cell -= low[axis] - 1
+        keys += cell.astype(np.int64) * stride
+    return keys, (stride_x, stride_y)
+
+
+def count_cells(pos: npt.NDArray[np.floating], size: float) -> int:
+    """Return how many cells of ``size`` metres R points occupy."""
+    keys = cell_keys(pos, size)[0]
+    keys.sort()  # numpy.unique would hash them, which is slower
+    return int(np.count_nonzero(np.diff(keys, prepend=-1)))
 
 
 def voxelise(pos: npt.NDArray[np.floating], size: float, rng: np.random.Generator | None = None) -> Voxels:
@@ -66,17 +78,22 @@ def voxelise(pos: npt.NDArray[np.floating], size: float, rng: np.random.Generato
         rng: draws the picked point; None picks the first in file order.
 
     Raises:
-        ValueError: the cloud is more than 2^20 cells wide.
+        ValueError: the cloud is wider than the curves can number.
     """
     keys, (stride_x, stride_y) = cell_keys(pos, size)
     order = rng.permutation(len(keys)) if rng is not None else np.arange(len(keys))
-    cells, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
-    back = np.empty_like(inverse)
-    back[order] = inverse
-    x, rest = np.divmod(cells, stride_x)
-    y, z = np.divmod(rest, stride_y)
-    grid = np.stack([x, y, z], axis=1)
-    return Voxels(grid - grid.min(0), back, order[first])
+    order = order[np.argsort(keys[order], kind="stable")]  # cell after cell, within one as drawn
+    keys = keys[order]
+    first = np.diff(keys, prepend=-1) != 0
+    cells, pick = keys[first], order[first]
+    inverse = keys  # not needed any more
+    inverse[order] = np.cumsum(first) - 1
+    del order, first
+    grid = np.empty((len(cells), 3), np.int64)
+    grid[:, 0], rest = np.divmod(cells, stride_x)
+    grid[:, 1], grid[:, 2] = np.divmod(rest, stride_y)
+    grid -= grid.min(0)
+    return Voxels(grid, inverse, pick)
 
 
 def normal_z(pos: npt.NDArray[np.floating], size: float) -> Floats:
@@ -86,29 +103,59 @@ def normal_z(pos: npt.NDArray[np.floating], size: float) -> Floats:
     the voxel. Fewer than three points have none: 0. A turn about the z axis leaves the value unchanged up to the
     rounding of points into cells, so it is computed once per scan and kept.
     """
-    keys, (stride_x, stride_y) = cell_keys(pos, size)
-    cells, inverse = np.unique(keys, return_inverse=True)
-    p = np.asarray(pos, np.float64)
-    p = p - p.mean(0)
-    pairs = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
-    columns = [np.ones(len(p)), *p.T, *(p[:, i] * p[:, j] for i, j in pairs)]
+    keys, strides = cell_keys(pos, size)
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    cells, starts = keys[first], np.append(first, len(pos))
+    mean, up = np.asarray(pos, np.float64).mean(0), np.empty(len(cells), np.float32)
+    reach = sum(strides) + 1
+    # Blocks of cells keep the sums of their own and of the cells around in a processor's cache, and the memory small.
+    for begin in range(0, len(cells), _BLOCK):
+        end = min(begin + _BLOCK, len(cells))
+        low = int(np.searchsorted(cells, cells[begin] - reach))
+        high = int(np.searchsorted(cells, cells[end - 1] + reach, side="right"))
+        around = np.asarray(pos[order[starts[low] : starts[high]]], np.float64) - mean
+        inverse = np.repeat(np.arange(high - low), np.diff(starts[low : high + 1]))
+        up[begin:end] = _block_normals(cells[low:high], around, inverse, slice(begin - low, end - low), strides)
+    spread = np.empty(len(pos), np.float32)
+    spread[order] = np.repeat(up, np.diff(starts))
+    return spread
+
+
+_BLOCK = 2**13
+_PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+
+
+def _block_normals(
+    cells: Ints, p: npt.NDArray[np.float64], inverse: Ints, block: slice, strides: tuple[int, int]
+) -> npt.NDArray[np.float64]:
+    """Return |z| of the normals of the cells in ``block``, of ``cells`` in ascending order and the points in them."""
+    columns = [np.ones(len(p)), *p.T, *(p[:, i] * p[:, j] for i, j in _PAIRS)]
     sums = np.stack([np.bincount(inverse, weights=c, minlength=len(cells)) for c in columns], axis=1)
-    total = np.zeros_like(sums)
+    known = np.append(cells, -1)  # the last: no such cell
+    total = np.zeros((block.stop - block.start, 10))
     for dx in (-1, 0, 1):
         for dy in (-1, 0, 1):
-            for dz in (-1, 0, 1):
-                wanted = cells + dx * stride_x + dy * stride_y + dz
-                at = np.minimum(np.searchsorted(cells, wanted), len(cells) - 1)
-                there = cells[at] == wanted
-                total[there] += sums[at[there]]
+            wanted = cells[block] + dx * strides[0] + dy * strides[1] - 1
+            at = np.searchsorted(cells, wanted)
+            for dz in range(3):  # neighbours in z follow one another in the list
+                there = known[at] == wanted + dz
+                rows = np.flatnonzero(there)
+                total[rows] += sums[at[rows]]
+                at += there
     count = total[:, 0]
     mean = total[:, 1:4] / count[:, None]
-    covariance = np.empty((len(cells), 3, 3))
-    for index, (i, j) in enumerate(pairs):
+    covariance = np.empty((len(total), 3, 3))
+    for index, (i, j) in enumerate(_PAIRS):
         covariance[:, i, j] = covariance[:, j, i] = total[:, 4 + index] / count - mean[:, i] * mean[:, j]
     _, vectors = np.linalg.eigh(covariance)
-    up = np.where(count >= 3, np.minimum(np.abs(vectors[:, 2, 0]), 1.0), 0.0)
-    return np.asarray(up[inverse], np.float32)
+    return np.where(count >= 3, np.minimum(np.abs(vectors[:, 2, 0]), 1.0), 0.0)
+
+
+def luminance(color: npt.NDArray[np.integer], top: int) -> Floats:
+    """Return [R] luminance in [0, 1] of [R, 3] colours in 0..top."""
+    return np.asarray(color @ np.array(_LUMINANCE) / top, np.float32)
 
 
 def normalise_light(light: npt.NDArray[np.floating]) -> Floats:

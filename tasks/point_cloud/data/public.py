@@ -20,15 +20,14 @@ from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from tasks.point_cloud.data.dataset import Scan, ScanDataset
-from tasks.point_cloud.data.features import normal_z, voxelise
+from tasks.point_cloud.data.features import count_cells, luminance, normal_z
+from tasks.point_cloud.data.limits import check_scan
 from tasks.point_cloud.data.readers.scan import PointCloudFileError, RawScan, ScanReader, ScanRef, Split
 from tasks.point_cloud.data.scans import UNLABELLED, ScanArrays
 from tasks.point_cloud.data.scene import Floats
 from tasks.point_cloud.data.sources import PointSource
 
 log = logging.getLogger("moeapps")
-
-_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class PublicScans(PointSource):
@@ -69,17 +68,27 @@ class PublicScans(PointSource):
             return str(error)
         return None
 
-    def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
+    def scans(self, split: Split, cache: Path | None, domain: str = "") -> list[ScanArrays]:
         """Read all scans of one split into memory; `dataset` does not, use it for large data sets."""
-        return [self.load(ref, split) for ref in self.reader.scans(split)]
+        return [self.arrays(self.read(ref, domain), ref, split) for ref in self.reader.scans(split)]
 
-    def load(self, ref: ScanRef, split: Split) -> ScanArrays:
-        """Read one scan.
+    def read(self, ref: ScanRef, domain: str) -> RawScan:
+        """Read one scan and see whether voxels and curves can hold it.
 
         Raises:
-            PointCloudFileError: damaged, or without labels in the training split.
+            PointCloudFileError: the file is damaged.
+            ScanError: its coordinates are not what the domain's voxel needs.
         """
         raw = self.reader.read(ref)
+        check_scan(raw.xyz, self.voxel, raw.step, ref.name, domain, self.reader.scaling.advice("unit"))
+        return raw
+
+    def arrays(self, raw: RawScan, ref: ScanRef, split: Split) -> ScanArrays:
+        """Bring a scan into the form that all domains share.
+
+        Raises:
+            PointCloudFileError: it has no labels and is one of the training split.
+        """
         if split == "train" and not raw.labelled:
             raise PointCloudFileError(
                 ref.labels or ref.points, "no labels", "labels for every training scan", "add them or drop the scan"
@@ -110,7 +119,7 @@ def to_arrays(raw: RawScan, name: str, voxel: float) -> ScanArrays:
     if raw.intensity is not None:
         light = raw.intensity
     elif raw.color is not None:
-        light = (raw.color @ np.array(_LUMINANCE) / 255).astype(np.float32)
+        light = luminance(raw.color, 255)
     else:
         light = np.zeros(len(raw), np.float32)
     pos, middle = _centred(raw), _middle(raw)
@@ -137,8 +146,9 @@ class StreamedScans(ScanDataset):
     """Crops or tiles of scans that are read when they are asked for.
 
     Item i equals item i of a `ScanDataset` over the same scans in memory. How many tiles each scan has is counted
-    once (it needs every point) and kept in the cache under the names, sizes and times of the files. Empty scans have
-    no tile; a training crop of one is taken from the next scan that is not empty.
+    once (it needs every point) and kept in the cache under the names, sizes and times of the files and what the reader
+    makes of them. The scan that was counted last, the first of the list, is not read again for its tiles. Empty scans
+    have no tile; a training crop of one is taken from the next scan that is not empty.
 
     Args:
         source: reads a scan.
@@ -153,6 +163,7 @@ class StreamedScans(ScanDataset):
         self.source, self.split = source, split
         self.refs = source.reader.scans(split)
         self._held: tuple[int, ScanDataset] | None = None
+        self._raw: tuple[int, RawScan] | None = None
         counts = [] if self.train else self._counts(cache)
         self.starts = np.concatenate([[0], np.cumsum(np.array(counts, np.int64))])
 
@@ -179,31 +190,50 @@ class StreamedScans(ScanDataset):
     def _one(self, scan: int) -> ScanDataset:
         """Return the data set of one scan; the last one is held, since its tiles follow one another."""
         if self._held is None or self._held[0] != scan:
-            arrays = self.source.load(self.refs[scan], self.split)
+            self._held = None  # frees the memory of the scan before
+            raw, self._raw = self._read(scan), None
+            arrays = self.source.arrays(raw, self.refs[scan], self.split)
+            del raw
             # The generator of a crop is drawn from the index: one scan must accept all indices.
             view = {**self.view, "crops": max(len(self), 1)}
-            self._held = (scan, ScanDataset([arrays] if len(arrays) else [], **view))
+            one = ScanDataset([arrays] if len(arrays) else [], **view)
+            counted = len(one) if self.train else int(self.starts[scan + 1] - self.starts[scan])
+            if counted != len(one):
+                raise RuntimeError(
+                    f"scan {arrays.name} of domain {self.domain!r} has {len(one)} tiles, counted were {counted}: its "
+                    "file has changed since this run began; start again"
+                )
+            self._held = (scan, one)
         return self._held[1]
+
+    def _read(self, scan: int) -> RawScan:
+        """Read a scan; the last one is kept until it is tiled."""
+        if self._raw is None or self._raw[0] != scan:
+            self._raw = None
+            self._raw = (scan, self.source.read(self.refs[scan], self.domain))
+        return self._raw[1]
 
     def _counts(self, cache: Path | None) -> list[int]:
         files = [(ref.name, *_stamp(ref.points)) for ref in self.refs]
-        key = config_hash([str(self.source.reader.root.resolve()), files, self.voxel, self.max_voxels])
+        reader = self.source.reader
+        key = config_hash([str(reader.root.resolve()), files, self.voxel, self.max_voxels, reader.fingerprint()])
         path = cache_dir("point_cloud", root=cache) / f"tiles-{self.domain}-{key}.json"
 
         def write(target: Path) -> None:
             log.info("counting the tiles of %d %s scans of %s", len(self.refs), self.split, self.domain)
-            target.write_text(json.dumps([self._count(ref) for ref in self.refs]), encoding="utf-8")
+            counts = [self._count(scan) for scan in reversed(range(len(self.refs)))]
+            target.write_text(json.dumps(counts[::-1]), encoding="utf-8")
 
         counts: list[int] = json.loads(build_once(path, write).read_text(encoding="utf-8"))
         return counts
 
-    def _count(self, ref: ScanRef) -> int:
-        raw = self.source.reader.read(ref)
+    def _count(self, scan: int) -> int:
+        raw = self._read(scan)
         if not len(raw):
-            log.warning("scan %s of %s is empty and is left out", ref.name, self.domain)
+            log.warning("scan %s of %s is empty and is left out", self.refs[scan].name, self.domain)
             return 0
         # The coordinates that the tiles will see: moving a cloud can change which voxel a point falls into.
-        return num_tiles(len(voxelise(_centred(raw), self.voxel).pick), self.max_voxels)
+        return num_tiles(count_cells(_centred(raw), self.voxel), self.max_voxels)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

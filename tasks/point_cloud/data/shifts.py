@@ -79,7 +79,7 @@ class Shifted(PointSource):
         return None
 
     @override
-    def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
+    def scans(self, split: Split, cache: Path | None, domain: str = "") -> list[ScanArrays]:
         return [self._scan(scene_seed(self.data_seed, self.base, split, index)) for index in range(self.scenes)]
 
     def _scan(self, seed: tuple[int, ...]) -> ScanArrays:

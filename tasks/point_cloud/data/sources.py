@@ -14,7 +14,8 @@ from typing_extensions import override
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
 from tasks.point_cloud.data.dataset import ScanDataset
 from tasks.point_cloud.data.domains import Split
-from tasks.point_cloud.data.features import normal_z
+from tasks.point_cloud.data.features import luminance, normal_z
+from tasks.point_cloud.data.limits import check_scan, coarse_step
 from tasks.point_cloud.data.readers.las import LasCloud, LasError, read_las
 from tasks.point_cloud.data.scans import UNLABELLED, ScanArrays
 from tasks.point_cloud.data.transforms import tile_columns
@@ -41,12 +42,12 @@ class PointSource(ABC):
         """Return why the files cannot be had, or None."""
 
     @abstractmethod
-    def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
-        """Read the scans of one split."""
+    def scans(self, split: Split, cache: Path | None, domain: str = "") -> list[ScanArrays]:
+        """Read the scans of one split; ``domain`` is named in errors."""
 
     def dataset(self, split: Split, cache: Path | None, **view: Any) -> ScanDataset:
         """Return the items of one split; ``view`` as for `ScanDataset`. A source too large for memory overrides it."""
-        return ScanDataset(self.scans(split, cache), **view)
+        return ScanDataset(self.scans(split, cache, view["domain"]), **view)
 
     @abstractmethod
     def describe(self) -> str:
@@ -121,28 +122,33 @@ class LasFiles(PointSource):
                 self._reason[cache] = f"no file {folder / absent[0]}; correct root or the file list" if absent else None
         return self._reason[cache]
 
-    def scans(self, split: Split, cache: Path | None) -> list[ScanArrays]:
+    def scans(self, split: Split, cache: Path | None, domain: str = "") -> list[ScanArrays]:
         """Read the files of one split.
 
         Raises:
-            ValueError: a file is damaged or holds no point.
+            ValueError: a file is damaged, holds no point, or points that the domain's voxel cannot hold.
         """
         folder = self._folder(cache)
-        return [scan for name in self.files[split] for scan in self._scans(folder / name)]
+        return [scan for name in self.files[split] for scan in self._scans(folder / name, domain)]
 
-    def _scans(self, path: Path) -> list[ScanArrays]:
+    def _scans(self, path: Path, domain: str) -> list[ScanArrays]:
         cloud = read_las(path)
         if len(cloud) == 0:
             raise LasError(f"{path.name} holds no point; take it out of the list")
+        cloud.require_metres(path.name)
         middle = (cloud.pos.min(0) + cloud.pos.max(0)) / 2
         pos = (cloud.pos - middle) * self.unit
         x, y, z = (float(value) * self.unit for value in middle)
-        up, label = normal_z(pos, self.voxel), self._labels(cloud)
+        step = coarse_step(cloud.pos) * self.unit
+        check_scan(pos, self.voxel, step, path.stem, domain, "set `unit` of the domain")
+        up, label, light = normal_z(pos, self.voxel), self._labels(cloud), cloud.intensity.astype(np.float32)
+        if not light.any() and cloud.rgb is not None:  # an intensity of 0 everywhere was never measured
+            light = luminance(cloud.rgb, 65_535)
         return [
             ScanArrays(
                 name=f"{path.stem}-{number}",
                 pos=pos[part].astype(np.float32),
-                light=cloud.intensity[part].astype(np.float32),
+                light=light[part],
                 up=up[part],
                 label=label[part],
                 words=self.label_set,
@@ -155,7 +161,7 @@ class LasFiles(PointSource):
         table = np.full(256, UNLABELLED, np.uint8)
         for number, name in self.classes.items():
             table[number] = self.label_set.index(name)
-        return table[cloud.classification]
+        return np.where(cloud.withheld, np.uint8(UNLABELLED), table[cloud.classification])
 
     @override
     def describe(self) -> str:

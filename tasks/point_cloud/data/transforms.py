@@ -130,15 +130,32 @@ def tile_columns(pos: FloatArray, count: int) -> list[Ints]:
     The parts are disjoint, cover all points, and depend on nothing but the points.
     """
     parts: list[Ints] = []
-    stack: list[tuple[Ints, int]] = [(np.arange(len(pos)), max(1, -(-len(pos) // count)))]
+    sides = np.ascontiguousarray(pos[:, :2].T)
+    stack = [(np.arange(len(pos)), max(1, -(-len(pos) // count)), (False, False))]
     while stack:
-        part, number = stack.pop()
+        part, number, used = stack.pop()
         if number == 1:
-            parts.append(np.sort(part))
+            parts.append(part)
             continue
-        spread = np.ptp(pos[part, :2], axis=0)
-        order = part[np.argsort(pos[part, int(spread[1] > spread[0])], kind="stable")]
+        values = [side[part] for side in sides]
+        axis = int(np.ptp(values[1]) > np.ptp(values[0]))
+        # Points level at the cut go by the other side, if that was cut before, and then by their number.
+        other = values[1 - axis] if used[1 - axis] else None
         first = number // 2
-        middle = len(order) * first // number
-        stack.extend(((order[middle:], number - first), (order[:middle], first)))
+        low = _lowest(values[axis], len(part) * first // number, other)
+        used = (used[0] or axis == 0, used[1] or axis == 1)
+        stack.extend(((part[~low], number - first, used), (part[low], first, used)))
     return parts
+
+
+def _lowest(values: FloatArray, count: int, other: FloatArray | None) -> npt.NDArray[np.bool_]:
+    """Return which are the ``count`` smallest values; equal ones go by ``other`` (None: by nothing) and their place."""
+    if not count:
+        return np.zeros(len(values), bool)
+    edge = np.partition(values, count - 1)[count - 1]
+    low: npt.NDArray[np.bool_] = values < edge
+    level = np.flatnonzero(values == edge)
+    if other is not None:
+        level = level[np.argsort(other[level], kind="stable")]
+    low[level[: count - int(low.sum())]] = True
+    return low

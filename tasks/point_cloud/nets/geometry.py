@@ -132,16 +132,22 @@ class Level:
 
 @torch.no_grad()
 def finest_level(
-    grid_N3: Tensor, batch_N: Tensor, num_scans: int, orders: Sequence[Order], group_N: Tensor | None = None
+    grid_N3: Tensor,
+    batch_N: Tensor,
+    num_scans: int,
+    orders: Sequence[Order],
+    group_N: Tensor | None = None,
+    depth: int = MAX_DEPTH,
 ) -> tuple[Level, Tensor]:
     """Put a batch of scans in z-order.
 
     Args:
-        grid_N3: int64 voxel coordinates in [0, 65536), each scan from its own corner, one row per occupied voxel.
+        grid_N3: int64 voxel coordinates in [0, 2**depth), each scan from its own corner, one row per occupied voxel.
         batch_N: int64 scan of each row.
         num_scans: B.
         orders: the curves that attention will follow.
         group_N: int64 domain of each row, or None.
+        depth: levels of the curves, at most 16.
 
     Returns:
         The level, and ``row_N``: row i of the input is row ``row_N[i]`` of the level.
@@ -149,7 +155,7 @@ def finest_level(
     Raises:
         ValueError: Coordinates out of range, or two rows in one voxel.
     """
-    code_N, permutation_N = torch.sort(encode(grid_N3, batch_N, "z"))
+    code_N, permutation_N = torch.sort(encode(grid_N3, batch_N, "z", depth))
     if bool((code_N[1:] == code_N[:-1]).any()):
         raise ValueError("two rows share a voxel: keep one row per voxel and point `inverse` at it")
     grid_N3, batch_N = grid_N3[permutation_N], batch_N[permutation_N]
@@ -157,11 +163,11 @@ def finest_level(
         grid_N3=grid_N3,
         batch_N=batch_N,
         code_N=code_N,
-        depth=MAX_DEPTH,
+        depth=depth,
         orders={
             name: torch.arange(len(code_N), device=code_N.device)
             if name == "z"
-            else torch.argsort(encode(grid_N3, batch_N, name))
+            else torch.argsort(encode(grid_N3, batch_N, name, depth))
             for name in orders
         },
         num_B=torch.bincount(batch_N, minlength=num_scans),

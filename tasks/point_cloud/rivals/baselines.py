@@ -24,6 +24,7 @@ from tasks.point_cloud.model import Block, PointMoE
 from tasks.point_cloud.module import PointCloudTask
 from tasks.point_cloud.nets.attention import apply_layer
 from tasks.point_cloud.nets.geometry import Level
+from tasks.point_cloud.nets.norm import BatchNorm
 from tasks.point_cloud.nets.serialization import Order
 from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d
 
@@ -122,9 +123,9 @@ class ConvBlock(Block):
     def __init__(self, dim: int, *, drop_path: float, **attention_options: Any) -> None:
         nn.Module.__init__(self)
         self.conv1 = SubmanifoldConv3d(dim, dim, 3, bias=False)
-        self.bn1 = nn.BatchNorm1d(dim, eps=1e-3)
+        self.bn1 = BatchNorm(dim, eps=1e-3)
         self.conv2 = SubmanifoldConv3d(dim, dim, 3, bias=False)
-        self.bn2 = nn.BatchNorm1d(dim, eps=1e-3)
+        self.bn2 = BatchNorm(dim, eps=1e-3)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_ND: Tensor, level: Level, order: Order) -> Tensor:

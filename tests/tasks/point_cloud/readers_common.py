@@ -88,7 +88,7 @@ def _own(suffix: str) -> Layout:
         write_own_labels(root / "yard" / "labels.yaml", OwnLabels(OWN_NAMES))
         write_own_scan(root / "yard" / "train" / f"first{suffix}", scan)
 
-    keeps = ("color",) if suffix == ".las" else ("color", "normal")
+    keeps = ("color",) if suffix in (".las", ".laz") else ("color", "normal")
     return Layout(write, lambda root: OwnScans(root, "yard"), OWN_NAMES, True, keeps)
 
 
@@ -163,6 +163,7 @@ LAYOUTS: dict[str, Layout] = {
     "own_npz": _own(".npz"),
     "own_ply": _own(".ply"),
     "own_las": _own(".las"),
+    "own_laz": _own(".laz"),
 }
 
 

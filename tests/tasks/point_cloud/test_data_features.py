@@ -100,3 +100,33 @@ def test_paper_features_mean_other_things_indoors_and_outdoors() -> None:
     np.testing.assert_allclose(indoor[:, 5], up, rtol=1e-6)
     np.testing.assert_allclose(outdoor[:, :3], pos - pos.mean(0), rtol=1e-4)
     np.testing.assert_allclose(outdoor[:, 3:], light[:, None] * np.ones(3), rtol=1e-6)
+
+
+def naive_normal_z(pos: np.ndarray, size: float) -> np.ndarray:
+    """Point by point: all points of the 27 cells around, their covariance, its smallest eigenvector."""
+    cell = np.floor(pos / size)
+    up = np.zeros(len(pos))
+    for row in range(len(pos)):
+        near = pos[(np.abs(cell - cell[row]) <= 1).all(1)]
+        if len(near) >= 3:
+            _, vectors = np.linalg.eigh(np.cov(near.T, bias=True))
+            up[row] = abs(vectors[2, 0])
+    return up
+
+
+@pytest.mark.parametrize("block", [1, 7, 10_000])
+def test_normals_are_those_of_the_points_around_in_blocks_of_any_size(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pos = _rng().uniform(0, 6, (400, 3)) * (1, 1, 0.3)
+    monkeypatch.setattr("tasks.point_cloud.data.features._BLOCK", block)
+
+    np.testing.assert_allclose(normal_z(pos, 0.8), naive_normal_z(pos, 0.8), atol=1e-5)
+
+
+def test_the_size_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pos = _rng().uniform(0, 6, (3000, 3)).astype(np.float32)
+    whole = normal_z(pos, 0.3)
+    monkeypatch.setattr("tasks.point_cloud.data.features._BLOCK", 13)
+
+    np.testing.assert_array_equal(normal_z(pos, 0.3), whole)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tasks.point_cloud.data.transforms import Augmentation, crop_columns, tile_columns
 
@@ -121,3 +123,29 @@ def test_tiles_are_a_fixed_partition_of_nearly_equal_parts(count: int) -> None:
     assert max(sizes) - min(sizes) <= 1 + max(sizes) // 3
     for one, two in zip(parts, tile_columns(pos, count), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def naive_tiles(pos: np.ndarray, count: int) -> list[np.ndarray]:
+    """Sort every part whole, again and again; equal coordinates stay in the order of the sort before."""
+    parts, stack = [], [(np.arange(len(pos)), max(1, -(-len(pos) // count)))]
+    while stack:
+        part, number = stack.pop()
+        if number == 1:
+            parts.append(np.sort(part))
+            continue
+        spread = np.ptp(pos[part, :2], axis=0)
+        order = part[np.argsort(pos[part, int(spread[1] > spread[0])], kind="stable")]
+        middle = len(order) * (number // 2) // number
+        stack.extend(((order[middle:], number - number // 2), (order[:middle], number // 2)))
+    return parts
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.integers(1, 200), count=st.integers(1, 60), steps=st.integers(1, 40), seed=st.integers(0, 2**31))
+def test_tiles_are_those_of_sorting_every_part_even_where_points_are_level(
+    rows: int, count: int, steps: int, seed: int
+) -> None:
+    pos = np.random.default_rng(seed).integers(0, steps, (rows, 3)).astype(np.float32)  # few steps: many are level
+
+    for found, expected in zip(tile_columns(pos, count), naive_tiles(pos, count), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -14,8 +14,10 @@ from tasks.point_cloud.model import PointMoE, Pooling, Unpooling, point_moe_pape
 from tasks.point_cloud.nets.attention import PatchAttention
 from tasks.point_cloud.nets.geometry import finest_level
 from tasks.point_cloud.nets.head import LanguageHead
-from tasks.point_cloud.nets.serialization import ORDERS
+from tasks.point_cloud.nets.norm import BatchNorm
+from tasks.point_cloud.nets.serialization import ORDERS, hilbert_encode
 from tasks.point_cloud.nets.text import TaxonomyText
+from tasks.point_cloud.rivals.baselines import ConvUNet
 from tests.tasks.point_cloud.rivals_common import FACTS
 
 
@@ -286,3 +288,62 @@ def test_loss_halves_in_sixty_tiny_steps(make_scan, naive_moe) -> None:
         losses.append(loss.item())
 
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("build", [tiny, partial(ConvUNet, FACTS)], ids=["PointMoE", "ConvUNet"])
+@pytest.mark.parametrize("sizes", [[1], [1, 1], [1, 30]])
+def test_crops_of_one_voxel_train(build, sizes: list[int], make_batch) -> None:
+    batch = double(make_batch(sizes))
+    net = (build(linear) if build is tiny else build()).double().train()
+
+    net(batch).square().sum().backward()
+
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm1d)):
+        assert torch.isfinite(norm.running_var).all()
+
+
+def test_one_row_is_normalised_by_the_running_statistics_and_several_as_ever() -> None:
+    norm, plain = BatchNorm(3), nn.BatchNorm1d(3)
+    x = torch.randn(20, 3) * 3 + 1
+    torch.testing.assert_close(norm(x), plain(x), rtol=0, atol=0)
+
+    one = norm(x[:1])
+
+    expected = (x[:1] - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    torch.testing.assert_close(one, expected)
+    torch.testing.assert_close(norm.running_mean, plain.running_mean, rtol=0, atol=0)
+
+
+def test_curves_have_the_depth_of_the_batch_on_request(make_batch) -> None:
+    """The public code: the bit length of the largest coordinate of the batch; here never below one per halving."""
+    for side, depth in ((2, 1), (12, 4), (40, 6)):
+        batch = double(make_batch([8, 6], side=side))
+        assert int(batch.grid.max()).bit_length() == depth
+        net = tiny(linear, curve_depth="batch")
+
+        (level, _), row = net._levels(batch)
+
+        assert level.depth == depth
+        expected = torch.argsort(batch.batch * 8**depth + hilbert_encode(batch.grid, depth))
+        torch.testing.assert_close(level.orders["hilbert"], row[expected])
+        assert tiny(linear)._levels(batch)[0][0].depth == 16
+
+
+def test_scans_stay_apart_however_shallow_the_curve(make_batch) -> None:
+    batch = double(make_batch([1, 1, 1]))
+    net = tiny(
+        linear, curve_depth="batch", enc_depths=(1, 1, 1), enc_dims=(16, 16, 16), dec_depths=(1, 1), dec_dims=(16, 16)
+    )
+
+    levels, _ = net._levels(batch)
+
+    assert [len(level.batch_N) for level in levels] == [3, 3, 3]
+    assert torch.isfinite(net.eval()(batch)).all()
+
+
+def test_an_unknown_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match="curve_depth='official': choose constant or batch"):
+        tiny(linear, curve_depth="official")

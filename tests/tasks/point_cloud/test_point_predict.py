@@ -113,9 +113,9 @@ def test_own_scans_come_back_whole_in_their_own_frame(copied: Path, tmp_path: Pa
         assert [tuple(row) for row in color.tolist()] == [palette[i] for i in label.tolist()]
         assert cloud.rgb is not None
         np.testing.assert_array_equal(cloud.rgb // 257, color)
-        np.testing.assert_array_equal(cloud.extra["class"], label)
+        np.testing.assert_array_equal(cloud.column("class"), label)
         np.testing.assert_array_equal(cloud.classification, label)
-        np.testing.assert_array_equal(cloud.extra["expert"], expert)
+        np.testing.assert_array_equal(cloud.column("expert"), expert)
 
 
 def test_answers_are_those_of_the_network_at_the_rows_of_the_file(copied: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from tasks.point_cloud.data.readers import (
 from tasks.point_cloud.data.readers.arrays import write_npy
 from tasks.point_cloud.data.readers.label_sets import ASPRS, ASPRS_CLASSES, ASPRS_RAW, NYU40_RAW, id_table, named
 from tasks.point_cloud.data.readers.las import write_las
-from tasks.point_cloud.data.readers.scan import index_labels, map_labels
+from tasks.point_cloud.data.readers.values import index_labels, map_labels
 
 # Written from the format descriptions, not from the tables under test.
 KITTI = {

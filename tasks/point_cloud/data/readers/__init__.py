@@ -15,9 +15,10 @@ from tasks.point_cloud.data.readers.pointcept import (
     WaymoFolders,
     write_pointcept_scan,
 )
-from tasks.point_cloud.data.readers.scan import PointCloudFileError, RawScan, ScanReader, ScanRef, Split, make_scan
+from tasks.point_cloud.data.readers.scan import PointCloudFileError, RawScan, ScanReader, ScanRef, Split
 from tasks.point_cloud.data.readers.scannet_raw import ScanNetMeshes, write_scannet_scene
 from tasks.point_cloud.data.readers.semantic_kitti import SemanticKITTI, write_kitti_frame
+from tasks.point_cloud.data.readers.values import make_scan
 
 __all__ = [
     "Matterport3DFolders",

@@ -16,7 +16,7 @@ import io
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
@@ -27,14 +27,15 @@ from tasks.point_cloud.data.readers.scan import (
     SPLITS,
     PointCloudFileError,
     RawScan,
+    ReaderOptions,
+    Scaling,
     ScanReader,
     ScanRef,
     Split,
     check_splits,
-    make_scan,
-    map_labels,
 )
 from tasks.point_cloud.data.readers.semantic_kitti import raw_ids, require_points
+from tasks.point_cloud.data.readers.values import make_scan, map_labels
 
 _COLUMNS = ("points", "labels", "split")
 _KEY_FRAMES = "samples/LIDAR_TOP/"
@@ -46,8 +47,8 @@ class _Sweeps(ScanReader):
 
     source: ClassVar[str] = "nuScenes with the lidarseg extension, CC BY-NC-SA, nuscenes.org"
 
-    def __init__(self, root: Path | str) -> None:
-        super().__init__(root, label_set("nuscenes"))
+    def __init__(self, root: Path | str, intensity_max: float, **options: Unpack[ReaderOptions]) -> None:
+        super().__init__(root, label_set("nuscenes"), Scaling(light_max=intensity_max, **options))
         self._ids = id_table(NUSCENES_RAW, NUSCENES_CLASSES, self.names)
 
     def read(self, ref: ScanRef) -> RawScan:
@@ -61,9 +62,9 @@ class _Sweeps(ScanReader):
         return make_scan(
             ref.points,
             self.names,
+            self.scaling,
             xyz=points[:, :3],
             intensity=points[:, 3],
-            intensity_max=_FULL_SCALE,
             label=None if raw is None else map_labels(ref.points, raw, self._ids),
         )
 
@@ -80,6 +81,8 @@ class NuScenes(_Sweeps):
         version: folder of the tables, ``v1.0-trainval`` or ``v1.0-mini``.
         scenes: JSON file ``{split name: [scene names]}``, relative to ``root``.
         splits: split names of that file that make up train, val and test.
+        intensity_max: full scale of the fourth number; 255 in nuScenes.
+        options: ``unit`` and ``drop_invalid``, as in `Scaling`.
     """
 
     layout: ClassVar[str] = "samples/LIDAR_TOP/, lidarseg/<version>/, <version>/*.json and splits.json"
@@ -90,8 +93,10 @@ class NuScenes(_Sweeps):
         version: str = "v1.0-trainval",
         scenes: str = "splits.json",
         splits: Mapping[str, list[str]] | None = None,
+        intensity_max: float = _FULL_SCALE,
+        **options: Unpack[ReaderOptions],
     ) -> None:
-        super().__init__(root)
+        super().__init__(root, intensity_max, **options)
         self.version = version
         self.scene_file = self.root / scenes
         self.splits = check_splits(splits or {"train": ["train"], "val": ["val"], "test": ["val"]})
@@ -171,12 +176,20 @@ class NuScenesIndex(_Sweeps):
     Args:
         root: the folder that the paths in the index start from.
         index: CSV file relative to ``root``; ``labels`` may be empty, ``split`` is train, val or test.
+        intensity_max: full scale of the fourth number; 255 in nuScenes.
+        options: ``unit`` and ``drop_invalid``, as in `Scaling`.
     """
 
     layout: ClassVar[str] = "a CSV index with the columns points,labels,split and the files it names"
 
-    def __init__(self, root: Path | str, index: str = "index.csv") -> None:
-        super().__init__(root)
+    def __init__(
+        self,
+        root: Path | str,
+        index: str = "index.csv",
+        intensity_max: float = _FULL_SCALE,
+        **options: Unpack[ReaderOptions],
+    ) -> None:
+        super().__init__(root, intensity_max, **options)
         self.index = index
 
     def find(self, split: Split) -> list[ScanRef]:

@@ -18,29 +18,26 @@ import yaml
 from numpy.typing import NDArray
 
 from tasks.point_cloud.data.labels import IGNORE
-from tasks.point_cloud.data.readers.arrays import read_bytes, read_npy, read_npz, read_text, write_npy, write_npz
+from tasks.point_cloud.data.readers.arrays import read_npy, read_npz, read_text, write_npy, write_npz
 from tasks.point_cloud.data.readers.las import LasError, read_las, write_las
 from tasks.point_cloud.data.readers.ply import read_ply, write_ply
-from tasks.point_cloud.data.readers.scan import (
-    PointCloudFileError,
-    RawScan,
-    ScanReader,
-    ScanRef,
-    Split,
-    index_labels,
-    make_scan,
-    map_labels,
-)
+from tasks.point_cloud.data.readers.scan import PointCloudFileError, RawScan, Scaling, ScanReader, ScanRef, Split
+from tasks.point_cloud.data.readers.values import index_labels, make_scan, map_labels
 
 FORMATS = (".npy", ".npz", ".ply", ".las", ".laz")
+SIDECARS = (".lax", ".prj", ".wkt", ".xml", ".db", ".ini")
+"""Endings of what other programs lay beside scans (indices, reference systems, thumbnails); such files are skipped."""
 COLUMNS = ("x", "y", "z", "red", "green", "blue", "nx", "ny", "nz", "intensity", "label")
 _LAS_FULL_SCALE, _LAS_BLANK = 65_535.0, (0, 1, 255)
 _COLOR, _NORMAL = ("red", "green", "blue"), ("nx", "ny", "nz")
-_KEYS = ("names", "ignore", "unit", "intensity_max", "columns", "label")
+_KEYS = ("names", "ignore", "unit", "intensity_max", "drop_invalid", "columns", "label")
 _ALIASES: dict[str, tuple[str, ...]] = {
     **{"red": ("red", "r"), "green": ("green", "g"), "blue": ("blue", "b")},
     "intensity": ("intensity", "scalar_intensity", "reflectance", "remission", "strength"),
-    "label": ("label", "class", "classification", "scalar_label", "scalar_classification", "semantic", "segment"),
+    "label": (
+        *("label", "class", "classification", "scalar_label", "scalar_classification", "semantic", "segment"),
+        *("sem_class", "scalar_sem_class"),
+    ),
 }
 """Property names (in lower case) that mean a column; point-cloud editors put ``scalar_`` before their fields."""
 _NPZ: dict[str, tuple[str, ...]] = {
@@ -60,7 +57,8 @@ class OwnLabels:
         unit: metres per unit of the coordinates.
         intensity_max: full scale of the intensity; None means 65535 for LAS and 1 for the others.
         columns: meaning of the columns of plain .npy arrays, "-" for a column to skip; empty: x, y, z.
-        label: name of the label column where a file offers several; empty: the usual names.
+        label: name of the label column where a file offers several, any field of a LAS file; empty: the usual names.
+        drop_invalid: leave points out whose coordinates or intensity are no numbers.
     """
 
     names: tuple[str, ...]
@@ -70,6 +68,7 @@ class OwnLabels:
     intensity_max: float | None = None
     columns: tuple[str, ...] = ()
     label: str = ""
+    drop_invalid: bool = False
 
 
 def read_own_labels(path: Path) -> OwnLabels:
@@ -96,6 +95,7 @@ def read_own_labels(path: Path) -> OwnLabels:
         intensity_max=_positive(path, content, "intensity_max") if "intensity_max" in content else None,
         columns=_columns(path, _list(path, content, "columns", str)),
         label=_list(path, {"label": [content.get("label", "")]}, "label", str)[0],
+        drop_invalid=_list(path, {"drop_invalid": [content.get("drop_invalid", False)]}, "drop_invalid", bool)[0],
     )
 
 
@@ -166,6 +166,11 @@ class OwnScans(ScanReader):
         """Class names in index order."""
         return self.labels.names
 
+    @cached_property
+    def scaling(self) -> Scaling:  # type: ignore[override]
+        """Unit and full scale as ``labels.yaml`` gives them."""
+        return _scaling(self.labels, 1.0)
+
     def find(self, split: Split) -> list[ScanRef]:
         """List the files of a split's folder.
 
@@ -176,6 +181,7 @@ class OwnScans(ScanReader):
         if not folder.is_dir():
             raise PointCloudFileError(folder, "no such folder", self.layout, f"make it and put {split} scans there")
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        files = [path for path in files if path.suffix.lower() not in SIDECARS]
         wrong = [path.name for path in files if path.suffix.lower() not in FORMATS]
         if wrong or len({path.stem for path in files}) < len(files):
             given = f"{wrong[0]!r}" if wrong else "two files that differ in their ending only"
@@ -187,6 +193,10 @@ class OwnScans(ScanReader):
     def read(self, ref: ScanRef) -> RawScan:
         """Read one file; without a label column all labels are -1 and ``labelled=False``."""
         return read_own_scan(ref.points, self.labels)
+
+    def fingerprint(self) -> object:
+        """What ``labels.yaml`` says."""
+        return repr(self.labels)
 
 
 def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
@@ -206,12 +216,16 @@ def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
             arrays = _las_arrays(path, labels)
         case suffix:
             raise PointCloudFileError(path, f"a {suffix or 'nameless'} file", ", ".join(FORMATS), "convert it")
-    raw = arrays.pop("label", None)
+    raw, withheld = arrays.pop("label", None), arrays.pop("withheld", None)
     label = None if raw is None else _indices(path, raw, labels)
-    full_scale = labels.intensity_max or (_LAS_FULL_SCALE if path.suffix.lower() in (".las", ".laz") else 1.0)
-    return make_scan(
-        path, labels.names, label=label, unit=labels.unit, intensity_max=full_scale, **_required(path, arrays)
-    )
+    if label is not None and withheld is not None:
+        label = np.where(withheld, IGNORE, label)
+    scaling = _scaling(labels, _LAS_FULL_SCALE if path.suffix.lower() in (".las", ".laz") else 1.0)
+    return make_scan(path, labels.names, scaling, label=label, **_required(path, arrays))
+
+
+def _scaling(labels: OwnLabels, full_scale: float) -> Scaling:
+    return Scaling(labels.unit, labels.intensity_max or full_scale, labels.drop_invalid, where="in labels.yaml")
 
 
 def _required(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
@@ -249,23 +263,19 @@ def _npz_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
 
 
 def _las_arrays(path: Path, labels: OwnLabels) -> dict[str, NDArray[Any]]:
-    if not path.is_file():
-        read_bytes(path)  # says why not
     try:
         cloud = read_las(path)
+        cloud.require_metres(path.name)
+        classes = cloud.column(labels.label or "classification")
     except LasError as error:
-        raise PointCloudFileError(path, str(error), "a LAS or LAZ file", "see the reason given") from None
+        raise PointCloudFileError(path, str(error), "a LAS or LAZ file as labels.yaml says", "see the reason") from None
     arrays: dict[str, NDArray[Any]] = {"xyz": cloud.pos, "intensity": cloud.intensity}
-    if not _is_blank(cloud.classification, labels.table):
-        arrays["label"] = cloud.classification
-    if labels.label:
-        if labels.label not in cloud.extra:
-            given = f"the extra attributes {', '.join(cloud.extra) or 'none'}"
-            raise PointCloudFileError(path, given, f"{labels.label!r}", "correct `label` in labels.yaml")
-        arrays["label"] = cloud.extra[labels.label]
     if cloud.rgb is not None:
         arrays["color"] = cloud.rgb
-    return arrays
+    withheld = cloud.withheld
+    if labels.label or not _is_blank(classes[~withheld], labels.table):
+        arrays["label"] = classes
+    return {**arrays, "withheld": withheld} if bool(withheld.any()) else arrays
 
 
 def _is_blank(classes: NDArray[np.uint8], table: Mapping[int, int] | None) -> bool:
@@ -309,13 +319,13 @@ def write_own_scan(path: Path, scan: RawScan) -> None:
     """Write ``scan`` in the format of the path's ending; labels are indices, intensity is in [0, 1].
 
     A .npy file becomes a structured array (one named field per column), which needs no ``columns`` to be read again.
-    A .las file keeps millimetres, no normals, and has class 255 for points without a label.
+    A .las or .laz file keeps millimetres, no normals, and has class 255 for points without a label.
 
     Raises:
         ValueError: the ending is not one that can be written.
     """
     points = scan.xyz if not any(scan.origin) else scan.world_xyz()
-    if path.suffix == ".las":
+    if path.suffix in (".las", ".laz"):
         _write_las(path, scan)
         return
     if path.suffix == ".npz":
@@ -339,7 +349,7 @@ def write_own_scan(path: Path, scan: RawScan) -> None:
             rows[name] = column
         write_npy(path, rows)
     else:
-        raise ValueError(f"{path.name}: no writer for {path.suffix!r}; allowed: {', '.join(FORMATS[:-1])}")
+        raise ValueError(f"{path.name}: no writer for {path.suffix!r}; allowed: {', '.join(FORMATS)}")
 
 
 def _write_las(path: Path, scan: RawScan) -> None:
@@ -361,7 +371,7 @@ def write_own_labels(path: Path, labels: OwnLabels) -> None:
     if labels.table is not None:
         content["names"] = {key: labels.names[index] for key, index in labels.table.items()}
     content["unit"] = labels.unit
-    for key in ("intensity_max", "ignore", "columns", "label"):
+    for key in ("intensity_max", "ignore", "columns", "label", "drop_invalid"):
         if value := getattr(labels, key):
             content[key] = list(value) if isinstance(value, tuple) else value
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PLY files: ascii and binary of either byte order, any scalar properties, and ScanNet's labelled meshes.
+"""PLY files through plyfile: ascii and binary of either byte order, lists, meshes, elements of any name.
 
-A PLY file is a text header (elements with counts, each with typed properties) and a body in the header's order.
-Vertices are read as named columns; faces and other elements are measured, so that a truncated or lengthened file is
-noticed, and skipped. ``list`` properties are allowed everywhere but in vertices.
+plyfile takes headers as the description of 1994 has them: ASCII, lower case, single blanks. Programs write more than
+that, and counts can be damaged, so the header is read here first: its text is made plain, and the body must be long
+enough for what it promises before memory is taken. Points are the element ``vertex``, or the only one with x, y, z.
 
-Source: Turk 1994, "The PLY polygon file format"; written from the format's description.
+Source: Turk 1994, "The PLY polygon file format".
 """
 
 from __future__ import annotations
 
+import io
+import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from plyfile import PlyData, PlyElementParseError, PlyParseError
 
-from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_bytes
+from tasks.point_cloud.data.readers.arrays import COPY_AGAIN
 from tasks.point_cloud.data.readers.scan import PointCloudFileError
 
 PlyFormat = Literal["ascii", "binary_little_endian", "binary_big_endian"]
@@ -28,46 +32,58 @@ _TYPES: dict[str, str] = {
     **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
     **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
 }
-_NAMES = {
-    "i1": "char",
-    "u1": "uchar",
-    "i2": "short",
-    "u2": "ushort",
-    "i4": "int",
-    "u4": "uint",
-    "f4": "float",
-    "f8": "double",
-}
+_NAMES = {code: name for name, code in reversed(_TYPES.items())}
 _MAX_HEADER = 65_536
+_TRIANGLE = 3
 
 
-@dataclass(frozen=True)
-class _Property:
-    name: str
-    dtype: str
-    count_dtype: str | None = None  # set for lists
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Element:
+    """One element of a header; ``kinds``: per property its types, two for a list (length, items)."""
+
     name: str
     count: int
-    properties: tuple[_Property, ...]
+    names: list[str] = field(default_factory=list)
+    kinds: list[list[str]] = field(default_factory=list)
 
     @property
-    def has_lists(self) -> bool:
-        return any(prop.count_dtype is not None for prop in self.properties)
+    def scalars(self) -> dict[str, str]:
+        """Name for plyfile of each property that is no list, by its own name."""
+        return {
+            name: f"p{i}" for i, (name, kind) in enumerate(zip(self.names, self.kinds, strict=True)) if not kind[1:]
+        }
 
-    def row(self, order: str) -> np.dtype[Any]:
-        return np.dtype([(prop.name, order + prop.dtype) for prop in self.properties])
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of a row with empty lists."""
+        return sum(np.dtype(_TYPES[kind[0]]).itemsize for kind in self.kinds)
+
+    def plain(self, number: int) -> str:
+        """The header's lines with names that plyfile takes."""
+        words = [["list", *kind] if kind[1:] else kind for kind in self.kinds]
+        lines = [f"property {' '.join(kind)} p{place}\n" for place, kind in enumerate(words)]
+        return f"element e{number} {self.count}\n{''.join(lines)}"
+
+
+@dataclass(frozen=True)
+class _Header:
+    layout: str
+    elements: list[_Element]
+    comments: tuple[str, ...]
+    length: int
+
+    @property
+    def plain(self) -> bytes:
+        parts = "".join(element.plain(number) for number, element in enumerate(self.elements))
+        return f"ply\nformat {self.layout} 1.0\n{parts}end_header\n".encode("ascii")
 
 
 @dataclass(frozen=True, eq=False)
 class PlyCloud:
-    """Vertices of one PLY file.
+    """Points of one PLY file.
 
     Args:
-        vertex: column per property, in native byte order, each [R].
+        vertex: column per property that is no list, in native byte order, each [R]; names in lower case.
         comments: comment lines of the header.
     """
 
@@ -82,187 +98,143 @@ class PlyCloud:
 
 
 def read_ply(path: Path) -> PlyCloud:
-    """Read the vertices of ``path``.
+    """Read the points of ``path``.
 
     Raises:
         PointCloudFileError: no PLY file, a header or body that cannot be right, or x, y, z missing.
     """
-    return parse_ply(read_bytes(path), path)
-
-
-def parse_ply(data: bytes, path: Path) -> PlyCloud:
-    """Read the vertices from the bytes of a PLY file; ``path`` is named in errors.
-
-    Raises:
-        PointCloudFileError: as ``read_ply``.
-    """
-    layout, elements, comments, start = _parse_header(path, data)
-    _require_vertex(path, elements)
-    if layout == "ascii":
-        return PlyCloud(_ascii_body(path, data[start:], elements), comments)
-    return PlyCloud(_binary_body(path, data, start, elements, _ORDER[layout]), comments)
+    try:
+        with path.open("rb") as file:
+            header = _parse_header(path, file.read(_MAX_HEADER))
+            points = _points(path, header.elements)
+            data = _body(path, header, file)
+    except FileNotFoundError:
+        raise _bad(path, "no such file", "a file", "check the path and the layout of the root") from None
+    except OSError as error:
+        raise _bad(path, f"cannot be read ({error.strerror})", "a readable file") from None
+    except (PlyParseError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, PointCloudFileError):
+            raise
+        raise _bad(path, f"a body that does not fit its header ({error})") from None
+    rows = data.elements[points].data
+    columns = {
+        name.lower(): np.asarray(rows[plain]).astype(rows[plain].dtype.newbyteorder("="))
+        for name, plain in header.elements[points].scalars.items()
+    }
+    return PlyCloud(columns, header.comments)
 
 
 def _bad(path: Path, given: str, allowed: str = "a PLY file", advice: str = COPY_AGAIN) -> PointCloudFileError:
     return PointCloudFileError(path, given, allowed, advice)
 
 
-def _parse_header(path: Path, data: bytes) -> tuple[str, list[_Element], tuple[str, ...], int]:
-    stop = data.find(b"end_header", 0, _MAX_HEADER)
-    newline = data.find(b"\n", stop)
-    if (
-        not data.startswith((b"ply\n", b"ply\r\n"))
-        or stop < 0
-        or newline < 0
-        or data[stop:newline].strip() != b"end_header"
-    ):
+def _parse_header(path: Path, data: bytes) -> _Header:
+    first = re.match(rb"ply[ \t]*(\r\n|\n|\r)", data, re.IGNORECASE)
+    last = first and re.compile(rb"(?<=[\r\n])[ \t]*end_header[ \t]*" + first[1], re.IGNORECASE).search(data)
+    if not first or not last:
         raise _bad(path, "no complete PLY header", "'ply' ... 'end_header'")
-    try:
-        lines = [line.strip() for line in data[:stop].decode("utf-8").split("\n")][1:]
-    except UnicodeDecodeError:
-        raise _bad(path, "a header that is not text") from None
-    comments = tuple(line.partition(" ")[2] for line in lines if line.startswith("comment"))
-    words = [line.split() for line in lines if line and not line.startswith(("comment", "obj_info"))]
-    if (
-        not words
-        or words[0][:1] != ["format"]
-        or len(words[0]) != 3
-        or words[0][1] not in _ORDER
-        or words[0][2] != "1.0"
-    ):
-        raise _bad(
-            path, f"the first header line {' '.join(words[0]) if words else ''!r}", f"format {'|'.join(_ORDER)} 1.0"
-        )
+    comments: list[str] = []
     elements: list[_Element] = []
-    for line in words[1:]:
-        _add_line(path, elements, line)
-    return words[0][1], elements, comments, newline + 1
+    layout = ""
+    for line in data[first.end() : last.start()].splitlines():
+        keyword = line.split(None, 1)[0].lower() if line.strip() else b""
+        if keyword == b"comment":
+            comments.append(_text(line.strip().partition(b" ")[2]))
+        elif keyword not in (b"", b"obj_info"):
+            layout = _add_line(path, elements, line, layout)
+    return _Header(layout, elements, tuple(comments), last.end())
 
 
-def _add_line(path: Path, elements: list[_Element], words: list[str]) -> None:
-    """Add one ``element`` or ``property`` line to what has been read."""
-    match words:
-        case ["element", name, count] if count.isascii() and count.isdigit() and len(count) <= 12:
-            elements.append(_Element(name, int(count), ()))
-            return
-        case ["property", "list", counts, items, name] if elements and {counts, items} <= set(_TYPES):
-            added = _Property(name, _TYPES[items], _TYPES[counts])
-        case ["property", kind, name] if elements and kind in _TYPES:
-            added = _Property(name, _TYPES[kind])
-        case _:
-            raise _bad(path, f"the header line {' '.join(words)!r}", "element NAME COUNT or property TYPE NAME")
-    last = elements[-1]
-    if added.name in {prop.name for prop in last.properties} or (added.count_dtype or "i4")[0] == "f":
-        raise _bad(path, f"the header line {' '.join(words)!r}", "each property once, list lengths as integers")
-    elements[-1] = _Element(last.name, last.count, (*last.properties, added))
-
-
-def _require_vertex(path: Path, elements: list[_Element]) -> None:
-    vertices = [element for element in elements if element.name == "vertex"]
-    names = {prop.name for element in vertices for prop in element.properties}
-    if len(vertices) != 1 or vertices[0].has_lists or not {"x", "y", "z"} <= names:
-        raise _bad(path, f"vertex properties {sorted(names)}", "one element vertex with x, y, z and no lists")
-    for group in (("red", "green", "blue"), ("nx", "ny", "nz")):
-        present = names & set(group)
-        if present and len(present) < 3:
-            raise _bad(path, f"only {', '.join(sorted(present))}", f"all of {', '.join(group)} or none")
-
-
-def _binary_body(path: Path, data: bytes, start: int, elements: list[_Element], order: str) -> dict[str, NDArray[Any]]:
-    vertex: dict[str, NDArray[Any]] = {}
-    for element in elements:
-        if element.has_lists:
-            start = _skip_lists(path, data, start, element, order)
-            continue
-        row = element.row(order)
-        stop = start + element.count * row.itemsize
-        if stop > len(data):
-            raise _bad(path, f"{len(data)} bytes", f"at least {stop} for {element.count} x {element.name}")
-        if element.name == "vertex":
-            rows = np.frombuffer(data, row, count=element.count, offset=start)
-            vertex = {name: rows[name].astype(rows[name].dtype.newbyteorder("=")) for name in rows.dtype.names or ()}
-        start = stop
-    if start != len(data):
-        raise _bad(path, f"{len(data)} bytes", f"exactly {start} by its header")
-    return vertex
-
-
-def _skip_lists(path: Path, data: bytes, start: int, element: _Element, order: str) -> int:
-    """Return where the rows of an element with list properties end."""
-    truncated = _bad(path, f"a body that ends inside {element.name!r}", f"{element.count} rows of it")
-    if len(element.properties) == 1 and element.count:
-        stop = _equal_lists(data, start, element, order)
-        if stop is not None:
-            return stop
-    for _ in range(element.count):
-        for prop in element.properties:
-            length = 1
-            if prop.count_dtype is not None:
-                size = np.dtype(prop.count_dtype).itemsize
-                if start + size > len(data):
-                    raise truncated
-                length = int(np.frombuffer(data, order + prop.count_dtype, count=1, offset=start)[0])
-                start += size
-            start += max(length, 0) * np.dtype(prop.dtype).itemsize
-        if start > len(data):
-            raise truncated
-    return start
-
-
-def _equal_lists(data: bytes, start: int, element: _Element, order: str) -> int | None:
-    """Return the end of lists that are all as long as the first (triangle meshes), or None."""
-    prop = element.properties[0]
-    head = np.dtype(order + str(prop.count_dtype))
-    if start + head.itemsize > len(data):
-        return None
-    length = int(np.frombuffer(data, head, count=1, offset=start)[0])
-    width = head.itemsize + max(length, 0) * np.dtype(prop.dtype).itemsize
-    stop = start + element.count * width
-    if length < 0 or stop > len(data):
-        return None
-    rows = np.frombuffer(data, np.dtype((np.void, width)), count=element.count, offset=start)
-    lengths = np.ndarray(element.count, head, rows, strides=(width,))
-    return stop if bool((lengths == length).all()) else None
-
-
-def _ascii_body(path: Path, body: bytes, elements: list[_Element]) -> dict[str, NDArray[Any]]:
-    lines = [line for line in body.split(b"\n") if line.strip()]
-    if len(lines) != sum(element.count for element in elements):
-        raise _bad(path, f"{len(lines)} lines of data", f"{sum(element.count for element in elements)} by its header")
-    vertex: dict[str, NDArray[Any]] = {}
-    start = 0
-    for element in elements:
-        rows = lines[start : start + element.count]
-        start += element.count
-        if element.name == "vertex":
-            vertex = _ascii_columns(path, rows, element)
-    return vertex
-
-
-def _ascii_columns(path: Path, lines: list[bytes], element: _Element) -> dict[str, NDArray[Any]]:
-    width = len(element.properties)
-    tokens = [line.split() for line in lines]
-    wrong = next((number for number, row in enumerate(tokens) if len(row) != width), None)
-    if wrong is not None:
-        raise _bad(path, f"{len(tokens[wrong])} values in vertex {wrong}", f"{width}")
-    table = np.array(tokens, dtype=bytes).reshape(-1, width)
-    return {prop.name: _ascii_numbers(path, table[:, place], prop) for place, prop in enumerate(element.properties)}
-
-
-def _ascii_numbers(path: Path, words: NDArray[Any], prop: _Property) -> NDArray[Any]:
-    dtype = np.dtype(prop.dtype)
+def _text(line: bytes) -> str:
     try:
-        numbers = words.astype(np.float64 if dtype.kind == "f" else np.int64)
-    except (ValueError, OverflowError):
-        raise _bad(path, f"a value of {prop.name!r} that is not a {_NAMES[prop.dtype]}", "numbers") from None
-    bounds = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-    if dtype.kind != "f" or bool(np.isfinite(numbers).all()):
-        outside = (numbers < bounds.min) | (numbers > bounds.max)
-        if bool(outside.any()):
-            raise _bad(
-                path, f"{prop.name} = {numbers[outside][0]}", f"{_NAMES[prop.dtype]} within {bounds.min}..{bounds.max}"
-            )
-    return numbers.astype(dtype)
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
+def _add_line(path: Path, elements: list[_Element], line: bytes, layout: str) -> str:
+    """Add one ``element`` or ``property`` line to what has been read; return the format."""
+    shown = f"the header line {_text(line.strip())!r}"
+    try:
+        words = line.decode("utf-8").split()
+    except UnicodeDecodeError:
+        raise _bad(path, shown, "UTF-8 text") from None
+    lower = [word.lower() for word in words]
+    match lower:
+        case ["format", name, "1.0"] if name in _ORDER and not layout:
+            return name
+        case ["element", _, count] if layout and count.isascii() and count.isdigit() and len(count) <= 12:
+            elements.append(_Element(lower[1], int(count)))
+            return layout
+        case ["property", "list", counts, items, _, *_] if elements and {counts, items} <= set(_TYPES):
+            kind, name = [counts, items], " ".join(words[4:])
+        case ["property", single, _, *_] if elements and single in _TYPES:
+            kind, name = [single], " ".join(words[2:])
+        case _:
+            raise _bad(path, shown, f"format {'|'.join(_ORDER)} 1.0, element NAME COUNT or property TYPE NAME")
+    taken = {other.lower() for other in elements[-1].names}
+    if name.lower() in taken or (kind[1:] and _TYPES[kind[0]][0] == "f"):
+        raise _bad(path, shown, "each property once, list lengths as integers")
+    elements[-1].names.append(name)
+    elements[-1].kinds.append(kind)
+    return layout
+
+
+def _points(path: Path, elements: list[_Element]) -> int:
+    """Return which element holds the points."""
+    columns = [{name.lower() for name in element.scalars} for element in elements]
+    fit = [place for place, names in enumerate(columns) if {"x", "y", "z"} <= names]
+    named = [place for place in fit if elements[place].name == "vertex"] or fit
+    if len(named) != 1:
+        given = "; ".join(f"{e.name}: {', '.join(e.names)}" for e in elements) or "no element"
+        raise _bad(path, given, "x, y, z in an element vertex, or in one element alone")
+    for group in (("red", "green", "blue"), ("nx", "ny", "nz")):
+        present = columns[named[0]] & set(group)
+        if present and len(present) < len(group):
+            raise _bad(path, f"only {', '.join(sorted(present))}", f"all of {', '.join(group)} or none")
+    return named[0]
+
+
+def _body(path: Path, header: _Header, file: BinaryIO) -> PlyData:
+    """Have plyfile read the body, straight from the file where no list is in the way."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(header.length)
+    if header.layout == "ascii":
+        lines = [line for line in file.read().splitlines() if line.strip()]
+        promised = sum(element.count for element in header.elements)
+        if len(lines) != promised:
+            raise _bad(path, f"{len(lines)} lines of data", f"{promised} by its header")
+        with warnings.catch_warnings():  # plyfile reads the items of a list by loadtxt, which warns of empty ones
+            warnings.simplefilter("ignore", UserWarning)
+            return PlyData.read(io.BytesIO(header.plain + b"\n".join(lines)))
+    least = header.length + sum(element.count * element.least_bytes for element in header.elements)
+    if least > size:
+        raise _bad(path, f"{size} bytes", f"at least {least} by its header")
+    triangles = {
+        f"e{number}": {f"p{place}": _TRIANGLE for place, kind in enumerate(element.kinds) if kind[1:]}
+        for number, element in enumerate(header.elements)
+    }
+    try:
+        data, end = PlyData.read(_PlainHeader(file, header.plain), known_list_len=triangles), file.tell()
+    except PlyElementParseError:  # lists of other lengths, which plyfile reads row by row, or damage
+        file.seek(header.length)
+        stream = io.BytesIO(header.plain + file.read())
+        data = PlyData.read(stream)
+        end = header.length + stream.tell() - len(header.plain)
+    if end != size:
+        raise _bad(path, f"{size} bytes", f"exactly {end} by its header")
+    return data
+
+
+class _PlainHeader:
+    """A file that begins with another header; plyfile maps the rest of it into memory."""
+
+    def __init__(self, file: BinaryIO, header: bytes) -> None:
+        self._file, self._header = file, io.BytesIO(header)
+        self.seek, self.tell, self.fileno = file.seek, file.tell, file.fileno
+
+    def read(self, size: int = -1) -> bytes:
+        return self._header.read(size) or self._file.read(size)
 
 
 def write_ply(

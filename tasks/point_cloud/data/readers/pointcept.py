@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 
@@ -22,13 +22,20 @@ from tasks.point_cloud.data.readers.label_sets import named
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
     RawScan,
+    ReaderOptions,
+    Scaling,
     ScanReader,
     ScanRef,
     Split,
     check_splits,
-    index_labels,
-    make_scan,
 )
+from tasks.point_cloud.data.readers.values import index_labels, make_scan
+
+
+class FolderOptions(ReaderOptions, total=False):
+    """Options of every reader of folders: ``unit`` and ``drop_invalid``, and the full scale of ``strength.npy``."""
+
+    strength_max: float
 
 
 class PointceptFolders(ScanReader):
@@ -39,6 +46,8 @@ class PointceptFolders(ScanReader):
         label_set: key of a known label set, path of a YAML list of names, or the names, in the order on disk.
         splits: folders below ``root`` for train, val and test; every scan below them belongs to the split.
         segment: stem of the label file.
+        strength_max: full scale of ``strength.npy``.
+        options: ``unit`` and ``drop_invalid``, as in `Scaling`.
     """
 
     layout: ClassVar[str] = "folders with coord.npy, color.npy, normal.npy, strength.npy, segment.npy per scan"
@@ -50,8 +59,11 @@ class PointceptFolders(ScanReader):
         label_set: str | list[str],
         splits: Mapping[str, list[str]],
         segment: str = "segment",
+        strength_max: float = 1.0,
+        **options: Unpack[ReaderOptions],
     ) -> None:
-        super().__init__(root, named(label_set))
+        scaling = Scaling(light_max=strength_max, light_option="strength_max", **options)
+        super().__init__(root, named(label_set), scaling)
         self.splits = check_splits(splits)
         self.segment = segment
 
@@ -80,6 +92,7 @@ class PointceptFolders(ScanReader):
         return make_scan(
             ref.points,
             self.names,
+            self.scaling,
             xyz=read_npy(ref.points / "coord.npy"),
             label=index_labels(labels, read_npy(labels), self.names) if labels.exists() else None,
             color=optional.get("color"),
@@ -96,6 +109,7 @@ class ScanNetFolders(PointceptFolders):
         label_set: ``scannet20``; for 200 classes give a YAML list of names and ``segment: segment200``.
         segment: ``segment20`` or ``segment200``.
         splits: folders below ``root``; the hidden test set has no labels, so ``val`` serves validation and test.
+        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
     """
 
     source: ClassVar[str] = (
@@ -108,8 +122,10 @@ class ScanNetFolders(PointceptFolders):
         label_set: str | list[str] = "scannet20",
         segment: str = "segment20",
         splits: Mapping[str, list[str]] | None = None,
+        **options: Unpack[FolderOptions],
     ) -> None:
-        super().__init__(root, label_set, splits or {"train": ["train"], "val": ["val"], "test": ["val"]}, segment)
+        splits = splits or {"train": ["train"], "val": ["val"], "test": ["val"]}
+        super().__init__(root, label_set, splits, segment, **options)
 
 
 class S3DISFolders(PointceptFolders):
@@ -121,13 +137,16 @@ class S3DISFolders(PointceptFolders):
     Args:
         root: folder with ``Area_1/`` to ``Area_6/``, one folder per room.
         splits: folders below ``root``; default areas 1, 2, 3, 4, 6 to train on and area 5 to test on.
+        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
     """
 
     source: ClassVar[str] = "S3DIS, terms form at Stanford; Pointcept's preprocess_s3dis.py"
 
-    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
+    ) -> None:
         train = [f"Area_{area}" for area in (1, 2, 3, 4, 6)]
-        super().__init__(root, "s3dis", splits or {"train": train, "val": ["Area_5"], "test": ["Area_5"]})
+        super().__init__(root, "s3dis", splits or {"train": train, "val": ["Area_5"], "test": ["Area_5"]}, **options)
 
 
 class Structured3DFolders(PointceptFolders):
@@ -136,14 +155,18 @@ class Structured3DFolders(PointceptFolders):
     Args:
         root: folder with ``train/``, ``val/`` and ``test/``, below them scenes and rooms.
         splits: folders below ``root``; default ``val`` for validation and test, as in the paper.
+        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
     """
 
     source: ClassVar[str] = (
         "Structured3D, terms form at structured3d-dataset.org; Pointcept's preprocess_structured3d.py"
     )
 
-    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
-        super().__init__(root, "structured3d", splits or {"train": ["train"], "val": ["val"], "test": ["val"]})
+    def __init__(
+        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
+    ) -> None:
+        splits = splits or {"train": ["train"], "val": ["val"], "test": ["val"]}
+        super().__init__(root, "structured3d", splits, **options)
 
 
 class Matterport3DFolders(PointceptFolders):
@@ -154,12 +177,16 @@ class Matterport3DFolders(PointceptFolders):
     Args:
         root: folder with ``train/``, ``val/`` and ``test/``.
         splits: folders below ``root``; default the split of the same name, tests on ``test``.
+        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
     """
 
     source: ClassVar[str] = "Matterport3D, signed terms; Pointcept's preprocess_matterport3d_mesh.py"
 
-    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
-        super().__init__(root, "matterport3d", splits or {"train": ["train"], "val": ["val"], "test": ["test"]})
+    def __init__(
+        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
+    ) -> None:
+        splits = splits or {"train": ["train"], "val": ["val"], "test": ["test"]}
+        super().__init__(root, "matterport3d", splits, **options)
 
 
 class WaymoFolders(PointceptFolders):
@@ -168,13 +195,16 @@ class WaymoFolders(PointceptFolders):
     Args:
         root: folder with ``training/`` and ``validation/``, below them sequences and frames.
         splits: folders below ``root``; default ``validation`` for validation and test.
+        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
     """
 
     source: ClassVar[str] = "Waymo Open Dataset, licence at waymo.com/open; Pointcept's preprocess_waymo.py"
 
-    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
+    def __init__(
+        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
+    ) -> None:
         default = {"train": ["training"], "val": ["validation"], "test": ["validation"]}
-        super().__init__(root, "waymo", splits or default)
+        super().__init__(root, "waymo", splits or default, **options)
 
 
 def write_pointcept_scan(folder: Path, scan: RawScan, *, segment: str = "segment", column: bool = False) -> None:

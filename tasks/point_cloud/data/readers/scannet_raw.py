@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 
@@ -22,13 +22,14 @@ from tasks.point_cloud.data.readers.ply import read_ply, write_ply
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
     RawScan,
+    ReaderOptions,
+    Scaling,
     ScanReader,
     ScanRef,
     Split,
     check_splits,
-    make_scan,
-    map_labels,
 )
+from tasks.point_cloud.data.readers.values import make_scan, map_labels
 
 _POINTS, _LABELS = "_vh_clean_2.ply", "_vh_clean_2.labels.ply"
 
@@ -40,13 +41,16 @@ class ScanNetMeshes(ScanReader):
         root: folder that holds ``scans/`` and the split lists.
         splits: text files below ``root``, one scene id per line; default the two of the benchmark, with the
             validation list for validation and test (the hidden test set has no labels).
+        options: ``unit`` and ``drop_invalid``, as in `Scaling`; the meshes have no intensity.
     """
 
     layout: ClassVar[str] = f"scans/<id>/<id>{_POINTS}, scans/<id>/<id>{_LABELS} and lists of ids"
     source: ClassVar[str] = "ScanNet, signed terms at scan-net.org, not redistributable"
 
-    def __init__(self, root: Path | str, splits: Mapping[str, list[str]] | None = None) -> None:
-        super().__init__(root, label_set("scannet20"))
+    def __init__(
+        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[ReaderOptions]
+    ) -> None:
+        super().__init__(root, label_set("scannet20"), Scaling(**options))
         val = ["scannetv2_val.txt"]
         self.splits = check_splits(splits or {"train": ["scannetv2_train.txt"], "val": val, "test": val})
         self._table = id_table(NYU40_RAW, {name: name for name in self.names}, self.names)
@@ -73,7 +77,7 @@ class ScanNetMeshes(ScanReader):
             label = map_labels(ref.labels, labels.vertex["label"], self._table)
         xyz = np.stack([cloud.vertex[axis] for axis in "xyz"], axis=1)
         color, normal = cloud.stack("red", "green", "blue"), cloud.stack("nx", "ny", "nz")
-        return make_scan(ref.points, self.names, xyz=xyz, color=color, normal=normal, label=label)
+        return make_scan(ref.points, self.names, self.scaling, xyz=xyz, color=color, normal=normal, label=label)
 
 
 def write_scannet_scene(root: Path, scene: str, scan: RawScan) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,14 @@ from tasks.point_cloud.data.readers.label_sets import KITTI_CLASSES, KITTI_RAW, 
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
     RawScan,
+    ReaderOptions,
+    Scaling,
     ScanReader,
     ScanRef,
     Split,
     check_splits,
-    make_scan,
-    map_labels,
 )
+from tasks.point_cloud.data.readers.values import make_scan, map_labels
 
 _INSTANCE_BITS = 16
 
@@ -41,18 +42,22 @@ class SemanticKITTI(ScanReader):
         root: the folder that holds ``sequences/`` (in the download: ``dataset``).
         splits: sequences per split; default train 00-07, 09, 10 and 08 for validation and test (11-21 have no labels).
         intensity_max: full scale of the fourth number; 1 in SemanticKITTI.
+        options: ``unit`` and ``drop_invalid``, as in `Scaling`.
     """
 
     layout: ClassVar[str] = "sequences/SS/velodyne/NNNNNN.bin and sequences/SS/labels/NNNNNN.label"
     source: ClassVar[str] = "SemanticKITTI, CC BY-NC-SA, semantic-kitti.org"
 
     def __init__(
-        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, intensity_max: float = 1.0
+        self,
+        root: Path | str,
+        splits: Mapping[str, list[str]] | None = None,
+        intensity_max: float = 1.0,
+        **options: Unpack[ReaderOptions],
     ) -> None:
-        super().__init__(root, label_set("semantickitti"))
+        super().__init__(root, label_set("semantickitti"), Scaling(light_max=intensity_max, **options))
         train = [f"{sequence:02d}" for sequence in (0, 1, 2, 3, 4, 5, 6, 7, 9, 10)]
         self.splits = check_splits(splits or {"train": train, "val": ["08"], "test": ["08"]})
-        self.intensity_max = intensity_max
         self._table = id_table(KITTI_RAW, KITTI_CLASSES, self.names)
 
     def find(self, split: Split) -> list[ScanRef]:
@@ -77,9 +82,9 @@ class SemanticKITTI(ScanReader):
         return make_scan(
             ref.points,
             self.names,
+            self.scaling,
             xyz=points[:, :3],
             intensity=points[:, 3],
-            intensity_max=self.intensity_max,
             label=None if raw is None else map_labels(ref.points, raw & ((1 << _INSTANCE_BITS) - 1), self._table),
         )
 
