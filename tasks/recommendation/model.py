@@ -232,7 +232,8 @@ class ListRanker(nn.Module):
         self.interest = (interest or ActivationUnit)(self.encoder.dim)
         fields = {**self.encoder.items, **self.encoder.queries}
         width = 2 * self.encoder.dim + self.encoder.rest_dim
-        built = (bank or aw_moe())(BankSizes(width, self.encoder.dim, fields.get(category, 0)))
+        sizes = BankSizes(width, self.encoder.dim, fields.get(category, 0), requests=bool(self.encoder.queries))
+        built = (bank or aw_moe())(sizes)
         self.moe, self.reads, self.category = built.layer, built.reads, category
         if self.reads == "query" and not self.encoder.queries:
             raise ValueError("the gate's key is the query, but requests of this data have no field; use target or none")
@@ -322,7 +323,7 @@ def aw_moe(
     num_experts: int = 4,
     hidden_dim: int = 64,
     expert_output: ExpertOutput = "score",
-    key: Literal["target", "query", "none"] = "target",
+    key: Literal["auto", "target", "query", "none"] = "auto",
     gate_norm: Literal["none", "softmax", "sigmoid"] = "none",
     gate_hidden: tuple[int, ...] | None = (32, 16),
     attention_hidden: tuple[int, ...] | None = (48, 16),
@@ -341,8 +342,9 @@ def aw_moe(
         hidden_dim: units of an expert's hidden layer.
         expert_output: ``score``: experts score and the gate weighs scores (recalled); ``vector``: a joint tower scores
             the weighted sum of vectors as wide as the hidden layer.
-        key: what past items are held against: each candidate (recommendation, recalled), the request (search,
-            recalled; one gate per list), or nothing (one gate per list).
+        key: what past items are held against: the request (``query``: search, recalled; one gate per list), each
+            candidate (``target``: recommendation, recalled), or nothing (``none``; one gate per list). ``auto`` is
+            the request where requests have fields, else the candidate.
         gate_norm: ``none`` leaves the weights free (recalled).
         gate_hidden: hidden widths of the gate unit; None: one learned vector for all past items (ablation).
         attention_hidden: hidden widths of the activation unit; None: all past items weigh the same (ablation).
@@ -358,9 +360,9 @@ def aw_moe(
     Source: J. Gong et al., arXiv 2306.05011 (docs/papers/aw_moe.md, equations 3 and 4).
     """
     reads: dict[str, Literal["target", "query", "history"]] = {"target": "target", "query": "query", "none": "history"}
-    if key not in reads or mixing not in ("attention", "shuffled"):
+    if key not in (*reads, "auto") or mixing not in ("attention", "shuffled"):
         raise ValueError(
-            f"key={key!r}, mixing={mixing!r}: key is target, query or none, mixing is attention or shuffled"
+            f"key={key!r}, mixing={mixing!r}: key is auto, target, query or none, mixing is attention or shuffled"
         )
 
     def build(sizes: BankSizes) -> GatedBank:
@@ -381,6 +383,6 @@ def aw_moe(
         made = cast(MoELayer, layer)
         if mixing == "shuffled":
             made.router.adjust = other_rows
-        return GatedBank(made, reads[key])
+        return GatedBank(made, reads[("query" if sizes.requests else "target") if key == "auto" else key])
 
     return build

@@ -29,11 +29,13 @@ class BankSizes:
         dim: width of what the experts read.
         behaviour_dim: d, width of past items and keys.
         num_categories: ids of the category that a gate may read; 0 where the data has none.
+        requests: whether requests have fields (a query, a context) that a gate may read.
     """
 
     dim: int
     behaviour_dim: int
     num_categories: int = 0
+    requests: bool = False
 
 
 @dataclass(frozen=True)

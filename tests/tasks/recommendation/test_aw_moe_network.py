@@ -180,6 +180,11 @@ def test_what_past_items_add_sums_to_the_gate() -> None:
     assert not parts[~features[2]].any()
 
 
+def test_the_key_is_the_request_where_requests_have_fields_else_the_candidate() -> None:
+    assert net(aw_moe()).reads == "query"
+    assert ListRanker({**FACTS, "query_fields": {}}, bank=aw_moe()).reads == "target"
+
+
 @pytest.mark.parametrize(("key", "gates"), [("query", 1), ("none", 1), ("target", 4)])
 def test_candidates_share_a_gate_unless_it_reads_them(key: str, gates: int) -> None:
     made, batch = net(small(key=key)), make_lists()
@@ -314,7 +319,7 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (lambda: ListRanker(FACTS, bank=category_gate(), category="brand"), "category='brand'"),
     (lambda: ListRanker({"item_fields": {"item": 3}}), "facts lacks"),
     (lambda: ListRanker({**FACTS, "item_fields": {}}), "at least one field"),
-    (lambda: aw_moe(key="user"), "key is target, query or none"),  # type: ignore[arg-type]
+    (lambda: aw_moe(key="user"), "key is auto, target, query or none"),  # type: ignore[arg-type]
     (lambda: aw_moe(mixing="uniform"), "attention or shuffled"),  # type: ignore[arg-type]
     (lambda: net(small(gate_norm="max")), "gate_norm='max'"),
     (lambda: net(small(expert_output="list")), "'score' or 'vector'"),
