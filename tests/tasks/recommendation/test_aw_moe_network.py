@@ -36,7 +36,8 @@ def net(bank: BankFactory | None = None, **options: Any) -> ListRanker:
 
 
 def small(**options: Any) -> BankFactory:
-    return aw_moe(**{"num_experts": 3, "hidden_dim": 4, "gate_hidden": (7, 5), "attention_hidden": (6, 4), **options})
+    sizes = {"num_experts": 3, "hidden_dim": 4, "gate_hidden": (7, 5), "attention_hidden": (6, 4), "key": "target"}
+    return aw_moe(**{**sizes, **options})
 
 
 def permuted(batch: Lists, order: Tensor) -> Lists:
