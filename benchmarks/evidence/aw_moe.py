@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """AW-MoE: does a gate that attends to past items rank better than DIN, and does contrast of gates help the long tail?
 
-Two logs. The generated one (``taste_types``: four tastes, each with a rule of its own; scores are expected list-AUC, with
-the true probabilities in place of labels) and MovieLens 100K (real; ``ml_*``; a data seed draws the negatives and the
-order). C1 to C5 are the card's claims A1 to A5 in that order, C6 to C8 are ours. Rivals are widened until they have
+Two logs. The generated one (``taste_types``: four tastes, each with a rule of its own; scores are expected list-AUC,
+with the true probabilities in place of labels) and MovieLens 100K (real; ``ml_*``; a data seed draws the negatives and
+the order). C1 to C5 are the card's claims A1 to A5 in that order, C6 to C8 are ours. Rivals are widened until they have
 AW-MoE's training compute; ``din`` and ``category`` of equal experts are in the table. Every network has the learning
 rate that benchmarks/aw_moe_rates.py found for it.
 """
