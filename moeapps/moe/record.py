@@ -93,10 +93,11 @@ class Record:
     def work(self) -> Tensor:
         """How the work on each row is spread over the experts that worked: float64 [N, E].
 
-        Rows sum to 1 (0 without any work): evenly over the chosen experts, by weight where all experts run.
+        Rows sum to 1 (0 without any work): evenly over the chosen experts, by the size of the weight where all experts
+        run (gates without a norm may be negative).
         """
         weight_NE = self.routing.assignment().detach()
-        work_NE = (weight_NE != 0).double() if isinstance(self.routing, Routing) else weight_NE.double()
+        work_NE = (weight_NE != 0).double() if isinstance(self.routing, Routing) else weight_NE.double().abs()
         return work_NE / work_NE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
     def chosen(self) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moeapps.moe import TableScore
+
 Formula = Callable[..., int]
 _WITHOUT_PRODUCTS = (
     nn.Embedding,
@@ -29,6 +31,7 @@ _WITHOUT_PRODUCTS = (
     nn.GroupNorm,
     nn.RMSNorm,
     nn.modules.batchnorm._NormBase,
+    TableScore,
 )
 
 

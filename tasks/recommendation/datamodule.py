@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs of impressions as domains: populations, regions, pages of an app, spans of time."""
+"""Logs of impressions or of lists as domains: populations, regions, pages of an app, spans of time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from moeapps.data.domain import DomainDataModule, Role, Split
 from moeapps.data.gather import BatchDataset
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.windows import WindowSampler
-from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.data.lists import ListSchema
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.data.readers.block_rows import BlockDataset
 from tasks.recommendation.data.source import LogSource
+from tasks.recommendation.data.taste_types import TasteTypes
 
 
 class RecommendationData(DomainDataModule):
@@ -90,9 +91,9 @@ class RecommendationData(DomainDataModule):
         """Return the rows of one domain."""
         return self.source.dataset(domain, split, self.cache_dir)
 
-    def collate(self, items: Interactions | list[Interactions]) -> Interactions:
+    def collate(self, items: Any) -> Any:
         """Return the batch: rows come whole, except for single rows asked for one by one."""
-        return items if isinstance(items, Interactions) else Interactions.cat(items)
+        return type(items[0]).cat(items) if isinstance(items, list) else items
 
     def train_sampler(
         self, parts: list[Dataset[Any]], rank: int, world_size: int, *, repeat: bool = False
@@ -111,3 +112,25 @@ class RecommendationData(DomainDataModule):
             world_size=world_size,
             repeat=repeat,
         )
+
+
+class ListData(RecommendationData):
+    """Lists of candidates, each for one user with a history, out of a generated, packaged or own log.
+
+    Args:
+        source: the log; None means `TasteTypes`, which is generated.
+        batch_size: lists per training step.
+        options: as of `RecommendationData`.
+
+    Raises:
+        ValueError: the source gives impressions, not lists.
+    """
+
+    def __init__(self, *, source: LogSource | None = None, batch_size: int = 256, **options: Any) -> None:
+        source = source or TasteTypes()
+        if not isinstance(source.schema, ListSchema):
+            raise ValueError(
+                f"{type(source).__name__} gives impressions with several labels; lists come from TasteTypes or "
+                "MovieLensLists, impressions go to RecommendationData"
+            )
+        super().__init__(source=source, batch_size=batch_size, **options)

@@ -1,20 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoME: experts of categories on level 1, experts of tasks on level 2, and masks of which gate sees which expert."""
+"""The networks: HoME (levels of experts for several tasks) and AW-MoE (experts weighed by the user's history).
+
+HoME: experts of categories on level 1, experts of tasks on level 2, and masks of which gate sees which expert.
+AW-MoE: experts score candidates, a gate reads the history behaviour by behaviour and weighs the experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe import ActivationName
+from moeapps.moe import ActivationName, DenseRouting, MoELayer, presets
 from moeapps.moe.normalised import Norm
+from moeapps.moe.routers.pairs import AttentionNorm, Part, Pooling, WidthActivation
 from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.data.lists import Lists
+from tasks.recommendation.nets.activation_unit import ActivationUnit, InterestFactory
+from tasks.recommendation.nets.behaviours import Encoded, ListEncoder
 from tasks.recommendation.nets.embeddings import FeatureEncoder
 from tasks.recommendation.nets.gates import GateMixing
 from tasks.recommendation.nets.levels import ExpertSettings, LevelPlan, NetFactory, RankingNet, TaskTree
+from tasks.recommendation.nets.list_banks import (
+    BankFactory,
+    BankSizes,
+    ExpertOutput,
+    GatedBank,
+    ListScores,
+    other_rows,
+    output_width,
+)
 from tasks.recommendation.nets.plan_parts import numbered, table
 
 
@@ -174,3 +192,197 @@ def _task_level(tree: TaskTree, shared: int, per_category: int, own: int, mask: 
         experts=numbered([names[v] for v in reads]),
         gates=tree.tasks,
     )
+
+
+class ListRanker(nn.Module):
+    r"""Rank the candidates of a list for a user: :math:`x = [v_u, h_t, h_q, h_o]`, experts on x, weighed by a gate.
+
+    Every expert runs on every candidate. The gate is computed once per list unless it reads the candidates.
+
+    Args:
+        facts: from the data module: the fields of items, requests and profiles.
+        bank: experts and gate, as a factory from their sizes; None means `aw_moe`, rivals are in
+            `tasks.recommendation.rivals.list_banks`.
+        encoder: columns to vectors, as a factory from facts; None means `ListEncoder`.
+        interest: the history to v_u, as a factory from the width; None means `ActivationUnit` (DIN).
+        category: the field that a gate on categories reads, of the request or else of the item.
+        tower_dim: hidden width of the tower behind experts that give vectors.
+
+    Shape:
+        a batch of B lists of N candidates -> `ListScores` with logits [B, N].
+
+    Raises:
+        ValueError: the gate reads requests or a category that the data does not have.
+
+    Source: AW-MoE (docs/papers/aw_moe.md, equations 1 to 4).
+    """
+
+    def __init__(
+        self,
+        facts: dict[str, Any],
+        *,
+        bank: BankFactory | None = None,
+        encoder: Callable[[dict[str, Any]], ListEncoder] | None = None,
+        interest: InterestFactory | None = None,
+        category: str = "category",
+        tower_dim: int = 16,
+    ) -> None:
+        super().__init__()
+        self.encoder = (encoder or ListEncoder)(facts)
+        self.interest = (interest or ActivationUnit)(self.encoder.dim)
+        fields = {**self.encoder.items, **self.encoder.queries}
+        width = 2 * self.encoder.dim + self.encoder.rest_dim
+        sizes = BankSizes(width, self.encoder.dim, fields.get(category, 0), requests=bool(self.encoder.queries))
+        built = (bank or aw_moe())(sizes)
+        self.moe, self.reads, self.category = built.layer, built.reads, category
+        if self.reads == "query" and not self.encoder.queries:
+            raise ValueError("the gate's key is the query, but requests of this data have no field; use target or none")
+        if self.reads == "category" and category not in fields:
+            raise ValueError(f"category={category!r}: the gate reads a field of this name; the data has {list(fields)}")
+        out_dim = int(self.moe.experts.out_dim)
+        self.tower: nn.Module = nn.Identity()
+        if out_dim > 1:
+            self.tower = nn.Sequential(nn.Linear(out_dim, tower_dim), nn.ReLU(), nn.Linear(tower_dim, 1))
+
+    def forward(self, batch: Lists, *, history_mask: Tensor | None = None) -> ListScores:
+        """Scores of a batch.
+
+        Args:
+            batch: the lists.
+            history_mask: bool [B, H], which past items to look at; None means all real ones.
+        """
+        encoded = self.encoder(batch)
+        if history_mask is not None:
+            encoded = replace(encoded, mask_BH=history_mask)
+        v_BNd, x_BND = self.read(encoded)
+        routing = self.route(batch, encoded, x_BND)
+        whole = routing if self.gates_candidates else routing.repeat_rows(x_BND.shape[1])
+        y_BNo = self.moe(x_BND, routing=whole, token_mask=batch.candidate_mask)
+        gate_BNK = routing.weight.unflatten(0, (len(batch), -1))
+        return ListScores(self.tower(y_BNo).squeeze(-1), gate_BNK, v_BNd, encoded)
+
+    @property
+    def gates_candidates(self) -> bool:
+        """Whether each candidate has a gate of its own, else all of a list share one."""
+        of_item = self.reads == "category" and self.category not in self.encoder.queries
+        return self.reads in ("target", "input") or of_item
+
+    def read(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Return v_u [B, N, d] and what the experts read, [B, N, D]."""
+        v_BNd = self.interest(encoded.history_BHd, encoded.mask_BH, encoded.target_BNd)
+        rest_BNo = encoded.rest_Bo.unsqueeze(1).expand(-1, v_BNd.shape[1], -1)
+        return v_BNd, torch.cat([v_BNd, encoded.target_BNd, rest_BNo], -1)
+
+    def view(self, batch: Lists, encoded: Encoded, history_mask: Tensor, place_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gate [B, K] and v_u [B, d] of one candidate of each list; the experts do not run.
+
+        Args:
+            batch: the lists.
+            encoded: their vectors.
+            history_mask: bool [B, H], the past items to look at.
+            place_B: int64, which candidate.
+        """
+        row_B = torch.arange(len(batch), device=place_B.device)
+        one = replace(
+            batch,
+            candidates=batch.candidates[row_B, place_B].unsqueeze(1),
+            candidate_mask=batch.candidate_mask[row_B, place_B].unsqueeze(1),
+        )
+        seen = replace(encoded, mask_BH=history_mask, target_BNd=encoded.target_BNd[row_B, place_B].unsqueeze(1))
+        v_B1d, x_B1D = self.read(seen)
+        return self.route(one, seen, x_B1D).weight, v_B1d[:, 0]
+
+    def route(self, batch: Lists, encoded: Encoded, x_BND: Tensor) -> DenseRouting:
+        """Weights of the experts for B * N candidates or, where these share them, for B lists.
+
+        Args:
+            batch: the lists.
+            encoded: their vectors; a smaller ``mask_BH`` shows the gate a part of the history.
+            x_BND: what the experts read.
+        """
+        history_BHd, mask_BH, target_BNd = encoded.history_BHd, encoded.mask_BH, encoded.target_BNd
+        if self.reads == "input":
+            return cast(DenseRouting, self.moe.route(x_BND, token_mask=batch.candidate_mask))
+        if self.reads == "category":
+            if self.category in self.encoder.queries:
+                group_B = batch.query[:, list(self.encoder.queries).index(self.category)]
+                return cast(DenseRouting, self.moe.route(target_BNd[:, 0], group=group_B))
+            group_BN = batch.candidates[..., list(self.encoder.items).index(self.category)]
+            return cast(DenseRouting, self.moe.route(target_BNd, group=group_BN, token_mask=batch.candidate_mask))
+        if self.reads == "target":
+            num = target_BNd.shape[1]
+            history, mask = (part.repeat_interleave(num, 0) for part in (history_BHd, mask_BH))
+            features = (history, target_BNd.flatten(0, 1), mask)
+            return cast(DenseRouting, self.moe.route(features, token_mask=batch.candidate_mask.flatten()))
+        key_Bd = encoded.query_Bd if self.reads == "query" else torch.zeros_like(target_BNd[:, 0])
+        return cast(DenseRouting, self.moe.route((history_BHd, cast(Tensor, key_Bd), mask_BH)))
+
+
+def aw_moe(
+    *,
+    num_experts: int = 4,
+    hidden_dim: int = 64,
+    expert_output: ExpertOutput = "score",
+    key: Literal["auto", "target", "query", "none"] = "auto",
+    gate_norm: Literal["none", "softmax", "sigmoid"] = "none",
+    gate_hidden: tuple[int, ...] | None = (32, 16),
+    attention_hidden: tuple[int, ...] | None = (48, 16),
+    attention_parts: tuple[Part, ...] = ("own", "product", "key"),
+    attention_norm: AttentionNorm = "none",
+    pooling: Pooling = "sqrtn",
+    unit_activation: WidthActivation | None = None,
+    mixing: Literal["attention", "shuffled"] = "attention",
+) -> BankFactory:
+    """AW-MoE: experts weighed by an attention-weighted sum of gate vectors, one per past item.
+
+    An empty history has the learned prior alone, which starts at equal weights of all experts.
+
+    Args:
+        num_experts: K.
+        hidden_dim: units of an expert's hidden layer.
+        expert_output: ``score``: experts score and the gate weighs scores (recalled); ``vector``: a joint tower scores
+            the weighted sum of vectors as wide as the hidden layer.
+        key: what past items are held against: the request (``query``: search, recalled; one gate per list), each
+            candidate (``target``: recommendation, recalled), or nothing (``none``; one gate per list). ``auto`` is
+            the request where requests have fields, else the candidate.
+        gate_norm: ``none`` leaves the weights free (recalled).
+        gate_hidden: hidden widths of the gate unit; None: one learned vector for all past items (ablation).
+        attention_hidden: hidden widths of the activation unit; None: all past items weigh the same (ablation).
+        attention_parts: what the activation unit reads; DIN's own also has ``difference``.
+        attention_norm: ``softmax`` normalises the attention over the history.
+        pooling: ``sqrtn`` divides the sum by the root of the number of past items; ``sum`` (recalled) and ``mean``.
+        unit_activation: width -> activation of the units, e.g. `tasks.recommendation.nets.dice.Dice`; None: ReLU.
+        mixing: ``shuffled`` gives each row the gate of another (control).
+
+    Raises:
+        ValueError: an unknown choice.
+
+    Source: J. Gong et al., arXiv 2306.05011 (docs/papers/aw_moe.md, equations 3 and 4).
+    """
+    reads: dict[str, Literal["target", "query", "history"]] = {"target": "target", "query": "query", "none": "history"}
+    if key not in (*reads, "auto") or mixing not in ("attention", "shuffled"):
+        raise ValueError(
+            f"key={key!r}, mixing={mixing!r}: key is auto, target, query or none, mixing is attention or shuffled"
+        )
+
+    def build(sizes: BankSizes) -> GatedBank:
+        layer = presets.aw_moe(
+            num_experts=num_experts,
+            behaviour_dim=sizes.behaviour_dim,
+            hidden_dim=hidden_dim,
+            out_dim=output_width(expert_output, hidden_dim),
+            gate_norm=gate_norm,
+            gate_hidden=gate_hidden,
+            attention_hidden=attention_hidden,
+            attention_parts=attention_parts,
+            attention_norm=attention_norm,
+            pooling=pooling,
+            unit_activation=unit_activation,
+            prior=1 / num_experts if gate_norm == "none" else 0.0,
+        )(sizes.dim)
+        made = cast(MoELayer, layer)
+        if mixing == "shuffled":
+            made.router.adjust = other_rows
+        return GatedBank(made, reads[("query" if sizes.requests else "target") if key == "auto" else key])
+
+    return build

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Lightning side of multi-task ranking: one masked loss, scores within users, probabilities.
+"""The Lightning side: several tasks for each impression (HoME), and lists of candidates (AW-MoE).
 
-Shape legend: B rows, T tasks.
+Shape legend: B rows or lists, T tasks, N candidates, H past items, K experts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from moeapps.moe import MoERecorder
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
+from tasks.recommendation.data.lists import Lists
+from tasks.recommendation.losses import (
+    RANKING_LOSSES,
+    RankingLoss,
+    Similarity,
+    check_contrast,
+    info_nce,
+    random_mask,
+    scorable_lists,
+)
 from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
-from tasks.recommendation.model import Ranker
-from tasks.recommendation.report.score_writer import ScoreWriter
+from tasks.recommendation.model import ListRanker, Ranker
+from tasks.recommendation.nets.list_banks import ListScores
+from tasks.recommendation.report.list_metrics import KEEP, gate_stability, list_auc, list_metrics, user_parts
+from tasks.recommendation.report.score_writer import ListWriter, ScoreWriter
 
 
 class RankingTask(BaseTask):
@@ -118,6 +131,189 @@ class RankingTask(BaseTask):
         """
         probability = self(batch).sigmoid()
         return {"probability": probability.float().cpu(), "row": batch.row.cpu(), "user": batch.user.cpu()}
+
+
+class ListRankingTask(BaseTask):
+    r"""Rank the candidates of lists: :math:`L = L_{rank} + \lambda L_{cl}`.
+
+    The contrast asks that a list's gate (for the candidate that was taken) barely changes when past items are dropped
+    at random, and differs from those of other users. It runs while training alone; its draws come from a generator of
+    its own that depends on ``mask_seed``, step and process, so that a run with weight 0 is the run without.
+
+    Args:
+        facts: from the data module: domains, fields, names of the factors.
+        net: makes the network from the facts; None means `ListRanker`, AW-MoE.
+        ranking_loss: pointwise (binary cross-entropy, recalled), pairwise (BPR) or softmax (over the list).
+        contrast_weight: lambda; 0 leaves the contrast out.
+        contrast_on: the ``gate`` (paper) or, as an ablation, the user's vector: ``interest``.
+        temperature: tau.
+        similarity: cosine or dot.
+        mask_probability: p, with which a past item is dropped.
+        mask_rank_branch: drop past items before ranking, too: data augmentation, the control of the contrast.
+        mask_seed: seed of what is dropped.
+        aux_losses: losses on the routing (paper: none).
+        optimizer: AdamW's numbers.
+        schedule: learning-rate schedule.
+
+    Raises:
+        ValueError: ``facts`` lacks an entry; a number outside its range, an unknown choice.
+
+    Source: AW-MoE (docs/papers/aw_moe.md, equations 5 to 7).
+    """
+
+    monitor: ClassVar[str] = "val/validation/list_auc"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    main_metric: ClassVar[str] = "list_auc"
+    monitor_minimum: ClassVar[int] = 200
+    monitor_unit: ClassVar[str] = "lists"
+    needed_facts: ClassVar[tuple[str, ...]] = ("item_fields", "query_fields", "profile_fields", "history", "factors")
+
+    def __init__(
+        self,
+        *,
+        facts: dict[str, Any],
+        net: Callable[[dict[str, Any]], nn.Module] | None = None,
+        ranking_loss: RankingLoss = "pointwise",
+        contrast_weight: float = 0.0,
+        contrast_on: Literal["gate", "interest"] = "gate",
+        temperature: float = 0.1,
+        similarity: Similarity = "cosine",
+        mask_probability: float = 0.3,
+        mask_rank_branch: bool = False,
+        mask_seed: int = 0,
+        aux_losses: list[AuxLoss] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        if ranking_loss not in RANKING_LOSSES or contrast_on not in ("gate", "interest"):
+            raise ValueError(
+                f"ranking_loss={ranking_loss!r}, contrast_on={contrast_on!r}: the first is one of "
+                f"{', '.join(RANKING_LOSSES)}, the second gate or interest"
+            )
+        if contrast_weight < 0 or not 0 <= mask_probability < 1:
+            raise ValueError(
+                f"contrast_weight={contrast_weight}, mask_probability={mask_probability}: give a weight of at least 0 "
+                "and a probability in [0, 1)"
+            )
+        check_contrast(temperature, similarity)
+        self.ranking_loss: RankingLoss = ranking_loss
+        self.contrast_weight, self.contrast_on = contrast_weight, contrast_on
+        self.temperature, self.similarity = temperature, similarity
+        self.mask_probability, self.mask_rank_branch, self.mask_seed = mask_probability, mask_rank_branch, mask_seed
+        self.net = (net or ListRanker)(facts)
+
+    def configure_metrics(self, domain: str) -> MetricCollection:
+        """Scores within lists and within users."""
+        return list_metrics()
+
+    def prediction_writer(self) -> L.Callback:
+        """Scores as one Parquet or CSV file per domain, a row per candidate."""
+        return ListWriter()
+
+    def num_tokens(self, batch: Lists) -> int:
+        """Candidates of a batch, on all of which the experts run."""
+        return batch.label.numel()
+
+    def routing_factors(self, batch: Lists) -> dict[str, Factor]:
+        """What an expert may stand for (a taste, a genre), of each row that the gate routes."""
+        if not self.facts["factors"]:
+            return {}
+        each = batch.label.shape[1] if getattr(self.net, "gates_candidates", False) else 1
+        return {"factor": Factor(batch.factor.repeat_interleave(each), len(self.facts["factors"]))}
+
+    def forward(self, batch: Lists, *, history_mask: Tensor | None = None) -> ListScores:
+        """Scores of a batch."""
+        scores: ListScores = self.net(batch, history_mask=history_mask)
+        return scores
+
+    def shared_step(self, batch: Lists, stage: Stage) -> StepOutput:
+        """Loss of one batch, and what the scores need."""
+        generator = self.mask_generator()
+        mask_BH = batch.history_mask
+        if stage == "train" and self.mask_rank_branch:
+            mask_BH = random_mask(mask_BH, self.mask_probability, generator)
+        out = self(batch, history_mask=mask_BH)
+        loss = RANKING_LOSSES[self.ranking_loss](out.logits, batch.label, batch.candidate_mask)
+        logs: dict[str, Tensor] = {}
+        if stage == "train" and self.contrast_weight:
+            contrast, logs = self.contrast(batch, out, random_mask(mask_BH, self.mask_probability, generator))
+            logs |= {"loss_rank": loss, "loss_contrast": contrast}
+            loss = loss + self.contrast_weight * contrast
+        labelled = int(scorable_lists(self.ranking_loss, batch.label, batch.candidate_mask).sum())
+        if stage == "train":
+            return StepOutput(loss, len(batch), (), logs, labelled=labelled)
+        found = list_auc(out.logits, batch.label, batch.candidate_mask)
+        parts = {"list_auc": user_parts(found, batch.user)} if stage == "test" else {}
+        return StepOutput(loss, len(batch), self.scored(batch, out), labelled=labelled, parts=parts)
+
+    def scored(self, batch: Lists, out: ListScores) -> tuple[Any, ...]:
+        """What `ListMetrics` reads: the scores, those of a cut and of an empty history, the gates of the first two."""
+        kept_BH = batch.history_mask & (batch.history_mask.cumsum(1) <= KEEP)
+        with MoERecorder():  # reports are of the whole history
+            cut = self(batch, history_mask=kept_BH)
+            none = self(batch, history_mask=torch.zeros_like(kept_BH))
+        gates = [None if found.gate is None else of_taken(found.gate, batch) for found in (out, cut)]
+        events_B = batch.history_mask.sum(1)
+        given = (out.logits, batch.label, batch.candidate_mask, batch.user, events_B, batch.oracle)
+        return (*given, cut.logits, none.logits, *gates)
+
+    def mask_generator(self) -> torch.Generator:
+        """The source of what is dropped, another one for each training step and process; nothing to save or resume."""
+        place = self.global_step * 4096 + self.global_rank
+        return torch.Generator().manual_seed((self.mask_seed * 1_000_003 + place) % (1 << 63))
+
+    def contrast(self, batch: Lists, out: ListScores, kept_BH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the contrastive loss of lists with a history, and the cosines behind it.
+
+        Raises:
+            ValueError: the network has no gate to contrast.
+        """
+        first, second = self.two_views(batch, out, kept_BH)
+        known_B = batch.history_mask.any(1)  # an empty history has nothing to drop, and one gate for all users
+        first, second, user = first[known_B], second[known_B], batch.user[known_B]
+        loss = info_nce(first, second, user, temperature=self.temperature, similarity=self.similarity)
+        same, between = gate_stability(first.detach(), second.detach(), user)
+        return loss, {"gate_same": same.float(), "gate_between": between.float()}
+
+    def two_views(self, batch: Lists, out: ListScores, kept_BH: Tensor) -> tuple[Tensor, Tensor]:
+        """What is contrasted, with the history that was ranked by and with a part of it; of the taken candidate."""
+        if not isinstance(self.net, ListRanker) or out.encoded is None or out.gate is None or out.interest is None:
+            raise ValueError(f"{type(self.net).__name__} has no gate to contrast; set contrast_weight to 0")
+        place_B = batch.label.argmax(1)
+        with MoERecorder():  # auxiliary losses and reports are of the ranking branch alone
+            gate_BK, v_Bd = self.net.view(batch, out.encoded, kept_BH, place_B)
+        if self.contrast_on == "interest":
+            return of_taken(out.interest, batch), v_Bd
+        return of_taken(out.gate, batch), gate_BK
+
+    def predict_step(self, batch: Lists, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Answer a batch.
+
+        Returns:
+            On the CPU: ``probability`` float32 [B, N] (0 at padding), ``item`` int64 [B, N] (-1 at padding), ``row``
+            and ``user`` int64 [B]; with a gate also ``gate`` float32 [B, K], the mean over the candidates.
+        """
+        out = self(batch)
+        probability = out.logits.sigmoid().where(batch.candidate_mask, 0)
+        answer = {"probability": probability.float(), "item": batch.candidate_item}
+        answer |= {"row": batch.row, "user": batch.user}
+        if out.gate is not None:
+            real_BN1 = batch.candidate_mask[:, : out.gate.shape[1], None]
+            answer["gate"] = (out.gate * real_BN1).sum(1) / real_BN1.sum(1).clamp(min=1)
+        return {name: value.detach().cpu() for name, value in answer.items()}
+
+
+def of_taken(values_BNK: Tensor, batch: Lists) -> Tensor:
+    """The values [B, K] of the first candidate that was taken (of the first of all where none was).
+
+    Args:
+        values_BNK: one vector per candidate, or [B, 1, K], one per list.
+        batch: the lists.
+    """
+    if values_BNK.shape[1] == 1:
+        return values_BNK[:, 0]
+    return values_BNK[torch.arange(len(batch), device=values_BNK.device), batch.label.argmax(1)]
 
 
 def masked_losses(logits_BT: Tensor, label_BT: Tensor, mask_BT: Tensor, positive_weight_T: Tensor) -> Tensor:

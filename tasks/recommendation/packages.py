@@ -19,7 +19,7 @@ ML100K = Package(
     licence=f"{ML100K_TERMS} (recbole's own code, which is not read, is MIT)",
     members=tuple(f"recbole/dataset_example/ml-100k/ml-100k.{part}" for part in ("inter", "item", "user")),
     description="100,000 ratings of 1,682 films by 943 users, 1997 to 1998, with ages, genres and times",
-    used_by=("configs/data/ml100k.yaml",),
+    used_by=("configs/data/ml100k.yaml", "configs/data/ml100k_lists.yaml"),
     source="PyPI, recbole 1.2.1 wheel, dataset_example/ml-100k",
 )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks import home_rates
 from benchmarks.evidence.grid import _overlaid, load_grid
+from benchmarks.home_rates import SEARCH
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("home")
@@ -48,7 +49,7 @@ def test_one_pass_is_the_base_and_each_network_has_the_rate_found_for_it() -> No
     base = load(ROOT / GRID.config)
     assert base["trainer"]["max_epochs"] == 1
     best = json.loads((ROOT / "benchmarks" / "results" / "home_rates.json").read_text())["best"]
-    assert set(best) == set(home_rates.MODELS)
+    assert set(best) == set(SEARCH.models)
     for model, rate in best.items():
         merged = base
         for overlay in GRID.variants[f"once_{model}"].overlays:
@@ -57,28 +58,29 @@ def test_one_pass_is_the_base_and_each_network_has_the_rate_found_for_it() -> No
 
 
 def test_the_rates_are_the_best_of_the_runs_on_the_validation_domain() -> None:
-    found = json.loads(home_rates.RESULTS.read_text(encoding="utf-8"))
-    assert found["best"] == home_rates.best(found["runs"])
-    assert {home_rates.name(m, r) for m in home_rates.MODELS for r in home_rates.RATES} <= set(found["runs"])
-    assert not [model for model in home_rates.MODELS if home_rates.missing(found["runs"], model)]
+    found = json.loads(SEARCH.path.read_text(encoding="utf-8"))
+    assert found["best"] == SEARCH.best(found["runs"])
+    assert {SEARCH.name(m, r) for m in SEARCH.models for r in SEARCH.rates} <= set(found["runs"])
+    assert not [model for model in SEARCH.models if SEARCH.missing(found["runs"], model)]
     assert {metric.split("/")[0].split(".")[0] for run in found["runs"].values() for metric in run} == {
         "validation",
         "cpu_s",
     }
-    assert home_rates.SEED not in {number for pair in GRID.seeds for number in pair}
+    assert SEARCH.seed not in {number for pair in GRID.seeds for number in pair}
 
 
 def test_higher_rates_are_tried_while_the_highest_is_the_best() -> None:
     def runs(*scores: float) -> dict[str, dict[str, float]]:
-        rates = (*home_rates.RATES, *home_rates.FURTHER)
-        return {home_rates.name("mmoe", r): {home_rates.METRIC: s} for r, s in zip(rates, scores, strict=False)}
+        rates = (*SEARCH.rates, *SEARCH.further)
+        return {SEARCH.name("mmoe", r): {SEARCH.metric: s} for r, s in zip(rates, scores, strict=False)}
 
-    assert home_rates.missing({}, "mmoe") == list(home_rates.RATES)
-    assert home_rates.missing(runs(0.1, 0.4, 0.3, 0.2), "mmoe") == []
-    assert home_rates.missing(runs(0.1, 0.2, 0.3, 0.4), "mmoe") == [1.6e-2]
-    assert home_rates.missing(runs(0.1, 0.2, 0.3, 0.4, 0.3), "mmoe") == []
-    assert home_rates.best(runs(0.1, 0.2, 0.3, 0.4, 0.3)) == {"mmoe": 8e-3}
-    assert home_rates.missing(runs(0.1, 0.2, 0.3, 0.4, 0.5), "mmoe") == [3.2e-2]
+    search = replace(SEARCH, models={"mmoe": SEARCH.models["mmoe"]})
+    assert search.missing({}, "mmoe") == list(search.rates)
+    assert search.missing(runs(0.1, 0.4, 0.3, 0.2), "mmoe") == []
+    assert search.missing(runs(0.1, 0.2, 0.3, 0.4), "mmoe") == [1.6e-2]
+    assert search.missing(runs(0.1, 0.2, 0.3, 0.4, 0.3), "mmoe") == []
+    assert search.best(runs(0.1, 0.2, 0.3, 0.4, 0.3)) == {"mmoe": 8e-3}
+    assert search.missing(runs(0.1, 0.2, 0.3, 0.4, 0.5), "mmoe") == [3.2e-2]
 
 
 def test_all_overlays_of_the_grid_exist_and_every_baseline_is_in_it() -> None:

@@ -9,6 +9,7 @@ from moeapps.moe.activation import ActivationName
 from moeapps.moe.experts import MLPExperts
 from moeapps.moe.layer import LayerFactory, MoELayer
 from moeapps.moe.routers import AttentionScore, Dense, Router
+from moeapps.moe.routers.pairs import AttentionNorm, Part, Pooling, WidthActivation
 
 
 def aw_moe(
@@ -19,6 +20,13 @@ def aw_moe(
     out_dim: int = 1,
     gate_norm: Literal["none", "softmax", "sigmoid"] = "none",
     activation: ActivationName = "relu",
+    gate_hidden: tuple[int, ...] | None = (32, 16),
+    attention_hidden: tuple[int, ...] | None = (48, 16),
+    attention_parts: tuple[Part, ...] = ("own", "product", "key"),
+    attention_norm: AttentionNorm = "none",
+    pooling: Pooling = "sum",
+    unit_activation: WidthActivation | None = None,
+    prior: float = 0.0,
 ) -> LayerFactory:
     r"""AW-MoE: all experts run, weighed by an attention over past behaviours: :math:`y = \sum_k g_k E_k(x)`.
 
@@ -31,11 +39,18 @@ def aw_moe(
         out_dim: 1 for experts that score, wider for a joint tower behind the layer.
         gate_norm: how the gate vector is normalised; the base form leaves it free.
         activation: of the experts.
+        gate_hidden: hidden widths of the gate unit; None: one learned vector for all behaviours (ablation).
+        attention_hidden: hidden widths of the activation unit; None: the same weight for all behaviours (ablation).
+        attention_parts: what the activation unit reads of a behaviour and the key.
+        attention_norm: ``softmax`` normalises the attention over the history.
+        pooling: how the sum over the history is divided: not at all, by the root of its length, by its length.
+        unit_activation: width -> activation in the two units; None means ReLU.
+        prior: first value of the gate vector of an empty history.
 
     Raises:
-        ValueError: for an unknown ``gate_norm``.
+        ValueError: for an unknown ``gate_norm``, norm, pooling or part.
 
-    Source: AW-MoE (docs/papers/aw_moe.md, equations 1 and 2; recalled).
+    Source: AW-MoE (docs/papers/aw_moe.md, equations 3 and 4; recalled).
 
     Example:
         >>> import torch
@@ -48,7 +63,18 @@ def aw_moe(
     weighing: Literal["softmax", "sigmoid", "identity"] = "identity" if gate_norm == "none" else gate_norm
 
     def build(dim: int) -> MoELayer:
-        router = Router(AttentionScore(behaviour_dim, num_experts), Dense(weighing))
+        score = AttentionScore(
+            behaviour_dim,
+            num_experts,
+            gate_hidden=gate_hidden,
+            attention_hidden=attention_hidden,
+            attention_parts=attention_parts,
+            attention_norm=attention_norm,
+            pooling=pooling,
+            activation=unit_activation,
+            prior=prior,
+        )
+        router = Router(score, Dense(weighing))
         return MoELayer(router, MLPExperts(num_experts, dim, hidden_dim, out_dim=out_dim, activation=activation))
 
     return build

@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from moeapps.moe.routers.pairs import (
+    AttentionNorm,
+    ConstantUnit,
+    PairUnit,
+    Part,
+    Pooling,
+    WidthActivation,
+    attention_weights,
+    check_attention,
+)
 from moeapps.moe.routers.score import Features, LinearScore, Score, _one
-
-
-def _mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(widths)):
-        layers += [nn.ReLU()] if i else []
-        layers.append(nn.Linear(a, b))
-    return nn.Sequential(*layers)
 
 
 class AttentionScore(Score):
@@ -29,16 +31,21 @@ class AttentionScore(Score):
     Args:
         dim: width d of a behaviour and of the key.
         num_experts: columns E.
-        gate_hidden: hidden widths of the gate unit GU, 2d -> ... -> E.
-        attention_hidden: hidden widths of the activation unit AU, 3d -> ... -> 1.
+        gate_hidden: hidden widths of the gate unit GU, 2d -> ... -> E; None: one learned vector for all behaviours.
+        attention_hidden: hidden widths of the activation unit AU, 3d -> ... -> 1; None: 1 for all behaviours.
+        attention_parts: what AU reads of a behaviour and the key, see :class:`PairUnit`.
+        attention_norm: ``softmax`` normalises the attention over the history.
+        pooling: the sum over the history, or the sum divided by the root of its length (``sqrtn``) or by it (``mean``).
+        activation: width -> activation of the units' hidden layers; None means ReLU.
+        prior: first value of every column of g_0.
 
     Shape:
         features ``(history [N, H, d], key [N, d], mask bool [N, H])`` -> logits [N, E].
 
     Raises:
-        ValueError: if the features are not those three tensors.
+        ValueError: if the features are not those three tensors; an unknown part, norm or pooling.
 
-    Source: AW-MoE, gate network (docs/papers/aw_moe.md, equation 1; recalled, the prior is inferred).
+    Source: AW-MoE, gate network (docs/papers/aw_moe.md, equation 3; recalled, the prior is inferred).
 
     Example:
         >>> history, key, mask = torch.randn(3, 5, 8), torch.randn(3, 8), torch.ones(3, 5, dtype=torch.bool)
@@ -51,26 +58,43 @@ class AttentionScore(Score):
         dim: int,
         num_experts: int,
         *,
-        gate_hidden: tuple[int, ...] = (32, 16),
-        attention_hidden: tuple[int, ...] = (48, 16),
+        gate_hidden: Sequence[int] | None = (32, 16),
+        attention_hidden: Sequence[int] | None = (48, 16),
+        attention_parts: Sequence[Part] = ("own", "product", "key"),
+        attention_norm: AttentionNorm = "none",
+        pooling: Pooling = "sum",
+        activation: WidthActivation | None = None,
+        prior: float = 0.0,
     ) -> None:
         super().__init__(num_experts)
-        self.gate_unit = _mlp(2 * dim, *gate_hidden, num_experts)
-        self.attention_unit = _mlp(3 * dim, *attention_hidden, 1)
-        self.prior = nn.Parameter(torch.zeros(num_experts))
+        check_attention(attention_norm, pooling)
+        self.attention_norm, self.pooling = attention_norm, pooling
+        self.gate_unit: PairUnit | ConstantUnit = ConstantUnit(num_experts, learned=True)
+        if gate_hidden is not None:
+            self.gate_unit = PairUnit(dim, num_experts, hidden=gate_hidden, parts=("own", "key"), activation=activation)
+        self.attention_unit: PairUnit | ConstantUnit = ConstantUnit(1)
+        if attention_hidden is not None:
+            self.attention_unit = PairUnit(
+                dim, 1, hidden=attention_hidden, parts=attention_parts, activation=activation
+            )
+        self.prior = nn.Parameter(torch.full((num_experts,), float(prior)))
 
     @override
     def forward(self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        return self.prior + self.contributions(features).sum(1)
+
+    def contributions(self, features: Features) -> Tensor:
+        """What each behaviour adds to the logits, [N, H, E]: which past item activated which expert."""
         if isinstance(features, Tensor) or len(features) != 3:
             raise ValueError(
                 "AttentionScore routes on three tensors: features=(history [N, H, d], key [N, d], mask [N, H])."
             )
-        history_NHd, key_Nd, mask_NH = features
-        key_NHd = key_Nd.unsqueeze(1).expand_as(history_NHd)
-        attention_NH1 = self.attention_unit(torch.cat([history_NHd, history_NHd * key_NHd, key_NHd], -1))
-        gates_NHE = self.gate_unit(torch.cat([history_NHd, key_NHd], -1))
-        present_NH1 = mask_NH.unsqueeze(-1).bool()
-        return self.prior + torch.where(present_NH1, attention_NH1 * gates_NHE, 0).sum(1)
+        history_NHd, key_N1d, mask_NH = features[0], features[1].unsqueeze(1), features[2].bool()
+        real_NH1 = mask_NH.unsqueeze(-1)
+        score_NH1 = self.attention_unit.pairs(history_NHd, key_N1d, real_NH1).squeeze(-1)
+        weight_NH1 = attention_weights(score_NH1, mask_NH, norm=self.attention_norm, pooling=self.pooling)
+        gates_NHE = self.gate_unit.pairs(history_NHd, key_N1d, real_NH1).squeeze(2)
+        return torch.where(real_NH1, weight_NH1 * gates_NHE, 0)
 
 
 class RecurrentScore(Score):

@@ -33,10 +33,10 @@ class _Layer:
 
 
 def expert_work(record: Record) -> Tensor:
-    """Return what each expert got in one call, float64 [E]: assignments, or summed weights where every expert runs."""
+    """Return what each expert got in one call, float64 [E]: assignments, or sizes of weights where all experts run."""
     if isinstance(record.routing, Routing):
         return record.routing.counts().double()
-    weight_NE = record.routing.assignment().detach().double()
+    weight_NE = record.routing.assignment().detach().double().abs()
     return (weight_NE if record.token_mask is None else weight_NE[record.token_mask]).sum(0)
 
 

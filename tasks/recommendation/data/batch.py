@@ -159,12 +159,13 @@ class Schema:
         if not ((table.label == 0) | (table.label == 1)).all():
             raise ValueError(f"{name}: labels must be 0 or 1; mark a missing label in the mask")
         for j, (field, size) in enumerate(self.fields.items()):
-            _check_ids(table.ids[:, j], size, f"{name}: field {field!r}")
+            check_ids(table.ids[:, j], size, f"{name}: field {field!r}")
         for field, size in self.bags.items():
-            _check_ids(table.bags[field][0], size, f"{name}: bag {field!r}")
+            check_ids(table.bags[field][0], size, f"{name}: bag {field!r}")
 
 
-def _check_ids(ids: Tensor, size: int, what: str) -> None:
+def check_ids(ids: Tensor, size: int, what: str) -> None:
+    """Raise ValueError, which begins with ``what``, unless all ids lie in [0, size)."""
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
         wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"{what} holds id {wrong}, allowed are 0 to {size - 1}; raise its cardinality or hash the ids")

@@ -77,6 +77,24 @@ def look_back(user: Ints, item: Ints, rating: Ints, time: Ints, length: int = 20
     )
 
 
+def past_events(user: Ints, time: Ints, rows: Ints, length: int) -> Ints:
+    """Return the history of some events only, [n, H], as `Past.history` has it; what a long log can hold.
+
+    Args:
+        user: [N].
+        time: [N], any order.
+        rows: [n], the events.
+        length: H, events of the history that are kept.
+    """
+    order, first, page, _ = _runs(user, time)
+    sorted_place = np.empty_like(order)
+    sorted_place[order] = np.arange(len(order))
+    at = sorted_place[rows]
+    places = page[at][:, None] - 1 - np.arange(length)
+    inside = places >= first[at][:, None]
+    return np.where(inside, order[np.where(inside, places, 0)], -1)
+
+
 def _runs(key: Ints, time: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     """Sort by (key, time); return the order and, per sorted place, where its key begins, its page begins and ends."""
     order = np.lexsort((time, key))

@@ -11,10 +11,11 @@ from torch import Tensor
 from moeapps.data.domain import Role, Split
 from moeapps.data.gather import BatchDataset
 from tasks.recommendation.data.batch import Interactions, Schema
+from tasks.recommendation.data.lists import ListSchema
 
 
 class LogSource:
-    """Base class of the logs that `RecommendationData` can read.
+    """Base class of the logs that `RecommendationData` (impressions) and `ListData` (lists) can read.
 
     Attributes:
         default_roles: domains per role where the data module names none.
@@ -25,7 +26,7 @@ class LogSource:
     streaming: bool = False
 
     @property
-    def schema(self) -> Schema:
+    def schema(self) -> Schema | ListSchema:
         """Sizes of the columns, known before anything is read."""
         raise TypeError(f"{type(self).__name__} must define schema")
 
@@ -51,6 +52,10 @@ class LogSource:
     def describe(self, domain: str) -> str:
         """Say where a domain's rows come from, for results files."""
         raise TypeError(f"{type(self).__name__} must define describe(domain)")
+
+    def item_name(self, item: int) -> str:
+        """Return what to call an item, by its number in this log, in reports."""
+        return f"item {item}"
 
 
 class TableDataset(BatchDataset):

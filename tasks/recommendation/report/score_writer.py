@@ -6,12 +6,12 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
+import torch
 from torch import Tensor
 
 from moeapps.files import WholeFile
@@ -50,6 +50,7 @@ class ScoreTable:
                 self._rows.writerow(columns)
             self._rows.writerows(zip(*(np.asarray(values).tolist() for values in columns.values()), strict=True))
         else:
+            # Imported here: every fit imports this module, few predict.
             import pyarrow as pa
             import pyarrow.parquet as parquet
 
@@ -86,19 +87,16 @@ class ScoreWriter(L.Callback):
     processes each writes its rows: <domain>.rank<k>.csv.
 
     Args:
-        form: ``parquet`` (needs pyarrow), ``csv``, or ``auto``: Parquet where pyarrow is installed.
+        form: ``parquet`` or ``csv``; ``auto`` is Parquet.
 
     Raises:
-        ValueError: unknown form, or Parquet without pyarrow.
+        ValueError: unknown form.
     """
 
     def __init__(self, form: Form = "auto") -> None:
         if form not in ("auto", "parquet", "csv"):
             raise ValueError(f"form={form!r} is unknown; use auto, parquet or csv")
-        here = find_spec("pyarrow") is not None
-        if form == "parquet" and not here:
-            raise ValueError("form=parquet needs pyarrow: pip install -e '.[tables]', or use csv")
-        self.ending = "parquet" if here and form != "csv" else "csv"
+        self.ending = "csv" if form == "csv" else "parquet"
         self._open: tuple[str, ScoreTable] | None = None
 
     def on_predict_batch_end(
@@ -106,7 +104,7 @@ class ScoreWriter(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Interactions,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -119,8 +117,12 @@ class ScoreWriter(L.Callback):
             self._close()
             rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
             self._open = (domain, ScoreTable(folder / "predictions" / f"{domain}{rank}.{self.ending}"))
+        self._open[1].write(self.columns(outputs, batch, domain, task))
+
+    def columns(self, outputs: Any, batch: Any, domain: str, task: BaseTask) -> dict[str, Any]:
+        """Return the columns of a batch, name -> array."""
         found = outputs["probability"] if isinstance(outputs, Mapping) else outputs
-        self._open[1].write(score_columns(found, batch, domain, task.facts["tasks"]))
+        return score_columns(found, batch, domain, task.facts["tasks"])
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the last file."""
@@ -137,6 +139,32 @@ class ScoreWriter(L.Callback):
             self._open[1].close()
             log.info("scores: %s", self._open[1].path)
             self._open = None
+
+
+class ListWriter(ScoreWriter):
+    """Write the answers for lists as predictions/<domain>.parquet or .csv, one row per candidate.
+
+    Columns: ``row`` (number of the list in the source), ``user``, ``domain``, ``item`` (number of the candidate in the
+    source), ``probability``, ``rank`` (1 is the first of its list).
+    """
+
+    def columns(self, outputs: Any, batch: Any, domain: str, task: BaseTask) -> dict[str, Any]:
+        """Return the columns of a batch, without the padding of short lists."""
+        score_BN, item_BN = outputs["probability"], outputs["item"]
+        real_BN = batch.candidate_mask.cpu()
+        order_BN = score_BN.masked_fill(~real_BN, -1.0).argsort(dim=1, descending=True, stable=True)
+        rank_BN = torch.empty_like(order_BN).scatter_(
+            1, order_BN, torch.arange(1, 1 + order_BN.shape[1]).expand_as(order_BN)
+        )
+        each = real_BN.sum(1)
+        return {
+            "row": outputs["row"].repeat_interleave(each).numpy(),
+            "user": outputs["user"].repeat_interleave(each).numpy(),
+            "domain": np.full(int(each.sum()), domain),
+            "item": item_BN[real_BN].numpy(),
+            "probability": score_BN[real_BN].float().numpy(),
+            "rank": rank_BN[real_BN].numpy(),
+        }
 
 
 def score_columns(probability: Tensor, batch: Interactions, domain: str, tasks: list[str]) -> dict[str, Any]:

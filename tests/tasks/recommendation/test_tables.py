@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from tasks.recommendation.data.readers.blocks import CsvBlocks, TableError, open_blocks, write_table
+from tasks.recommendation.data.readers.blocks import open_blocks, write_table
 from tasks.recommendation.data.readers.columns import BagColumn, DenseColumn, IdColumn, TableColumns, TaskColumn
-from tasks.recommendation.data.readers.hashing import hash_integers, hash_values, to_ids
+from tasks.recommendation.data.readers.hashing import hash_integers, to_ids
 from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit
+from tasks.recommendation.data.readers.values import TableError, hash_values
 from tasks.recommendation.datamodule import RecommendationData
 
 ROWS, BLOCK = 400, 32
@@ -239,11 +241,11 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("{}")
 
     with pytest.raises(TableError, match="record 2 has 1 fields, the header 2"):
-        open_blocks(tmp_path / "a.csv").read(0, ["x"])
+        open_blocks(tmp_path / "a.csv", cache=tmp_path)
     with pytest.raises(TableError, match="not a readable Parquet file"):
         open_blocks(tmp_path / "b.parquet")
     with pytest.raises(TableError, match="is empty; a header line"):
-        open_blocks(tmp_path / "c.csv").require(["x"])
+        open_blocks(tmp_path / "c.csv", cache=tmp_path)
     with pytest.raises(TableError, match=r"'.json' is unknown; allowed are .parquet, .csv and .tsv"):
         open_blocks(tmp_path / "d.json")
 
@@ -254,13 +256,13 @@ def test_blocks_of_text_are_found_again_whatever_is_quoted(tmp_path: Path, rows:
     words = [f"{k}" if k % 3 else f'"a ""{k}""\nline, two"' for k in range(rows)]
     text = end.join(["name,n", *(f"{word},{k}" for k, word in enumerate(words))]) + (end if rows % 2 else "")
     (tmp_path / "t.csv").write_text(text, newline="")
-    file = CsvBlocks(tmp_path / "t.csv", rows=4)
-    read = [file.read(block, ["name", "n"]) for block in range(len(file.sizes))]
+    file = open_blocks(tmp_path / "t.csv", 4, cache=tmp_path)
+    read = [file.read(block, ["name", "n"]).to_pydict() for block in range(len(file.sizes))]
 
     assert file.sizes == [4] * (rows // 4) + ([rows % 4] if rows % 4 else [])
-    assert [n for part in read for n in part["n"].values] == [str(k) for k in range(rows)]
+    assert [n for part in read for n in part["n"]] == list(range(rows))
     wanted = [str(k) if k % 3 else f'a "{k}"\nline, two' for k in range(rows)]
-    assert [name for part in read for name in part["name"].values] == wanted
+    assert [name for part in read for name in part["name"]] == wanted
 
 
 def test_a_second_run_reads_the_counts_from_the_cache(tmp_path: Path) -> None:
@@ -283,11 +285,12 @@ def test_hashes_are_the_published_function_spread_evenly_and_agree_between_text_
     # splitmix64 of state 0: the first output of the reference implementation.
     assert int(hash_integers(np.array([0]))[0]) == 0xE220A8397B1DCDAF
     numbers = np.arange(-5, 5)
-    words = np.array([str(n) for n in numbers], object)
-    assert np.array_equal(hash_values(numbers, 7), hash_values(words, 7))
-    assert not np.array_equal(hash_values(numbers, 7), hash_values(numbers, 8))
-    assert len(set(hash_values(np.array(["007", "7", "7.0", ""], object)).tolist())) == 4
-    ids = to_ids(hash_values(np.arange(100_000)), 11)
+    words = pa.array([str(n) for n in numbers])
+    assert np.array_equal(hash_values(pa.array(numbers), 7)[0], hash_values(words, 7)[0])
+    assert np.array_equal(hash_values(words, 7)[0], hash_integers(numbers, 7))
+    assert not np.array_equal(hash_values(words, 7)[0], hash_values(words, 8)[0])
+    assert len(set(hash_values(pa.array(["007", "7", "7.5", "seven"]))[0].tolist())) == 4
+    ids = to_ids(hash_integers(np.arange(100_000)), 11)
     counts = np.bincount(ids, minlength=11)
     assert counts[0] == 0
     assert abs(counts[1:] - 10_000).max() < 500

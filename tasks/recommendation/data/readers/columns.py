@@ -6,12 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from tasks.recommendation.data.batch import Interactions, Schema
-from tasks.recommendation.data.readers.blocks import Column, TableError
-from tasks.recommendation.data.readers.hashing import hash_values, to_ids
+from tasks.recommendation.data.readers.hashing import to_ids
+from tasks.recommendation.data.readers.values import TEXT, TableError, hash_values, plain_array, to_numbers
+
+PIECE = 8192
+"""Rows turned into tensors at once."""
 
 
 @dataclass
@@ -141,9 +146,13 @@ class TableColumns:
         specs: list[IdColumn | BagColumn | DenseColumn] = [*self.ids, *self.bags, *self.dense]
         return list(dict.fromkeys([self.user, *self.labels_needed(), *(spec.column for spec in specs)]))
 
+    def spelled(self) -> set[str]:
+        """Columns whose values are hashed or split, so that text must keep its spelling; the others are numbers."""
+        return self._single() | {spec.column for spec in self.bags}
+
     # From columns to tensors --------------------------------------------------------------------------------------
 
-    def convert(self, found: dict[str, Column], rows: NDArray[np.int64], what: str) -> Interactions:
+    def convert(self, found: pa.Table, rows: NDArray[np.int64], what: str) -> Interactions:
         """Make rows of `Interactions`.
 
         Args:
@@ -154,96 +163,125 @@ class TableColumns:
         Raises:
             TableError: a label that is neither 0 nor 1, text where numbers must be, an id beyond its table.
         """
-        label, mask = self.labels(found, what)
-        columns = [self._scaled(spec, found[spec.column], what) for spec in self.dense]
-        ids = [self._ids(spec, found[spec.column], what) for spec in self.ids]
-        user = found[self.user]
-        if user.null.any():
-            raise TableError(f"{what}: {int(user.null.sum())} rows have no user ({self.user}); drop or fill them")
-        count = len(user.values)
-        key = hash_values(_whole(user, f"{what}, user {self.user!r}"), self.hash_seed) >> np.uint64(1)
+        count, tasks = len(found), len(self.tasks)
+        dense, ids = np.empty((count, len(self.dense)), np.float32), np.empty((count, len(self.ids)), np.int64)
+        label, mask = np.empty((count, tasks), np.float32), np.empty((count, tasks), np.bool_)
+        user = np.empty(count, np.int64)
+        known = {
+            name: self._hash(found, name, what)
+            for name in self._single()
+            if pa.types.is_dictionary(found.column(name).type)
+        }
+        # In pieces: their temporary arrays stay in the processor's cache, and the allocator has nothing to ask for.
+        for start in range(0, count, PIECE):
+            at, part = slice(start, start + PIECE), found.slice(start, PIECE)
+            label[at], mask[at] = self.labels(part, what)
+            self._fill_dense(dense[at], part, what)
+            hashed = {
+                name: (known[name][0][at], known[name][1][at]) if name in known else self._hash(part, name, what)
+                for name in self._single()
+            }
+            for k, spec in enumerate(self.ids):
+                if spec.hashed:
+                    ids[at, k] = to_ids(hashed[spec.column][0], spec.cardinality)
+                    ids[at, k][hashed[spec.column][1]] = 0
+                else:
+                    ids[at, k] = _plain_ids(spec, part.column(spec.column), what)
+            key, null = hashed[self.user]
+            if null.any():
+                raise TableError(f"{what}: {int(null.sum())} rows have no user ({self.user}); drop or fill them")
+            user[at] = key >> np.uint64(1)
         return Interactions(
-            dense=torch.from_numpy(np.stack(columns, 1) if columns else np.zeros((count, 0), np.float32)),
-            ids=torch.from_numpy(np.stack(ids, 1) if ids else np.zeros((count, 0), np.int64)),
-            bags={spec.column: self._bag(spec, found[spec.column], what) for spec in self.bags},
+            dense=torch.from_numpy(dense),
+            ids=torch.from_numpy(ids),
+            bags={spec.column: self._bag(spec, found.column(spec.column), what) for spec in self.bags},
             label=torch.from_numpy(label),
             mask=torch.from_numpy(mask),
-            user=torch.from_numpy(key.astype(np.int64)),
+            user=torch.from_numpy(user),
             row=torch.from_numpy(rows),
         )
 
-    def labels(self, found: dict[str, Column], what: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def _single(self) -> set[str]:
+        return {self.user, *(spec.column for spec in self.ids if spec.hashed)}
+
+    def _hash(self, found: pa.Table, name: str, what: str) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        return hash_values(found.column(name), self.hash_seed, f"{what}, field {name!r}")
+
+    def _fill_dense(self, dense: NDArray[np.float32], found: pa.Table, what: str) -> None:
+        with np.errstate(over="ignore"):  # what float32 cannot hold is filled, too
+            for k, spec in enumerate(self.dense):
+                value = to_numbers(found.column(spec.column), f"{what}, dense {spec.column!r}")
+                value = np.log1p(np.maximum(value, 0)) if spec.log else value
+                np.divide(value - spec.mean, spec.std, out=dense[:, k], casting="same_kind")
+        finite = np.isfinite(dense)
+        if not finite.all():
+            np.copyto(dense, np.array([spec.fill for spec in self.dense], np.float32), where=~finite)
+
+    def labels(self, found: pa.Table, what: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return labels and masks [n, T] of a block.
 
         Raises:
             TableError: a label that is neither 0 nor 1.
         """
-        labels, masks = [], []
-        for task in self.tasks:
-            value = found[task.label_column].numbers(f"{what}, label {task.label_column!r}")
+        labels = np.empty((len(found), len(self.tasks)), np.float32)
+        masks = np.empty((len(found), len(self.tasks)), np.bool_)
+        for t, task in enumerate(self.tasks):
+            value = to_numbers(found.column(task.label_column), f"{what}, label {task.label_column!r}")
             mask = ~np.isnan(value)
             if task.mask_column is not None:
-                mask &= np.nan_to_num(found[task.mask_column].numbers(f"{what}, mask {task.mask_column!r}")) != 0
+                counts = to_numbers(found.column(task.mask_column), f"{what}, mask {task.mask_column!r}")
+                mask &= np.nan_to_num(counts) != 0
             label = np.where(mask, value, 0)
             if task.above is not None:
                 label = (label > task.above) & mask
-            elif not np.isin(label, (0, 1)).all():
-                wrong = label[~np.isin(label, (0, 1))][0]
+            elif (wrong := (label != 0) & (label != 1)).any():
                 raise TableError(
-                    f"{what}: label {task.label_column!r} of task {task.name!r} holds {wrong:g}; labels are 0 or 1, "
-                    "or give above: the label is then value > above"
+                    f"{what}: label {task.label_column!r} of task {task.name!r} holds {label[wrong][0]:g}; labels are "
+                    "0 or 1, or give above: the label is then value > above"
                 )
-            labels.append(label.astype(np.float32))
-            masks.append(mask)
-        return np.stack(labels, 1), np.stack(masks, 1)
+            labels[:, t], masks[:, t] = label, mask
+        return labels, masks
 
-    def _scaled(self, spec: DenseColumn, column: Column, what: str) -> NDArray[np.float32]:
-        value = column.numbers(f"{what}, dense {spec.column!r}")
-        if spec.log:
-            value = np.log1p(np.maximum(value, 0))
-        scaled = np.where(np.isfinite(value), (value - spec.mean) / spec.std, spec.fill)
-        return np.asarray(scaled, np.float32)
-
-    def _ids(self, spec: IdColumn | BagColumn, column: Column, what: str) -> NDArray[np.int64]:
-        where = f"{what}, field {spec.column!r}"
+    def _bag(self, spec: BagColumn, column: pa.ChunkedArray, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        entries, row = _entries(column, spec.separator)
+        # Entries of one row stand together: an entry's place is its distance from the first one of its row.
+        place = np.arange(len(row)) - np.searchsorted(row, row)
+        kept = np.flatnonzero(place < spec.max_length)
+        ids = np.zeros((len(column), spec.max_length), np.int64)
+        filled = np.zeros(ids.shape, np.bool_)
+        row, place = row[kept], place[kept]
+        entries = entries.take(pa.array(kept))
         if spec.hashed:
-            return np.where(
-                column.null, 0, to_ids(hash_values(_whole(column, where), self.hash_seed), spec.cardinality)
-            )
-        value = column.numbers(where)
-        ids = np.where(column.null, 0, np.nan_to_num(value) + spec.offset).astype(np.int64)
-        wrong = (ids < 0) | (ids >= spec.cardinality) | (~column.null & (value != np.round(value)))
-        if wrong.any():
-            raise TableError(
-                f"{where}: value {value[wrong][0]:g} gives no id in 0 .. {spec.cardinality - 1}; raise its "
-                "cardinality, mend its offset, or set hashed: true"
-            )
-        return ids
-
-    def _bag(self, spec: BagColumn, column: Column, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-        entries = [_entries(value, spec.separator)[: spec.max_length] for value in column.values.tolist()]
-        lengths = np.array([len(words) for words in entries], np.int64)
-        flat = np.empty(int(lengths.sum()), object)
-        flat[:] = [word for words in entries for word in words]
-        ids = np.zeros((len(entries), spec.max_length), np.int64)
-        filled = np.arange(spec.max_length) < lengths[:, None]
-        if len(flat):
-            ids[filled] = self._ids(spec, Column(flat, np.zeros(len(flat), np.bool_)), what)
+            hashed, _ = hash_values(entries, self.hash_seed, f"{what}, field {spec.column!r}")
+            ids[row, place] = to_ids(hashed, spec.cardinality)
+        else:
+            ids[row, place] = _plain_ids(spec, entries, what)
+        filled[row, place] = True
         return torch.from_numpy(ids), torch.from_numpy((filled & (ids > 0)).astype(np.float32))
 
 
-def _entries(value: object, separator: str) -> list[str]:
-    if isinstance(value, list):
-        return [str(part) for part in value if part is not None]
-    words = str(value).strip().strip("[]").split(separator)
-    return [word.strip() for word in words if word.strip()]
+def _plain_ids(spec: IdColumn | BagColumn, column: pa.ChunkedArray | pa.Array, what: str) -> NDArray[np.int64]:
+    where = f"{what}, field {spec.column!r}"
+    value = to_numbers(column, where)
+    place = np.where(np.isnan(value), 0, value + spec.offset)
+    wrong = (place < 0) | (place >= spec.cardinality) | (place != np.rint(place))
+    if wrong.any():
+        raise TableError(
+            f"{where}: value {value[wrong][0]:g} gives no id in 0 .. {spec.cardinality - 1}; raise its "
+            "cardinality, mend its offset, or set hashed: true"
+        )
+    return place.astype(np.int64)
 
 
-def _whole(column: Column, what: str) -> NDArray[np.generic]:
-    """Values as integers or text; numbers with a point that are whole count as integers."""
-    if column.values.dtype.kind != "f":
-        return column.values
-    filled = np.where(column.null, 0, column.values)
-    if not (np.isfinite(filled).all() and (filled == np.round(filled)).all()):
-        raise TableError(f"{what}: numbers with a fraction are no ids; make them integers or text")
-    return filled.astype(np.int64)
+def _entries(column: pa.ChunkedArray, separator: str) -> tuple[pa.Array, NDArray[np.int64]]:
+    """Return all entries of a column of lists, or of text that spells lists, and the row of each (int64 [n])."""
+    array = plain_array(column)
+    if not pa.types.is_nested(array.type):
+        array = pc.split_pattern(pc.utf8_trim(array.cast(pa.string()), "[] "), separator)
+    row, entries = pc.list_parent_indices(array).to_numpy(), plain_array(pc.list_flatten(array))
+    there = entries.is_valid()
+    if entries.type in TEXT:
+        entries = pc.utf8_trim_whitespace(entries.cast(pa.string()))
+        there = pc.and_(there, pc.not_equal(entries, "").fill_null(False))
+    kept = np.flatnonzero(there.to_numpy(zero_copy_only=False))
+    return entries.take(pa.array(kept)), row[kept].astype(np.int64)

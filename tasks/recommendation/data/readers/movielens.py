@@ -145,9 +145,14 @@ class MovieLens100K(LogSource):
             ValueError: they cannot be had.
         """
         log.info("%s", ML100K_TERMS)
-        self._folder(cache)
+        self.folder(cache)
 
-    def _folder(self, cache: Path | None) -> Path:
+    def folder(self, cache: Path | None) -> Path:
+        """Return the folder of the three files, fetching them where ``root`` names none.
+
+        Raises:
+            ValueError: they cannot be had.
+        """
         if self.root is not None:
             return Path(self.root)
         try:
@@ -167,14 +172,19 @@ class MovieLens100K(LogSource):
         Raises:
             ValueError: seen domains share rows, or a file is missing or damaged.
         """
-        self._cache = cache
+        self.read(cache)
         rows = np.flatnonzero(self.member(domain) & (self.period == ("train", "val", "test").index(split)))
         return TableDataset(self.table.take(torch.from_numpy(rows)))
+
+    def read(self, cache: Path | None) -> Ratings:
+        """Return the log; read on first use, from the cache given then."""
+        self._cache = cache
+        return self.ratings
 
     @cached_property
     def ratings(self) -> Ratings:
         """The log, in the order of its file."""
-        return read_ratings(self._folder(self._cache))
+        return read_ratings(self.folder(self._cache))
 
     @cached_property
     def past(self) -> Past:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeapps.files import write_text
-from tasks.recommendation.data.readers.blocks import TableError
+from tasks.recommendation.data.readers.values import TableError
 
 Ints = NDArray[np.int64]
 
@@ -90,6 +90,13 @@ def read_ratings(folder: Path, name: str = "ml-100k") -> Ratings:
     _known(user, who, f"{name}.inter: user_id")
     _known(item, number, f"{name}.inter: item_id")
     return Ratings(user, item, rating, time, year, genres, age, gender, occupation)
+
+
+def read_titles(folder: Path, name: str = "ml-100k") -> dict[int, str]:
+    """Read the title of every item out of ``<name>.item``."""
+    items = _columns(folder / f"{name}.item", ("item_id", "movie_title"))
+    number = _integers(items["item_id"], f"{name}.item, item_id")
+    return dict(zip(number.tolist(), items["movie_title"], strict=True))
 
 
 def write_ratings(folder: Path, ratings: Ratings, name: str = "ml-100k") -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Your own log in Parquet or CSV files, read block by block: no file is ever held whole in memory.
 
-One pass over the filter, time and label columns counts the rows of each block and checks them; its result is kept in
-the cache. Training then draws blocks in random order and shuffles rows in windows of blocks
-(`moeapps.data.windows.WindowSampler`); evaluation reads blocks in order.
+Text is turned into Parquet in the cache once. One pass over the filter, time and label columns then counts the rows of
+each block and checks them; its result is kept as well. Training draws blocks in random order and shuffles rows in
+windows of blocks (`moeapps.data.windows.WindowSampler`); evaluation reads blocks in order.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.readers.block_rows import Block, BlockCache, BlockDataset
-from tasks.recommendation.data.readers.blocks import BlockFile, Column, TableError, open_blocks
+from tasks.recommendation.data.readers.blocks import BLOCK_ROWS, BlockFile, open_blocks
 from tasks.recommendation.data.readers.columns import TableColumns
+from tasks.recommendation.data.readers.text import TextFormat
+from tasks.recommendation.data.readers.values import TableError, hash_values, to_numbers
 from tasks.recommendation.data.source import LogSource
 
 DAY = 86_400.0
@@ -52,7 +56,8 @@ class TableDomain:
         train: rows to train on; needed by seen domains.
         val: rows to validate on; needed by seen and validation domains.
         test: rows to test on.
-        where: column -> allowed values: the rows of this domain among those of the files.
+        where: column -> allowed values: the rows of this domain among those of the files. Values are compared, not
+            spellings: 1 is also 1.0, "1" and true.
     """
 
     train: TableSplit | None = None
@@ -73,6 +78,7 @@ class TableFiles(LogSource):
         time_sorted: times must not decrease from row to row of a file.
         time_unit: seconds per unit of the time column (0.001 for milliseconds); times later than now are refused.
         later_training_rows: allow training rows later than the first test row.
+        text: how text files are written; None: `TextFormat()`.
 
     Raises:
         ValueError: a size below 1, or a time limit without a time column.
@@ -87,16 +93,18 @@ class TableFiles(LogSource):
         columns: TableColumns,
         domains: dict[str, TableDomain],
         window: int = 8,
-        csv_rows: int = 16_384,
+        csv_rows: int = BLOCK_ROWS,
         time_sorted: bool = True,
         time_unit: float = 1.0,
         later_training_rows: bool = False,
+        text: TextFormat | None = None,
     ) -> None:
         if window < 1 or csv_rows < 1 or time_unit <= 0:
             raise ValueError(f"window={window}, csv_rows={csv_rows}, time_unit={time_unit}: all must be above 0")
         self.root, self.columns, self.domains = Path(root), columns, domains
         self.window, self.csv_rows = window, csv_rows
         self.time_sorted, self.time_unit, self.later_training_rows = time_sorted, time_unit, later_training_rows
+        self.text = text or TextFormat()
         self.roles: dict[Role, list[str]] = {}
         self._blocks: dict[tuple[str, Split], list[Block]] = {}
         self._held: dict[Split, BlockCache] = {}
@@ -153,8 +161,13 @@ class TableFiles(LogSource):
 
     # The pass that counts and checks ------------------------------------------------------------------------------
 
-    def files(self, domain: str, split: Split) -> list[Path]:
-        """Return the files of a split.
+    def files(self, domain: str, split: Split, cache: Path | None) -> list[Path]:
+        """Return the files of a split; a source that joins or mends files first overrides this.
+
+        Args:
+            domain: its domain.
+            split: train, val or test.
+            cache: root of the cache, where such a source puts what it makes (`write_blocks`).
 
         Raises:
             TableError: a name or pattern that no file has.
@@ -171,12 +184,14 @@ class TableFiles(LogSource):
     def blocks(self, domain: str, split: Split, cache: Path | None) -> list[Block]:
         """Return the blocks that hold rows of a domain and split; counted once, then kept in the cache."""
         if (domain, split) not in self._blocks:
-            paths = self.files(domain, split)
+            paths = self.files(domain, split, cache)
+            for path in paths:
+                self._open(path, cache)
             stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
             about = self.domains[domain]
             rules = [asdict(getattr(about, split)), about.where, self.csv_rows, self.time_sorted, self.time_unit]
             tasks = [asdict(task) for task in self.columns.tasks]
-            key = config_hash([1, stamps, rules, tasks, self.columns.time])
+            key = config_hash([2, stamps, rules, tasks, self.columns.time, self.text])
 
             def write(path: Path) -> None:
                 path.write_text(json.dumps([asdict(b) for b in self._count(paths, domain, split)]), encoding="utf-8")
@@ -186,6 +201,16 @@ class TableFiles(LogSource):
             self._blocks[domain, split] = [Block(**{**b, "times": b["times"] and tuple(b["times"])}) for b in raw]
         return self._blocks[domain, split]
 
+    def _open(self, path: Path, cache: Path | None) -> None:
+        """Open a file once, for all domains: with every column that one of them asks for."""
+        if str(path) not in self._files:
+            spelled = self.columns.spelled().union(*(domain.where for domain in self.domains.values()))
+            timed = [self.columns.time] if self.columns.time else []
+            numbers = sorted({*self.columns.needed(), *timed} - spelled)
+            self._files[str(path)] = open_blocks(
+                path, self.csv_rows, numbers=numbers, others=sorted(spelled), form=self.text, cache=cache
+            )
+
     def _count(self, paths: list[Path], domain: str, split: Split) -> list[Block]:
         from rich.progress import track
 
@@ -193,34 +218,38 @@ class TableFiles(LogSource):
         wanted = [*where, *self.columns.labels_needed(), *([time_column] if time_column else [])]
         blocks, first = [], 0
         for path in paths:
-            file, last = open_blocks(path, self.csv_rows), -math.inf
-            file.require([*wanted, *self.columns.needed()])
+            file, last = self._files[str(path)], -math.inf
             numbers = range(len(file.sizes))
             for number in track(numbers, f"counting {path.name}", transient=True, disable=len(numbers) < 100):
                 what = f"{path}, block {number}"
                 found = file.read(number, list(dict.fromkeys(wanted)))
-                if time_column:
-                    last = self._check_times(found[time_column].numbers(what), last, what)
+                times = self._times(found, what)
+                if times is not None:
+                    last = self._check_times(times, last, what)
                 keep = self.keep(domain, split, found, what)
-                label, mask = self.columns.labels({name: _pick(column, keep) for name, column in found.items()}, what)
-                times = found[time_column].numbers(what)[keep] if time_column and len(keep) else None
-                span = None if times is None else (float(times.min()), float(times.max()))
-                counts = (mask.sum(0).tolist(), (label > 0).sum(0).tolist())
+                label, mask = self.columns.labels(found.take(pa.array(keep)), what)
                 if len(keep):
+                    span = None if times is None else (float(times[keep].min()), float(times[keep].max()))
+                    counts = (mask.sum(0).tolist(), (label > 0).sum(0).tolist())
                     blocks.append(Block(str(path), number, first, len(keep), span, *counts))
                 first += file.sizes[number]
         return blocks
 
-    def keep(self, domain: str, split: Split, found: dict[str, Column], what: str) -> NDArray[np.int64]:
+    def _times(self, found: pa.Table, what: str) -> NDArray[np.float64] | None:
+        name = self.columns.time
+        return None if name is None else to_numbers(found.column(name), f"{what}, time {name!r}", self.time_unit)
+
+    def keep(self, domain: str, split: Split, found: pa.Table, what: str) -> NDArray[np.int64]:
         """Return the positions in a block of the rows that belong to a domain and split."""
         part: TableSplit = getattr(self.domains[domain], split)
-        keep = np.ones(len(next(iter(found.values())).null), np.bool_)
+        keep = np.ones(len(found), np.bool_)
         for name, allowed in self.domains[domain].where.items():
-            words = {str(value) for value in allowed}
-            values, inverse = np.unique(found[name].values.astype(str), return_inverse=True)
-            keep &= np.array([value in words for value in values])[inverse] & ~found[name].null
-        if self.columns.time and (part.since is not None or part.before is not None):
-            times = found[self.columns.time].numbers(what)
+            # Equal values have equal hashes of 64 bits, whatever type or spelling a file gives them.
+            values, null = hash_values(found.column(name), what=f"{what}, where {name!r}", fractions=True)
+            wanted, _ = hash_values(pa.array([str(value) for value in allowed], pa.string()))
+            keep &= np.isin(values, wanted) & ~null
+        if part.since is not None or part.before is not None:
+            times = cast(NDArray[np.float64], self._times(found, what))
             keep &= (times >= (-math.inf if part.since is None else part.since)) & (
                 times < (math.inf if part.before is None else part.before)
             )
@@ -272,28 +301,18 @@ class TableFiles(LogSource):
 
     def read(self, domain: str, split: Split, block: Block) -> Interactions:
         """Read the rows of a domain and split in one block."""
-        file = self._open(block.file)
+        file = self._files[block.file]
         part: TableSplit = getattr(self.domains[domain], split)
         timed = [self.columns.time] if self.columns.time and (part.since, part.before) != (None, None) else []
-        found = file.read(
-            block.number, list(dict.fromkeys([*self.columns.needed(), *self.domains[domain].where, *timed]))
-        )
+        wanted = [*self.columns.needed(), *self.domains[domain].where, *timed]
+        found = file.read(block.number, list(dict.fromkeys(wanted)))
         what = f"{block.file}, block {block.number}"
         keep = self.keep(domain, split, found, what)
         if len(keep) != block.rows:
             raise TableError(f"{what} has changed while it was in use; start again")
-        picked = {name: _pick(column, keep) for name, column in found.items()}
+        picked = found if len(keep) == len(found) else found.take(pa.array(keep))
         return self.columns.convert(picked, block.first + keep, what)
 
     def forget(self) -> None:
         """Let go of all held rows."""
         self._held.clear()
-
-    def _open(self, path: str) -> BlockFile:
-        if path not in self._files:
-            self._files[path] = open_blocks(Path(path), self.csv_rows)
-        return self._files[path]
-
-
-def _pick(column: Column, rows: NDArray[np.int64]) -> Column:
-    return Column(column.values[rows], column.null[rows])

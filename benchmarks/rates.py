@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate of every network of an evidence grid, each chosen by itself before anything is compared.
+
+Every network trains once per rate with the very configs of the evidence, but with a seed of its own; where the highest
+rate is the best one, further rates are tried too. What counts is one metric on the VALIDATION domain; nothing else is
+read. All runs are written to one file; interrupted, the same command goes on. The best rates are then written into the
+configs by hand, and a test holds them to the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.evidence.__main__ import ROOT, to_json
+from benchmarks.evidence.cells import CellResult, describe_machine
+from benchmarks.evidence.grid import Grid, Variant
+from benchmarks.evidence.runner import Failure, Runner
+from moeapps.files import write_text
+
+Runs = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """A search.
+
+    Args:
+        system: name of the system.
+        command: the words that run it, for the file.
+        models: name -> variant of the evidence, without a rate.
+        metric: what a rate is judged by; higher is better.
+        rates: what every network is trained with.
+        further: higher rates, in order, tried while the highest so far is the best.
+        kept: metrics that are written.
+        seed: seed of model and data, used nowhere else.
+        data_seed_flags: options that receive the data seed.
+        path: the results.
+    """
+
+    system: str
+    command: str
+    models: Mapping[str, Variant]
+    metric: str
+    rates: tuple[float, ...]
+    further: tuple[float, ...]
+    kept: tuple[str, ...]
+    seed: int
+    data_seed_flags: tuple[str, ...]
+    path: Path
+
+    @staticmethod
+    def name(model: str, rate: float) -> str:
+        """Name of a run."""
+        return f"{model}-{rate:g}"
+
+    def grid(self) -> Grid:
+        """One variant per network and rate."""
+        variants = {
+            self.name(model, rate): Variant(
+                variant.overlays,
+                (*variant.flags, f"--model.init_args.optimizer.lr={rate:g}"),
+                pairs=1,
+                data_seed_flags=variant.data_seed_flags,
+            )
+            for model, variant in self.models.items()
+            for rate in (*self.rates, *self.further)
+        }
+        seeds, flags = ((self.seed, self.seed),), self.data_seed_flags
+        return Grid(self.system, f"configs/{self.system}.yaml", variants, claims=(), seeds=seeds, data_seed_flags=flags)
+
+    def score(self, runs: Runs, model: str, rate: float) -> float:
+        """What a rate is judged by."""
+        return runs[self.name(model, rate)][self.metric]
+
+    def missing(self, runs: Runs, model: str) -> list[float]:
+        """Rates that are still to be tried: the given ones, then higher ones while the highest is the best."""
+        if waiting := [rate for rate in self.rates if self.name(model, rate) not in runs]:
+            return waiting
+        top = max(self.rates)
+        for rate in self.further:
+            lower = (r for r in (*self.rates, *self.further) if r < top)
+            if self.score(runs, model, top) < max(self.score(runs, model, r) for r in lower):
+                return []
+            if self.name(model, rate) not in runs:
+                return [rate]
+            top = rate
+        return []
+
+    def best(self, runs: Runs) -> dict[str, float]:
+        """The rate with the highest score of every network for which no rate is left to try."""
+        found = {}
+        for model in self.models:
+            tried = [rate for rate in (*self.rates, *self.further) if self.name(model, rate) in runs]
+            if not self.missing(runs, model):
+                found[model] = max(tried, key=lambda rate: self.score(runs, model, rate))
+        return found
+
+    def run(self, root: Path = ROOT, *, jobs: int = 1, make: type[Runner] = Runner) -> int:
+        """Run what is missing, write, print; give 1 if a run failed."""
+        runs: dict[str, dict[str, float]] = json.loads(self.path.read_text())["runs"] if self.path.exists() else {}
+        console, failures, grid = Console(highlight=False), list[Failure](), self.grid()
+
+        def finished(result: CellResult) -> None:
+            runs[result.variant] = {**{metric: result.metrics[metric] for metric in self.kept}, "cpu_s": result.cpu_s}
+            about: dict[str, Any] = {
+                **{"command": self.command, "machine": describe_machine(), "seed": self.seed},
+                **{"rates": [*self.rates, *self.further], "metric": self.metric, "best": self.best(runs)},
+            }
+            write_text(self.path, to_json({**about, "runs": dict(sorted(runs.items()))}))
+            console.print(f"{result.variant}: {runs[result.variant]}")
+
+        def failed(failure: Failure) -> None:
+            failures.append(failure)
+            console.print(f"{failure.cell.stem}: FAILED, {failure.reason}\n{failure.tail}", markup=False)
+
+        while wanted := {self.name(model, rate) for model in self.models for rate in self.missing(runs, model)}:
+            cells = [cell for cell in grid.cells() if cell.variant in wanted]
+            make(grid, root, root / "runs" / "evidence" / f"{self.system}_rates", jobs=jobs).run(
+                cells, finished, failed
+            )
+            if failures:
+                break
+        return min(1, len(failures))
