@@ -38,9 +38,9 @@ SLOW_PAIRS = 3
 # --- the environment --------------------------------------------------------------------------------------------------
 
 
-def environment() -> Path:
+def environment(packages: Sequence[str] = PACKAGES) -> Path:
     """Python of the peers' environment, which is made on first use."""
-    folder = cache_dir("bench-peers", "-".join(package.split("==")[1] for package in PACKAGES))
+    folder = cache_dir("bench-peers", "-".join(package.split("==")[1] for package in packages))
     python = folder / "bin" / "python"
     if (folder / "ready").exists():
         return python
@@ -48,7 +48,7 @@ def environment() -> Path:
     (target,) = folder.glob("lib/python*/site-packages")
     (target / "ours.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--progress-bar", "on"]
-    subprocess.run([*pip, *PACKAGES], check=True)
+    subprocess.run([*pip, *packages], check=True)
     (folder / "ready").touch()
     return python
 

@@ -122,7 +122,7 @@ def test_every_page_is_found_from_the_map_of_the_house(page: Path) -> None:
     assert f"(papers/{page.name})" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("task", "system"), TASKS.items())
+@pytest.mark.parametrize(("task", "system"), [*TASKS.items(), ("recommendation", "aw_moe")])
 def test_the_page_of_a_task_is_found_from_its_readme_and_the_projects(task: str, system: str) -> None:
     assert f"docs/papers/{system}.md)" in (ROOT / "tasks" / task / "README.md").read_text(encoding="utf-8")
     assert f"(docs/papers/{system}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

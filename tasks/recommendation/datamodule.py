@@ -12,7 +12,7 @@ from moeapps.data.domain import DomainDataModule, Role, Split
 from moeapps.data.gather import BatchDataset
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.windows import WindowSampler
-from tasks.recommendation.data.lists import ListSchema
+from tasks.recommendation.data.lists import ListDataset, ListSchema
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.data.readers.block_rows import BlockDataset
 from tasks.recommendation.data.source import LogSource
@@ -134,3 +134,14 @@ class ListData(RecommendationData):
                 "MovieLensLists, impressions go to RecommendationData"
             )
         super().__init__(source=source, batch_size=batch_size, **options)
+
+    def dataset(self, domain: str, split: Split) -> BatchDataset:
+        """Return the lists of one domain.
+
+        Raises:
+            ValueError: a source of one's own gave what is no list, e.g. a candidate that lies in its own history.
+        """
+        found = super().dataset(domain, split)
+        if isinstance(found, ListDataset):
+            cast(ListSchema, self.source.schema).check(found.table, f"{domain}, {split}")
+        return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.recommendation.data.lists import Lists, ListSchema, truncated
+from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema, truncated
 from tasks.recommendation.datamodule import ListData
 from tests.tasks.recommendation.list_common import make_lists, small_tastes
 from tests.tasks.recommendation.rec_common import small_log
@@ -105,6 +105,18 @@ def test_loaders_give_whole_batches_in_the_order_of_the_sampler(tmp_path: Path) 
     assert data.facts["item_fields"]["item"] == 241
     for name, test in zip(data.eval_domains("test"), data.test_dataloader(), strict=True):
         assert torch.cat([batch.row for batch in test]).tolist() == list(range(200)), name
+
+
+def test_a_source_whose_candidate_lies_in_its_own_history_is_told_by_domain_and_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ListData(source=small_tastes(), cache_dir=tmp_path)
+    table = data.get_dataset(data.roles["unseen"][0], "test").table  # type: ignore[attr-defined]
+    table.candidate_item[7, 1] = table.history_item[7, 0]
+    monkeypatch.setattr(data.source, "dataset", lambda *_: ListDataset(table))
+
+    with pytest.raises(ValueError, match=r", test: list 7 has a candidate that lies in its own history"):
+        data.dataset(data.roles["unseen"][0], "test")
 
 
 def test_a_log_of_impressions_is_refused() -> None:

@@ -112,11 +112,17 @@ def _require(path: Path, wanted: Iterable[str], there: list[str]) -> None:
             raise TableError(f"{path} has no column {name!r}; it has: {', '.join(there)}")
 
 
+def block_writer(path: Path, schema: pa.Schema) -> parquet.ParquetWriter:
+    """Open a Parquet file that is quickly written and read: words by dictionaries, numbers as they are."""
+    words: Any = [field.name for field in schema if field.type in TEXT] or False
+    return parquet.ParquetWriter(path, schema, compression="lz4", use_dictionary=words, write_statistics=False)
+
+
 def write_blocks(path: Path, batches: Iterable[pa.RecordBatch], rows: int = BLOCK_ROWS) -> None:
     """Write batches of one schema (at least one) as Parquet with ``rows`` rows in each block, one block in memory."""
     batches = iter(batches)
     rest = pa.Table.from_batches([next(batches)])
-    with parquet.ParquetWriter(path, rest.schema, compression="lz4") as writer:
+    with block_writer(path, rest.schema) as writer:
         for batch in batches:
             rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
             full = len(rest) - len(rest) % rows

@@ -15,7 +15,7 @@ from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.readers.hashing import to_ids
 from tasks.recommendation.data.readers.values import TEXT, TableError, hash_values, plain_array, to_numbers
 
-PIECE = 8192
+PIECE = 16_384
 """Rows turned into tensors at once."""
 
 
@@ -212,7 +212,7 @@ class TableColumns:
             for k, spec in enumerate(self.dense):
                 value = to_numbers(found.column(spec.column), f"{what}, dense {spec.column!r}")
                 value = np.log1p(np.maximum(value, 0)) if spec.log else value
-                np.divide(value - spec.mean, spec.std, out=dense[:, k], casting="same_kind")
+                dense[:, k] = value if (spec.mean, spec.std) == (0, 1) else (value - spec.mean) / spec.std
         finite = np.isfinite(dense)
         if not finite.all():
             np.copyto(dense, np.array([spec.fill for spec in self.dense], np.float32), where=~finite)

@@ -27,6 +27,7 @@ from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from moeapps.data.gather import BatchDataset
 from tasks.recommendation.data.batch import Schema
+from tasks.recommendation.data.readers.blocks import block_writer
 from tasks.recommendation.data.readers.columns import TableColumns, TaskColumn
 from tasks.recommendation.data.readers.published import Published
 from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit
@@ -168,7 +169,7 @@ def write_parts(tables: Iterable[pa.Table], folder: Path, rows: int = ROWS) -> d
         if name not in writers:
             path = folder / f"{name}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            writers[name] = pyarrow.parquet.ParquetWriter(path, table.schema)
+            writers[name] = block_writer(path, table.schema)
         writers[name].write_table(table, row_group_size=rows)
 
     try:

@@ -19,6 +19,7 @@ from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema
 from tasks.recommendation.data.rating_lists import RatingLog, first_liked, rating_lists
 from tasks.recommendation.data.readers.arrow_text import Lookup, hash_text
+from tasks.recommendation.data.readers.blocks import block_writer
 from tasks.recommendation.data.readers.columns import IdColumn, TableColumns, TaskColumn
 from tasks.recommendation.data.readers.public import SPLITS, PublicLog, by_time, replace
 from tasks.recommendation.data.readers.published import Published
@@ -158,7 +159,7 @@ class RatingLists(LogSource):
     def _write(self, path: Path) -> None:
         writer = None
         for table in self.reader.ratings():
-            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+            writer = writer or block_writer(path, table.schema)
             writer.write_table(table)
         if writer is None:
             raise TableError(f"{self.reader.name}: the files hold no rating")

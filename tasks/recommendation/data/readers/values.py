@@ -44,7 +44,9 @@ def to_numbers(column: pa.Array | pa.ChunkedArray, what: str, unit: float = 1.0)
         array, scale = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), 1e-6 / unit
     try:
         array = array.cast(pa.uint8()) if pa.types.is_boolean(array.type) else array
-        numbers = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        # A cast to the own type costs as much as the rest.
+        array = array if array.type == pa.float64() else array.cast(pa.float64(), safe=False)
+        numbers = array.to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
         raise TableError(f"{what}: values of type {array.type}; this column must hold numbers") from error
     return np.asarray(numbers if scale == 1 else numbers * scale)
@@ -103,7 +105,7 @@ def hash_values(
         array = _whole(array, null, what, fractions)
     try:
         if pa.types.is_integer(array.type) or pa.types.is_boolean(kind):
-            whole = array.cast(pa.int64())
+            whole = array if array.type == pa.int64() else array.cast(pa.int64())
             return hash_integers((whole.fill_null(0) if whole.null_count else whole).to_numpy(), seed), null
     except pa.ArrowInvalid:
         pass  # uint64 above 2^63 - 1: text
