@@ -28,6 +28,7 @@ from moeapps.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "aw_moe_contrast.json"
 SEEDS = ((101, 101), (102, 102))
+PAIRS = {"": 1, "ml_": 2}  # of the seeds, on each log: the generated one has less noise
 WEIGHTS, TEMPERATURES, MASKS = (0.005, 0.05), (0.1, 0.5), (0.1, 0.3, 0.5)
 AUC, CUT, GAP = "list_auc", "list_auc_truncated", "truncation_gap"
 KEPT = (AUC, CUT, GAP, "gate_same", "gate_between")
@@ -38,23 +39,24 @@ Runs = Mapping[str, Mapping[str, float]]
 def settings() -> dict[str, Variant]:
     """Name -> variant, on both logs."""
     found = {}
-    for log, real in (("", False), ("ml_", True)):
-        found[f"{log}without"] = variant("aw_moe", real=real, pairs=len(SEEDS))
-        found[f"{log}masking"] = variant("mask_augmentation", real=real, pairs=len(SEEDS), rate="aw_moe")
+    for log, pairs in PAIRS.items():
+        real = bool(log)
+        found[f"{log}without"] = variant("aw_moe", real=real, pairs=pairs)
+        found[f"{log}masking"] = variant("mask_augmentation", real=real, pairs=pairs, rate="aw_moe")
         for weight, temperature, mask in itertools.product(WEIGHTS, TEMPERATURES, MASKS):
             options = {"contrast_weight": weight, "temperature": temperature, "mask_probability": mask}
             flags = tuple(f"--model.init_args.{name}={value:g}" for name, value in options.items())
             name = f"{log}w{weight:g}_t{temperature:g}_p{mask:g}"
-            found[name] = variant("contrast", real=real, pairs=len(SEEDS), flags=flags, rate="aw_moe")
+            found[name] = variant("contrast", real=real, pairs=pairs, flags=flags, rate="aw_moe")
     return found
 
 
 def means(runs: Runs) -> dict[str, dict[str, float]]:
     """Means over the seeds of each setting that has all of them."""
     found = {}
-    for name in settings():
+    for name, setting in settings().items():
         mine = [runs[key] for key in (f"{name}-s{seed}" for seed, _ in SEEDS) if key in runs]
-        if len(mine) == len(SEEDS):
+        if len(mine) == setting.pairs:
             found[name] = {metric: statistics.fmean(run[metric] for run in mine) for metric in KEPT}
     return found
 
