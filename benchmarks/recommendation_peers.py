@@ -61,7 +61,7 @@ def stepper(module: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         optimizer.step()
 
     return step

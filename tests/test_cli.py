@@ -254,9 +254,10 @@ def test_what_list_shows_can_be_typed_anywhere_and_a_file_of_the_user_wins(
     Path("configs/home.yaml").write_text("# mine\n")
     assert find_config("configs/home.yaml") == Path("configs/home.yaml")
     assert main(["list"]) == 0
-    first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first.split() == ["configs/home.yaml", "mine"]
-    assert second.startswith("configs/mixer.yaml  ")
+    first, second, third = capsys.readouterr().out.splitlines()[:3]
+    assert first.startswith("configs/aw_moe.yaml  ")
+    assert second.split() == ["configs/home.yaml", "mine"]
+    assert third.startswith("configs/mixer.yaml  ")
 
 
 @pytest.mark.parametrize("name", ["tasks.py", "tasks/__init__.py"])

@@ -39,7 +39,7 @@ from tasks.recommendation.data.factors import (
     sigmoid,
     stream,
 )
-from tasks.recommendation.data.source import LogSource, TableDataset
+from tasks.recommendation.data.source import LogSource, TableDataset, touched
 
 GENERATOR_VERSION = 1
 CONTEXT_NOISE = 0.1  # standard deviation of the noise on the two context numbers
@@ -190,15 +190,8 @@ class MultitaskLog(LogSource):
 
     def prepare(self, cache: Path | None) -> None:
         """Generate what the roles can touch."""
-        splits: dict[Role, tuple[Split, ...]] = {
-            "seen": ("train", "val", "test"),
-            "validation": ("val", "test"),
-            "unseen": ("test",),
-        }
-        for role, names in self.roles.items():
-            for name in names:
-                for split in splits[role]:
-                    self._file(name, split, cache)
+        for _, name, split in touched(self.roles):
+            self._file(name, split, cache)
 
     def dataset(self, domain: str, split: Split, cache: Path | None) -> TableDataset:
         """Return the rows of one domain and split."""

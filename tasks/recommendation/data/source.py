@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +57,17 @@ class LogSource:
     def item_name(self, item: int) -> str:
         """Return what to call an item, by its number in this log, in reports."""
         return f"item {item}"
+
+
+def touched(roles: dict[Role, list[str]]) -> Iterator[tuple[Role, str, Split]]:
+    """Yield role, domain and split of all rows that a run may read."""
+    splits: dict[Role, tuple[Split, ...]] = {
+        "seen": ("train", "val", "test"),
+        "validation": ("val", "test"),
+        "unseen": ("test",),
+    }
+    for role, names in roles.items():
+        yield from ((role, name, split) for name in names for split in splits[role])
 
 
 class TableDataset(BatchDataset):

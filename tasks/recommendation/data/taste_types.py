@@ -31,10 +31,10 @@ import torch
 from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import STAGE_ROLES, Role, Split
+from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.factors import Floats, stream
 from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema
-from tasks.recommendation.data.source import LogSource
+from tasks.recommendation.data.source import LogSource, touched
 
 Ints = NDArray[np.int64]
 GENERATOR_VERSION = 1
@@ -186,11 +186,8 @@ class TasteTypes(LogSource):
 
     def prepare(self, cache: Path | None) -> None:
         """Generate what the roles can touch."""
-        for role, names in self.roles.items():
-            splits = SPLITS if role == "seen" else [name for name in STAGE_ROLES if role in STAGE_ROLES[name]]
-            for name in names:
-                for split in splits:
-                    self._file(name, split, cache)  # type: ignore[arg-type]
+        for _, name, split in touched(self.roles):
+            self._file(name, split, cache)
 
     def dataset(self, domain: str, split: Split, cache: Path | None) -> ListDataset:
         """Return the lists of one domain and split."""

@@ -92,8 +92,7 @@ def open_blocks(
     names = read_header(path, form)
     others = names if others is None else others
     _require(path, [*numbers, *others], names)
-    stat = path.stat()
-    about = [1, str(path.resolve()), stat.st_size, stat.st_mtime_ns, rows, sorted(numbers), sorted(others), form]
+    about = [1, *stamp(path), rows, sorted(numbers), sorted(others), form]
 
     def write(target: Path) -> None:
         # The strictest types that the whole file keeps: numbers, else text; who reads a column says what is wrong.
@@ -104,6 +103,11 @@ def open_blocks(
 
     name = f"{path.name}-{config_hash(about)}.parquet"
     return BlockFile(build_once(cache_dir("recommendation", root=cache) / name, write))
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Return path, size and time of a file: what a cache made of it hangs on."""
+    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _require(path: Path, wanted: Iterable[str], there: list[str]) -> None:

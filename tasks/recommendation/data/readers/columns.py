@@ -15,9 +15,6 @@ from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.readers.hashing import to_ids
 from tasks.recommendation.data.readers.values import TEXT, TableError, hash_values, plain_array, to_numbers
 
-PIECE = 16_384
-"""Rows turned into tensors at once."""
-
 
 @dataclass
 class TaskColumn:
@@ -163,51 +160,35 @@ class TableColumns:
         Raises:
             TableError: a label that is neither 0 nor 1, text where numbers must be, an id beyond its table.
         """
-        count, tasks = len(found), len(self.tasks)
-        dense, ids = np.empty((count, len(self.dense)), np.float32), np.empty((count, len(self.ids)), np.int64)
-        label, mask = np.empty((count, tasks), np.float32), np.empty((count, tasks), np.bool_)
-        user = np.empty(count, np.int64)
-        known = {
-            name: self._hash(found, name, what)
-            for name in self._single()
-            if pa.types.is_dictionary(found.column(name).type)
+        hashed = {
+            name: hash_values(found.column(name), self.hash_seed, f"{what}, field {name!r}") for name in self._single()
         }
-        # In pieces: their temporary arrays stay in the processor's cache, and the allocator has nothing to ask for.
-        for start in range(0, count, PIECE):
-            at, part = slice(start, start + PIECE), found.slice(start, PIECE)
-            label[at], mask[at] = self.labels(part, what)
-            self._fill_dense(dense[at], part, what)
-            hashed = {
-                name: (known[name][0][at], known[name][1][at]) if name in known else self._hash(part, name, what)
-                for name in self._single()
-            }
-            for k, spec in enumerate(self.ids):
-                if spec.hashed:
-                    ids[at, k] = to_ids(hashed[spec.column][0], spec.cardinality)
-                    ids[at, k][hashed[spec.column][1]] = 0
-                else:
-                    ids[at, k] = _plain_ids(spec, part.column(spec.column), what)
-            key, null = hashed[self.user]
-            if null.any():
-                raise TableError(f"{what}: {int(null.sum())} rows have no user ({self.user}); drop or fill them")
-            user[at] = key >> np.uint64(1)
+        key, null = hashed[self.user]
+        if null.any():
+            raise TableError(f"{what}: {int(null.sum())} rows have no user ({self.user}); drop or fill them")
+        ids = np.empty((len(found), len(self.ids)), np.int64)
+        for k, spec in enumerate(self.ids):
+            if spec.hashed:
+                ids[:, k] = to_ids(hashed[spec.column][0], spec.cardinality)
+                ids[hashed[spec.column][1], k] = 0
+            else:
+                ids[:, k] = _plain_ids(spec, found.column(spec.column), what)
+        label, mask = self.labels(found, what)
         return Interactions(
-            dense=torch.from_numpy(dense),
+            dense=torch.from_numpy(self._dense(found, what)),
             ids=torch.from_numpy(ids),
             bags={spec.column: self._bag(spec, found.column(spec.column), what) for spec in self.bags},
             label=torch.from_numpy(label),
             mask=torch.from_numpy(mask),
-            user=torch.from_numpy(user),
+            user=torch.from_numpy((key >> np.uint64(1)).view(np.int64)),
             row=torch.from_numpy(rows),
         )
 
     def _single(self) -> set[str]:
         return {self.user, *(spec.column for spec in self.ids if spec.hashed)}
 
-    def _hash(self, found: pa.Table, name: str, what: str) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        return hash_values(found.column(name), self.hash_seed, f"{what}, field {name!r}")
-
-    def _fill_dense(self, dense: NDArray[np.float32], found: pa.Table, what: str) -> None:
+    def _dense(self, found: pa.Table, what: str) -> NDArray[np.float32]:
+        dense = np.empty((len(found), len(self.dense)), np.float32)
         with np.errstate(over="ignore"):  # what float32 cannot hold is filled, too
             for k, spec in enumerate(self.dense):
                 value = to_numbers(found.column(spec.column), f"{what}, dense {spec.column!r}")
@@ -216,6 +197,7 @@ class TableColumns:
         finite = np.isfinite(dense)
         if not finite.all():
             np.copyto(dense, np.array([spec.fill for spec in self.dense], np.float32), where=~finite)
+        return dense
 
     def labels(self, found: pa.Table, what: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return labels and masks [n, T] of a block.

@@ -32,7 +32,7 @@ from tasks.recommendation.data.readers.columns import TableColumns, TaskColumn
 from tasks.recommendation.data.readers.published import Published
 from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit
 from tasks.recommendation.data.readers.values import TableError
-from tasks.recommendation.data.source import LogSource
+from tasks.recommendation.data.source import LogSource, touched
 
 log = logging.getLogger("moeapps")
 
@@ -119,8 +119,7 @@ class PublicLog(Published, LogSource):
     def _converted(self, cache: Path | None) -> TableFiles:
         if self._tables is None:
             folder = self.convert(cache)
-            needed = {"seen": SPLITS, "validation": ("val", "test"), "unseen": ("test",)}
-            for split, name in ((s, n) for role, names in self.roles.items() for n in names for s in needed[role]):
+            for _, name, split in touched(self.roles):
                 if not (folder / split / f"{name}.parquet").is_file():
                     there = ", ".join(sorted(path.stem for path in (folder / split).glob("*.parquet"))) or "none"
                     raise TableError(f"{self.name}: domain {name!r} has no {split} rows; domains with some: {there}")

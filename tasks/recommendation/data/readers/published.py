@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from tasks.recommendation.data.readers.blocks import stamp
 from tasks.recommendation.data.readers.values import TableError
 
 
@@ -49,5 +50,5 @@ class Published:
         return found
 
     def stamps(self) -> list[tuple[str, int, int]]:
-        """Return path, size and time of each file: what a cache made of them hangs on."""
-        return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
+        """Return what a cache made of the files hangs on."""
+        return [stamp(path) for path in self.files()]

@@ -24,11 +24,11 @@ from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.readers.block_rows import Block, BlockCache, BlockDataset
-from tasks.recommendation.data.readers.blocks import BLOCK_ROWS, BlockFile, open_blocks
+from tasks.recommendation.data.readers.blocks import BLOCK_ROWS, BlockFile, open_blocks, stamp
 from tasks.recommendation.data.readers.columns import TableColumns
 from tasks.recommendation.data.readers.text import TextFormat
 from tasks.recommendation.data.readers.values import TableError, hash_values, to_numbers
-from tasks.recommendation.data.source import LogSource
+from tasks.recommendation.data.source import LogSource, touched
 
 DAY = 86_400.0
 
@@ -121,19 +121,12 @@ class TableFiles(LogSource):
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Check that every domain is described and has the splits of its role."""
-        needed: dict[Role, tuple[Split, ...]] = {
-            "seen": ("train", "val", "test"),
-            "validation": ("val", "test"),
-            "unseen": ("test",),
-        }
         self.roles = roles
-        for role, names in roles.items():
-            for name in names:
-                if name not in self.domains:
-                    raise ValueError(f"unknown domain {name!r}; described are: {', '.join(self.domains)}")
-                for split in needed[role]:
-                    if getattr(self.domains[name], split) is None:
-                        raise ValueError(f"{role} domain {name!r} has no {split} files; give it at least one")
+        for role, name, split in touched(roles):
+            if name not in self.domains:
+                raise ValueError(f"unknown domain {name!r}; described are: {', '.join(self.domains)}")
+            if getattr(self.domains[name], split) is None:
+                raise ValueError(f"{role} domain {name!r} has no {split} files; give it at least one")
 
     def describe(self, domain: str) -> str:
         """Name the files."""
@@ -142,10 +135,8 @@ class TableFiles(LogSource):
 
     def prepare(self, cache: Path | None) -> None:
         """Count and check the rows that training and tests will read."""
-        for role, names in self.roles.items():
-            for name in names:
-                for split in {"seen": ("train", "val", "test"), "validation": ("val", "test")}.get(role, ("test",)):
-                    self.blocks(name, split, cache)  # type: ignore[arg-type]
+        for _, name, split in touched(self.roles):
+            self.blocks(name, split, cache)
 
     def dataset(self, domain: str, split: Split, cache: Path | None) -> BlockDataset:
         """Return the rows of one domain and split, read when they are asked for.
@@ -187,7 +178,7 @@ class TableFiles(LogSource):
             paths = self.files(domain, split, cache)
             for path in paths:
                 self._open(path, cache)
-            stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+            stamps = [stamp(path) for path in paths]
             about = self.domains[domain]
             rules = [asdict(getattr(about, split)), about.where, self.csv_rows, self.time_sorted, self.time_unit]
             tasks = [asdict(task) for task in self.columns.tasks]
