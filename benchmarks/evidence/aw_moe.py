@@ -3,9 +3,9 @@
 
 Two logs. The generated one (``taste_types``: four tastes, each with a rule of its own; scores are expected list-AUC,
 with the true probabilities in place of labels) and MovieLens 100K (real; ``ml_*``; a data seed draws the negatives and
-the order). C1 to C5 are claims that follow from the paper (docs/papers/aw_moe.md), C6 to C8 are ours. Rivals are widened until they have
-AW-MoE's training compute. Every network has the learning
-rate that benchmarks/aw_moe_rates.py found for it.
+the order). C1 to C5 are claims that follow from the paper (docs/papers/aw_moe.md), C6 to C8 are ours. Rivals are
+widened until they have AW-MoE's training compute. Every network has the learning rate that benchmarks/aw_moe_rates.py
+found for it.
 """
 
 from __future__ import annotations
