@@ -110,6 +110,17 @@ def contributions(net: ListRanker, scores: ListScores, candidate_B: Tensor) -> T
     return score.contributions((encoded.history_BHd, key_Bd, encoded.mask_BH))
 
 
+def prior_of(sample: GateSample) -> Tensor | None:
+    """The gate of a user without a past, [K]: what is left beside the past items, if that is the same for all lists.
+
+    None for gates that read no history, that norm their weights, or without any list.
+    """
+    if sample.parts is None or len(sample.gate) == 0:
+        return None
+    left_BK = sample.gate - sample.parts.sum(1)
+    return left_BK[0] if torch.allclose(left_BK, left_BK[:1], atol=1e-4) else None
+
+
 def clusters(gate: Tensor, num: int, seed: int = 0) -> Tensor:
     """Group gate vectors by direction: k-means on vectors of unit length, the best of ten starts.
 

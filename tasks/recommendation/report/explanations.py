@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ from moeapps.training.callbacks import ExpertReport
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.lists import Lists
 from tasks.recommendation.model import ListRanker
-from tasks.recommendation.report.attribution import GateSample, gate_ari, gate_sample, mean_gates
+from tasks.recommendation.report.attribution import GateSample, gate_ari, gate_sample, mean_gates, prior_of
 from tasks.recommendation.report.gate_figures import attribution_figure, gate_figure
 from tasks.recommendation.report.list_metrics import TAIL
 
 NameItem = Callable[[int], str]
+log = logging.getLogger("moeapps")
 
 
 class GateReport(ExpertReport):
@@ -103,6 +105,11 @@ class GateReport(ExpertReport):
 
     def _explain(self, sample: GateSample, factors: list[str], name: NameItem, folder: Path) -> None:
         told, shown = chosen_lists(sample, self.explained), chosen_lists(sample, self.shown)
+        if len(shown) == 0:
+            log.warning(
+                "none of the lists has a past item, so there is nothing that metrics/explanations could explain"
+            )
+            return
         write_text(folder / "metrics" / "explanations.csv", explanation_table(sample.take(told), name))
         write_text(folder / "metrics" / "explanations.md", markdown(sample.take(shown), factors, name))
         if self.figure:
@@ -160,7 +167,15 @@ def markdown(sample: GateSample, factors: Sequence[str], name: NameItem) -> str:
     assert sample.parts is not None
     experts = [f"expert {k}" for k in range(sample.gate.shape[1])]
     lines = ["# Which past item activated which expert", ""]
-    lines += ["What each past item added to the gate's value of each expert, the strongest items first.", ""]
+    lines += [
+        "What each past item added to the gate's value of each expert, the strongest items first: above 0 it calls"
+    ]
+    lines += ["for the expert, below 0 it calls it off. "]
+    prior = prior_of(sample)
+    told = "All past items and the gate of a user without a past sum to the weights."
+    lines[-1] += told if prior is not None else "The weights are a norm of the sum."
+    lines.append("")
+    digits = 2 if float(sample.parts.abs().max()) >= 0.1 else 4  # a gate that hardly moves would be all zeros
     for b in range(len(sample.gate)):
         factor = int(sample.factor[b])
         kind = f" ({factors[factor]})" if 0 <= factor < len(factors) else ""
@@ -168,9 +183,12 @@ def markdown(sample: GateSample, factors: Sequence[str], name: NameItem) -> str:
         lines += ["| past item | " + " | ".join(experts) + " |", "|---" * (len(experts) + 1) + "|"]
         order = sorted(places(sample, b), key=lambda h: -float(sample.parts[b, h].norm()))  # type: ignore[index]
         cells = [(name(int(sample.history_item[b, h])), sample.parts[b, h]) for h in order]
-        for title, values in [*cells, ("**weights of the experts**", sample.gate[b])]:
+        cells.append(("**all past items**", sample.parts[b].sum(0)))
+        cells += [] if prior is None else [("**a user without a past**", prior)]
+        cells.append(("**weights of the experts**", sample.gate[b]))
+        for title, values in cells:
             shown = title.replace("|", "\\|")
-            lines.append(f"| {shown} | " + " | ".join(f"{value:+.2f}" for value in values.tolist()) + " |")
+            lines.append(f"| {shown} | " + " | ".join(f"{value:+.{digits}f}" for value in values.tolist()) + " |")
         lines.append("")
     return "\n".join(lines)
 

@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tasks.recommendation.report.attribution import GateSample, mean_gates
+from tasks.recommendation.report.attribution import GateSample, mean_gates, prior_of
 from tasks.recommendation.report.list_metrics import TAIL
 
 INK, FAINT = "#22262e", "#9aa1ad"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5d4b8c", "#7f7f7f", "#8c564b")
 """Colour of value 0, 1, ... of a factor: Okabe and Ito's palette for colour-blind readers, then some more."""
 MOST_ITEMS, LONGEST_NAME, MOST_POINTS = 12, 30, 1500
+FAINTEST = 0.02
+"""Least share of the largest weight that has full colour where past items are drawn."""
 
 
 def attribution_figure(sample: GateSample, factors: Sequence[str], name: Callable[[int], str]) -> Any:
     """Draw, for each list, past items (rows, latest first) by experts (columns), and the gate's weights above them.
+
+    A dark line in each bar is the weight that a user without a past has, where the gate does not norm its weights.
 
     Args:
         sample: the lists; with ``parts``.
@@ -45,15 +49,18 @@ def attribution_figure(sample: GateSample, factors: Sequence[str], name: Callabl
     figure = Figure(figsize=(5.2 * columns, sum(heights) + 0.95 * rows + 0.5), layout="constrained")
     axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=heights)
     real = sample.parts[sample.history_item >= 0].abs().flatten()
-    largest = max(float(real.quantile(0.97)) if len(real) else 0.0, 1e-9)  # one loud item would pale all others
+    largest = float(real.quantile(0.97)) if len(real) else 0.0  # one loud item would pale all others
+    # Beside weights that they hardly move, past items are pale: full colour would make much of nothing.
+    largest = max(largest, FAINTEST * float(sample.gate.abs().max()), 1e-9)
     image: Any = None
+    prior = prior_of(sample)
     for b in range(rows * columns):
         top, below = axes[2 * (b // columns), b % columns], axes[2 * (b // columns) + 1, b % columns]
         if b >= num:
             top.set_visible(False)
             below.set_visible(False)
             continue
-        _weights(top, sample.gate[b], float(sample.gate.min()), float(sample.gate.max()))
+        _weights(top, sample.gate[b], prior, float(sample.gate.min()), float(sample.gate.max()))
         top.set_title(_heading(sample, b, factors, name), fontsize=9, color=INK, loc="left")
         parts_HK = torch.full((tallest[b // columns], K), torch.nan)
         parts_HK[: shown[b]] = sample.parts[b, : shown[b]]
@@ -72,9 +79,13 @@ def attribution_figure(sample: GateSample, factors: Sequence[str], name: Callabl
     return figure
 
 
-def _weights(axis: Any, gate_K: Tensor, low: float, high: float) -> None:
-    """The gate's weights as bars, each above its column."""
+def _weights(axis: Any, gate_K: Tensor, prior_K: Tensor | None, low: float, high: float) -> None:
+    """The gate's weights as bars, each above its column; lines where they would be without a past."""
     values = gate_K.tolist()
+    if prior_K is not None:
+        low, high = min(low, float(prior_K.min())), max(high, float(prior_K.max()))
+        axis.hlines(prior_K.tolist(), [k - 0.42 for k in range(len(values))], [k + 0.42 for k in range(len(values))],
+                    colors=INK, linewidth=1.2, zorder=3)  # fmt: skip
     colours = ["#b2182b" if value >= 0 else "#2166ac" for value in values]
     axis.bar(range(len(values)), values, width=0.55, color=colours)
     axis.axhline(0, color=FAINT, linewidth=0.8)
@@ -83,10 +94,13 @@ def _weights(axis: Any, gate_K: Tensor, low: float, high: float) -> None:
     axis.set_ylim(min(low, 0) - room, max(high, 0) + room)
     for k, value in enumerate(values):
         side = "bottom" if value >= 0 else "top"
-        axis.text(k, value, f"{value:+.2f}", ha="center", va=side, fontsize=7, color=INK)
+        line = value if prior_K is None else float(prior_K[k])
+        place = max(value, line) if value >= 0 else min(value, line)  # the line does not strike the number out
+        axis.text(k, place, f"{value:+.2f}", ha="center", va=side, fontsize=7, color=INK)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_ylabel("gate", fontsize=7, color=INK, rotation=0, ha="right", va="center")
+    said = "gate" if prior_K is None else "gate\n(line: without\na past)"
+    axis.set_ylabel(said, fontsize=7, color=INK, rotation=0, ha="right", va="center")
     _bare(axis)
 
 
@@ -156,6 +170,7 @@ def _points(axis: Any, sample: GateSample, factor: Tensor, names: list[str]) -> 
     axis.set_title(f"gates of lists (hollow: {TAIL} past items or fewer)", fontsize=9, color=INK, loc="left")
     axis.set_xticks([])
     axis.set_yticks([])
+    axis.set_xlabel("first two principal components of the gates' directions", fontsize=7, color=INK)
     axis.set_aspect("equal", adjustable="datalim")
     axis.legend(fontsize=7, frameon=False, labelcolor=INK, loc="best", markerscale=1.6, handletextpad=0.1)
     _bare(axis)

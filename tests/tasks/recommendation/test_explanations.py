@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tasks.recommendation.data.lists import truncated
 from tasks.recommendation.datamodule import ListData
 from tasks.recommendation.model import ListRanker, aw_moe
 from tasks.recommendation.module import ListRankingTask
-from tasks.recommendation.report.attribution import GateSample, clusters, gate_ari, gate_sample, mean_gates
+from tasks.recommendation.report.attribution import GateSample, clusters, gate_ari, gate_sample, mean_gates, prior_of
 from tasks.recommendation.report.explanations import GateReport, chosen_lists, explanation_table, gate_numbers, markdown
 from tasks.recommendation.report.gate_figures import attribution_figure, gate_figure
 from tasks.recommendation.rivals.list_banks import averaged_experts, category_gate
@@ -137,6 +139,49 @@ def test_table_and_report_hold_every_past_item_with_its_name() -> None:
     assert "## User 2, who took film" in text
     assert text.index("film \\| 1 | +2.00 | +3.00") < text.index("film \\| 0 | +0.00 | +1.00")
     assert "**weights of the experts** | +2.00 | +4.00" in text
+    assert "| **all past items** | +2.00 | +4.00 |\n| **a user without a past** | +0.00 | +0.00 |" in text
+
+
+def test_the_prior_is_found_beside_the_past_and_not_where_weights_are_normed() -> None:
+    found = sample()
+    prior = prior_of(found)
+    assert prior is not None
+    torch.testing.assert_close(prior, torch.full((4,), 0.25))
+    normed = sample(gate_norm="softmax")
+    assert prior_of(normed) is None
+    assert "The weights are a norm of the sum." in markdown(normed, ["a", "b"], str)
+    assert "a user without a past" not in markdown(normed, ["a", "b"], str)
+    assert prior_of(replace(found, parts=None)) is None
+    assert prior_of(found.take(torch.tensor([], dtype=torch.int64))) is None
+
+
+def test_what_hardly_moves_the_gate_is_pale_and_has_enough_digits() -> None:
+    given = hand([6, 8], user=[1, 2], factor=[0, 1])
+    small = replace(given, parts=given.parts / given.parts.abs().max() / 1000, gate=torch.ones(2, 2))
+    loud = replace(small, parts=100 * small.parts)
+
+    def strongest(of: GateSample) -> float:
+        image = next(a.images[0] for a in attribution_figure(of, ["a", "b"], str).axes if a.images)
+        return float(of.parts.abs().max()) / float(image.norm.vmax)  # type: ignore[union-attr]
+
+    assert strongest(small) == pytest.approx(0.05)  # a thousandth, of the fiftieth of a weight of 1
+    assert strongest(loud) >= 1
+    assert "| +0.0010 |" in markdown(small, ["a", "b"], str)
+    assert "| +0.10 |" in markdown(loud, ["a", "b"], str)
+
+
+def test_a_test_without_any_past_item_is_told_and_explains_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = ListData(source=small_tastes(tail_share=0.0, cold_share=1.0), batch_size=64, cache_dir=tmp_path / "cache")
+    task = ListRankingTask(facts=data.facts)
+    with caplog.at_level(logging.WARNING, logger="moeapps"):
+        run_on(task, data, GateReport(), tmp_path)
+
+    assert "none of the lists has a past item" in caplog.text
+    written = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"gates.json", "gates.png"} <= written
+    assert not {name for name in written if name.startswith("explanations")}
 
 
 @pytest.mark.parametrize("num", [1, 3, 4])
@@ -150,15 +195,11 @@ def test_figures_are_drawn_for_any_number_of_users_and_without_factors(num: int,
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
 
 
-def test_a_test_run_leaves_its_explanations(tmp_path: Path) -> None:
-    data = ListData(source=small_tastes(), batch_size=64, cache_dir=tmp_path / "cache")
-    torch.manual_seed(0)
-    task = ListRankingTask(facts=data.facts)
-    report = GateReport(lists_per_domain=100, explained=20, shown=3)
+def run_on(task: ListRankingTask, data: ListData, report: GateReport, folder: Path) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        logger=CSVLogger(tmp_path, name="run"),
+        logger=CSVLogger(folder, name="run"),
         callbacks=[report],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -166,6 +207,14 @@ def test_a_test_run_leaves_its_explanations(tmp_path: Path) -> None:
         use_distributed_sampler=False,
     )
     trainer.test(task, datamodule=data, verbose=False)
+
+
+def test_a_test_run_leaves_its_explanations(tmp_path: Path) -> None:
+    data = ListData(source=small_tastes(), batch_size=64, cache_dir=tmp_path / "cache")
+    torch.manual_seed(0)
+    task = ListRankingTask(facts=data.facts)
+    report = GateReport(lists_per_domain=100, explained=20, shown=3)
+    run_on(task, data, report, tmp_path)
 
     folder = next((tmp_path / "run").iterdir())
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
