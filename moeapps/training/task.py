@@ -97,6 +97,7 @@ class BaseTask(L.LightningModule):
     monitor_minimum: ClassVar[int] = 1
     monitor_unit: ClassVar[str] = "items"
     needed_facts: ClassVar[tuple[str, ...]] = ()
+    facts_from: ClassVar[str] = "those of the task's data module"
 
     def __init__(
         self,
@@ -112,7 +113,9 @@ class BaseTask(L.LightningModule):
             self.save_hyperparameters(logger=False)
         missing = sorted({"domains", *self.needed_facts} - set(facts))
         if missing:
-            raise ValueError(f"facts lacks {missing}, it has {sorted(facts)}; give the facts of the task's data module")
+            raise ValueError(
+                f"{type(self).__name__}: facts lacks {missing}, it has {sorted(facts)}; the data must be {self.facts_from}"
+            )
         names = [loss.name for loss in aux_losses or []]
         if len(set(names)) < len(names):
             raise ValueError(f"auxiliary losses {names} share a name; give each its own")

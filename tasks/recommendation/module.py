@@ -64,6 +64,10 @@ class RankingTask(BaseTask):
     monitor_minimum: ClassVar[int] = 200  # of 46 (MovieLens-100K's smallest genre) epochs are ranked by chance
     monitor_unit: ClassVar[str] = "users"
     needed_facts: ClassVar[tuple[str, ...]] = ("tasks", "categories")
+    facts_from: ClassVar[str] = (
+        "impressions: RecommendationData, as in configs/home.yaml (lists, as in configs/data/ml100k_lists.yaml, go with "
+        "configs/aw_moe.yaml)"
+    )
 
     def __init__(
         self,
@@ -156,7 +160,8 @@ class ListRankingTask(BaseTask):
         schedule: learning-rate schedule.
 
     Raises:
-        ValueError: ``facts`` lacks an entry; a number outside its range, an unknown choice.
+        ValueError: ``facts`` lacks an entry; a number outside its range, an unknown choice; a contrast of what no history
+            moves.
 
     Source: AW-MoE (docs/papers/aw_moe.md, equations 5 to 7).
     """
@@ -167,6 +172,10 @@ class ListRankingTask(BaseTask):
     monitor_minimum: ClassVar[int] = 200
     monitor_unit: ClassVar[str] = "lists"
     needed_facts: ClassVar[tuple[str, ...]] = ("item_fields", "query_fields", "profile_fields", "history", "factors")
+    facts_from: ClassVar[str] = (
+        "lists: ListData, as in configs/aw_moe.yaml or configs/data/ml100k_lists.yaml (impressions, as in "
+        "configs/data/ml100k.yaml, go with configs/home.yaml)"
+    )
 
     def __init__(
         self,
@@ -202,6 +211,8 @@ class ListRankingTask(BaseTask):
         self.temperature, self.similarity = temperature, similarity
         self.mask_probability, self.mask_rank_branch, self.mask_seed = mask_probability, mask_rank_branch, mask_seed
         self.net = (net or ListRanker)(facts)
+        if contrast_weight:
+            check_contrasted(self.net, contrast_on)
 
     def configure_metrics(self, domain: str) -> MetricCollection:
         """Scores within lists and within users."""
@@ -264,11 +275,7 @@ class ListRankingTask(BaseTask):
         return torch.Generator().manual_seed((self.mask_seed * 1_000_003 + place) % (1 << 63))
 
     def contrast(self, batch: Lists, out: ListScores, kept_BH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the contrastive loss of lists with a history, and the cosines behind it.
-
-        Raises:
-            ValueError: the network has no gate to contrast.
-        """
+        """Return the contrastive loss of lists with a history, and the cosines behind it."""
         first, second = self.two_views(batch, out, kept_BH)
         known_B = batch.history_mask.any(1)  # an empty history has nothing to drop, and one gate for all users
         first, second, user = first[known_B], second[known_B], batch.user[known_B]
@@ -278,8 +285,8 @@ class ListRankingTask(BaseTask):
 
     def two_views(self, batch: Lists, out: ListScores, kept_BH: Tensor) -> tuple[Tensor, Tensor]:
         """What is contrasted, with the history that was ranked by and with a part of it; of the taken candidate."""
-        if not isinstance(self.net, ListRanker) or out.encoded is None or out.gate is None or out.interest is None:
-            raise ValueError(f"{type(self.net).__name__} has no gate to contrast; set contrast_weight to 0")
+        assert isinstance(self.net, ListRanker)  # see `check_contrasted`; a `ListRanker` gives all of these
+        assert out.encoded is not None and out.gate is not None and out.interest is not None
         place_B = batch.label.argmax(1)
         with MoERecorder():  # auxiliary losses and reports are of the ranking branch alone
             gate_BK, v_Bd = self.net.view(batch, out.encoded, kept_BH, place_B)
@@ -302,6 +309,21 @@ class ListRankingTask(BaseTask):
             real_BN1 = batch.candidate_mask[:, : out.gate.shape[1], None]
             answer["gate"] = (out.gate * real_BN1).sum(1) / real_BN1.sum(1).clamp(min=1)
         return {name: value.detach().cpu() for name, value in answer.items()}
+
+
+def check_contrasted(net: nn.Module, what: Literal["gate", "interest"]) -> None:
+    """Refuse a contrast that could teach nothing: its two views differ in the history alone.
+
+    Raises:
+        ValueError: the network has no gate, or one that no past item reaches.
+    """
+    if not isinstance(net, ListRanker):
+        raise ValueError(f"{type(net).__name__} has no gate to contrast; set contrast_weight to 0")
+    if what == "gate" and net.reads in ("nothing", "category"):
+        raise ValueError(
+            f"the gate reads {net.reads} and is the same for every history, so contrasting it teaches nothing; set "
+            "contrast_weight to 0, or contrast_on to interest"
+        )
 
 
 def of_taken(values_BNK: Tensor, batch: Lists) -> Tensor:

@@ -25,7 +25,7 @@ from tasks.recommendation.losses import info_nce, pointwise, random_mask
 from tasks.recommendation.model import ListRanker, aw_moe
 from tasks.recommendation.module import ListRankingTask, of_taken
 from tasks.recommendation.report.score_writer import ListWriter
-from tasks.recommendation.rivals.list_banks import averaged_experts
+from tasks.recommendation.rivals.list_banks import averaged_experts, category_gate
 from tasks.recommendation.rivals.popularity import Popularity
 
 
@@ -233,13 +233,24 @@ def test_lists_that_are_odd_have_defined_losses() -> None:
 
 
 WRONG: list[tuple[Callable[[], object], str]] = [
-    (lambda: task(facts={"domains": {}}), "facts lacks"),
+    (
+        lambda: task(facts={"domains": {}}),
+        "ListRankingTask: facts lacks .*must be lists: ListData, as in configs/aw_moe",
+    ),
     (lambda: task(ranking_loss="hinge"), "ranking_loss='hinge'"),
     (lambda: task(contrast_on="scores"), "gate or interest"),
     (lambda: task(contrast_weight=-1.0), "weight of at least 0"),
     (lambda: task(mask_probability=1.0), "probability in"),
     (lambda: task(temperature=0.0), "above 0"),
-    (lambda: task(net=Popularity, contrast_weight=1.0).shared_step(make_lists(), "train"), "no gate to contrast"),
+    (lambda: task(net=Popularity, contrast_weight=1.0), "Popularity has no gate to contrast"),
+    (
+        lambda: task(net=partial(ListRanker, bank=averaged_experts()), contrast_weight=1.0),
+        "gate reads nothing and is the",
+    ),
+    (
+        lambda: task(net=partial(ListRanker, bank=category_gate()), contrast_weight=1.0),
+        "gate reads category and is the",
+    ),
 ]
 
 
@@ -247,6 +258,19 @@ WRONG: list[tuple[Callable[[], object], str]] = [
 def test_what_cannot_be_done_says_why(make: Callable[[], object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("bank", [averaged_experts(), category_gate()])
+def test_a_gate_without_the_history_learns_nothing_from_its_contrast_but_the_user_does(bank: Any) -> None:
+    torch.manual_seed(0)
+    made, batch = task(net=partial(ListRanker, bank=bank), contrast_weight=1.0, contrast_on="interest"), make_lists(12)
+    kept = random_mask(batch.history_mask, 0.5, torch.Generator().manual_seed(0))
+    out = made(batch)
+
+    whole, cut = made.two_views(batch, out, kept)
+    assert not torch.equal(whole, cut)
+    made.contrast_on = "gate"  # what is refused where it is made
+    assert torch.equal(*made.two_views(batch, out, kept))
 
 
 def test_a_gate_that_reads_nothing_can_be_scored_but_not_told_apart() -> None:
