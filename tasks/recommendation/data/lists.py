@@ -163,8 +163,8 @@ class ListSchema:
 
         Raises:
             ValueError: a column of another shape, an id beyond its cardinality, a label that is neither 0 nor 1 or lies
-                on padding, a list without a candidate, or a candidate in the history of its own list. The text names
-                the field or the row.
+                on padding, a factor without a name, a list without a candidate, with one twice or with one that lies in
+                its own history. The text names the field or the row.
         """
         B, H, N = len(table), self.history, self.candidates
         shapes = {
@@ -177,6 +177,8 @@ class ListSchema:
             "label": (B, N),
             "query": (B, len(self.query_fields)),
             "profile": (B, len(self.profile_fields)),
+            **{"user": (B,), "row": (B,), "factor": (B,)},
+            **({} if table.oracle is None else {"oracle": (B, N)}),
         }
         for column, shape in shapes.items():
             if getattr(table, column).shape != shape:
@@ -192,6 +194,12 @@ class ListSchema:
         if not ((table.label == 0) | ((table.label == 1) & table.candidate_mask)).all():
             raise ValueError(f"{name}: labels must be 0 or 1, and 0 at padding")
         _check_rows(~table.candidate_mask.any(1), f"{name}: list {{}} has no candidate; leave it out")
+        if self.factors:
+            nameless = (table.factor < -1) | (table.factor >= len(self.factors))
+            _check_rows(nameless, f"{name}: list {{}} has a factor that is neither -1 nor one of {len(self.factors)}")
+        twice = table.candidate_item.unsqueeze(2) == table.candidate_item.unsqueeze(1)
+        twice = twice.triu(1) & (table.candidate_item >= 0).unsqueeze(2)
+        _check_rows(twice.any(2).any(1), f"{name}: list {{}} has the same candidate twice; drop one of the two")
         same = table.candidate_item.unsqueeze(2) == table.history_item.unsqueeze(1)
         repeated = (same & (table.candidate_item >= 0).unsqueeze(2)).any(2).any(1)
         _check_rows(repeated, f"{name}: list {{}} has a candidate that lies in its own history; drop one of the two")

@@ -75,6 +75,18 @@ def test_lists_that_are_no_lists_are_told() -> None:
     none[2] = False
     with pytest.raises(ValueError, match="list 2 has no candidate"):
         SCHEMA.check(replace(lists, candidate_mask=none, label=lists.label * none), "batch")
+    twice = replace(lists, candidate_item=lists.candidate_item.clone())
+    twice.candidate_item[4, 2] = twice.candidate_item[4, 0]
+    with pytest.raises(ValueError, match="batch: list 4 has the same candidate twice; drop one of the two"):
+        SCHEMA.check(twice, "batch")
+    named = replace(SCHEMA, factors=("a",))
+    with pytest.raises(ValueError, match="batch: list 1 has a factor that is neither -1 nor one of 1"):
+        named.check(replace(lists, factor=torch.arange(6)), "batch")
+    named.check(replace(lists, factor=torch.tensor([0, -1, 0, 0, -1, 0])), "batch")
+    with pytest.raises(ValueError, match=r"oracle has shape \(6, 2\), expected \(6, 3\)"):
+        SCHEMA.check(replace(lists, oracle=lists.label[:, :2]), "batch")
+    with pytest.raises(ValueError, match=r"user has shape \(5,\), expected \(6,\)"):
+        SCHEMA.check(replace(lists, user=lists.user[:5]), "batch")
     with pytest.raises(ValueError, match=r"history has shape \(6, 3, 2\), expected \(6, 4, 2\)"):
         SCHEMA.check(replace(lists, history=lists.history[:, :3]), "batch")
 
