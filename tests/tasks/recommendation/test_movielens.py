@@ -217,6 +217,8 @@ def test_data_module_gives_batches_that_fit_the_schema(folder: Path) -> None:
         ("inter", "user_id:token\titem_id:token\trating:float\n", "no column 'timestamp'"),
         ("inter", "user_id:t\titem_id:t\trating:f\ttimestamp:f\n1\t1\t7\t5\n", "rating goes from 7 to 7"),
         ("inter", "user_id:t\titem_id:t\trating:f\ttimestamp:f\n1\t1\tx\t5\n", "numbers are needed"),
+        ("inter", "user_id:t\titem_id:t\trating:f\ttimestamp:f\n1\t1\t3.5\t5\n", "rating: line 2 reads '3.5'; whole"),
+        ("inter", "user_id:t\titem_id:t\trating:f\ttimestamp:f\n1\t1\t3\tnan\n", "timestamp: line 2 reads 'nan'"),
         ("inter", "user_id:t\titem_id:t\trating:f\ttimestamp:f\n1\t1\n", "line 2 has 2 fields"),
         ("inter", "user_id:t\titem_id:t\trating:f\ttimestamp:f\n1\t900\t5\t5\n", "item_id 900 has no record"),
         ("item", "item_id:t\trelease_year:t\tclass:t\n1\t1990\tNoir\n", "genre 'Noir' is unknown"),

@@ -172,6 +172,8 @@ def test_names_are_titles_and_wrong_settings_are_told(folder: Path) -> None:
     assert bound(folder).item_name(1682) == "film 1682"
     with pytest.raises(ValueError, match="negatives=0"):
         MovieLensLists(negatives=0)
+    with pytest.raises(ValueError, match=r"negatives=1682.*give 1 to 1681 negatives \(there are 1682 films\)"):
+        MovieLensLists(negatives=1682)
     with pytest.raises(ValueError, match="split='random'"):
         MovieLensLists(split="random")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown domain 'genre_western'"):

@@ -154,6 +154,11 @@ def test_lines_and_json_that_are_not_what_they_should_be_are_shown(tmp_path: Pat
     (tmp_path / "a.json").write_text('{"a": 1}\n{"b": 2}\n')
     (tmp_path / "b.json").write_text('{"a": 1}\n{"a": "one"}\n')
 
+    (tmp_path / "empty.dat").write_text("")
+    (tmp_path / "latin.dat").write_bytes("caf\u00e9::2\n".encode("latin-1"))
+    for name, text in (("empty", "Empty CSV file"), ("latin", "UTF8")):
+        with pytest.raises(TableError, match=f"{name}.dat: .*{text}.*; expected are lines A::B in utf-8"):
+            list(read_lines(tmp_path / f"{name}.dat", "^(?P<a>.*)::(?P<b>[0-9]+)$", expected="A::B"))
     with pytest.raises(TableError, match="the line '3:4' is not A::B"):
         list(read_lines(tmp_path / "a.dat", "^(?P<a>[0-9]+)::(?P<b>[0-9]+)$", expected="A::B"))
     with pytest.raises(

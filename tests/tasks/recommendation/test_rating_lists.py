@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,79 @@ def test_impressions_with_times_give_lists_too(tmp_path: Path, log: Any, task: s
     events = past_events(source.log.user, source.log.time, now.numpy(), 20)
     assert all((past[e[e >= 0]] < past[r]).all() for e, r in zip(events, now.tolist(), strict=True))
     assert (source.log.rating == 1).all()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_negatives_were_never_taken_and_never_shown_where_the_log_keeps_what_was_shown(
+    tmp_path: Path, taken: bool
+) -> None:
+    wrote = layouts.write_kuairand(tmp_path)
+    source = RatingLists(reader=Watched(log=KuaiRand(root=tmp_path), taken=taken))
+    domain = source.reader.domains[0]
+    source.bind({"seen": [domain], "validation": [], "unseen": []})
+    table = source.dataset(domain, "train", tmp_path / "cache").table
+    rows = [row for name in ("early", "late") for row in wrote[name]]
+    shown = {(row["user_id"], str(row["video_id"])) for row in rows}
+    watched = {(row["user_id"], str(row["video_id"])) for row in rows if row["long_view"]}
+    whose = {(row["user_id"], str(row["video_id"]), row["time_ms"]): row["user_id"] for row in rows}
+    by_row = {
+        k: next(u for (u, v, t) in whose if (v, t) == (source.item_name(int(source.log.item[k])), source.log.time[k]))
+        for k in table.row.tolist()
+    }
+    negatives = {
+        (by_row[row], source.item_name(item))
+        for row, items, labels in zip(
+            table.row.tolist(), table.candidate_item.tolist(), table.label.tolist(), strict=True
+        )
+        for item, label in zip(items, labels, strict=True)
+        if item >= 0 and not label
+    }
+
+    assert negatives
+    assert not negatives & watched
+    assert bool(negatives & shown) == taken
+
+
+@pytest.mark.parametrize(
+    ("line", "name"), [(",5,4,99", "user"), ("3,,4,99", "item"), ("3,5,,99", "rating"), ("3,5,4,", "time")]
+)
+def test_ratings_that_lack_an_entry_are_told_and_not_guessed(tmp_path: Path, line: str, name: str) -> None:
+    wrote = layouts.write_movielens_25m(tmp_path)
+    with open(tmp_path / "ratings.csv", "a") as file:
+        file.write(line + "\n")
+    roles: Any = {"seen": ["genre_drama"], "validation": [], "unseen": []}
+    text = f"MovieLens 25M: 1 ratings have no {name}, the first of them is number {len(wrote) + 1} of the log; fill it"
+
+    for source in (
+        RatingLists(reader=MovieLens25M(root=tmp_path)),
+        RatingImpressions(reader=MovieLens25M(root=tmp_path)),
+    ):
+        source.bind(roles)
+        with pytest.raises(TableError, match=text):
+            source.prepare(tmp_path / "cache")
+
+
+def test_a_domain_without_lists_is_told_with_those_that_have_some(tmp_path: Path) -> None:
+    layouts.write_movielens_25m(tmp_path)
+    source = RatingLists(reader=MovieLens25M(root=tmp_path))
+    source.bind({"seen": ["genre_drama"], "validation": [], "unseen": []})
+    source.dataset("genre_drama", "train", tmp_path / "cache")
+    log = source.log
+    drama = log.domain == source.reader.domains.index("genre_drama")
+    vars(source).update(log=dataclasses.replace(log, rating=np.where(drama, 1, log.rating)))
+    del vars(source)["positives"]
+
+    with pytest.raises(
+        ValueError, match=r"'genre_drama' has no train lists \(a list needs a rating of 4 or more\)"
+    ) as told:
+        source.dataset("genre_drama", "train", tmp_path / "cache")
+    named = set(str(told.value).split("domains with some: ")[1].split(", "))
+    liked = (source.period == 0) & (source.log.rating >= 4) & (source.log.domain >= 0)
+    assert named == {source.reader.domains[k] for k in np.unique(source.log.domain[liked])}
+    assert "genre_drama" not in named
+    (tmp_path / "movies.csv").write_text("movieId,title,genres\n")
+    with pytest.raises(TableError, match=r"movies.csv: the file has a header and nothing else"):
+        MovieLens25M(root=tmp_path).films()
 
 
 def test_lists_are_the_same_again_and_a_choice_of_them_where_they_are_many(tmp_path: Path) -> None:

@@ -95,8 +95,15 @@ def read_lines(
         block: bytes per table.
 
     Raises:
-        TableError: a line that does not match.
+        TableError: a line that does not match, a file without one, or bytes of another encoding.
     """
+    try:
+        yield from _matched(path, pattern, encoding, expected, block)
+    except pa.ArrowInvalid as error:
+        raise TableError(f"{path}: {error}; expected are lines {expected} in {encoding}") from error
+
+
+def _matched(path: Path, pattern: str, encoding: str, expected: str, block: int) -> Iterator[pa.Table]:
     with pyarrow.csv.open_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(
@@ -113,6 +120,18 @@ def read_lines(
                 wrong = lines.filter(groups.is_null())[0].as_py()
                 raise TableError(f"{path}: the line {wrong[:200]!r} is not {expected}")
             yield pa.Table.from_struct_array(groups)
+
+
+def whole(tables: Iterator[pa.Table], path: Path) -> pa.Table:
+    """Join all tables of a file.
+
+    Raises:
+        TableError: there is none.
+    """
+    parts = list(tables)
+    if not parts:
+        raise TableError(f"{path}: the file has a header and nothing else; is it cut off?")
+    return pa.concat_tables(parts)
 
 
 def read_json(path: Path, types: Types, *, required: Sequence[str] = (), block: int = BLOCK) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moeapps.data.domain import Role
-from tasks.recommendation.data.readers.arrow_text import Lookup, read_csv, read_lines
+from tasks.recommendation.data.readers.arrow_text import Lookup, read_csv, read_lines, whole
 from tasks.recommendation.data.readers.movielens import FIRST_YEAR, GENRE_GROUPS
 from tasks.recommendation.data.readers.public import replace
 from tasks.recommendation.data.readers.rating_reader import RatingReader
@@ -132,7 +132,7 @@ class MovieLens1M(_MovieLens):
         """Read movies.dat."""
         pattern = r"^(?P<item>[0-9]+)::(?P<title>.*)::(?P<genres>[^:]*)$"
         said = "MovieID::Title (Year)::Genre|Genre"
-        table = pa.concat_tables(read_lines(self.files()[1], pattern, encoding="latin-1", expected=said))
+        table = whole(read_lines(self.files()[1], pattern, encoding="latin-1", expected=said), self.files()[1])
         return replace(table, item=table["item"].cast(pa.int64()))
 
     def ratings(self) -> Iterator[pa.Table]:
@@ -145,9 +145,8 @@ class MovieLens1M(_MovieLens):
 
     def _by_age(self) -> Lookup:
         pattern = "^(?P<user>[0-9]+)::(?P<gender>[FM])::(?P<age>[0-9]+)::(?P<occupation>[0-9]+)::(?P<zip>.*)$"
-        users = pa.concat_tables(
-            read_lines(self.files()[2], pattern, expected="UserID::Gender::Age::Occupation::Zip-code")
-        )
+        said = "UserID::Gender::Age::Occupation::Zip-code"
+        users = whole(read_lines(self.files()[2], pattern, expected=said), self.files()[2])
         codes = {code: f"age_{name}" for name, known in AGES.items() for code in known}
         place = pc.index_in(users["age"].cast(pa.int64()), value_set=pa.array(list(codes)))
         domain = pa.chunked_array([pa.array(list(codes.values()))]).take(place)
@@ -179,7 +178,7 @@ class MovieLens25M(_MovieLens):
     def films(self) -> pa.Table:
         """Read movies.csv."""
         types = {"movieId": pa.int64(), "title": pa.string(), "genres": pa.string()}
-        return pa.concat_tables(read_csv(self.files()[1], types)).rename_columns(["item", "title", "genres"])
+        return whole(read_csv(self.files()[1], types), self.files()[1]).rename_columns(["item", "title", "genres"])
 
     def ratings(self) -> Iterator[pa.Table]:
         """Read ratings.csv."""

@@ -48,7 +48,7 @@ class MovieLensLists(LogSource):
         data_seed: seed of the negatives.
 
     Raises:
-        ValueError: an unknown split, no negative, or a power below 0.
+        ValueError: an unknown split, no negative, more negatives than other films, or a power below 0.
     """
 
     default_roles: ClassVar[dict[Role, list[str]]] = {
@@ -67,9 +67,10 @@ class MovieLensLists(LogSource):
         same_category: bool = False,
         data_seed: int = 0,
     ) -> None:
-        if negatives < 1 or popularity < 0:
+        if not 1 <= negatives < NUM_ITEMS or popularity < 0:
             raise ValueError(
-                f"negatives={negatives}, popularity={popularity}: give 1 or more, and a power of at least 0"
+                f"negatives={negatives}, popularity={popularity}: give 1 to {NUM_ITEMS - 1} negatives (there are "
+                f"{NUM_ITEMS} films), and a power of at least 0"
             )
         self.log = MovieLens100K(root=root, split=split)
         self.negatives, self.popularity = negatives, popularity

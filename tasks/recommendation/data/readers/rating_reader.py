@@ -65,6 +65,26 @@ class RatingReader(Published):
         raise TypeError(f"{type(self).__name__} must define items()")
 
 
+def whole_ratings(reader: RatingReader) -> Iterator[pa.Table]:
+    """Yield the reader's ratings, none of which may lack an entry: a rating without a time has no place in any split.
+
+    Raises:
+        TableError: one that does; the text says which entry, how often, and where it is first.
+    """
+    before = 0
+    for table in reader.ratings():
+        for name in ("user", "item", "rating", "time"):
+            lacking = pc.is_null(table[name], nan_is_null=True)
+            if pc.any(lacking).as_py():
+                first = before + pc.index(lacking, True).as_py() + 1
+                raise TableError(
+                    f"{reader.name}: {pc.sum(lacking).as_py()} ratings have no {name}, the first of them is number "
+                    f"{first} of the log; fill it in or leave these rows out of the files"
+                )
+        before += len(table)
+        yield table
+
+
 def item_codes(items: pa.ChunkedArray | pa.Array, cardinality: int) -> NDArray[np.int64]:
     """Return ids 1 .. cardinality - 1: the number itself where all fit, else hashes."""
     if pa.types.is_integer(items.type):
@@ -158,7 +178,7 @@ class RatingLists(LogSource):
 
     def _write(self, path: Path) -> None:
         writer = None
-        for table in self.reader.ratings():
+        for table in whole_ratings(self.reader):
             writer = writer or block_writer(path, table.schema)
             writer.write_table(table)
         if writer is None:
@@ -176,7 +196,7 @@ class RatingLists(LogSource):
         fields = [described[name].fill_null(0).to_numpy() for name in self.reader.item_fields]
         first = item_codes(item.dictionary, self.reader.items_table)
         place = pc.index_in(table["domain"], value_set=pa.array(self.reader.domains))
-        # Items that no file describes have a group of their own, behind the others.
+        # Items that no file describes join the last group.
         group = described["group"].fill_null(max(len(self.reader.groups) - 1, 0)).to_numpy()
         return RatingLog(
             user=user.indices.to_numpy().astype(np.int64),
@@ -212,8 +232,11 @@ class RatingLists(LogSource):
         inside = (self.log.domain == self.reader.domains.index(domain)) & (self.period == SPLITS.index(split))
         rows = self.positives[inside[self.positives]]
         if len(rows) == 0:
+            place = self.log.domain[self.positives[self.period[self.positives] == SPLITS.index(split)]]
+            there = ", ".join(self.reader.domains[k] for k in np.unique(place[place >= 0])) or "none"
             raise ValueError(
-                f"{self.reader.name}: domain {domain!r} has no {split} lists; choose other cuts or domains"
+                f"{self.reader.name}: domain {domain!r} has no {split} lists (a list needs a rating of "
+                f"{self.reader.liked:g} or more); choose other cuts or domains; domains with some: {there}"
             )
         if self.max_lists is not None and len(rows) > self.max_lists:
             rows = np.sort(np.random.default_rng(self.data_seed).choice(rows, self.max_lists, replace=False))
@@ -295,7 +318,7 @@ class RatingImpressions(PublicLog):
 
     def parts(self) -> Iterator[pa.Table]:
         """Yield the ratings with the fields of their items; a first pass finds where the splits begin."""
-        times = np.concatenate([table["time"].to_numpy() for table in self.reader.ratings()])
+        times = np.concatenate([table["time"].to_numpy() for table in whole_ratings(self.reader)])
         val, test = time_cuts(times, self.cuts)
         items = Lookup(iter([self.reader.items()]), "item", self.reader.name)
         for table in self.reader.ratings():

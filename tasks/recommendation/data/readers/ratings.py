@@ -71,7 +71,9 @@ def read_ratings(folder: Path, name: str = "ml-100k") -> Ratings:
         TableError: a missing file or column, a number out of range, or a rating of a user or item that has no record.
     """
     inter = _columns(folder / f"{name}.inter", ("user_id", "item_id", "rating", "timestamp"))
-    user, item, rating, time = (_integers(inter[key], f"{name}.inter, {key}") for key in inter)
+    user, item, rating, time = (
+        _integers(inter[key], f"{name}.inter, {key}", fractions=key == "timestamp") for key in inter
+    )
     items = _columns(folder / f"{name}.item", ("item_id", "release_year", "class"))
     users = _columns(folder / f"{name}.user", ("user_id", "age", "gender", "occupation"))
     number = _integers(items["item_id"], f"{name}.item, item_id")
@@ -144,11 +146,17 @@ def _columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     return {name: [row[header.index(name)] for row in rows[1:]] for name in wanted}
 
 
-def _integers(words: list[str], what: str) -> Ints:
+def _integers(words: list[str], what: str, *, fractions: bool = False) -> Ints:
+    """Whole numbers; ``fractions`` are cut off where they mean nothing (of a second), else refused."""
     try:
-        return np.array([float(word) for word in words], np.float64).astype(np.int64)
+        values = np.array([float(word) for word in words], np.float64)
     except ValueError as error:
         raise TableError(f"{what}: {error}; numbers are needed") from error
+    wrong = ~np.isfinite(values) | ((values != np.floor(values)) & (not fractions))
+    if wrong.any():
+        line = int(wrong.argmax()) + 2
+        raise TableError(f"{what}: line {line} reads {words[line - 2]!r}; whole numbers are needed")
+    return values.astype(np.int64)
 
 
 def _within(values: Ints, low: int, high: int, what: str) -> None:

@@ -18,14 +18,16 @@ from tasks.recommendation.data.readers.rating_reader import RatingReader
 class Watched(RatingReader):
     """Impressions with times (KuaiRand, KuaiRec) for `RatingLists`: histories of what was taken, lists of one task.
 
-    Histories hold all that was shown before, taken or not, unless ``taken`` keeps only what was. Negatives are drawn
-    from what a user was never shown. The log's own days do not count: `RatingLists` cuts by shares of the rows.
+    With ``taken``, histories hold what was taken before, and negatives are drawn from what a user never takes: among
+    them may be what was shown in vain. Without, histories hold all that was shown before, taken or not, and negatives
+    are drawn from what a user was never shown. The log's own days do not count: `RatingLists` cuts by shares of the
+    rows.
 
     Args:
         log: the impressions.
         item: column of the item.
         task: name of the log's task that says whether it was taken.
-        taken: keep only what was taken.
+        taken: leave out what was shown in vain.
         items_table: size of the table of items.
 
     Raises:
