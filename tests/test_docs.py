@@ -52,6 +52,22 @@ def test_relative_links_of_a_page_lead_to_files(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("tasks/*/README.md")), ids=lambda page: page.parent.name)
+def test_files_that_a_task_names_are_there(page: Path) -> None:
+    named = re.findall(r"`([\w/]+\.py)`", page.read_text())
+    folder = page.parent
+
+    # With a folder it is a path, in the task or in the repository; a bare name stands for some file of the task.
+    missing = [
+        name
+        for name in named
+        if not (folder / name).exists() and not ((ROOT / name).exists() if "/" in name else any(folder.rglob(name)))
+    ]
+
+    assert named
+    assert not missing
+
+
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_of_a_page_have_at_most_120_columns_tables_aside(page: Path) -> None:
     lines = page.read_text().splitlines()
