@@ -78,8 +78,9 @@ class BaseTask(L.LightningModule):
     something, ``predict_step``. The base records routing, adds auxiliary losses, keeps metrics per domain and logs
     ``train/...``, ``val/<domain>/<metric>``, ``val/<role>/<metric>``, ``test/...`` and ``test/gap/<metric>``.
 
-    ``monitor`` chooses best.ckpt if at least ``monitor_minimum`` scorable units (called ``monitor_unit``) lie behind
-    it, see `moeapps.training.selection`.
+    ``needed_facts`` are the entries of ``facts`` without which nothing can be built, ``facts_from`` says in the error
+    which data has them. ``monitor`` chooses best.ckpt if at least ``monitor_minimum`` scorable units (called
+    ``monitor_unit``) lie behind it, see `moeapps.training.selection`.
 
     Args:
         facts: plain values from the data module (linked by the command line); ``facts["domains"]`` names the roles.
@@ -114,7 +115,8 @@ class BaseTask(L.LightningModule):
         missing = sorted({"domains", *self.needed_facts} - set(facts))
         if missing:
             raise ValueError(
-                f"{type(self).__name__}: facts lacks {missing}, it has {sorted(facts)}; the data must be {self.facts_from}"
+                f"{type(self).__name__}: facts lacks {missing}, it has {sorted(facts)}; the data must be "
+                f"{self.facts_from}"
             )
         names = [loss.name for loss in aux_losses or []]
         if len(set(names)) < len(names):

@@ -65,8 +65,8 @@ class RankingTask(BaseTask):
     monitor_unit: ClassVar[str] = "users"
     needed_facts: ClassVar[tuple[str, ...]] = ("tasks", "categories")
     facts_from: ClassVar[str] = (
-        "impressions: RecommendationData, as in configs/home.yaml (lists, as in configs/data/ml100k_lists.yaml, go with "
-        "configs/aw_moe.yaml)"
+        "impressions: RecommendationData, as in configs/home.yaml (lists, as in configs/data/ml100k_lists.yaml, go "
+        "with configs/aw_moe.yaml)"
     )
 
     def __init__(
@@ -160,8 +160,8 @@ class ListRankingTask(BaseTask):
         schedule: learning-rate schedule.
 
     Raises:
-        ValueError: ``facts`` lacks an entry; a number outside its range, an unknown choice; a contrast of what no history
-            moves.
+        ValueError: ``facts`` lacks an entry; a number outside its range, an unknown choice; a contrast of what no
+            history moves.
 
     Source: AW-MoE (docs/papers/aw_moe.md, equations 5 to 7).
     """
@@ -286,7 +286,9 @@ class ListRankingTask(BaseTask):
     def two_views(self, batch: Lists, out: ListScores, kept_BH: Tensor) -> tuple[Tensor, Tensor]:
         """What is contrasted, with the history that was ranked by and with a part of it; of the taken candidate."""
         assert isinstance(self.net, ListRanker)  # see `check_contrasted`; a `ListRanker` gives all of these
-        assert out.encoded is not None and out.gate is not None and out.interest is not None
+        assert out.encoded is not None
+        assert out.gate is not None
+        assert out.interest is not None
         place_B = batch.label.argmax(1)
         with MoERecorder():  # auxiliary losses and reports are of the ranking branch alone
             gate_BK, v_Bd = self.net.view(batch, out.encoded, kept_BH, place_B)
