@@ -350,6 +350,17 @@ def test_ratings_that_lack_an_entry_are_told_and_not_guessed(tmp_path: Path, lin
             source.prepare(tmp_path / "cache")
 
 
+def test_a_log_in_which_nothing_was_taken_is_told(tmp_path: Path) -> None:
+    wrote = layouts.write_kuairand(tmp_path)
+    for name, key in (("log_standard_4_08_to_4_21", "early"), ("log_standard_4_22_to_5_08", "late")):
+        layouts.write_rows(tmp_path / f"{name}_pure.csv", [{**row, "long_view": 0} for row in wrote[key]])
+    source = RatingLists(reader=Watched(log=KuaiRand(root=tmp_path)))
+    source.bind({"seen": ["tab_0"], "validation": [], "unseen": []})
+
+    with pytest.raises(TableError, match=r"KuaiRand: (the files hold no rating|no row has long_view and a time)"):
+        source.prepare(tmp_path / "cache")
+
+
 def test_a_domain_without_lists_is_told_with_those_that_have_some(tmp_path: Path) -> None:
     layouts.write_movielens_25m(tmp_path)
     source = RatingLists(reader=MovieLens25M(root=tmp_path))

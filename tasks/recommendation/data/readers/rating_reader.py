@@ -177,13 +177,15 @@ class RatingLists(LogSource):
         return folder
 
     def _write(self, path: Path) -> None:
-        writer = None
+        writer, rows = None, 0
         for table in whole_ratings(self.reader):
             writer = writer or block_writer(path, table.schema)
             writer.write_table(table)
-        if writer is None:
+            rows += len(table)
+        if writer is not None:
+            writer.close()
+        if rows == 0:
             raise TableError(f"{self.reader.name}: the files hold no rating")
-        writer.close()
 
     @cached_property
     def log(self) -> RatingLog:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from tasks.recommendation.data.readers.public import PublicLog, replace
 from tasks.recommendation.data.readers.rating_reader import RatingReader
+from tasks.recommendation.data.readers.values import TableError
 
 
 class Watched(RatingReader):
@@ -84,5 +85,8 @@ class Watched(RatingReader):
 
     def items(self) -> pa.Table:
         """Return the items, all in one group."""
-        found = pc.unique(pa.chunked_array([chunk for part in self.ratings() for chunk in part["item"].chunks]))
+        chunks = [chunk for part in self.ratings() for chunk in part["item"].chunks]
+        if not chunks:
+            raise TableError(f"{self.name}: no row has {self.task.name} and a time")
+        found = pc.unique(pa.chunked_array(chunks))
         return pa.table({"item": found, "group": np.zeros(len(found), np.int64)})
