@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence grid of AW-MoE is what was agreed before the runs, and its searches are what the files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import aw_moe_contrast
+from benchmarks.aw_moe_rates import GENERATED, REAL
+from benchmarks.evidence.aw_moe import HEADLINE, RATES, WIDE
+from benchmarks.evidence.grid import load_grid
+from benchmarks.rates import RateSearch
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = load_grid("aw_moe")
+
+
+def test_headline_pairs_have_eight_seeds_on_both_logs_for_all_users_and_the_long_tail() -> None:
+    for log in ("", "ml_"):
+        for rival in HEADLINE[1:]:
+            assert len(GRID.pairs(f"{log}aw_moe", f"{log}{rival}")) == 8
+            metrics = {claim.metric for claim in GRID.claims if claim.variants == (f"{log}aw_moe", f"{log}{rival}")}
+            assert any("tail" in metric or "truncated" in metric for metric in metrics)
+            assert any(metric in ("seen/list_auc", "seen/list_auc_expected") for metric in metrics)
+
+
+def test_the_claims_are_those_of_the_page_and_margins_were_set_beforehand() -> None:
+    assert {claim.id[:2] for claim in GRID.claims} == {f"C{i}" for i in range(1, 9)}
+    assert [claim.id for claim in GRID.claims if claim.untested] == ["C5"]  # an identity, which tests hold
+    assert {claim.margin for claim in GRID.claims if claim.rule == "non-inferiority"} == {0.003}
+    assert {claim.clustered for claim in GRID.claims if claim.system.startswith("ml_")} == {False}
+
+
+def test_no_claim_compares_unequal_compute_without_saying_so() -> None:
+    for claim in GRID.claims:
+        if claim.match == "none" and claim.baseline is not None and claim.baseline != claim.system:
+            assert "compute" in claim.text or claim.metric in ("seen/gate_same", "seen/truncation_gap"), claim.id
+
+
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_widened_rivals_have_the_training_compute_of_aw_moe(name: str) -> None:
+    """From the committed cells: what the runs themselves counted."""
+    folder = ROOT / "benchmarks" / "results" / "aw_moe" / "cells"
+    variant = name if name in ("no_attention", "dense") else f"{name}_wide"
+    for log in ("", "ml_"):
+        flops = {
+            key: json.loads((folder / f"{log}{key}-s1-d1.json").read_text())["train_flops"]
+            for key in ("aw_moe", variant)
+        }
+        assert flops[variant] == pytest.approx(flops["aw_moe"], rel=0.02), log
+
+
+@pytest.mark.parametrize(("search", "log"), [(GENERATED, 0), (REAL, 1)])
+def test_rates_are_the_best_of_the_runs_on_the_validation_domain(search: RateSearch, log: int) -> None:
+    found = json.loads(search.path.read_text(encoding="utf-8"))
+    assert found["best"] == search.best(found["runs"])
+    assert not [model for model in search.models if search.missing(found["runs"], model)]
+    assert {metric.split("/")[0] for run in found["runs"].values() for metric in run} == {"validation", "cpu_s"}
+    assert {model.removesuffix("_wide"): rate for model, rate in found["best"].items()} == {
+        model: rates[log] for model, rates in RATES.items()
+    }
+    assert search.seed not in {number for pair in GRID.seeds for number in pair}
+
+
+def test_contrast_was_swept_over_twelve_settings_on_each_log_and_the_overlay_has_the_best() -> None:
+    found = json.loads(aw_moe_contrast.RESULTS.read_text(encoding="utf-8"))
+    assert found["best"] == aw_moe_contrast.best(found["runs"])
+    assert set(found["means"]) == set(aw_moe_contrast.settings())
+    assert sum(name.startswith("w0") for name in found["means"]) == 12
+    assert sum(name.startswith("ml_w0") for name in found["means"]) == 12
+    assert not {seed for seed, _ in aw_moe_contrast.SEEDS} & {number for pair in GRID.seeds for number in pair}
+    overlay: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "baselines" / "aw_moe_contrast.yaml").read_text())
+    options = overlay["model"]["init_args"]
+    name = f"ml_w{options['contrast_weight']:g}_t{options['temperature']:g}_p{options['mask_probability']:g}"
+    assert name == found["best"]["ml100k"]
+
+
+def test_all_overlays_of_the_grid_exist_and_definitions_differ() -> None:
+    assert len({GRID.definition(name, ROOT) for name in GRID.all_variants}) == len(GRID.all_variants)
