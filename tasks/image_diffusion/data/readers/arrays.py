@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -87,6 +88,18 @@ def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[s
     return torch.from_numpy(label.astype(np.int64))
 
 
+def class_names(names: NDArray[Any], where: Path) -> list[str]:
+    """Return the names [K] of an npz file as text in Unicode's composed form, as names of folders are compared.
+
+    Raises:
+        ImageFileError: not one word or number per class.
+    """
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ImageFileError(f"{where}: names are {names.dtype} {names.shape}; give one word for each label, (K,)")
+    words = np.strings.decode(names, "utf-8", "replace") if names.dtype.kind == "S" else names
+    return [unicodedata.normalize("NFC", str(word)) for word in words]
+
+
 def class_counts(label: Tensor, names: Sequence[str], where: str) -> dict[str, int]:
     """Return the number of rows of every class that has one.
 
@@ -107,13 +120,23 @@ def class_counts(label: Tensor, names: Sequence[str], where: str) -> dict[str, i
     return {name: count for name, count in zip(names, each, strict=True) if count}
 
 
-def pixels_nchw(x: NDArray[Any], where: Path) -> Tensor:
+def pixels_nchw(x: NDArray[Any], where: Path, level: int) -> Tensor:
     """Return uint8 [N, C, H, W] of uint8 [N, H, W] or [N, H, W, C].
+
+    Args:
+        x: pixels; the last of four channels is alpha.
+        where: for messages.
+        level: what shows through where alpha is less than 255, 0 to 255.
 
     Raises:
         ImageFileError: another type or shape.
     """
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
-        raise ImageFileError(f"{where}: x is {x.dtype} {x.shape}; give uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3")
+        raise ImageFileError(
+            f"{where}: x is {x.dtype} {x.shape}; give uint8 (N, H, W) or (N, H, W, C) with C = 1, 3 or 4"
+        )
+    if x.ndim == 4 and x.shape[3] == 4:
+        alpha = x[..., 3:].astype(np.uint16)
+        x = ((x[..., :3] * alpha + np.uint16(level) * (255 - alpha) + 127) // 255).astype(np.uint8)
     tensor = torch.from_numpy(np.ascontiguousarray(x))
-    return tensor[:, None] if x.ndim == 3 else tensor.permute(0, 3, 1, 2)[:, :3].contiguous()
+    return tensor[:, None] if x.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
