@@ -17,7 +17,8 @@ from typing import ClassVar, Unpack
 
 import numpy as np
 
-from tasks.point_cloud.data.readers.arrays import read_npy, write_npy
+from moeapps.files import is_clutter
+from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_npy, write_npy
 from tasks.point_cloud.data.readers.label_sets import named
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
@@ -30,6 +31,8 @@ from tasks.point_cloud.data.readers.scan import (
     check_splits,
 )
 from tasks.point_cloud.data.readers.values import index_labels, make_scan
+
+_OPTIONAL = ("color", "normal", "strength")
 
 
 class FolderOptions(ReaderOptions, total=False):
@@ -68,26 +71,36 @@ class PointceptFolders(ScanReader):
         self.segment = segment
 
     def find(self, split: Split) -> list[ScanRef]:
-        """List every folder with a ``coord.npy`` below the split's folders: all of them, never a sample."""
+        """List every folder with a ``coord.npy`` below the split's folders: all of them, never a sample.
+
+        Links are followed, hidden folders are left out.
+
+        Raises:
+            PointCloudFileError: no such folder, a scan without ``coord.npy``, or a link to nothing.
+        """
         root = self.require_root()
         found: list[ScanRef] = []
         for part in self.splits[split]:
             if not (root / part).is_dir():
                 raise PointCloudFileError(root / part, "no such folder", self.layout, f"check `splits.{split}`")
-            for folder, below, files in os.walk(root / part):
+            for folder, below, files in os.walk(root / part, onerror=_refuse, followlinks=True):
+                path = Path(folder)
                 if "coord.npy" in files:
                     below.clear()  # a scan holds no scans
-                    path = Path(folder)
                     found.append(ScanRef(path.relative_to(root).as_posix(), path, path / f"{self.segment}.npy"))
+                    continue
+                lost = {f"{what}.npy" for what in (*_OPTIONAL, self.segment)} & set(files)
+                if lost:
+                    given = f"{min(lost)} without coord.npy"
+                    raise PointCloudFileError(path, given, "coord.npy in the folder of a scan", COPY_AGAIN)
+                if dead := next((path / name for name in files if not (path / name).exists()), None):
+                    raise PointCloudFileError(dead, "a link to nothing", "a file or folder", "mend or remove it")
+                below[:] = [name for name in below if not is_clutter(path / name) and not _is_circle(path / name)]
         return found
 
     def read(self, ref: ScanRef) -> RawScan:
         """Read one folder; a missing label file gives -1 everywhere and ``labelled=False``."""
-        optional = {
-            key: read_npy(path)
-            for key in ("color", "normal", "strength")
-            if (path := ref.points / f"{key}.npy").exists()
-        }
+        optional = {key: read_npy(path) for key in _OPTIONAL if (path := ref.points / f"{key}.npy").exists()}
         labels = ref.points / f"{self.segment}.npy"
         return make_scan(
             ref.points,
@@ -99,6 +112,15 @@ class PointceptFolders(ScanReader):
             normal=optional.get("normal"),
             intensity=optional.get("strength"),
         )
+
+
+def _refuse(error: OSError) -> None:
+    given = f"cannot be read ({error.strerror})"
+    raise PointCloudFileError(error.filename, given, "a folder", "change its rights or mend the disk")
+
+
+def _is_circle(path: Path) -> bool:
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 class ScanNetFolders(PointceptFolders):
