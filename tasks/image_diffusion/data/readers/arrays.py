@@ -8,9 +8,8 @@
 from __future__ import annotations
 
 import unicodedata
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,18 @@ class ImageFileError(ValueError):
     """A file of images or latents cannot be used; the message says which file, why, and what to do."""
 
 
-_BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Turn what numpy answers a missing or damaged file with into one sentence."""
+    if not path.is_file():
+        raise ImageFileError(f"no file {path}; check the path")
+    try:
+        yield
+    except ImageFileError:
+        raise
+    # numpy answers damage with nearly any error.
+    except Exception as error:
+        raise ImageFileError(f"{path} cannot be read ({error}); it is damaged or no {kind}: write it again") from error
 
 
 def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
@@ -37,23 +47,14 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     Raises:
         ImageFileError: missing or damaged file, or an array that is not there.
     """
-    if not path.is_file():
-        raise ImageFileError(f"no file {path}; check the path")
-    try:
-        # Opened here: numpy leaves a damaged file open.
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            there = list(file.files)
-            wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
-            missing = [name for name in wanted if name not in there]
-            if missing:
-                raise ImageFileError(f"{path} has no array {missing[0]!r} but {', '.join(there) or 'nothing'}")
-            return {name: file[name] for name in wanted}
-    except ImageFileError:
-        raise
-    except (*_BROKEN, AttributeError) as error:
-        raise ImageFileError(
-            f"{path} cannot be read ({error}); it is damaged or no npz file: write it again"
-        ) from error
+    # Opened here: numpy leaves a damaged file open.
+    with _readable(path, "npz file"), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+        there = list(file.files)
+        wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise ImageFileError(f"{path} has no array {missing[0]!r} but {', '.join(there) or 'nothing'}")
+        return {name: file[name] for name in wanted}
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -62,15 +63,9 @@ def read_array(path: Path) -> NDArray[Any]:
     Raises:
         ImageFileError: missing or damaged.
     """
-    if not path.is_file():
-        raise ImageFileError(f"no file {path}; check the path")
-    try:
+    with _readable(path, "npy file"):
         array: NDArray[Any] = np.load(path, allow_pickle=False)
-    except _BROKEN as error:
-        raise ImageFileError(
-            f"{path} cannot be read ({error}); it is damaged or no npy file: write it again"
-        ) from error
-    return array
+        return array
 
 
 def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[str] | None = None) -> Tensor:
