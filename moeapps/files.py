@@ -12,6 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx", "@eadir")
+
+
+def is_clutter(path: Path) -> bool:
+    """Whether a file or folder is hidden, or one that systems lay into folders by themselves: never data."""
+    return path.name.startswith(".") or path.name.lower() in _CLUTTER
+
 
 class WholeFile:
     """A file that appears under its name once it is complete; a crash before that leaves no half-written one.

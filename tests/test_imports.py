@@ -11,9 +11,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -222,3 +224,17 @@ def test_the_roots_of_tasks_are_alike(root: Path) -> None:
 
 def test_nothing_lies_beside_the_tasks() -> None:
     assert {path.name for path in Path("tasks").iterdir() if path.is_file()} == {"__init__.py", "moved.json"}
+
+
+def test_whatever_is_imported_is_a_requirement_of_its_own() -> None:
+    """A package that only comes along with another one can stay away after any upgrade of that one."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    required = {re.split(r"[\[<>=]", line)[0].lower().replace("_", "-") for line in wanted}
+    known = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # names that differ from the package's
+    files = (*LIBRARY, *TASKS, *Path("tests").rglob("*.py"))
+    packages = {name.partition(".")[0] for path in files for name in imported(path)}
+    own = {"moeapps", "tasks", "tests", "benchmarks", *(path.stem for path in files)}
+    foreign = packages - own - set(sys.stdlib_module_names)
+
+    assert {known.get(name, name.replace("_", "-")).lower() for name in foreign} <= required

@@ -12,6 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
+from moeapps.files import is_clutter
 from tasks.dynamics.data.readers.arff_format import read_arff
 from tasks.dynamics.data.readers.csv_format import CsvFile, read_csv
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
@@ -82,7 +83,7 @@ class TsFiles(SeriesSource):
             if not path.is_file():
                 raise ValueError(f"no file {path}; correct root or the file name")
             found = read_arff(path) if path.suffix.lower() == ".arff" else read_ts(path)
-            labels = [_word(label) for label in found.labels or ["series"] * len(found.series)]
+            labels = _words(found.labels or ["series"] * len(found.series), name)
             series = [s if self.channels is None else s[:, self.channels] for s in found.series]
             names = [f"{Path(name).stem}-{i}" for i in range(len(series))]
             x = equal_lengths(series, names, self.unequal, self.missing)
@@ -134,7 +135,7 @@ class CsvSeries(SeriesSource):
 
     The first line names the columns. A time column (``time``, ``timestamp``, ...: seconds or dates, evenly spaced) and
     ``trajectory`` (a number or word, for several recordings of one environment) are optional; all others are channels.
-    An empty cell is a missing value. docs/dynamics_data.md says which spellings are read. A domain that is seen counts
+    An empty cell is a missing value. docs/series_formats.md says which spellings are read. A domain that is seen counts
     as a family, for metrics only, where there are two or more of them.
 
     Args:
@@ -231,14 +232,14 @@ def table_files(folder: Path, domain: str) -> list[Path]:
     """
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        ending = path.suffix.lower()
-        if path.is_dir() or ending not in (*TABLES, *NOTES):
-            if not path.name.startswith(".") and path.name.lower() not in ("thumbs.db", "desktop.ini"):
-                raise SeriesFormatError(
-                    f"domain {domain!r}: {path} is not read; lay one {' or '.join(TABLES)} file per environment into "
-                    f"{folder}, and nothing else but notes"
-                )
-        elif ending in TABLES and not path.name.startswith("."):
+        if is_clutter(path):
+            continue
+        if path.is_dir() or path.suffix.lower() not in (*TABLES, *NOTES):
+            raise SeriesFormatError(
+                f"domain {domain!r}: {path} is not read; lay one {' or '.join(TABLES)} file per environment into "
+                f"{folder}, and nothing else but notes"
+            )
+        if path.suffix.lower() in TABLES:
             found.append(path)
     if not found:
         raise SeriesFormatError(f"domain {domain!r}: no file {folder}/*.csv; lay one file per environment there")
@@ -325,7 +326,24 @@ def control_charts(name: str, count: int, num_samples: int, rng: np.random.Gener
     return y
 
 
+def _words(labels: Sequence[str], file: str) -> list[str]:
+    """Labels as names of domains.
+
+    Raises:
+        SeriesFormatError: two classes would have one name.
+    """
+    words = {label: _word(label) for label in dict.fromkeys(labels)}
+    label_of = {word: label for label, word in words.items()}
+    for label, word in words.items():
+        if label_of[word] != label:
+            raise SeriesFormatError(
+                f"{file}: classes {label!r} and {label_of[word]!r} would both be the domain {word!r}; rename one"
+            )
+    return [words[label] for label in labels]
+
+
 def _word(label: str) -> str:
-    """A label as a domain name: ``Standing`` -> ``standing``, ``1`` -> ``class_1``."""
-    word = re.sub(r"[^a-z0-9_]+", "_", label.lower()).strip("_")
-    return word if word and word[0].isalpha() else f"class_{word}"
+    """``Standing`` -> ``standing``, ``1`` -> ``class_1``, ``-1`` -> ``class_minus_1``."""
+    word = re.sub(r"\W+", "_", label.lower()).strip("_")
+    sign = "minus_" if re.match(r"-[\d.]", label) else ""
+    return word if word[:1].isalpha() and word not in (NEW, NEW_VALIDATION) else f"class_{sign}{word}"

@@ -6,12 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.domain import Role, Split
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, class_names, read_arrays
 from tasks.image_diffusion.data.readers.folders import class_files
 from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
@@ -106,7 +107,7 @@ class LatentImages(OwnSource):
         else:
             path = self.root / f"{domain}.npz"
             arrays = read_arrays(path, "y", "names?")
-            names = [str(name) for name in arrays["names"]] if "names" in arrays else None
+            names = class_names(arrays["names"], path) if "names" in arrays else None
             label = check_labels(arrays["y"], len(arrays["y"]), path, names)
         return label, names or self.unnamed(domain, label)
 
@@ -165,8 +166,8 @@ class LatentImages(OwnSource):
     def _arrays(self, domain: str, split: Split) -> LatentArrays:
         path = self.root / f"{domain}.npz"
         x = read_arrays(path, "x")["x"]
-        if x.ndim != 4 or x.dtype.kind != "f":
-            raise ImageFileError(f"{path}: x is {x.dtype} {x.shape}; give floats (N, C, h, w)")
+        if x.ndim != 4 or x.dtype.kind != "f" or not np.isfinite(x).all():
+            raise ImageFileError(f"{path}: x is {x.dtype} {x.shape}; give finite floats (N, C, h, w)")
         self._check(x.shape[1:], path)
         label = self.numbers(domain)[check_labels(self.labels_of(domain)[0].numpy(), len(x), path)]
         rows = split_rows(label, self.shares, self.seed)[split]

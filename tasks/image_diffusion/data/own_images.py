@@ -15,7 +15,14 @@ from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.batch import PixelImages
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, pixels_nchw, read_array, read_arrays
+from tasks.image_diffusion.data.readers.arrays import (
+    ImageFileError,
+    check_labels,
+    class_names,
+    pixels_nchw,
+    read_array,
+    read_arrays,
+)
 from tasks.image_diffusion.data.readers.folders import class_files
 from tasks.image_diffusion.data.readers.pictures import BACKGROUNDS, ENDINGS, read_image
 from tasks.image_diffusion.data.source import OwnSource, split_rows
@@ -94,11 +101,15 @@ class OwnImages(OwnSource):
                 f"{self.root} has neither a folder {domain}, nor {domain}.npz, nor {domain}_x.npy and {domain}_y.npy; "
                 f"it holds {', '.join(there[:8]) or 'nothing'}"
             )
-        given = [str(name) for name in arrays["names"]] if "names" in arrays else None
+        given = class_names(arrays["names"], path) if "names" in arrays else None
         count = len(arrays["x"]) if pixels else len(arrays["y"])
         label = check_labels(arrays["y"], count, path, given)
         names = given or self.unnamed(domain, label)
-        return (pixels_nchw(arrays["x"], path) if pixels else torch.empty(0)), label, names
+        return (
+            (pixels_nchw(arrays["x"], path, BACKGROUNDS[self.background]) if pixels else torch.empty(0)),
+            label,
+            names,
+        )
 
     @override
     def dataset(self, domain: str, split: Split, cache: Path | None) -> PixelImages:

@@ -38,14 +38,18 @@ class ScanError(ValueError):
 
 
 def coarse_step(xyz: NDArray[np.floating]) -> float:
-    """Return the step of coordinates that went through float32 far from zero, in their own unit; 0 if they did not.
+    """Return the step of coordinates that have too few digits for their size, in their own unit; 0 if they have not.
 
-    An axis counts if float32 can hold all its numbers, and neighbours among them are as close as float32 allows.
+    An axis of float16 always counts; another one that went through float32 far from zero: if float32 can hold all its
+    numbers, and neighbours among them are as close as float32 allows.
     """
     found = 0.0
     for axis in range(3 if len(xyz) else 0):
         column = xyz[:, axis]
         top = max(abs(float(column.min())), abs(float(column.max())))
+        if column.dtype == np.float16:
+            found = max(found, float(np.spacing(np.float16(top))))
+            continue
         step = float(np.spacing(np.float32(top)))
         if top < 2**14 or step <= found or not np.array_equal(column[:1000], column[:1000].astype(np.float32)):
             continue
@@ -83,9 +87,9 @@ def check_scan(pos: NDArray[np.floating], voxel: float, step: float, scan: str, 
         )
     if step > voxel / _STEPS_PER_VOXEL:
         raise ScanError(
-            f"{who} has coordinates in steps of {step:g} m: they were kept as float32 far from zero, and voxels of "
-            f"{voxel:g} m need {voxel / _STEPS_PER_VOXEL:g} m. Export the file again with double coordinates, or with "
-            "an offset subtracted"
+            f"{who} has coordinates in steps of {step:g} m: they were kept as float32 far from zero, or as float16; "
+            f"voxels of {voxel:g} m need {voxel / _STEPS_PER_VOXEL:g} m. Export the file again with double "
+            "coordinates, or with an offset subtracted"
         )
     if len(pos) >= _MANY_POINTS and height > _STEEP * side > 0:
         raise ScanError(

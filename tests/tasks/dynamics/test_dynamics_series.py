@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from series_files import write_csv, write_ts
 
 from moeapps.cli import main
+from tasks.dynamics.data.readers.arff_format import read_arff
 from tasks.dynamics.data.readers.csv_format import read_csv
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
 from tasks.dynamics.data.series import CsvSeries, TsFiles
@@ -88,6 +92,48 @@ def test_classes_are_domains_and_new_recordings_are_two_halves(tmp_path: Path) -
     assert sorted(names[0] + names[1]) == [f"TEST-{i}" for i in range(6)]
     assert data.facts["kind"] == "sequence"
     assert data.facts["num_steps"] == 25
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.text("aA-+. 1_\u732b\u72ac", min_size=1, max_size=4), min_size=2, max_size=5))
+def test_each_class_is_a_domain_of_its_own_or_two_are_told(words: list[str]) -> None:
+    classes = [word.replace(" ", "") or "x" for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("TRAIN.ts", "TEST.ts"):
+            write_ts(Path(folder) / name, [np.arange(12.0)[:, None]] * len(classes), classes)
+        source = TsFiles(root=Path(folder), train_file="TRAIN.ts", test_file="TEST.ts", val_steps=2, test_steps=2)
+        told, sizes = "", sorted(classes.count(word) for word in set(classes))
+        try:
+            sizes = sorted(len(source.read(domain).names) for domain in source.default_seen)
+        except SeriesFormatError as error:
+            told = str(error)
+
+    assert sizes == sorted(classes.count(word) for word in set(classes))
+    assert not told or sum(repr(word) in told for word in set(classes)) >= 2
+
+
+@pytest.mark.parametrize("label", ["new", "new_for_choices", "-1", "1"])
+def test_classes_that_people_number_or_call_new_are_domains(label: str, tmp_path: Path) -> None:
+    for name, count in (("TRAIN.ts", 3), ("TEST.ts", 4)):
+        write_ts(tmp_path / name, [np.arange(12.0)[:, None]] * count, [label, *["+1"] * (count - 2), label])
+    source = TsFiles(root=tmp_path, train_file="TRAIN.ts", test_file="TEST.ts", val_steps=2, test_steps=2)
+    if label == "1":
+        with pytest.raises(SeriesFormatError, match=r"classes '1' and '\+1' would both be the domain 'class_1'"):
+            source.read("class_1")
+        return
+
+    assert [len(source.read(domain).names) for domain in source.default_seen] == [2, 1]
+    assert len(source.read("new").names) == len(source.read("new_for_choices").names) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_archives_in_any_encoding_are_read(encoding: str, tmp_path: Path) -> None:
+    text = "@classLabel true \u00e4 b\n@data\n1,2:\u00e4\n3,4:b\n"
+    (tmp_path / "a.ts").write_bytes(text.encode(encoding))
+    (tmp_path / "a.arff").write_bytes("% \u00e4\n@relation x\n@attribute a numeric\n@data\n1\n".encode(encoding))
+
+    assert read_ts(tmp_path / "a.ts").labels == ["\u00e4", "b"]
+    assert len(read_arff(tmp_path / "a.arff").series) == 1
 
 
 def test_the_end_of_a_recording_is_held_out_and_only_the_past_is_given(tmp_path: Path) -> None:

@@ -140,6 +140,8 @@ def test_dates_with_a_zone_are_seconds_also_where_clocks_change(
         ("u,v\n1,2\n\n1,two\n", "line 4: 'two' is not a number"),
         ("u,v\n1,2\n1,1e999\n", "line 3: a number too large"),
         ('u,v\n1,2\n"1,2\n', "line 3: a quote is opened and not closed"),
+        ("trajectory,u\n1,2\n,3\n", "line 3: trajectory is missing"),
+        ("date,t_h,u\n2024-01-01,0,1\n", "line 1: 'date' and 't_h' are both times"),
         ("trajectory,Trajectory,u\n1,2,3\n", "two columns are called trajectory"),
         ("u,v\n,\n", "at least one row"),
         ("", "at least one row"),
@@ -169,6 +171,17 @@ def test_trajectories_may_be_interleaved_and_are_known_in_any_spelling() -> None
     assert found.dt == 2
 
 
+def test_numbers_of_trajectories_are_compared_as_numbers() -> None:
+    found = read_text("trajectory,time,u\n1,0,1\n1.0,2,3\n01,4,5\n12345678901234567,0,1\n12345678901234568,0,2\n")
+
+    assert [series[:, 0].tolist() for series in found.series] == [[1, 3, 5], [1], [2]]
+
+
+def test_beside_a_time_t_min_is_a_channel() -> None:
+    assert read_text("date,T_min,T_max\n2024-01-01,3,5\n2024-01-02,1,9\n").channels == ("T_min", "T_max")
+    assert read_text("t_min,u\n0,1\n1,2\n").dt == 60
+
+
 # --- folders of tables ------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +201,10 @@ def test_a_table_that_would_be_lost_is_named(tmp_path: Path) -> None:
         with pytest.raises(SeriesFormatError, match=f"domain 'a': .*{lost} is not read"):
             folder_of(tmp_path).environments("a", ["a"])
         (tmp_path / "a" / lost).unlink()
+    (tmp_path / "a" / "two.csv").symlink_to(tmp_path / "gone.csv")
+    with pytest.raises(SeriesFormatError, match=r"two.csv cannot be read \(No such file"):
+        folder_of(tmp_path).environments("a", ["a"])
+    (tmp_path / "a" / "two.csv").unlink()
     (tmp_path / "a" / "one.TSV").write_text("time\tu\n")
     with pytest.raises(SeriesFormatError, match="have one name"):
         folder_of(tmp_path).environments("a", ["a"])

@@ -17,8 +17,9 @@ from image_common import ALL, bound, write_latent, write_shard
 from PIL import Image
 
 from moeapps.files import write_arrays
+from tasks.image_diffusion.data.latents import LatentImages
 from tasks.image_diffusion.data.own_images import OwnImages
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
+from tasks.image_diffusion.data.readers.arrays import ImageFileError, read_array
 from tasks.image_diffusion.data.readers.latent_files import read_latent, read_shard, read_statistics
 from tasks.image_diffusion.data.readers.pictures import ENDINGS, read_image
 
@@ -42,6 +43,14 @@ def read_own(path: Path) -> Any:
     return bound(OwnImages(root=path.parent, image_size=8, channels=1, **ALL), "a").dataset("a", "train", path.parent)
 
 
+def latent_arrays(path: Path) -> None:
+    write_arrays(path, x=RNG.normal(size=(3, 4, 2, 2)), y=np.arange(3), names=np.array(["a", "b", "c"]))
+
+
+def read_own_latents(path: Path) -> Any:
+    return bound(LatentImages(root=path.parent, image_size=2, **ALL), "a").dataset("a", "train", None)
+
+
 def read_whole_shard(path: Path) -> Any:
     return [read_shard(path, key) for key in ("latents", "labels")]
 
@@ -49,6 +58,8 @@ def read_whole_shard(path: Path) -> Any:
 FORMS: dict[str, tuple[str, Any, Any]] = {
     **{ending: (f"a{ending}", picture, lambda path: read_image(path, 8, 3)) for ending in ENDINGS},
     "arrays": ("a.npz", arrays, read_own),
+    "pair": ("a_x.npy", lambda path: np.save(path, np.zeros((3, 8, 8), np.uint8)), read_array),
+    "latent arrays": ("a.npz", latent_arrays, read_own_latents),
     "latent": ("a.npz", lambda path: write_latent(path, torch.randn(4, 2, 2)), read_latent),
     "shard": (
         "a.safetensors",

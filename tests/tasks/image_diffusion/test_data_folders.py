@@ -103,6 +103,19 @@ def beside(root: Path) -> None:
     picture(root / "a" / "0.png")
 
 
+def archive_beside(root: Path) -> None:
+    touched(root / "a" / "birds.zip")
+
+
+def link_to_nothing(root: Path) -> None:
+    picture(root / "a" / "dog" / "0.png")
+    (root / "a" / "dog" / "1.png").symlink_to(root / "gone.png")
+
+
+def class_of_nothing(root: Path) -> None:
+    (root / "a" / "dog").symlink_to(root / "gone", target_is_directory=True)
+
+
 def twice(root: Path) -> None:
     write_arrays(root / "a.npz", x=np.zeros((2, 4, 4), np.uint8), y=np.arange(2))
 
@@ -115,6 +128,9 @@ def twice(root: Path) -> None:
         (another_ending, r"class 'dog': .*1.heic is not read; allowed endings: .png, .*Convert, move or remove"),
         (archive, "class 'dog': .*more.zip is not read"),
         (beside, "0.png lies beside the class folders"),
+        (archive_beside, "birds.zip lies beside the class folders and is not read"),
+        (link_to_nothing, "class 'dog': .*1.png is a link to nothing"),
+        (class_of_nothing, "dog lies beside the class folders"),
         (twice, "holds a folder a and a.npz; keep one"),
     ],
 )
@@ -135,6 +151,26 @@ def test_latent_folders_are_held_to_the_same(tmp_path: Path) -> None:
     (tmp_path / "a" / "dog").mkdir()
     with pytest.raises(ImageFileError, match=r"class 'dog' in .*a holds no latent"):
         bound(LatentImages(root=tmp_path, image_size=4), "a")
+
+
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
+@pytest.mark.parametrize("names", [["caf\u00e9", "b"], ["cafe\u0301", "b"], ["caf\u00e9".encode(), b"b"]])
+def test_names_in_arrays_meet_those_of_folders_however_they_are_kept(
+    kind: str, names: list[str | bytes], tmp_path: Path
+) -> None:
+    x = np.zeros((2, 4, 4), np.uint8) if kind == "pixels" else np.zeros((2, 4, 4, 4))
+    write_arrays(tmp_path / "a.npz", x=x, y=np.arange(2), names=np.array(names))
+    if kind == "pixels":
+        picture(tmp_path / "b" / "caf\u00e9" / "0.png")
+    else:
+        write_latent(tmp_path / "b" / "caf\u00e9" / "0.npz", torch.zeros(4, 4, 4))
+    maker = OwnImages if kind == "pixels" else LatentImages
+
+    assert bound(maker(root=tmp_path, image_size=4), "a", "b").class_names == ["caf\u00e9", "b"]
+    for wrong in (np.array("cat"), np.array([["cat", "dog"]]), np.zeros(2)):
+        write_arrays(tmp_path / "a.npz", x=x, y=np.arange(2), names=wrong)
+        with pytest.raises(ImageFileError, match=r"a.npz: names are .*give one word for each label"):
+            bound(maker(root=tmp_path, image_size=4), "a", "b")
 
 
 LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=12)

@@ -197,6 +197,29 @@ def test_damaged_latents_are_told_at_construction(damage: Any, message: str, tmp
         ImageData(source=LatentImages(root=tmp_path, image_size=4), seen=["a"], validation=[], unseen=[])
 
 
+@pytest.mark.parametrize("kind", ["shards", "arrays"])
+def test_latents_that_are_not_finite_are_told_before_they_are_trained_on(kind: str, tmp_path: Path) -> None:
+    x = moments(3)[:, :4].clone()
+    x[1, 0, 2, 3] = float("inf")
+    if kind == "shards":
+        write_shards(tmp_path, x, statistics=False)
+    else:
+        write_arrays(tmp_path / "a.npz", x=x.numpy(), y=np.zeros(3, int))
+    source = bound(LatentImages(root=tmp_path, image_size=4, statistics=False, **ALL), "a")
+
+    with pytest.raises(ImageFileError, match="finite"):
+        source.dataset("a", "train", None).fetch(torch.arange(3))
+
+
+def test_latents_of_other_shapes_are_named(tmp_path: Path) -> None:
+    write_latent(tmp_path / "a" / "n" / "0.npz", torch.zeros(4, 4, 4))
+    write_latent(tmp_path / "a" / "n" / "1.npz", torch.zeros(4, 5, 4))
+    data = bound(LatentImages(root=tmp_path, image_size=4, **ALL), "a").dataset("a", "train", None)
+
+    with pytest.raises(ImageFileError, match=r"different shapes: .*0.npz \(4, 4, 4\), .*1.npz \(4, 5, 4\)"):
+        data.fetch(torch.arange(2))
+
+
 def test_missing_latent_is_told_when_it_is_asked_for(tmp_path: Path) -> None:
     path = write_latent(tmp_path / "a" / "n" / "0.npz", torch.zeros(8, 4, 4))
     data = bound(LatentImages(root=tmp_path, image_size=4, **ALL), "a").dataset("a", "train", None)

@@ -99,6 +99,21 @@ def test_centre_crop_halves_by_means_and_cuts_the_middle() -> None:
     assert np.array_equal(np.asarray(centre_crop(Image.fromarray(tiles), 8)), tiles)
 
 
+@pytest.mark.parametrize(("background", "level"), [("white", 255), ("grey", 128), ("black", 0)])
+def test_alpha_in_arrays_lets_the_background_through_as_in_pictures(
+    background: str, level: int, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 4)).astype(np.uint8)
+    write_arrays(tmp_path / "a.npz", x=x, y=np.zeros(6, int))
+    source = OwnImages(root=tmp_path, image_size=8, background=background, mirror=0.0, **ALL)
+    found = bound(source, "a").dataset("a", "test", None).pixels
+    found = bound(source, "a").dataset("a", "train", None).pixels if not len(found) else found
+
+    share = x[..., 3:].astype(float) / 255
+    exact = (x[..., :3] * share + level * (1 - share)).transpose(0, 3, 1, 2)
+    assert np.abs(found.numpy() - exact).max() <= 0.5 + 1e-9
+
+
 def broken_png(root: Path) -> None:
     picture_folder(root, "a", {"cat": 1})
     path = root / "a" / "cat" / "00.png"

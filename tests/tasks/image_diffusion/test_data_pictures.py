@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,31 @@ def test_grey_comes_back_in_one_channel_or_three_equal_ones(x: Pixels, ending: s
 def test_sixteen_bits_are_rounded_to_the_nearest_of_eight(x: Any, ending: str) -> None:
     found = through_file(Image.fromarray(x), ending, 1)
     assert nearest(x / 65535 * 255, 0.5 + 1e-9)(found)
+
+
+def tiff_of(x: Any, bits: int, negative: bool) -> bytes:
+    """A TIFF file of one strip, written by hand: what microscopes and scanners write and Pillow does not."""
+    height, width = x.shape
+    digits = "".join("".join(f"{value:0{bits}b}" for value in row).ljust(-(-width * bits // 8) * 8, "0") for row in x)
+    body = int(digits, 2).to_bytes(len(digits) // 8, "big")
+    if bits == 16:
+        body = x.astype("<u2").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 0 if negative else 1, 273: 8, 277: 1, 278: height}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in {**tags, 279: len(body)}.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body + struct.pack("<H", len(tags) + 1) + entries + bytes(4)
+
+
+@ENOUGH
+@given(pixels(dtype=np.uint16), st.sampled_from([(12, False), (16, False), (16, True)]))
+def test_a_tiff_is_as_bright_as_its_bits_and_its_white_say(x: Any, form: tuple[int, bool]) -> None:
+    bits, negative = form
+    top = 2**bits - 1
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder) / "a.tif").write_bytes(tiff_of(x & top, bits, negative))
+        found = np.asarray(open_picture(path, 1))
+
+    share = (x & top) / top
+    assert nearest(255 * (1 - share if negative else share), 0.5 + 1e-9)(found)
 
 
 def test_a_ramp_of_sixteen_bits_keeps_its_levels(tmp_path: Path) -> None:

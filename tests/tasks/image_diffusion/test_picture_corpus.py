@@ -47,7 +47,8 @@ def expected(path: Path) -> Any:
             key = image.info.get("transparency")
             if upright.mode.startswith("I;16") or (upright.mode == "I" and path.suffix == ".pgm"):
                 grey = np.asarray(upright).astype(float)
-                level = np.where(grey == key, 255, grey / 65535 * 255) if key is not None else grey / 65535 * 255
+                grey *= 255 / (4095 if getattr(image, "tag_v2", {}).get(258) == (12,) else 65535)  # TIFF: BitsPerSample
+                level = grey if key is None else np.where(np.asarray(upright) == key, 255, grey)
                 return np.stack([level] * 3, -1)
             if upright.mode in ("I", "F"):
                 return "black and white"

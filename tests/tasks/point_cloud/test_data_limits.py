@@ -72,6 +72,15 @@ def test_an_accepted_float32_scan_is_right_to_a_sixteenth_of_a_voxel(far: float,
         assert worst <= voxel / 16 + 1e-12 or worst <= 2.0**-11
 
 
+@settings(max_examples=30, deadline=None)
+@given(far=st.floats(0, 60_000), seed=st.integers(0, 99))
+def test_half_precision_is_known_by_its_step(far: float, seed: int) -> None:
+    exact = np.random.default_rng(seed).uniform(0, 20, (200, 3)) + np.array([far, 0, 0])
+    held = exact.astype(np.float16)
+
+    assert np.abs(held.astype(np.float64) - exact).max() <= coarse_step(held) / 2 + 1e-12
+
+
 def test_a_raster_in_whole_metres_on_a_map_is_no_loss() -> None:
     grid = np.stack(np.meshgrid(np.arange(50.0), np.arange(50.0), [0.0]), -1).reshape(-1, 3) + UTM
 

@@ -318,6 +318,8 @@ def test_normals_of_a_file_do_not_matter(suffix: str, value: float, tmp_path: Pa
 
 def test_files_that_other_programs_lay_beside_scans_are_skipped(tmp_path: Path) -> None:
     LAYOUTS["own_laz"].make(tmp_path)
+    for folder in ("__MACOSX", ".ipynb_checkpoints"):
+        (tmp_path / "yard" / "train" / folder).mkdir()
     for name in ("first.lax", "Thumbs.db", "desktop.ini", "first.prj", "first.laz.aux.xml", ".DS_Store"):
         (tmp_path / "yard" / "train" / name).write_bytes(b"\0")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.io import arff
 
-from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError
+from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError, text_of
 from tasks.dynamics.data.source import Floats
 
 
@@ -25,7 +25,7 @@ def read_arff(path: Path) -> LabelledSeries:
         SeriesFormatError: no series, something that is no number, attributes of another kind, channels of different
             lengths. The text names the line where the file has one that cannot be read.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = text_of(path)
     try:
         rows, about = _load(text)
     # scipy's reader answers damage with nearly any error.

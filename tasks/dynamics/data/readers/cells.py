@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import re
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from tasks.dynamics.data.readers.ts_format import SeriesFormatError
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, text_of
 from tasks.dynamics.data.source import Floats
 
 MISSING = ("", "nan", "na", "n/a", "#n/a", "null", "none", "?")
 """What stands for a missing value, in small letters."""
-_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+"""What a number looks like."""
 _WITH_COMMA = r"^[+-]?\d*,\d+([eE][+-]?\d+)?$"
 _DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,9})?)?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)?$"
 _ZONE = r"[0-9]{2}:[0-9]{2}[^+-]*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
@@ -61,7 +61,7 @@ def read_cells(path: Path) -> Cells:
     Raises:
         SeriesFormatError: nothing there, a row of another length, a quote without end.
     """
-    lines = re.split(r"\r\n|\r|\n", _text(path))
+    lines = re.split(r"\r\n|\r|\n", text_of(path))
     while lines and not lines[-1].strip("\"' \t,;"):
         lines.pop()
     numbered = list(enumerate(lines, 1))
@@ -81,16 +81,6 @@ def read_cells(path: Path) -> Cells:
     if len(names) > 1 and not names[-1] and pc.all(pc.equal(columns[-1], "")).as_py():
         names, columns = names[:-1], columns[:-1]
     return Cells(path.name, tuple(names), tuple(columns), np.array([n for n, _ in rows]), first)
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors="replace")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
 
 
 def _columns(file: str, rows: list[tuple[int, str]], separator: str, count: int) -> list[Any]:
@@ -127,7 +117,7 @@ def _columns(file: str, rows: list[tuple[int, str]], separator: str, count: int)
 def is_value(cell: str) -> bool:
     """Tell whether a cell holds a number, a missing value or a date, so that it can hardly be a name."""
     lower = cell.lower()
-    return bool(lower in MISSING or any(re.match(form, cell) for form in (_NUMBER, _WITH_COMMA, _DATE)))
+    return bool(lower in MISSING or any(re.match(form, cell) for form in (NUMBER, _WITH_COMMA, _DATE)))
 
 
 def numbers(cells: Cells, places: list[int]) -> Floats:
@@ -155,7 +145,7 @@ def numbers(cells: Cells, places: list[int]) -> Floats:
 def _numbers(cells: Cells, column: Any, comma: bool) -> Floats:
     missing = pc.is_in(pc.utf8_lower(column), value_set=pa.array(MISSING))
     plain = pc.replace_substring(column, ",", ".") if comma else column
-    good = pc.or_(missing, pc.match_substring_regex(plain, _NUMBER))
+    good = pc.or_(missing, pc.match_substring_regex(plain, NUMBER))
     wrong = np.flatnonzero(~np.asarray(good))
     if len(wrong):
         where, text = cells.where(wrong[0]), column[int(wrong[0])].as_py()
@@ -185,7 +175,7 @@ def seconds(cells: Cells, place: int, unit: float) -> Floats:
     text = pc.replace_substring_regex(column, r" ?(UTC|GMT|Z)$", "Z")
     dated = np.asarray(pc.match_substring_regex(text, _DATE))
     if not dated.any():
-        wrong = np.flatnonzero(~np.asarray(pc.match_substring_regex(column, f"{_NUMBER}|{_WITH_COMMA}")))
+        wrong = np.flatnonzero(~np.asarray(pc.match_substring_regex(column, f"{NUMBER}|{_WITH_COMMA}")))
         if len(wrong):
             shown = column[int(wrong[0])].as_py()
             raise SeriesFormatError(

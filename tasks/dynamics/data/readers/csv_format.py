@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 
-from tasks.dynamics.data.readers.cells import Cells, is_value, numbers, read_cells, seconds
+from tasks.dynamics.data.readers.cells import MISSING, NUMBER, Cells, is_value, numbers, read_cells, seconds
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import Floats
 
@@ -59,6 +60,8 @@ def read_csv(path: Path, dt: float = 1.0) -> CsvFile:
     clocks = [
         i for i, name in enumerate(cells.names) if _unit(name) or (name.lower() in INDEX[:2] and i not in counting)
     ]
+    if len(clocks) > 1:  # beside a time, t_min is a least temperature, not a time in minutes
+        clocks = [i for i in clocks if not re.fullmatch(r"t[_ ]min", cells.names[i].lower())]
     if len(clocks) > 1:
         shown = " and ".join(repr(cells.names[i]) for i in clocks)
         raise SeriesFormatError(
@@ -110,13 +113,14 @@ def _counts_rows(cells: Cells, place: int) -> bool:
 
 
 def _trajectories(cells: Cells, groups: list[int]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Rows of each trajectory, in the order in which they begin."""
+    """Rows of each trajectory, in the order in which they begin; 1 and 1.0 are one."""
     if not groups:
         return [np.arange(len(cells.lines))]
-    keys = cells.columns[groups[0]].to_pylist()
-    found: dict[str, list[int]] = {}
-    for row, key in enumerate(keys):
-        found.setdefault(key, []).append(row)
+    found: dict[str | Decimal, list[int]] = {}
+    for row, key in enumerate(cells.columns[groups[0]].to_pylist()):
+        if key.lower() in MISSING:
+            raise SeriesFormatError(f"{cells.where(row)}: {TRAJECTORY} is missing; fill it in")
+        found.setdefault(Decimal(key) if re.match(NUMBER, key) else key, []).append(row)
     return [np.array(rows) for rows in found.values()]
 
 

@@ -60,10 +60,10 @@ def read_npz(path: Path) -> NpzFile:
         t = np.atleast_2d(t)
     if x.ndim == 4:
         x = x[None]
-    if x.ndim != 5 or t.shape != (x.shape[0], x.shape[3]) or x.shape[3] < 2:
+    if x.ndim != 5 or t.shape != (x.shape[0], x.shape[3]) or x.shape[3] < 2 or not x.size:
         raise SeriesFormatError(
             f"{path.name}: X has shape {x.shape}, t {t.shape}; expected X [S, N, T, D] with t [T], or "
-            "X [F, S, N, T, D] with t [F, T], T at least 2"
+            "X [F, S, N, T, D] with t [F, T], T at least 2, nothing empty"
         )
     steps = np.diff(t)
     if not (steps > 0).all() or not np.allclose(steps, steps[:, :1], rtol=1e-3):

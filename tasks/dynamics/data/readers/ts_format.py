@@ -8,6 +8,8 @@ begin with ``#`` or ``%`` are comments.
 
 from __future__ import annotations
 
+import codecs
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,24 @@ class LabelledSeries:
     targets: list[float] | None = None
 
 
+def text_of(path: Path) -> str:
+    """Return the text of a file: UTF-8, UTF-16 told by its mark, and Latin-1 if it is neither.
+
+    Raises:
+        SeriesFormatError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SeriesFormatError(f"{path} cannot be read ({error.strerror}); correct the path or the link") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
 def read_ts(path: Path) -> LabelledSeries:
     """Read a .ts file.
 
@@ -45,7 +65,7 @@ def read_ts(path: Path) -> LabelledSeries:
     header: dict[str, list[str]] = {}
     series: list[Floats] = []
     last: list[str] = []
-    with open(path, encoding="utf-8", errors="replace") as handle:
+    with io.StringIO(text_of(path), newline=None) as handle:
         in_data = regression = False
         for number, line in enumerate(handle, 1):
             text = line.strip()
@@ -90,6 +110,8 @@ def _series(text: str, where: str, classes: list[str] | None, regression: bool) 
     try:
         rows = [[float("nan") if v.strip() == "?" else float(v) for v in channel.split(",")] for channel in channels]
         target = float(label) if regression and label is not None else 0.0
+        if any("_" in channel for channel in channels):  # Python takes 1_0 for ten
+            raise ValueError(f"{next(c for c in channels if '_' in c)!r} is no number")
     except ValueError as error:
         raise SeriesFormatError(f"{where}: {error}") from error
     lengths = {len(row) for row in rows}

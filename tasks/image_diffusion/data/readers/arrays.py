@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ class ImageFileError(ValueError):
     """A file of images or latents cannot be used; the message says which file, why, and what to do."""
 
 
-_BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+@contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Turn what numpy answers a missing or damaged file with into one sentence."""
+    if not path.is_file():
+        raise ImageFileError(f"no file {path}; check the path")
+    try:
+        yield
+    except ImageFileError:
+        raise
+    # numpy answers damage with nearly any error.
+    except Exception as error:
+        raise ImageFileError(f"{path} cannot be read ({error}); it is damaged or no {kind}: write it again") from error
 
 
 def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
@@ -36,23 +47,14 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     Raises:
         ImageFileError: missing or damaged file, or an array that is not there.
     """
-    if not path.is_file():
-        raise ImageFileError(f"no file {path}; check the path")
-    try:
-        # Opened here: numpy leaves a damaged file open.
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            there = list(file.files)
-            wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
-            missing = [name for name in wanted if name not in there]
-            if missing:
-                raise ImageFileError(f"{path} has no array {missing[0]!r} but {', '.join(there) or 'nothing'}")
-            return {name: file[name] for name in wanted}
-    except ImageFileError:
-        raise
-    except (*_BROKEN, AttributeError) as error:
-        raise ImageFileError(
-            f"{path} cannot be read ({error}); it is damaged or no npz file: write it again"
-        ) from error
+    # Opened here: numpy leaves a damaged file open.
+    with _readable(path, "npz file"), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+        there = list(file.files)
+        wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise ImageFileError(f"{path} has no array {missing[0]!r} but {', '.join(there) or 'nothing'}")
+        return {name: file[name] for name in wanted}
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -61,15 +63,9 @@ def read_array(path: Path) -> NDArray[Any]:
     Raises:
         ImageFileError: missing or damaged.
     """
-    if not path.is_file():
-        raise ImageFileError(f"no file {path}; check the path")
-    try:
+    with _readable(path, "npy file"):
         array: NDArray[Any] = np.load(path, allow_pickle=False)
-    except _BROKEN as error:
-        raise ImageFileError(
-            f"{path} cannot be read ({error}); it is damaged or no npy file: write it again"
-        ) from error
-    return array
+        return array
 
 
 def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[str] | None = None) -> Tensor:
@@ -85,6 +81,18 @@ def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[s
     if names is not None and count and label.max() >= len(names):
         raise ImageFileError(f"{where}: label {label.max()} is out of range, names hold {len(names)} classes")
     return torch.from_numpy(label.astype(np.int64))
+
+
+def class_names(names: NDArray[Any], where: Path) -> list[str]:
+    """Return the names [K] of an npz file as text in Unicode's composed form, as names of folders are compared.
+
+    Raises:
+        ImageFileError: not one word or number per class.
+    """
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ImageFileError(f"{where}: names are {names.dtype} {names.shape}; give one word for each label, (K,)")
+    words = np.strings.decode(names, "utf-8", "replace") if names.dtype.kind == "S" else names
+    return [unicodedata.normalize("NFC", str(word)) for word in words]
 
 
 def class_counts(label: Tensor, names: Sequence[str], where: str) -> dict[str, int]:
@@ -107,13 +115,23 @@ def class_counts(label: Tensor, names: Sequence[str], where: str) -> dict[str, i
     return {name: count for name, count in zip(names, each, strict=True) if count}
 
 
-def pixels_nchw(x: NDArray[Any], where: Path) -> Tensor:
+def pixels_nchw(x: NDArray[Any], where: Path, level: int) -> Tensor:
     """Return uint8 [N, C, H, W] of uint8 [N, H, W] or [N, H, W, C].
+
+    Args:
+        x: pixels; the last of four channels is alpha.
+        where: for messages.
+        level: what shows through where alpha is less than 255, 0 to 255.
 
     Raises:
         ImageFileError: another type or shape.
     """
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
-        raise ImageFileError(f"{where}: x is {x.dtype} {x.shape}; give uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3")
+        raise ImageFileError(
+            f"{where}: x is {x.dtype} {x.shape}; give uint8 (N, H, W) or (N, H, W, C) with C = 1, 3 or 4"
+        )
+    if x.ndim == 4 and x.shape[3] == 4:
+        alpha = x[..., 3:].astype(np.uint16)
+        x = ((x[..., :3] * alpha + np.uint16(level) * (255 - alpha) + 127) // 255).astype(np.uint8)
     tensor = torch.from_numpy(np.ascontiguousarray(x))
-    return tensor[:, None] if x.ndim == 3 else tensor.permute(0, 3, 1, 2)[:, :3].contiguous()
+    return tensor[:, None] if x.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()

@@ -8,12 +8,11 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moeapps.files import is_clutter
 from tasks.image_diffusion.data.readers.arrays import ImageFileError
 
 NOTES = (".txt", ".caption", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf")
 """Endings of what people lay beside their data: captions, tables, licences."""
-SYSTEM = ("thumbs.db", "desktop.ini", "__macosx", "@eadir")
-"""Names, in small letters, that a system lays into folders by itself; so are all that begin with a dot."""
 _SHOWN = 40
 
 
@@ -36,13 +35,15 @@ def class_files(folder: Path, endings: Sequence[str], what: str = "picture") -> 
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if _is_hidden(path):
+        if is_clutter(path):
             continue
         if path.is_dir():
             name = unicodedata.normalize("NFC", path.name)
             found[name] = sorted(found.get(name, []) + files_below(path, endings, f"class {name!r}"))
-        elif path.suffix.lower() in endings:
-            raise ImageFileError(f"{path} lies beside the class folders; move it into the folder of its class")
+        elif path.suffix.lower() not in NOTES:
+            raise ImageFileError(
+                f"{path} lies beside the class folders and is not read; move it into the folder of its class, or out"
+            )
     if not found:
         raise ImageFileError(f"{folder} holds no class folder; put a {what} of each class into <class>/ below it")
     for name, files in found.items():
@@ -51,10 +52,6 @@ def class_files(folder: Path, endings: Sequence[str], what: str = "picture") -> 
                 f"class {name!r} in {folder} holds no {what}; allowed endings: {', '.join(endings)}. Fill or remove it"
             )
     return dict(sorted(found.items()))
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in SYSTEM
 
 
 def files_below(folder: Path, endings: Sequence[str], where: str, above: tuple[str, ...] = ()) -> list[Path]:
@@ -67,7 +64,7 @@ def files_below(folder: Path, endings: Sequence[str], where: str, above: tuple[s
         above: folders that this one lies in, as the system resolves them.
 
     Raises:
-        ImageFileError: a file that is neither read nor a note.
+        ImageFileError: a file that is neither read nor a note, or a link to nothing.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -77,10 +74,12 @@ def files_below(folder: Path, endings: Sequence[str], where: str, above: tuple[s
         entries = list(scan)
     for entry in entries:
         path = Path(entry.path)
-        if _is_hidden(path):
+        if is_clutter(path):
             continue
         if entry.is_dir():
             files += files_below(path, endings, where, (*above, real))
+        elif entry.is_symlink() and not path.exists():
+            raise ImageFileError(f"{where}: {path} is a link to nothing; mend or remove it")
         elif path.suffix.lower() in endings:
             files.append(path)
         elif path.suffix.lower() not in NOTES:

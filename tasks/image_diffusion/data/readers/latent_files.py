@@ -97,7 +97,12 @@ class LatentFolder(LatentDataset):
 
     def stored(self, rows: Tensor, flip: Tensor) -> Tensor:
         """Read one file per row."""
-        return torch.stack([read_latent(self.paths[i], bool(f)) for i, f in zip(rows.tolist(), flip, strict=True)])
+        found = [read_latent(self.paths[i], bool(f)) for i, f in zip(rows.tolist(), flip, strict=True)]
+        odd = next((k for k, latent in enumerate(found) if latent.shape != found[0].shape), None)
+        if odd is not None:
+            first, other = (f"{self.paths[rows[k]]} {tuple(found[k].shape)}" for k in (0, odd))
+            raise ImageFileError(f"latents have different shapes: {first}, {other}; write all alike")
+        return torch.stack(found)
 
 
 def read_latent(path: Path, flip: bool = False) -> Tensor:
@@ -168,6 +173,8 @@ class LatentShards(LatentDataset):
         for number, row, f in zip(shard.tolist(), (rows - start).tolist(), flip.tolist(), strict=True):
             key = "latents_flip" if f and self.mirrored else "latents"
             out.append(read_shard(self.paths[number], key, row))
+            if not out[-1].isfinite().all():
+                raise ImageFileError(f"{self.paths[number]}: {key}[{row}] is not finite; write the file again")
         z = torch.stack(out).float()
         return z if self.statistics is None else (z - self.statistics[0]) / self.statistics[1]
 

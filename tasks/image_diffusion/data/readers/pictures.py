@@ -21,6 +21,7 @@ BACKGROUNDS: Final = {"white": 255, "grey": 128, "black": 0}
 """What shows through a transparent picture, and its level."""
 
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _MOST_SLENDER = 100
 """Longest side over the shortest: of a longer strip the centre crop would show next to nothing."""
 
@@ -86,9 +87,9 @@ def open_picture(path: Path, channels: int, background: str = "white") -> Image.
             Image.init()  # with formats named, Pillow loads no further reader by itself
             with Image.open(path, formats=FORMATS) as image:
                 _check(image, path)
-                wide = image.format in ("PNG", "PPM")
+                span = _black_and_white(image)
                 upright = ImageOps.exif_transpose(image)
-        return _flat(upright, BACKGROUNDS[background], wide, path).convert("L" if channels == 1 else "RGB")
+        return _flat(upright, BACKGROUNDS[background], span, path).convert("L" if channels == 1 else "RGB")
     except ImageFileError:
         raise
     # Pillow's readers answer a damaged file with nearly any error.
@@ -108,19 +109,30 @@ def _check(image: Image.Image, path: Path) -> None:
         raise ImageFileError(f"{path} is {image.size[0]} x {image.size[1]} pixels, a strip; crop it or remove it")
 
 
-def _flat(image: Image.Image, level: int, wide: bool, path: Path) -> Image.Image:
+def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
+    """Return which numbers of more than 8 bits are black and white; None where the file does not say so."""
+    if image.format == "TIFF" and image.mode in _SIXTEEN:
+        tags = image.getexif()
+        white = 2 ** int(np.ravel(tags.get(_BITS, 16))[0]) - 1  # 12 bits, which Pillow leaves as they are
+        return (white, 0) if tags.get(_PHOTOMETRIC) == 0 else (0, white)
+    # A Portable Graymap is scaled to 16 bits by Pillow.
+    return (0, 65535) if image.format in ("PNG", "PPM") else None
+
+
+def _flat(image: Image.Image, level: int, span: tuple[int, int] | None, path: Path) -> Image.Image:
     """Return 8 bits without transparency, L or RGB, over a background of one grey level.
 
     Args:
         image: as Pillow gives it.
         level: of the background, 0 to 255.
-        wide: 32-bit integers reach from 0 to 65535, as in a Portable Graymap of 16 bits.
+        span: black and white of more than 8 bits.
         path: for messages.
     """
     key = image.info.get("transparency")
-    if image.mode in _SIXTEEN or (image.mode == "I" and wide):
-        values = np.asarray(image).astype(np.int64)
-        grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if span and image.mode in (*_SIXTEEN, "I"):
+        values, (black, white) = np.asarray(image).astype(np.int64), span
+        top = abs(white - black)
+        grey = Image.fromarray(((np.abs(values - black) * 255 + top // 2) // top).astype(np.uint8))
         alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"

@@ -49,13 +49,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Return the contents of ``path`` as UTF-8 text.
+    """Return the contents of ``path`` as UTF-8 text, without the mark that some programs put before it.
 
     Raises:
         PointCloudFileError: it cannot be read, or is not text.
     """
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise PointCloudFileError(path, "bytes that are not text", "UTF-8 text", COPY_AGAIN) from None
 

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moeapps.files import is_clutter
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.data.readers.arrays import read_npy, read_npz, read_text, write_npy, write_npz
 from tasks.point_cloud.data.readers.las import LasError, read_las, write_las
@@ -35,7 +36,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     **{"red": ("red", "r"), "green": ("green", "g"), "blue": ("blue", "b")},
     "intensity": ("intensity", "scalar_intensity", "reflectance", "remission", "strength"),
     "label": (
-        *("label", "class", "classification", "scalar_label", "scalar_classification", "semantic", "segment"),
+        *("label", "labels", "class", "classification", "scalar_label", "scalar_classification", "semantic", "segment"),
         *("sem_class", "scalar_sem_class"),
     ),
 }
@@ -175,18 +176,18 @@ class OwnScans(ScanReader):
         """List the files of a split's folder.
 
         Raises:
-            PointCloudFileError: no such folder, two files of one name, or a file of another kind.
+            PointCloudFileError: no such folder, two files of one name, a file of another kind, a folder, or a link to
+                nothing.
         """
         folder = self.require_root() / split
         if not folder.is_dir():
             raise PointCloudFileError(folder, "no such folder", self.layout, f"make it and put {split} scans there")
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        files = [path for path in files if path.suffix.lower() not in SIDECARS]
-        wrong = [path.name for path in files if path.suffix.lower() not in FORMATS]
+        files = [p for p in folder.iterdir() if not is_clutter(p) and p.suffix.lower() not in SIDECARS]
+        wrong = sorted(path.name for path in files if path.suffix.lower() not in FORMATS or not path.is_file())
         if wrong or len({path.stem for path in files}) < len(files):
             given = f"{wrong[0]!r}" if wrong else "two files that differ in their ending only"
             raise PointCloudFileError(
-                folder, given, f"one file per scan of {', '.join(FORMATS)}", "move other files out"
+                folder, given, f"one file per scan of {', '.join(FORMATS)}, no folders", "move others out"
             )
         return [ScanRef(path.stem, path) for path in files]
 

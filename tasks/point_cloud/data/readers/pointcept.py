@@ -17,7 +17,8 @@ from typing import ClassVar, Unpack
 
 import numpy as np
 
-from tasks.point_cloud.data.readers.arrays import read_npy, write_npy
+from moeapps.files import is_clutter
+from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_npy, write_npy
 from tasks.point_cloud.data.readers.label_sets import named
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
@@ -30,6 +31,8 @@ from tasks.point_cloud.data.readers.scan import (
     check_splits,
 )
 from tasks.point_cloud.data.readers.values import index_labels, make_scan
+
+_OPTIONAL = ("color", "normal", "strength")
 
 
 class FolderOptions(ReaderOptions, total=False):
@@ -68,26 +71,36 @@ class PointceptFolders(ScanReader):
         self.segment = segment
 
     def find(self, split: Split) -> list[ScanRef]:
-        """List every folder with a ``coord.npy`` below the split's folders: all of them, never a sample."""
+        """List every folder with a ``coord.npy`` below the split's folders: all of them, never a sample.
+
+        Links are followed, hidden folders are left out.
+
+        Raises:
+            PointCloudFileError: no such folder, a scan without ``coord.npy``, or a link to nothing.
+        """
         root = self.require_root()
         found: list[ScanRef] = []
         for part in self.splits[split]:
             if not (root / part).is_dir():
                 raise PointCloudFileError(root / part, "no such folder", self.layout, f"check `splits.{split}`")
-            for folder, below, files in os.walk(root / part):
+            for folder, below, files in os.walk(root / part, onerror=_refuse, followlinks=True):
+                path = Path(folder)
                 if "coord.npy" in files:
                     below.clear()  # a scan holds no scans
-                    path = Path(folder)
                     found.append(ScanRef(path.relative_to(root).as_posix(), path, path / f"{self.segment}.npy"))
+                    continue
+                lost = {f"{what}.npy" for what in (*_OPTIONAL, self.segment)} & set(files)
+                if lost:
+                    given = f"{min(lost)} without coord.npy"
+                    raise PointCloudFileError(path, given, "coord.npy in the folder of a scan", COPY_AGAIN)
+                if dead := next((path / name for name in files if not (path / name).exists()), None):
+                    raise PointCloudFileError(dead, "a link to nothing", "a file or folder", "mend or remove it")
+                below[:] = [name for name in below if not is_clutter(path / name) and not _is_circle(path / name)]
         return found
 
     def read(self, ref: ScanRef) -> RawScan:
         """Read one folder; a missing label file gives -1 everywhere and ``labelled=False``."""
-        optional = {
-            key: read_npy(path)
-            for key in ("color", "normal", "strength")
-            if (path := ref.points / f"{key}.npy").exists()
-        }
+        optional = {key: read_npy(path) for key in _OPTIONAL if (path := ref.points / f"{key}.npy").exists()}
         labels = ref.points / f"{self.segment}.npy"
         return make_scan(
             ref.points,
@@ -99,6 +112,37 @@ class PointceptFolders(ScanReader):
             normal=optional.get("normal"),
             intensity=optional.get("strength"),
         )
+
+
+def _refuse(error: OSError) -> None:
+    given = f"cannot be read ({error.strerror})"
+    raise PointCloudFileError(error.filename, given, "a folder", "change its rights or mend the disk")
+
+
+def _is_circle(path: Path) -> bool:
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+
+def _folders(train: list[str], val: list[str], test: list[str] | None = None) -> Mapping[str, list[str]]:
+    return {"train": train, "val": val, "test": test or val}  # mostly one set serves choices and tests
+
+
+class _Published(PointceptFolders):
+    """A public data set: its label set and the folders of its splits are known.
+
+    Args:
+        root: folder of the preprocessed data set.
+        splits: folders below ``root`` for train, val and test; default those that the class names.
+        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
+    """
+
+    classes: ClassVar[str]
+    folders: ClassVar[Mapping[str, list[str]]] = _folders(["train"], ["val"])
+
+    def __init__(
+        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
+    ) -> None:
+        super().__init__(root, self.classes, splits or self.folders, **options)
 
 
 class ScanNetFolders(PointceptFolders):
@@ -124,87 +168,54 @@ class ScanNetFolders(PointceptFolders):
         splits: Mapping[str, list[str]] | None = None,
         **options: Unpack[FolderOptions],
     ) -> None:
-        splits = splits or {"train": ["train"], "val": ["val"], "test": ["val"]}
-        super().__init__(root, label_set, splits, segment, **options)
+        super().__init__(root, label_set, splits or _Published.folders, segment, **options)
 
 
-class S3DISFolders(PointceptFolders):
+class S3DISFolders(_Published):
     """S3DIS, 13 classes (Armeni et al. 2016) in the order on disk, which starts with the ceiling.
 
-    Sorting the names by another vocabulary, as the released Point-MoE and PPT configurations do, teaches "wall" to
-    ceilings; here the index on disk is an index into ``label_set`` and nothing else.
-
-    Args:
-        root: folder with ``Area_1/`` to ``Area_6/``, one folder per room.
-        splits: folders below ``root``; default areas 1, 2, 3, 4, 6 to train on and area 5 to test on.
-        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
+    Below ``root`` lie ``Area_1/`` to ``Area_6/``, one folder per room; area 5 is tested on. Sorting the names by
+    another vocabulary, as the released Point-MoE and PPT configurations do, teaches "wall" to ceilings; here the index
+    on disk is an index into the label set and nothing else.
     """
 
-    source: ClassVar[str] = "S3DIS, terms form at Stanford; Pointcept's preprocess_s3dis.py"
-
-    def __init__(
-        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
-    ) -> None:
-        train = [f"Area_{area}" for area in (1, 2, 3, 4, 6)]
-        super().__init__(root, "s3dis", splits or {"train": train, "val": ["Area_5"], "test": ["Area_5"]}, **options)
+    source = "S3DIS, terms form at Stanford; Pointcept's preprocess_s3dis.py"
+    classes = "s3dis"
+    folders = _folders([f"Area_{area}" for area in (1, 2, 3, 4, 6)], ["Area_5"])
 
 
-class Structured3DFolders(PointceptFolders):
+class Structured3DFolders(_Published):
     """Structured3D, 25 classes (Zheng et al. 2020); all rooms, never a random tenth of them.
 
-    Args:
-        root: folder with ``train/``, ``val/`` and ``test/``, below them scenes and rooms.
-        splits: folders below ``root``; default ``val`` for validation and test, as in the paper.
-        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
+    Below ``root`` lie ``train/``, ``val/`` and ``test/``, below them scenes and rooms; ``val`` serves validation and
+    test, as in the paper.
     """
 
-    source: ClassVar[str] = (
-        "Structured3D, terms form at structured3d-dataset.org; Pointcept's preprocess_structured3d.py"
-    )
-
-    def __init__(
-        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
-    ) -> None:
-        splits = splits or {"train": ["train"], "val": ["val"], "test": ["val"]}
-        super().__init__(root, "structured3d", splits, **options)
+    source = "Structured3D, terms form at structured3d-dataset.org; Pointcept's preprocess_structured3d.py"
+    classes = "structured3d"
 
 
-class Matterport3DFolders(PointceptFolders):
+class Matterport3DFolders(_Published):
     """Matterport3D, 21 classes (Chang et al. 2017): ScanNet's first 19, then 19 = other and 20 = ceiling.
 
-    The released Point-MoE configuration reads the last two in the opposite order.
-
-    Args:
-        root: folder with ``train/``, ``val/`` and ``test/``.
-        splits: folders below ``root``; default the split of the same name, tests on ``test``.
-        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
+    Below ``root`` lie ``train/``, ``val/`` and ``test/``. The released Point-MoE configuration reads the last two
+    classes in the opposite order.
     """
 
-    source: ClassVar[str] = "Matterport3D, signed terms; Pointcept's preprocess_matterport3d_mesh.py"
-
-    def __init__(
-        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
-    ) -> None:
-        splits = splits or {"train": ["train"], "val": ["val"], "test": ["test"]}
-        super().__init__(root, "matterport3d", splits, **options)
+    source = "Matterport3D, signed terms; Pointcept's preprocess_matterport3d_mesh.py"
+    classes = "matterport3d"
+    folders = _folders(["train"], ["val"], ["test"])
 
 
-class WaymoFolders(PointceptFolders):
+class WaymoFolders(_Published):
     """Waymo Open Dataset, 22 classes (Sun et al. 2020): ``strength`` is tanh of the raw intensity.
 
-    Args:
-        root: folder with ``training/`` and ``validation/``, below them sequences and frames.
-        splits: folders below ``root``; default ``validation`` for validation and test.
-        options: ``unit``, ``drop_invalid`` and ``strength_max``, as for `PointceptFolders`.
+    Below ``root`` lie ``training/`` and ``validation/``, below them sequences and frames.
     """
 
-    source: ClassVar[str] = "Waymo Open Dataset, licence at waymo.com/open; Pointcept's preprocess_waymo.py"
-
-    def __init__(
-        self, root: Path | str, splits: Mapping[str, list[str]] | None = None, **options: Unpack[FolderOptions]
-    ) -> None:
-        default = {"train": ["training"], "val": ["validation"], "test": ["validation"]}
-        super().__init__(root, "waymo", splits or default, **options)
+    source = "Waymo Open Dataset, licence at waymo.com/open; Pointcept's preprocess_waymo.py"
+    classes = "waymo"
+    folders = _folders(["training"], ["validation"])
 
 
 def write_pointcept_scan(folder: Path, scan: RawScan, *, segment: str = "segment", column: bool = False) -> None:

@@ -17,6 +17,7 @@ from typing import ClassVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from moeapps.files import is_clutter
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_records
 from tasks.point_cloud.data.readers.label_sets import KITTI_CLASSES, KITTI_RAW, id_table
@@ -70,7 +71,8 @@ class SemanticKITTI(ScanReader):
                 raise PointCloudFileError(folder, "no such folder", self.layout, f"check root and `splits.{split}`")
             found += [
                 ScanRef(f"{sequence}/{path.stem}", path, root / sequence / "labels" / f"{path.stem}.label")
-                for path in sorted(folder.glob("*.bin"))
+                for path in sorted(folder.iterdir())
+                if path.suffix.lower() == ".bin" and not is_clutter(path)
             ]
         return found
 
