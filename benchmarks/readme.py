@@ -33,6 +33,12 @@ CLAIMS = (
     ("home", "C9b"),
     ("home", "C9j"),
     ("home", "C4a"),
+    ("aw_moe", "C1a"),
+    ("aw_moe", "C1d"),
+    ("aw_moe", "C2d"),
+    ("aw_moe", "C7a"),
+    ("aw_moe", "C7b"),
+    ("aw_moe", "C4f"),
     ("mixer", "C1h"),
     ("mixer", "C1g"),
     ("mixer", "C6c"),
@@ -42,7 +48,7 @@ CLAIMS = (
     ("promoe", "C1i"),
 )
 """System and claim: the mixture beside its dense twin or its first rival, as published and where experts pay."""
-_NAMES = {"point_moe": "Point-MoE", "home": "HoME", "mixer": "MixER", "promoe": "ProMoE"}
+_NAMES = {"point_moe": "Point-MoE", "home": "HoME", "aw_moe": "AW-MoE", "mixer": "MixER", "promoe": "ProMoE"}
 _WORDS = {"supported": "**yes**", "not supported": "**no**", "inconclusive": "open"}
 
 
