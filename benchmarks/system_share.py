@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def fixed(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.is_floating_point())
     if isinstance(value, list | tuple):
         return type(value)(fixed(member) for member in value)
+    if is_dataclass(value) and not isinstance(value, type):  # a routing that was made outside of the layer
+        members = {field.name: fixed(getattr(value, field.name)) for field in fields(value) if field.init}
+        return replace(value, **members)
     return value
 
 
