@@ -39,6 +39,12 @@ def cell(value: float, point: str, missing: str) -> str:
     return missing if np.isnan(value) else f"{value:.6f}".replace(".", point)
 
 
+def test_a_row_of_missing_values_between_tabs_is_a_row() -> None:
+    found = read_text(b"a\tb\n\t\n1\t2\n")
+
+    np.testing.assert_array_equal(found.series[0], [[np.nan, np.nan], [1.0, 2.0]])
+
+
 @ENOUGH
 @given(
     TABLES,

@@ -76,7 +76,8 @@ def read_cells(path: Path) -> Cells:
     separator = next((mark for mark in _SEPARATORS if mark in re.sub('"[^"]*"', "", head)), ",")
     head_cells = _columns(path.name, [(first, head)], separator, 0)
     names = [cell[0].as_py().lstrip("#").strip() for cell in head_cells]
-    rows = [(n, line) for n, line in numbered[1:] if line.strip() or len(names) == 1]
+    # A line of tabs alone is a row of missing values where tabs divide the columns.
+    rows = [(n, line) for n, line in numbered[1:] if line.strip() or separator in line or len(names) == 1]
     columns = _columns(path.name, rows, separator, len(names))
     if len(names) > 1 and not names[-1] and pc.all(pc.equal(columns[-1], "")).as_py():
         names, columns = names[:-1], columns[:-1]
