@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 pytest_plugins = ["tests.skips"]
+
+# The same cases in every `make test`, so that a failure is the change's; `make fuzz` draws new ones each time.
+settings.register_profile("fixed", derandomize="MOEAPPS_FUZZ" not in os.environ)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
