@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layout_writers import write_kitti_frame, write_nuscenes, write_pointcept_scan, write_scannet_scene
 from readers_common import random_scan
 
 from tasks.point_cloud.data.labels import LABEL_SETS, label_set
@@ -25,12 +26,8 @@ from tasks.point_cloud.data.readers import (
     Structured3DFolders,
     WaymoFolders,
     read_own_scan,
-    write_kitti_frame,
-    write_nuscenes,
     write_own_labels,
     write_own_scan,
-    write_pointcept_scan,
-    write_scannet_scene,
 )
 from tasks.point_cloud.data.readers.arrays import write_npy
 from tasks.point_cloud.data.readers.label_sets import ASPRS, ASPRS_CLASSES, ASPRS_RAW, NYU40_RAW, id_table, named
