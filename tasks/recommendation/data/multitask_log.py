@@ -135,7 +135,7 @@ class MultitaskLog(LogSource):
         self.num_users, self.num_items, self.zipf = num_users, num_items, zipf
         self.rows: dict[Split, int] = {"train": train_rows, "val": val_rows, "test": test_rows}
         self.scale_spread, self.heavy_tails, self.segments = scale_spread, heavy_tails, segments
-        self.populations = default_populations() if populations is None else populations
+        self.domains = self.populations = default_populations() if populations is None else populations
         self._known_intercepts: dict[str, Floats] = {}
         self.truth = FactorModel(self.schema.categories, self.weights, rho, data_seed)
         self._check()
@@ -176,13 +176,6 @@ class MultitaskLog(LogSource):
             fields={"user_segment": 17, "item_segment": 17} if self.segments else {},
             bags={},
         )
-
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Check that every domain has a population."""
-        self.roles = roles
-        for name in (name for names in roles.values() for name in names):
-            if name not in self.populations:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(self.populations)}")
 
     def describe(self, domain: str) -> str:
         """Say which population was drawn."""

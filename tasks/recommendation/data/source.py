@@ -3,56 +3,37 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from moeapps.data.domain import Role, Split
 from moeapps.data.gather import BatchDataset
+from moeapps.data.source import DomainSource
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.lists import ListSchema
 
 
-class LogSource:
+class LogSource(DomainSource):
     """Base class of the logs that `RecommendationData` (impressions) and `ListData` (lists) can read.
 
     Attributes:
-        default_roles: domains per role where the data module names none.
         streaming: rows are read block by block while training; see `tasks.recommendation.data.readers.tables`.
     """
 
-    default_roles: ClassVar[dict[Role, list[str]]] = {}
     streaming: bool = False
 
     @property
+    @abstractmethod
     def schema(self) -> Schema | ListSchema:
         """Sizes of the columns, known before anything is read."""
-        raise TypeError(f"{type(self).__name__} must define schema")
 
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Take note of the roles of this run's domains.
-
-        Raises:
-            ValueError: a domain this log does not have.
-        """
-        raise TypeError(f"{type(self).__name__} must define bind(roles)")
-
-    def missing(self, domain: str, cache: Path | None) -> str | None:
-        """Return why an OPTIONAL domain cannot be had, or None."""
-        return None
-
-    def prepare(self, cache: Path | None) -> None:
-        """Fetch or generate what is not in the cache yet; called once, by one process."""
-
+    @abstractmethod
     def dataset(self, domain: str, split: Split, cache: Path | None) -> BatchDataset:
         """Return the rows of one domain and split."""
-        raise TypeError(f"{type(self).__name__} must define dataset(domain, split, cache)")
-
-    def describe(self, domain: str) -> str:
-        """Say where a domain's rows come from, for results files."""
-        raise TypeError(f"{type(self).__name__} must define describe(domain)")
 
     def item_name(self, item: int) -> str:
         """Return what to call an item, by its number in this log, in reports."""

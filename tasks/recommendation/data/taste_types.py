@@ -122,7 +122,7 @@ class TasteTypes(LogSource):
         self.lists: dict[Split, int] = {"train": train_lists, "val": val_lists, "test": test_lists}
         if tastes < 2:
             raise ValueError(f"tastes={tastes}: give at least 2 types")
-        self.mixes = default_mixes(tastes) if mixes is None else mixes
+        self.domains = self.mixes = default_mixes(tastes) if mixes is None else mixes
         self._check()
 
     def _check(self) -> None:
@@ -167,13 +167,6 @@ class TasteTypes(LogSource):
             candidates=self.candidates,
             factors=tuple(f"taste {k}" for k in range(self.tastes)),
         )
-
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Check that every domain has a mix."""
-        self.roles = roles
-        for name in (name for names in roles.values() for name in names):
-            if name not in self.mixes:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(self.mixes)}")
 
     def describe(self, domain: str) -> str:
         """Say what was drawn."""
