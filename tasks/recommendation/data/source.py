@@ -6,10 +6,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from moeapps.data.gather import BatchDataset
 from moeapps.data.source import DomainSource
@@ -38,6 +41,49 @@ class LogSource(DomainSource):
     def item_name(self, item: int) -> str:
         """Return what to call an item, by its number in this log, in reports."""
         return f"item {item}"
+
+
+class GeneratedLog(LogSource):
+    """Base class of logs that are drawn: what was drawn of a domain and split is one file in the cache.
+
+    Attributes:
+        data_seed: seed of everything.
+        stem: how the files' names begin.
+    """
+
+    data_seed: int
+    stem: ClassVar[str]
+
+    @abstractmethod
+    def made_of(self, domain: str, split: Split) -> list[Any]:
+        """Return everything that `draw` depends on."""
+
+    @abstractmethod
+    def draw(self, domain: str, split: Split) -> dict[str, NDArray[Any]]:
+        """Draw one domain and split."""
+
+    def describe(self, domain: str) -> str:
+        """Say what was drawn."""
+        return f"generated, data_seed {self.data_seed}"
+
+    def prepare(self, cache: Path | None) -> None:
+        """Generate what the roles can touch."""
+        for _, name, split in touched(self.roles):
+            self._file(name, split, cache)
+
+    def drawn(self, domain: str, split: Split, cache: Path | None) -> dict[str, NDArray[Any]]:
+        """Return what `draw` gave, out of the cache."""
+        with np.load(self._file(domain, split, cache)) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def _file(self, domain: str, split: Split, cache: Path | None) -> Path:
+        key = config_hash(self.made_of(domain, split))
+
+        def write(target: Path) -> None:
+            with open(target, "wb") as file:
+                np.savez(file, allow_pickle=False, **self.draw(domain, split))
+
+        return build_once(cache_dir("recommendation", root=cache) / f"{self.stem}-{domain}-{split}-{key}.npz", write)
 
 
 def touched(roles: dict[Role, list[str]]) -> Iterator[tuple[Role, str, Split]]:
