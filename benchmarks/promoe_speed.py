@@ -25,14 +25,13 @@ from torch import Tensor, nn
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from benchmarks.steps import Work, alone, command, ratio_of, shares, show_step, step_over
-from moeapps.commands.run import Cli, import_tasks, quiet
+from benchmarks.system_share import build as build_system
 from moeapps.moe import MLPExperts, MoELayer
 from moeapps.training.sparse import build_optimizer
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.module import ImageDiffusionTask
 from tasks.image_diffusion.nets.blocks import Block
 
-BASE = ["--config", "configs/promoe.yaml"]
 DENSE = ["--config", "configs/baselines/promoe_dense.yaml"]
 RIVALS = ("dense", "dit")
 GATE = 1.15
@@ -43,15 +42,9 @@ GATE = 1.15
 
 def build(words: list[str] | None = None, flags: list[str] | None = None) -> tuple[ImageDiffusionTask, ImageBatch]:
     """Return a freshly initialised task and the first training batch of its data."""
-    given = [*BASE, *(words or []), "--trainer.callbacks", "null", *(flags or [])]
-    quiet()
-    import_tasks(given)
-    built = Cli(given, run=False)
-    built.datamodule.prepare_data()
-    built.datamodule.setup("fit")
-    task = built.model
+    task, batch = build_system("promoe", [*(words or []), *(flags or [])])
     assert isinstance(task, ImageDiffusionTask)
-    return task.train(), next(iter(built.datamodule.train_dataloader()))
+    return task, batch
 
 
 def build_rival(name: str, flags: list[str] | None = None) -> ImageDiffusionTask:
