@@ -26,8 +26,8 @@ RATES: dict[str, tuple[float, float]] = {
     "aw_moe": (0.005, 0.01),
     "din": (0.005, 0.02),
     "category": (0.01, 0.01),
-    "mmoe": (0.005, 0.005),
-    "no_attention": (0.02, 0.02),
+    "mmoe": (0.005, 0.02),
+    "no_attention": (0.02, 0.01),
     "dense": (0.01, 0.005),
     "dnn": (0.005, 0.02),
 }
