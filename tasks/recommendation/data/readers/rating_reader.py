@@ -217,7 +217,7 @@ class RatingLists(LogSource):
         """Ratings [N] of the training period of the seen domains and of ``domain``, which may be another."""
         names = {*self.roles["seen"], domain} - {None}
         numbers = [number for number, name in enumerate(self.reader.domains) if name in names]
-        return (self.period == 0) & np.isin(self.log.domain, numbers)
+        return np.asarray((self.period == 0) & np.isin(self.log.domain, numbers))
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:
