@@ -185,9 +185,7 @@ class AudioLM(nn.Module):
         y_BRD = self._run(token_BK.new_zeros(len(token_BK), 0), token_BK.unsqueeze(-1), domain, cache)
         return self._logits(y_BRD).squeeze(1)
 
-    def _run(
-        self, prompt_BS: Tensor, inputs_BKL: Tensor, domain: Tensor | None, cache: Cache | None = None
-    ) -> Tensor:
+    def _run(self, prompt_BS: Tensor, inputs_BKL: Tensor, domain: Tensor | None, cache: Cache | None = None) -> Tensor:
         x_BRD = torch.cat([self.symbols(prompt_BS), self._embed(inputs_BKL)], dim=1)
         real_BR = torch.cat([prompt_BS != PADDING, (inputs_BKL != self.delay.pad).any(1)], dim=1)
         first = 0 if cache is None else cache.length
