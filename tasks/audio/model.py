@@ -5,7 +5,8 @@ Source: UniMoE-Audio (arXiv 2510.13344; docs/papers/unimoe_audio.md); facts of t
 ``UniMoE-Audio/utils``. Differs: the prompt is labels and bytes of text in front of the audio, where the paper has the
 chat template of a pretrained language model, its vision tower and its own tokens.
 
-Shape legend: B clips, K codebooks, V codes of a book, T frames, L steps, S symbols of a prompt, R = S + L rows, D width.
+Shape legend: B clips, K codebooks, V codes of a book, T frames, L steps, S symbols of a prompt, R = S + L rows,
+D width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeapps.moe import LayerFactory, MoELayer
@@ -138,7 +138,7 @@ class AudioLM(nn.Module):
     # From clips to steps --------------------------------------------------------------------------------------------
 
     def targets(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
-        """What is read and what is to be predicted: inputs [B, K, L], targets [B, L, K] with `IGNORED` where nothing is.
+        """Inputs [B, K, L], and what is to be predicted from each step, [B, L, K], with `IGNORED` where nothing is.
 
         Every code is a target; so is the end of the first book, where the clip ends. No other id ever is.
         """

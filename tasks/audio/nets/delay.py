@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delay patterns: how K codebooks of a clip become one sequence of steps, each book some steps behind the first.
 
-A step holds one token per book. Ids 0 .. V-1 are codes, then come `end`, `pad` and `begin`. Book c holds ``begin`` at
-steps 0 .. D_c, the code of frame t at step t + D_c + 1, ``end`` after its last code, if the clip ends there, and ``pad``
-from there on.
+A step holds one token per book. Ids 0 .. V-1 are codes, then come ``end``, ``pad`` and ``begin``. Book c holds
+``begin`` at steps 0 .. D_c, the code of frame t at step t + D_c + 1, ``end`` after its last code, if the clip ends
+there, and ``pad`` from there on.
 
 Shape legend: B clips, K books, V codes of a book, T frames, L steps, D_c delay of book c.
 """

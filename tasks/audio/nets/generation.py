@@ -6,8 +6,8 @@ Shape legend: B clips, K codebooks, T frames, L steps, S symbols of a prompt, V 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
