@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +21,9 @@ from tasks.audio.data.batch import AudioBatch, CodeClips, right_aligned
 from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.prompt import Prompt, PromptVocabulary
 from tasks.audio.data.source import AudioSource, Clip
+from tasks.audio.data.store import SPLITS, load_arrays
 from tasks.audio.nets.tokenizers import MelRVQ, Tokenizer
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 CODES_VERSION = 1
 
 log = logging.getLogger("moeapps")
@@ -106,16 +105,27 @@ class AudioData(DomainDataModule):
             raise ValueError(
                 f"label_dropout={self.label_dropout}, music_share={self.music_share}; allowed are [0, 1) and (0, 1]"
             )
-        held = {*self.roles["validation"], *self.roles["unseen"]}
-        if not self.tokenizer_domains or held & {*self.tokenizer_domains}:
-            raise ValueError(
-                f"tokenizer_domains={self.tokenizer_domains}; name at least one, and none that is held out: "
-                f"{', '.join(sorted(held))}"
-            )
+        self._check_parts()
         if self._tokenizer.sample_rate != self.source.sample_rate:
             raise ValueError(
                 f"the tokenizer takes {self._tokenizer.sample_rate} samples per second, the clips have "
                 f"{self.source.sample_rate}; set both to one sample_rate"
+            )
+
+    def _check_parts(self) -> None:
+        """Raise ValueError where two domains share recordings, or the tokenizer would be fitted to held-out ones."""
+        owner: dict[str, str] = {}
+        for domain in self.domain_names:
+            for part in self.source.parts(domain):
+                if part in owner:
+                    raise ValueError(f"domains {owner[part]!r} and {domain!r} both hold {part!r}; name one of them")
+                owner[part] = domain
+        held = [*self.roles["validation"], *self.roles["unseen"]]
+        fitted = {part for domain in self.tokenizer_domains for part in self.source.parts(domain)}
+        if not fitted or fitted & {part for part, domain in owner.items() if domain in held}:
+            raise ValueError(
+                f"tokenizer_domains={self.tokenizer_domains}; name at least one, and none that is held out: "
+                f"{', '.join(held)}"
             )
 
     @property
@@ -219,11 +229,7 @@ class AudioData(DomainDataModule):
     def _arrays(self, domain: str) -> dict[str, Any]:
         key = config_hash([self.tokenizer_key, self.source.identity(domain)])
         path = build_once(self._file(f"{domain}-codes", key, "npz"), lambda path: self._encode(domain, path))
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete it, it is made anew") from error
+        arrays = load_arrays(path)
         if str(arrays.get("digest")) != self.tokenizer.digest:
             raise ValueError(
                 f"{path} holds codes of another tokenizer ({arrays.get('digest')}, here {self.tokenizer.digest}); "

@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
-from moeapps.files import write_arrays
 from tasks.audio.data.chords import PROGRESSIONS, TEMPI, TIMBRES, draw_prompt, play
 from tasks.audio.data.prompt import Kind, Prompt
 from tasks.audio.data.source import AudioSource, Clip
+from tasks.audio.data.store import SPLITS, load_clips, save_clips
 from tasks.audio.data.voices import RATE, VOICES, draw_text, speak
 
 GENERATOR_VERSION = 1
@@ -96,13 +94,7 @@ class GeneratedAudio(AudioSource):
 
     @override
     def clips(self, domain: str, split: Split, cache: Path | None) -> list[Clip]:
-        path = build_once(self._path(domain, cache), lambda path: self._write(domain, path))
-        with np.load(path, allow_pickle=False) as file:
-            samples, lengths = torch.from_numpy(file[f"{split}_wave"]), file[f"{split}_length"].tolist()
-            prompts = [Prompt(**entry) for entry in json.loads(str(file[f"{split}_prompt"]))]
-        waves = (samples.float() / 32767).split(lengths)
-        named = enumerate(zip(waves, prompts, strict=True))
-        return [Clip(wave, prompt, f"{domain}-{split}-{i:04}") for i, (wave, prompt) in named]
+        return load_clips(build_once(self._path(domain, cache), lambda path: self._write(domain, path)), split)
 
     @override
     def describe(self, domain: str) -> str:
@@ -113,19 +105,14 @@ class GeneratedAudio(AudioSource):
         return cache_dir("audio", root=cache) / f"{domain}-{config_hash(self.identity(domain))}.npz"
 
     def _write(self, domain: str, path: Path) -> None:
-        arrays: dict[str, Any] = {}
-        for split in ("train", "val", "test"):
-            waves, prompts = self.render(domain, split)  # type: ignore[arg-type]
-            arrays[f"{split}_wave"] = (torch.cat(waves) * 32767).round().to(torch.int16).numpy()
-            arrays[f"{split}_length"] = np.array([len(wave) for wave in waves])
-            arrays[f"{split}_prompt"] = json.dumps([vars(prompt) for prompt in prompts])
-        write_arrays(path, **arrays)
+        save_clips(path, {split: self.render(domain, split) for split in SPLITS})
 
-    def render(self, domain: str, split: Split) -> tuple[list[Tensor], list[Prompt]]:
-        """Make the clips of one domain and split anew: waves float32 [n], and their prompts."""
+    def render(self, domain: str, split: Split) -> list[Clip]:
+        """Make the clips of one domain and split anew."""
         generator = torch.Generator().manual_seed(int(config_hash([self.seed, domain, split]), 16))
         count = self.train[self.kind(domain)] if split == "train" else self.held[split]
-        waves, prompts = [], []
+        waves: list[Tensor] = []
+        prompts: list[Prompt] = []
         for start in range(0, count, _CHUNK):
             number = min(_CHUNK, count - start)
             if domain in TIMBRES:
@@ -136,7 +123,8 @@ class GeneratedAudio(AudioSource):
                 drawn = [Prompt("speech", {"voice": voice}, draw_text(generator)) for _ in range(number)]
                 waves += speak([prompt.text for prompt in drawn], VOICES[voice], generator)
             prompts += drawn
-        return waves, prompts
+        named = enumerate(zip(waves, prompts, strict=True))
+        return [Clip(wave, prompt, f"{domain}-{split}-{i:04}") for i, (wave, prompt) in named]
 
 
 def _voice(domain: str) -> str:

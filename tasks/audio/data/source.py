@@ -71,6 +71,10 @@ class AudioSource(ABC):
     def describe(self, domain: str) -> str:
         """Say where a domain's clips come from, for results files."""
 
+    def parts(self, domain: str) -> Sequence[str]:
+        """Return the collections a domain is made of; domains that share one may not have different roles."""
+        return [domain]
+
     def missing(self, domain: str, cache: Path | None) -> str | None:
         """Return why an OPTIONAL domain cannot be had, or None."""
         return None
