@@ -158,7 +158,9 @@ def unimoe_audio(
             banks.append(GLUExperts(num_shared, dim, int(shared_expansion * dim), activation="silu"))
         experts = JoinedExperts(banks) if num_shared else banks[0]
         make_router = default_router if router is None else router
-        return MoELayer(make_router(dim), experts, num_shared=num_shared, backend=backend)
+        return MoELayer(
+            make_router(dim), experts, num_shared=num_shared, combiner=Sum(shared="apart"), backend=backend
+        )
 
     return build
 
