@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import LayerFactory, MoELayer
+from tasks.audio.data.prompt import EMPTY, PADDING
 from tasks.audio.nets.attention import Attention, Rotary, rotary
 from tasks.audio.nets.cache import Cache, LayerCache
 from tasks.audio.nets.delay import DelayPattern, audiocraft
@@ -25,8 +26,6 @@ from tasks.audio.nets.delay import DelayPattern, audiocraft
 if TYPE_CHECKING:
     from tasks.audio.data.batch import AudioBatch
 
-PADDING, EMPTY = 0, 1
-"""Symbols of a prompt: nothing (at its left), and the prompt that says nothing."""
 IGNORED = -100
 """Stands in targets where nothing is to be predicted."""
 STD = 0.02
@@ -138,15 +137,8 @@ class AudioLM(nn.Module):
     # From clips to steps --------------------------------------------------------------------------------------------
 
     def targets(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
-        """Inputs [B, K, L], and what is to be predicted from each step, [B, L, K], with `IGNORED` where nothing is.
-
-        Every code is a target; so is the end of the first book, where the clip ends. No other id ever is.
-        """
-        step_BKL = self.delay.apply(batch.codes, batch.ends)
-        target_BLK = step_BKL[..., 1:].transpose(1, 2)
-        wanted_BLK = target_BLK < self.delay.num_codes
-        wanted_BLK[..., 0] |= target_BLK[..., 0] == self.delay.end
-        return step_BKL[..., :-1], target_BLK.where(wanted_BLK, IGNORED)
+        """Inputs [B, K, L] of a batch, and what is to be predicted from each step; see `step_targets`."""
+        return step_targets(self.delay, batch.codes, batch.ends)
 
     def dropped(self, prompt_BS: Tensor) -> Tensor:
         """Prompts of which training empties some."""
@@ -218,6 +210,20 @@ class AudioLM(nn.Module):
     def _layer_cache(self, block: nn.Module, num_clips: int, rows: int) -> LayerCache:
         assert isinstance(block, Block)
         return LayerCache(num_clips, block.attn.num_kv_heads, rows, self.head_dim, self.head.weight)
+
+
+def step_targets(delay: DelayPattern, codes_BKT: Tensor, ends_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [B, K, L], and what is to be predicted from each step, [B, L, K], with `IGNORED` where nothing is.
+
+    Every code is a target; so is the end of the first book, where the clip ends. No other id ever is.
+
+    Source: docs/papers/unimoe_audio.md, equation 11.
+    """
+    step_BKL = delay.apply(codes_BKT, ends_B)
+    target_BLK = step_BKL[..., 1:].transpose(1, 2)
+    wanted_BLK = target_BLK < delay.num_codes
+    wanted_BLK[..., 0] |= target_BLK[..., 0] == delay.end
+    return step_BKL[..., :-1], target_BLK.where(wanted_BLK, IGNORED)
 
 
 def empty_prompts(prompt_BS: Tensor) -> Tensor:

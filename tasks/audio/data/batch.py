@@ -19,9 +19,7 @@ from typing_extensions import override
 from moeapps.data.gather import BatchDataset
 from moeapps.data.mixing import MixingSampler
 from tasks.audio.data.prompt import PADDING, UNKNOWN
-
-NO_CODE = -1
-"""Stands in `AudioBatch.codes` where a clip has no more frames."""
+from tasks.audio.nets.delay import NO_CODE as NO_CODE
 
 
 @dataclass(frozen=True)
