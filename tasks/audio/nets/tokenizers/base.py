@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,11 +93,7 @@ class Tokenizer(nn.Module, ABC):
             ValueError: nothing is fitted yet.
         """
         self._need_fit()
-        found = hashlib.sha256(self.key.encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            found.update(f"{name} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()[:12]
+        return self._digest_of(self.state_dict())
 
     def fit(self, waves: Sequence[Tensor]) -> Self:
         """Learn the codes from clips, each [n] in floating point; return the tokenizer itself.
@@ -171,12 +167,12 @@ class Tokenizer(nn.Module, ABC):
                 f"{path} is no tokenizer file, or a damaged one ({error}); delete it and fit again"
             ) from error
         self._same_settings(told, path)
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path} lacks tensors of a {type(self).__name__}; delete it and fit again") from error
-        if not self.fitted or self.digest != told.get("digest"):
+        own = self.state_dict()
+        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+            raise ValueError(f"{path} lacks tensors of a {type(self).__name__}, or has others; delete it and fit again")
+        if self._digest_of(state) != told.get("digest"):
             raise ValueError(f"{path} is damaged: its tensors are not those that were saved; delete it and fit again")
+        self.load_state_dict(state)
         return self
 
     def _same_settings(self, told: dict[str, str], path: Path) -> None:
@@ -189,6 +185,13 @@ class Tokenizer(nn.Module, ABC):
         ]
         if other:
             raise ValueError(f"{path} is of a tokenizer with {', '.join(other)}; give its settings or fit a new one")
+
+    def _digest_of(self, state: Mapping[str, Tensor]) -> str:
+        found = hashlib.sha256(self.key.encode())
+        for name, tensor in sorted(state.items()):
+            found.update(f"{name} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:12]
 
     def _need_fit(self) -> None:
         if not self.fitted:
