@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.audio.model import IGNORED
+from tasks.audio.nets.language_model import IGNORED
 
 
 def code_nats(logits_BLKU: Tensor, target_BLK: Tensor) -> Tensor:

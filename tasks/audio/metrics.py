@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from tasks.audio.model import IGNORED
+from tasks.audio.nets.language_model import IGNORED
 
 
 def code_bits(nats_BLK: Tensor, target_BLK: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -12,22 +12,18 @@ D width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeapps.moe import LayerFactory, MoELayer
-from tasks.audio.data.prompt import EMPTY, PADDING
+from tasks.audio.data.prompt import PADDING
 from tasks.audio.nets.attention import Attention, Rotary, rotary
 from tasks.audio.nets.cache import Cache, LayerCache
 from tasks.audio.nets.delay import DelayPattern, audiocraft
+from tasks.audio.nets.language_model import CodecLM, empty_prompts
 
-if TYPE_CHECKING:
-    from tasks.audio.data.batch import AudioBatch
-
-IGNORED = -100
-"""Stands in targets where nothing is to be predicted."""
 STD = 0.02
 """Of embeddings and of the last layer at the start, as published; layers between have it over sqrt(D / 2048)."""
 
@@ -68,7 +64,7 @@ class Block(nn.Module):
         return x_BRD + y_BRD
 
 
-class AudioLM(nn.Module):
+class AudioLM(CodecLM):
     """Predict every book's next token from a prompt and the steps so far.
 
     Rows of the layers are, clip by clip, the S symbols of its prompt and then its L steps. Padding (left of a prompt,
@@ -107,9 +103,8 @@ class AudioLM(nn.Module):
         prompt_dropout: float = 0.15,
         theta: float = 10_000.0,
     ) -> None:
-        super().__init__()
         books: int = facts["num_codebooks"]
-        self.delay = DelayPattern(audiocraft(books) if delays is None else delays, facts["num_codes"])
+        super().__init__(DelayPattern(audiocraft(books) if delays is None else delays, facts["num_codes"]))
         if len(self.delay.delays) != books:
             raise ValueError(f"delays={delays}, but the data have {books} codebooks; give one delay for each")
         if depth < 1 or not 0 <= prompt_dropout <= 1:
@@ -133,12 +128,6 @@ class AudioLM(nn.Module):
             if isinstance(module, Attention):
                 for linear in (module.qkv, module.out):
                     nn.init.normal_(linear.weight, std=STD * math.sqrt(2048 / self.dim))
-
-    # From clips to steps --------------------------------------------------------------------------------------------
-
-    def targets(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
-        """Inputs [B, K, L] of a batch, and what is to be predicted from each step; see `step_targets`."""
-        return step_targets(self.delay, batch.codes, batch.ends)
 
     def dropped(self, prompt_BS: Tensor) -> Tensor:
         """Prompts of which training empties some."""
@@ -210,27 +199,6 @@ class AudioLM(nn.Module):
     def _layer_cache(self, block: nn.Module, num_clips: int, rows: int) -> LayerCache:
         assert isinstance(block, Block)
         return LayerCache(num_clips, block.attn.num_kv_heads, rows, self.head_dim, self.head.weight)
-
-
-def step_targets(delay: DelayPattern, codes_BKT: Tensor, ends_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs [B, K, L], and what is to be predicted from each step, [B, L, K], with `IGNORED` where nothing is.
-
-    Every code is a target; so is the end of the first book, where the clip ends. No other id ever is.
-
-    Source: docs/papers/unimoe_audio.md, equation 11.
-    """
-    step_BKL = delay.apply(codes_BKT, ends_B)
-    target_BLK = step_BKL[..., 1:].transpose(1, 2)
-    wanted_BLK = target_BLK < delay.num_codes
-    wanted_BLK[..., 0] |= target_BLK[..., 0] == delay.end
-    return step_BKL[..., :-1], target_BLK.where(wanted_BLK, IGNORED)
-
-
-def empty_prompts(prompt_BS: Tensor) -> Tensor:
-    """Prompts of the same shape that say nothing: padding, then `EMPTY`."""
-    empty_BS = torch.full_like(prompt_BS, PADDING)
-    empty_BS[:, -1:] = EMPTY
-    return empty_BS
 
 
 def _visible(real_BA: Tensor, num_rows: int) -> Tensor:

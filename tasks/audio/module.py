@@ -17,7 +17,7 @@ from tasks.audio.data.batch import NO_CODE, AudioBatch
 from tasks.audio.data.prompt import UNKNOWN
 from tasks.audio.losses import code_nats, codec_loss
 from tasks.audio.metrics import audio_metrics, code_bits, unit_parts
-from tasks.audio.model import AudioLM
+from tasks.audio.nets.language_model import CodecLM
 from tasks.audio.report.drawing import Drawing, draw_codes
 from tasks.audio.report.writer import ClipWriter
 
@@ -77,7 +77,7 @@ class AudioTask(BaseTask):
     def __init__(
         self,
         *,
-        net: Callable[[dict[str, Any]], AudioLM],
+        net: Callable[[dict[str, Any]], CodecLM],
         facts: dict[str, Any],
         codebook_weights: list[float] | None = None,
         answers: Answers | None = None,

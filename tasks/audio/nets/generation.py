@@ -8,34 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.audio.model import empty_prompts
 from tasks.audio.nets.delay import NO_CODE, DelayPattern
+from tasks.audio.nets.language_model import CodecLM, empty_prompts
 from tasks.audio.nets.sampling import Sampling
-
-
-class StepByStep(Protocol):
-    """A network that can be asked for one step after the other; all of the task's can."""
-
-    delay: DelayPattern
-
-    def prefill(
-        self, prompt_BS: Tensor, inputs_BKL: Tensor, *, room: int, domain: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        """Logits [B, K, V + 3] of the next step, and what `step` needs of those so far."""
-
-    def step(self, token_BK: Tensor, cache: Any, domain: Tensor | None = None) -> Tensor:
-        """Logits [B, K, V + 3] of the step after this one."""
 
 
 @torch.no_grad()
 def generate(
-    net: StepByStep,
+    net: CodecLM,
     prompt_BS: Tensor,
     *,
     continue_codes: Tensor | None = None,
@@ -106,7 +91,7 @@ class Guided:
 
     def __init__(
         self,
-        net: StepByStep,
+        net: CodecLM,
         prompt_BS: Tensor,
         inputs_BKL: Tensor,
         num_steps: int,
@@ -238,13 +223,11 @@ def _uniform(num_clips: int, num_steps: int, num_books: int, seed: int) -> Tenso
 
 
 @contextmanager
-def _evaluating(net: object) -> Iterator[None]:
+def _evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while."""
-    training = isinstance(net, nn.Module) and net.training
-    if isinstance(net, nn.Module):
-        net.eval()
+    training = net.training
+    net.eval()
     try:
         yield
     finally:
-        if isinstance(net, nn.Module):
-            net.train(training)
+        net.train(training)

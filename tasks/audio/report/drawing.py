@@ -15,7 +15,8 @@ from torch import Tensor
 from tasks.audio.data.batch import right_aligned
 from tasks.audio.data.prompt import Prompt, PromptVocabulary
 from tasks.audio.nets.delay import NO_CODE
-from tasks.audio.nets.generation import StepByStep, generate
+from tasks.audio.nets.generation import generate
+from tasks.audio.nets.language_model import CodecLM
 from tasks.audio.nets.sampling import Sampling
 from tasks.audio.nets.tokenizers.base import Tokenizer
 
@@ -56,7 +57,7 @@ class Drawing:
 
 
 def draw_codes(
-    net: StepByStep,
+    net: CodecLM,
     prompt_BS: Tensor,
     frame_rate: float,
     how: Drawing,

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tasks.audio.model import IGNORED, step_targets
 from tasks.audio.nets.delay import DelayPattern, audiocraft
+from tasks.audio.nets.language_model import IGNORED, CodecLM
 
 if TYPE_CHECKING:
     from tasks.audio.data.batch import AudioBatch
 
 
-class UnigramLM(nn.Module):
+class UnigramLM(CodecLM):
     """How often each code of a book occurs in the domain: the floor that every network must beat.
 
     Counts are of the training batches, gathered by `targets`; further epochs multiply them alike. A domain that was not
@@ -39,11 +39,10 @@ class UnigramLM(nn.Module):
     legal_KX: Tensor
 
     def __init__(self, facts: dict[str, Any], *, delays: list[int] | None = None, prior: float = 0.5) -> None:
-        super().__init__()
+        books: int = facts["num_codebooks"]
+        super().__init__(DelayPattern(audiocraft(books) if delays is None else delays, facts["num_codes"]))
         if not prior > 0:
             raise ValueError(f"prior={prior}, but a code that was not seen needs some probability; use one above 0")
-        books: int = facts["num_codebooks"]
-        self.delay = DelayPattern(audiocraft(books) if delays is None else delays, facts["num_codes"])
         self.prior = prior
         pool_GG = pools(facts)
         legal_KX = torch.zeros(books, self.delay.num_tokens, dtype=torch.bool)
@@ -56,7 +55,7 @@ class UnigramLM(nn.Module):
 
     def targets(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
         """Inputs and targets as of `AudioLM`; while training, count them."""
-        inputs_BKL, target_BLK = step_targets(self.delay, batch.codes, batch.ends)
+        inputs_BKL, target_BLK = super().targets(batch)
         if self.training:
             self.count(inputs_BKL, target_BLK, batch.domain)
         return inputs_BKL, target_BLK

@@ -7,19 +7,17 @@ Shape legend: B clips, K codebooks, V codes of a book, X = V + 3 tokens, L steps
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tasks.audio.model import AudioLM
+from tasks.audio.nets.language_model import CodecLM
 from tasks.audio.rivals.counts import pools
 
-if TYPE_CHECKING:
-    from tasks.audio.data.batch import AudioBatch
 
-
-class Specialists(nn.Module):
+class Specialists(CodecLM):
     """A network for each seen domain, which learns from its clips alone.
 
     A domain that was not trained on is predicted by all specialists of its kind (by all, where there is none): the mean
@@ -36,17 +34,13 @@ class Specialists(nn.Module):
     rows_GE: Tensor
 
     def __init__(self, facts: dict[str, Any], *, net: Callable[[dict[str, Any]], AudioLM]) -> None:
-        super().__init__()
         seen: list[str] = facts["domains"]["seen"]
         if not seen:
             raise ValueError("facts names no seen domain; specialists need one at least")
-        self.nets = nn.ModuleList(net(facts) for _ in seen)
-        self.delay = self._net(0).delay
+        nets = [net(facts) for _ in seen]
+        super().__init__(nets[0].delay)
+        self.nets = nn.ModuleList(nets)
         self.register_buffer("rows_GE", pools(facts)[:, : len(seen)], persistent=False)
-
-    def targets(self, batch: AudioBatch) -> tuple[Tensor, Tensor]:
-        """Inputs and targets as of `AudioLM`."""
-        return self._net(0).targets(batch)
 
     def forward(self, prompt_BS: Tensor, inputs_BKL: Tensor, domain: Tensor | None = None) -> Tensor:
         """Logits [B, L, K, X] of the steps after those given."""
