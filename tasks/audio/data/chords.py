@@ -66,7 +66,7 @@ class Timbre:
 TIMBRES: dict[str, Timbre] = {
     "organ": Timbre((1, 2, 3, 4, 6), (1.0, 0.6, 0.4, 0.3, 0.15), attack=0.03, decay=0.0),
     "pluck": Timbre((1, 2, 3, 4, 5, 6), (1.0, 0.7, 0.5, 0.35, 0.25, 0.2), attack=0.004, decay=5.0),
-    "reed": Timbre((1, 3, 5, 7), (1.0, 0.5, 0.35, 0.25), attack=0.05, decay=0.5, tremolo=0.3),
+    "reed": Timbre((1, 3, 5, 7), (1.0, 0.5, 0.35, 0.25), attack=0.05, decay=0.5, tremolo=0.1),
     "bell": Timbre((1, 2, 2.98, 4.2, 5.4), (1.0, 0.5, 0.4, 0.3, 0.2), attack=0.004, decay=2.5),
 }
 _RELEASE = 0.03  # seconds of silence, faded, before the next stroke

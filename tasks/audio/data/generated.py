@@ -19,7 +19,7 @@ from tasks.audio.data.source import AudioSource, Clip
 from tasks.audio.data.store import SPLITS, load_clips, save_clips
 from tasks.audio.data.voices import RATE, VOICES, draw_text, speak
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 _CHUNK = 64  # clips made at once: as much as fits the processor's cache
 
 

@@ -22,11 +22,14 @@ from tasks.audio.data.source import AudioSource, Clip
 from tasks.audio.data.store import SPLITS, load_clips, save_clips
 from tasks.audio.packages import MUSIC, SPEECH, WORDS
 
-READER_VERSION = 1
+READER_VERSION = 2
 MUSIC_SECONDS = 4.0
 _HEADER = 44  # bytes of a WAV file without a sample: Russian has no word for "is"
 _BLOCK = 3  # pieces of music in a row that are of one split
-_MUSIC_SPLITS: dict[int, Split] = {2: "test", 5: "val", 7: "test"}  # of ten blocks; the others are for training
+# Splits of ten blocks; the others are for training. Pieces that nothing is trained on by default need none for that.
+_MUSIC_SPLITS: dict[int, Split] = {2: "test", 5: "val", 7: "test"}
+_HELD_SPLITS: dict[int, Split] = {0: "val", 2: "test", 4: "val", 5: "test", 7: "val", 8: "test"}
+_HELD = ("robot", "reno")
 # Beeps, tones and monkeys; the transcripts give them in brackets.
 _SOUNDS = re.compile(r"silence/.*|beep(err)?|(a|de)scending-2tone|tt-monkeys|confbridge-(join|leave)", flags=re.ASCII)
 _REMARKS = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
@@ -74,8 +77,8 @@ class Recordings(AudioSource):
 
     A file of speech is in one split, the same for every voice (prompts of one name say the same): of ten files about
     eight are for training, one for validation, one for tests. Files longer than ``seconds`` are cut at pauses; the
-    pieces have no text. Music is cut into pieces of 4 s; three in a row are of one split, of ten such blocks seven are
-    for training, one for validation, two for tests.
+    pieces have no text. Music is cut into pieces of 4 s; three in a row are of one split. Of ten such blocks seven are
+    for training, one for validation, two for tests; of the two held-out pieces four, three and three.
 
     Args:
         sample_rate: samples per second; the files have 8000.
@@ -178,9 +181,10 @@ class Recordings(AudioSource):
         pieces = read_audio(path, self.sample_rate).split(length)
         if len(pieces) > 1 and len(pieces[-1]) < length // 4:
             pieces = pieces[:-1]
+        splits = _HELD_SPLITS if part in _HELD else _MUSIC_SPLITS
         return [
             (
-                _MUSIC_SPLITS.get(i // _BLOCK % 10, "train"),
+                splits.get(i // _BLOCK % 10, "train"),
                 Clip(wave, _prompt(part), f"{part}/{i:03}", ends=len(wave) < length),
             )
             for i, wave in enumerate(pieces)

@@ -50,7 +50,7 @@ def load_arrays(path: Path, *names: str) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in names or file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it, it is made anew") from error

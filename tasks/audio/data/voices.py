@@ -94,7 +94,8 @@ def syllables(text: str) -> list[str]:
 def sounds_of(text: str) -> list[Sound]:
     """Return the sounds of a transcript; a stop is a silence and a burst."""
     sounds = []
-    for consonant, vowel in syllables(text):
+    for syllable in syllables(text):
+        consonant, vowel = syllable[0], syllable[1]
         sounds.append(CONSONANTS[consonant])
         sounds.extend([_BURSTS[consonant]] if consonant in _BURSTS else [])
         sounds.append(VOWELS[vowel])
