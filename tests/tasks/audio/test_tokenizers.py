@@ -166,6 +166,16 @@ def test_a_clip_sounds_the_same_alone_and_among_others() -> None:
     assert mel_distance(full.decode(codes), alone, RATE) < 0.02
 
 
+def test_codes_and_waves_are_those_of_full_precision(fitted: MelRVQ) -> None:
+    wave = babble()[None]
+    codes, heard = fitted.encode(wave), fitted.decode(fitted.encode(wave))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fitted.encode(wave), codes)
+        assert torch.equal(fitted.decode(codes), heard)
+        assert small().fit(clips()).digest == fitted.digest
+
+
 # k-means -------------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ class Tokenizer(nn.Module, ABC):
     A frame is `hop` samples: n samples give T = ceil(n / hop) frames, and T frames give T * hop samples. The books are
     in residual order: the first K' < K books of a clip are a coarser description of it, which `decode` takes as well.
 
-    A subclass implements `_encode`, `_decode`, `_fit` and `settings`, and names its arguments as its attributes say.
+    Waves and codes are brought to the tokenizer's own device. A subclass implements `_encode`, `_decode`, `_fit` and
+    `settings`.
 
     Args:
         sample_rate: samples per second of every wave.
@@ -104,7 +105,8 @@ class Tokenizer(nn.Module, ABC):
         if not waves:
             raise ValueError(f"{type(self).__name__}: no wave to fit to; give at least one clip of the training split")
         checked = [self._checked(wave[None], f"wave {place}")[0] for place, wave in enumerate(waves)]
-        self._fit(checked)
+        with self._full_precision():
+            self._fit(checked)
         self.fitted.fill_(True)
         return self
 
@@ -116,7 +118,8 @@ class Tokenizer(nn.Module, ABC):
             ValueError: another shape, no sample, integers, numbers that are not finite, or no fit before.
         """
         self._need_fit()
-        return self._encode(self._checked(wave, "wave"))
+        with self._full_precision():
+            return self._encode(self._checked(wave, "wave"))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -137,7 +140,8 @@ class Tokenizer(nn.Module, ABC):
                 f"codes from {int(codes.min())} to {int(codes.max())}; allowed are 0 to {self.num_codes - 1}: take the "
                 "frames after a clip's end and the special symbols of the language model out first"
             )
-        return self._decode(codes.long())
+        with self._full_precision():
+            return self._decode(codes.long().to(self.fitted.device))
 
     def save(self, path: Path) -> None:
         """Write settings and tensors as safetensors, whole or not at all.
@@ -193,6 +197,10 @@ class Tokenizer(nn.Module, ABC):
             found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()[:12]
 
+    def _full_precision(self) -> torch.autocast:
+        """No bfloat16 in here: it would give a frame other codes than the fit has, and transforms do not know it."""
+        return torch.autocast(self.fitted.device.type, enabled=False)
+
     def _need_fit(self) -> None:
         if not self.fitted:
             raise ValueError(f"this {type(self).__name__} is not fitted; call fit(waves) or load(path) first")
@@ -206,4 +214,4 @@ class Tokenizer(nn.Module, ABC):
             raise ValueError(f"{name} of type {wave.dtype}; wanted floating point between -1 and 1")
         if not wave.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity; repair the recording or leave it out")
-        return wave.float()
+        return wave.to(self.fitted.device, torch.float32)

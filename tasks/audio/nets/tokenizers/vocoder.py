@@ -49,10 +49,10 @@ class VocodedRVQ(Tokenizer):
         *,
         dim: int = 128,
         depth: int = 4,
-        steps: int = 2000,
-        batch_size: int = 16,
+        steps: int = 1000,
+        batch_size: int = 8,
         frames: int = 32,
-        rate: float = 1e-3,
+        rate: float = 2e-3,
         seed: int = 0,
     ) -> None:
         rvq = rvq or MelRVQ(num_codebooks=8)
