@@ -56,12 +56,13 @@ def generate(
         One int64 [K, T_b] per clip: the frames given and the new ones, real codes only.
 
     Raises:
-        ValueError: a negative scale, frames that do not fit each other, codes or domains for another number of clips.
+        ValueError: a negative scale, frames that do not fit each other, codes or domains for another number of clips,
+            clips with holes, or a network whose logits are not finite.
 
     Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 12 to 14). Differs: the logit of the end is not
         multiplied by 0.6 for music, which raises it where it is negative.
     """
-    if not cfg_scale >= 0 or not 0 <= min_frames <= max_frames or max_frames < 1:
+    if not 0 <= cfg_scale < float("inf") or not 0 <= min_frames <= max_frames or max_frames < 1:
         raise ValueError(
             f"cfg_scale={cfg_scale}, min_frames={min_frames}, max_frames={max_frames}: use a scale of 0 or more, and "
             "0 <= min_frames <= max_frames with at least 1"
@@ -70,6 +71,8 @@ def generate(
     draws = Draws(net.delay, given_BKT, Sampling(temperature, top_k, top_p), min_frames, max_frames, end_if_best, seed)
     with _evaluating(net):
         guided = Guided(net, prompt_BS, draws.known(), draws.num_steps, cfg_scale, domain)
+        if not guided.logits.isfinite().all():
+            raise ValueError("the network's logits are not finite: its training diverged; take an earlier checkpoint")
         while not draws.add(guided.logits):
             guided.step(draws.last)
     return draws.codes()
@@ -209,6 +212,11 @@ def _given(codes: Tensor | None, prompt_BS: Tensor, delay: DelayPattern) -> Tens
         raise ValueError(
             f"continue_codes has codes from {int(codes.min())} to {int(codes.max())}, but the network knows 0 to "
             f"{delay.num_codes - 1} (and {NO_CODE} after a clip's end); encode with the tokenizer it was trained on"
+        )
+    inside_BKT = codes != NO_CODE
+    if not torch.equal(inside_BKT, inside_BKT.all(1, keepdim=True).cumprod(-1).bool().expand_as(inside_BKT)):
+        raise ValueError(
+            f"continue_codes has a clip with a hole: {NO_CODE} may stand only after a clip's end, in all books alike"
         )
     return codes
 

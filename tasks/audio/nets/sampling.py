@@ -56,7 +56,8 @@ class Sampling:
         if self.temperature == 0 or self.top_k == 1:
             return logits_X.argmax(-1)
         sorted_X, index_X = torch.sort(logits_X.float(), dim=-1, descending=True, stable=True)
-        share_X = self._kept((sorted_X / self.temperature).softmax(-1))
+        # Below the best one: a small temperature then makes minus infinity of it, and not infinity of the best.
+        share_X = self._kept(((sorted_X - sorted_X[..., :1]) / self.temperature).softmax(-1))
         reached_X = share_X.cumsum(-1)
         place = (reached_X <= uniform.unsqueeze(-1) * reached_X[..., -1:]).sum(-1, keepdim=True)
         last = (share_X > 0).sum(-1, keepdim=True) - 1
