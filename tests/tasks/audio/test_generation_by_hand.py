@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delays and generation against the same written token by token, on networks whose logits hang on every token before.
+"""Generation against the same written token by token, on networks whose logits hang on every token before.
 
 The networks here draw their logits from a hash of the prompt and of all steps so far: one token elsewhere changes all.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tasks.audio.nets.delay import NO_CODE, DelayPattern, audiocraft, unimoe
+from tasks.audio.nets.delay import NO_CODE, DelayPattern
 from tasks.audio.nets.generation import generate
 from tasks.audio.nets.language_model import CodecLM
 from tasks.audio.nets.sampling import Sampling
@@ -119,34 +119,6 @@ def test_a_clip_is_drawn_alike_alone_and_among_others(seed: int) -> None:
         given = given[:1, :, : int((given[0, 0] != NO_CODE).sum())]
 
     assert torch.equal(generate(net, prompt[:1], continue_codes=given, seed=seed, **options)[0], among)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_steps_are_those_of_the_definition(seed: int) -> None:
-    """D_c + 1 times begin, the codes, the end where the clip ends, then padding; and back."""
-    draw = random.Random(seed)
-    size, most = draw.randint(1, 9), draw.randint(1, 9)
-    pattern = DelayPattern([0, *(draw.randint(0, 9) for _ in range(draw.randint(0, 4)))], size)
-    codes, ends = torch.full((3, len(pattern.delays), most), NO_CODE), torch.tensor([True, False, draw.random() < 0.5])
-    lengths = [most, draw.randint(0, most), draw.randint(0, most)]
-    for clip, length in zip(codes, lengths, strict=True):
-        for frame in range(length):
-            clip[:, frame] = torch.tensor([draw.randrange(size) for _ in clip])
-
-    steps = pattern.apply(codes, ends)
-
-    total = most + max(*pattern.delays, 1) + 1
-    for clip, length, end, step in zip(codes.tolist(), lengths, ends.tolist(), steps.tolist(), strict=True):
-        for book, delay in enumerate(pattern.delays):
-            row = [size + 2] * (delay + 1) + clip[book][:length] + [size] * end + [size + 1] * total
-            assert step[book] == row[:total]
-    assert torch.equal(pattern.revert(steps), codes)
-
-
-def test_the_published_delays() -> None:
-    assert unimoe(12) == [0, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
-    assert audiocraft(4) == [0, 1, 2, 3]
-    assert unimoe(1) == audiocraft(1) == [0]
 
 
 @pytest.mark.parametrize("hole", [(0, 1), (1, 1), (1, 3)])
