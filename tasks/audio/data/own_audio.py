@@ -179,7 +179,10 @@ class JoinedAudio(AudioSource):
 
     @override
     def labels(self, domains: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys(label for name in domains for label in self._of[name].labels([name])))
+        # Collection by collection: the labels of domains of one collection are in its own order.
+        by_source = [[name for name in domains if self._of[name] is source] for source in self.sources]
+        pairs = zip(self.sources, by_source, strict=True)
+        return list(dict.fromkeys(label for source, names in pairs for label in source.labels(names)))
 
     @override
     def identity(self, domain: str) -> Any:
