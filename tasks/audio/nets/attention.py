@@ -20,9 +20,9 @@ def rotary(first: int, num_rows: int, head_dim: int, theta: float, like: Tensor)
 
     Source: Su et al. 2021, RoFormer; halves are rotated against each other, as in LLaMA and Qwen.
     """
-    half = head_dim // 2
-    place_R = torch.arange(first, first + num_rows, dtype=torch.float32, device=like.device)
-    rate_d = theta ** (-torch.arange(half, dtype=torch.float32, device=like.device) / half)
+    half, exact = head_dim // 2, torch.promote_types(like.dtype, torch.float32)
+    place_R = torch.arange(first, first + num_rows, dtype=exact, device=like.device)
+    rate_d = theta ** (-torch.arange(half, dtype=exact, device=like.device) / half)
     angle_Rd = place_R.unsqueeze(-1) * rate_d
     return angle_Rd.cos().to(like.dtype), angle_Rd.sin().to(like.dtype)
 
