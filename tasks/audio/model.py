@@ -183,7 +183,7 @@ class AudioLM(CodecLM):
     def _embed(self, inputs_BKL: Tensor) -> Tensor:
         """Sum of the books' embeddings: [B, K, L] -> [B, L, D]."""
         row_NK = (inputs_BKL + self.first_K1).transpose(1, 2).flatten(0, 1)
-        y: Tensor = self.tokens(row_NK).view(len(inputs_BKL), -1, self.dim)
+        y: Tensor = self.tokens(row_NK).view(len(inputs_BKL), inputs_BKL.shape[-1], self.dim)
         return y
 
     def _logits(self, y_BLD: Tensor) -> Tensor:
