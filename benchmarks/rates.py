@@ -67,6 +67,7 @@ class RateSearch:
                 (*variant.flags, f"--model.init_args.optimizer.lr={rate:g}"),
                 pairs=1,
                 data_seed_flags=variant.data_seed_flags,
+                stages=variant.stages,
             )
             for model, variant in self.models.items()
             for rate in (*self.rates, *self.further)
