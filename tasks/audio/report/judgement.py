@@ -91,7 +91,8 @@ def judge_clips(
         judge: trained on them.
 
     Returns:
-        ``generation``: numbers over all; ``generation.<domain>``: over one domain. In each:
+        ``generation``: numbers over all clips, distances as means over the domains; ``generation.<domain>``: over one
+        domain. In each:
 
         - ``loudness``: median RMS in dBFS; ``real_loudness``; ``silent``: share of the clips below -40 dBFS.
         - ``seconds``, ``real_seconds``: mean duration.
@@ -114,6 +115,16 @@ def judge_clips(
         "coded": _windows(real.coded, real.coded_domain, real.sample_rate),
     }
 
+    def distances(d: int) -> dict[str, float]:
+        """Distances to the training clips of one domain."""
+        least = min(len(windows[name][d]) for name in ("drawn", "test", "coded"))
+        keys = {"frechet": "drawn", "frechet_coded": "coded", "frechet_floor": "test"}
+        found = {key: frechet(windows["train"][d], _spread(windows[name][d], least)) for key, name in keys.items()}
+        used = {split: histograms([of[d]], real.num_codes) for split, of in real.codes.items()}
+        drawn = histograms([codes[row] for row in _rows(asked, [d])], real.num_codes)
+        found["code_divergence"] = jensen_shannon(drawn, used["train"])
+        return found | {"code_divergence_floor": jensen_shannon(used["test"], used["train"])}
+
     def numbers(wanted: list[int]) -> dict[str, float]:
         mine = _rows(asked, wanted)
         test, coded = _rows(real.test_domain, wanted), _rows(real.coded_domain, wanted)
@@ -129,14 +140,8 @@ def judge_clips(
             "real_domain_accuracy": _share(heard["test"][test] == real.test_domain[test]),
             "coded_domain_accuracy": _share(heard["coded"][coded] == real.coded_domain[coded]),
         }
-        parts = {name: torch.cat([of[d] for d in wanted]) for name, of in windows.items()}
-        least = min(len(parts[name]) for name in ("drawn", "test", "coded"))
-        for name, key in (("drawn", "frechet"), ("coded", "frechet_coded"), ("test", "frechet_floor")):
-            found[key] = frechet(parts["train"], _spread(parts[name], least))
-        used = {split: histograms([of[d] for d in wanted], real.num_codes) for split, of in real.codes.items()}
-        drawn = histograms([codes[row] for row in mine], real.num_codes)
-        found["code_divergence"] = jensen_shannon(drawn, used["train"])
-        found["code_divergence_floor"] = jensen_shannon(used["test"], used["train"])
+        apart = [distances(d) for d in wanted]
+        found |= {key: statistics.fmean(part[key] for part in apart) for key in apart[0]}
         kept = adherence(clips, [prompts[row] for row in mine], real.sample_rate)
         found |= kept
         if kept:

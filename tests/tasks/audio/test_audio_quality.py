@@ -84,7 +84,7 @@ def test_chroma_of_a_chord_lies_in_its_pitch_classes() -> None:
 def test_a_piece_fits_its_own_chords_better_than_those_of_another_key() -> None:
     waves, prompts = pieces("organ", 8)
     for wave, prompt in zip(waves, prompts, strict=True):
-        notes = "C C# D D# E F F# G G# A A# B".split()
+        notes = ["C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B"]
         moved = " ".join(
             notes[(notes.index(name.rstrip("m")) + 6) % 12] + ("m" if name.endswith("m") else "")
             for name in prompt.text.split()
