@@ -17,6 +17,9 @@ from tasks.audio.nets.language_model import IGNORED, CodecLM
 if TYPE_CHECKING:
     from tasks.audio.data.batch import AudioBatch
 
+TINY = 1e-30
+"""Probability of tokens that are never to be predicted: of no weight, and its logarithm is finite."""
+
 
 class UnigramLM(CodecLM):
     """How often each code of a book occurs in the domain: the floor that every network must beat.
@@ -77,7 +80,7 @@ class UnigramLM(CodecLM):
         """Of each code of a book in a domain, [G, K, X]."""
         count_GKX = torch.einsum("gh,hkx->gkx", self.pool_GG, self.counts.double()) + self.prior
         count_GKX = count_GKX.where(self.legal_KX, 0)
-        return (count_GKX / count_GKX.sum(-1, keepdim=True)).log().to(self.nothing.dtype)
+        return (count_GKX / count_GKX.sum(-1, keepdim=True)).clamp(min=TINY).log().to(self.nothing.dtype)
 
     @torch.no_grad()
     def prefill(
@@ -145,7 +148,7 @@ class BigramLM(UnigramLM):
                 pair_BLKX[rows_R] += self.pairs[other][self._book(before_BLK[rows_R]), before_BLK[rows_R]]
         total_BLK1 = pair_BLKX.sum(-1, keepdim=True)
         share_BLKX = (pair_BLKX + self.smoothing * alone_B1KX) / (total_BLK1 + self.smoothing)
-        return share_BLKX.log() + 0 * self.nothing
+        return share_BLKX.clamp(min=TINY).log() + 0 * self.nothing
 
 
 def pools(facts: dict[str, Any]) -> Tensor:
