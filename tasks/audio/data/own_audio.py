@@ -36,9 +36,10 @@ class OwnAudio(AudioSource):
         val_share: share of a domain's files without a split that is for validation.
         test_share: share of them that is for tests.
         seed: seed of the splits.
+        split: split of all files without one in place of drawn ones: ``test`` for clips that are only to be continued.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or a split that does not exist.
         AudioFileError: the table is missing or wrong, names a file that does not exist, or a domain of both kinds.
     """
 
@@ -52,12 +53,16 @@ class OwnAudio(AudioSource):
         val_share: float = 0.1,
         test_share: float = 0.1,
         seed: int = 0,
+        split: Split | None = None,
     ) -> None:
         if sample_rate < 1000 or seconds < 1:
             raise ValueError(f"sample_rate={sample_rate}, seconds={seconds}; use 1000 or more, and 1 or more")
         if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1):
             raise ValueError(f"val_share={val_share}, test_share={test_share}; 0 or more, and together less than 1")
         self.root, self.sample_rate, self.seconds, self.seed = Path(root), sample_rate, seconds, seed
+        if split is not None and split not in SPLITS:
+            raise ValueError(f"split={split!r} is not allowed; use one of {', '.join(SPLITS)}, or null to draw it")
+        self.split = split
         self.shares: dict[Split, float] = {"test": test_share, "val": val_share}
         self.rows: dict[str, list[ClipRow]] = {}
         for row in read_clip_table(self.root / table):
@@ -89,7 +94,7 @@ class OwnAudio(AudioSource):
         stats = [(row, (self.root / row.file).stat()) for row in self.rows[domain]]
         files = [[row.file, row.split, vars(row.prompt), stat.st_size, stat.st_mtime_ns] for row, stat in stats]
         root = str(self.root.resolve())
-        return ["OwnAudio", 1, root, files, self.sample_rate, self.seconds, self.shares, self.seed]
+        return ["OwnAudio", 1, root, files, self.sample_rate, self.seconds, self.shares, self.seed, self.split]
 
     @override
     def prepare(self, domains: Sequence[str], cache: Path | None) -> None:
@@ -109,6 +114,8 @@ class OwnAudio(AudioSource):
         rows = self.rows[domain]
         chosen: dict[str, Split] = {row.file: row.split for row in rows if row.split is not None}
         free = [row.file for row in rows if row.split is None]
+        if self.split is not None:
+            return chosen | dict.fromkeys(free, self.split)
         generator = torch.Generator().manual_seed(int(config_hash([self.seed, domain]), 16))
         order = [free[i] for i in torch.randperm(len(free), generator=generator).tolist()]
         for split, share in self.shares.items():

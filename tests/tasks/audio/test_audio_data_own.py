@@ -205,6 +205,8 @@ def test_splits_are_the_tables_else_drawn_and_no_file_is_in_two(tmp_path: Path) 
     assert len({name for found in names.values() for name in found}) == 40
     assert source.splits("a") == OwnAudio(root=tmp_path).splits("a") != OwnAudio(root=tmp_path, seed=1).splits("a")
     assert set(source.splits("b").values()) == {"train"}  # of two files none can be spared
+    given = OwnAudio(root=tmp_path, split="test").splits("a")
+    assert [given[f"a/{k:02}.wav"] for k in range(5)] == ["test", "val", "train", "test", "test"]
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
@@ -274,7 +276,9 @@ def test_a_missing_table_and_one_in_another_encoding_are_told(tmp_path: Path) ->
         OwnAudio(root=tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"sample_rate": 10}, {"seconds": 0.1}, {"val_share": 0.6, "test_share": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"sample_rate": 10}, {"seconds": 0.1}, {"val_share": 0.6, "test_share": 0.5}, {"split": "dev"}]
+)
 def test_wrong_options_are_told(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         OwnAudio(root=tmp_path, **options)
