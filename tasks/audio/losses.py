@@ -23,10 +23,11 @@ def code_nats(logits_BLKU: Tensor, target_BLK: Tensor) -> Tensor:
         target_BLK: int64 [B, L, K], `IGNORED` where there is none.
 
     Returns:
-        float32 [B, L, K], 0 where there is no target.
+        float32 (or float64) [B, L, K], 0 where there is no target.
     """
+    exact = torch.promote_types(logits_BLKU.dtype, torch.float32)
     flat = F.cross_entropy(
-        logits_BLKU.float().flatten(0, 2), target_BLK.flatten(), ignore_index=IGNORED, reduction="none"
+        logits_BLKU.to(exact).flatten(0, 2), target_BLK.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return flat.view_as(target_BLK)
 

@@ -158,9 +158,8 @@ class Draws:
         self.num_steps = self.given_BKL.shape[-1]
         self.frame_KL = delay.frames(self.num_steps, device)
         self.uniform_BLK = _uniform(len(given_BKT), self.num_steps, len(delay.delays), seed).to(device)
-        allowed = torch.zeros(len(delay.delays), delay.num_tokens, dtype=torch.bool, device=device)
-        allowed[:, : delay.num_codes] = True
-        self.allowed_KX = allowed
+        self.never_KX = torch.ones(len(delay.delays), delay.num_tokens, dtype=torch.bool, device=device)
+        self.never_KX[:, : delay.num_codes] = self.never_KX[0, delay.end] = False
         self.steps: list[Tensor] = list(self.known().unbind(-1))
 
     def known(self) -> Tensor:
@@ -173,16 +172,21 @@ class Draws:
         """The newest step [B, K]."""
         return self.steps[-1]
 
+    def allowed(self, logits_BKX: Tensor) -> Tensor:
+        """Logits of the next step, with minus infinity for all but codes and, in its time, the end of the first book."""
+        frame = self.frame_KL[0, len(self.steps)]
+        logits_BKX = logits_BKX.masked_fill(self.never_KX, float("-inf"))
+        may_end_B = (frame >= self.first_end_B) & (frame < self.end_B)
+        if self.end_if_best:
+            may_end_B &= logits_BKX[:, 0].argmax(-1) == self.delay.end
+        logits_BKX[:, 0, self.delay.end].masked_fill_(~may_end_B, float("-inf"))
+        return logits_BKX
+
     def add(self, logits_BKX: Tensor) -> bool:
         """Draw one step, and tell whether all clips are whole."""
         at = len(self.steps)
         frame_K = self.frame_KL[:, at]
-        may_end_B = (frame_K[0] >= self.first_end_B) & (frame_K[0] < self.end_B)
-        if self.end_if_best:
-            may_end_B &= logits_BKX[:, 0].argmax(-1) == self.delay.end
-        allowed_BKX = self.allowed_KX.repeat(len(logits_BKX), 1, 1)
-        allowed_BKX[:, 0, self.delay.end] = may_end_B
-        token_BK = self.sampling.draw(logits_BKX.masked_fill(~allowed_BKX, float("-inf")), self.uniform_BLK[:, at])
+        token_BK = self.sampling.draw(self.allowed(logits_BKX), self.uniform_BLK[:, at])
         new_B1 = frame_K >= self.length_B.unsqueeze(-1)
         token_BK = token_BK.where(new_B1, self.given_BKL[..., at])  # what is given, and the begin of delayed books
         ended_B = (token_BK[:, 0] == self.delay.end) & (frame_K[0] < self.end_B)

@@ -55,13 +55,21 @@ class Sampling:
         """
         if self.temperature == 0 or self.top_k == 1:
             return logits_X.argmax(-1)
-        sorted_X, index_X = torch.sort(logits_X.float(), dim=-1, descending=True, stable=True)
-        # Below the best one: a small temperature then makes minus infinity of it, and not infinity of the best.
-        share_X = self._kept(((sorted_X - sorted_X[..., :1]) / self.temperature).softmax(-1))
+        share_X, index_X = self.ranked(logits_X)
         reached_X = share_X.cumsum(-1)
         place = (reached_X <= uniform.unsqueeze(-1) * reached_X[..., -1:]).sum(-1, keepdim=True)
         last = (share_X > 0).sum(-1, keepdim=True) - 1
         return index_X.gather(-1, place.minimum(last)).squeeze(-1)
+
+    def ranked(self, logits_X: Tensor) -> tuple[Tensor, Tensor]:
+        """What each token weighs in a draw, best first, 0 for those that cannot be drawn; and which tokens they are.
+
+        The weights of a row need not sum to 1.
+        """
+        exact = torch.promote_types(logits_X.dtype, torch.float32)
+        sorted_X, index_X = torch.sort(logits_X.to(exact), dim=-1, descending=True, stable=True)
+        # Below the best one: a small temperature then makes minus infinity of it, and not infinity of the best.
+        return self._kept(((sorted_X - sorted_X[..., :1]) / self.temperature).softmax(-1)), index_X
 
     def _kept(self, share_X: Tensor) -> Tensor:
         """Probabilities, best first, with those that cannot be drawn at 0."""
