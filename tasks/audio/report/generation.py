@@ -139,7 +139,7 @@ class AudioSamples(L.Callback):
 def add_to_boards(trainer: L.Trainer, tag: str, wave: Tensor, sample_rate: int) -> None:
     """Add a clip float32 [n] to every logger that takes audio (TensorBoard's does)."""
     for logger in trainer.loggers:
-        add = getattr(logger.experiment, "add_audio", None)
+        add = getattr(cast(Any, logger).experiment, "add_audio", None)
         if add is not None:
             add(tag, wave.clamp(-1, 1).unsqueeze(0), trainer.global_step, sample_rate=sample_rate)
 

@@ -211,7 +211,7 @@ def train_judge(judge: Judge, waves: Sequence[Tensor], domain: Tensor, judging: 
             scores = judge.scores(judge(pieces))
             loss = F.cross_entropy(scores, domain[rows], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
     return judge.eval()

@@ -52,7 +52,7 @@ class Real:
     prompts: list[Prompt]
     coded: list[Tensor]
     coded_domain: Tensor
-    codes: dict[str, list[Tensor]]
+    codes: dict[Split, list[Tensor]]
     num_codes: int
     sample_rate: int
 
