@@ -21,6 +21,7 @@ from benchmarks.evidence.__main__ import ROOT, to_json
 from benchmarks.evidence.cells import CellResult, describe_machine
 from benchmarks.evidence.grid import Grid, Variant
 from benchmarks.evidence.runner import Failure, Runner
+from moeapps.evaluation.statistics import Direction
 from moeapps.files import write_text
 
 Runs = Mapping[str, Mapping[str, float]]
@@ -34,13 +35,14 @@ class RateSearch:
         system: name of the system.
         command: the words that run it, for the file.
         models: name -> variant of the evidence, without a rate.
-        metric: what a rate is judged by; higher is better.
+        metric: what a rate is judged by.
         rates: what every network is trained with.
         further: higher rates, in order, tried while the highest so far is the best.
         kept: metrics that are written.
         seed: seed of model and data, used nowhere else.
         data_seed_flags: options that receive the data seed.
         path: the results.
+        direction: which way the metric is better.
     """
 
     system: str
@@ -53,6 +55,7 @@ class RateSearch:
     seed: int
     data_seed_flags: tuple[str, ...]
     path: Path
+    direction: Direction = "higher"
 
     @staticmethod
     def name(model: str, rate: float) -> str:
@@ -76,8 +79,9 @@ class RateSearch:
         return Grid(self.system, f"configs/{self.system}.yaml", variants, claims=(), seeds=seeds, data_seed_flags=flags)
 
     def score(self, runs: Runs, model: str, rate: float) -> float:
-        """What a rate is judged by."""
-        return runs[self.name(model, rate)][self.metric]
+        """What a rate is judged by; more is better."""
+        value = runs[self.name(model, rate)][self.metric]
+        return -value if self.direction == "lower" else value
 
     def missing(self, runs: Runs, model: str) -> list[float]:
         """Rates that are still to be tried: the given ones, then higher ones while the highest is the best."""

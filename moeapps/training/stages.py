@@ -308,6 +308,8 @@ def load(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
         ValueError: names or sizes differ; the text names the first of them.
     """
     own = module.state_dict()
+    if not name:  # a whole task: what belongs to the stage itself stays as it is
+        state = {**{key: value for key, value in own.items() if key.startswith(_OWN)}, **state}
     missing, spare = [key for key in own if key not in state], [key for key in state if key not in own]
     where = f"{name}." if name else ""
     if missing or spare:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.commands.run import Cli, main, run
+from moeapps.moe.losses import Anneal, ChosenBalance
 from moeapps.moe.presets import dense, unimoe_audio
 from moeapps.training.callbacks import AveragedWeights
 from moeapps.training.stages import FromCheckpoint, Fused, Origin, StageError, parts_of, read_source
@@ -263,12 +264,14 @@ def test_losses_of_the_earlier_stage_are_not_taken_along(tmp_path: Path) -> None
     net = ToyNet()
     file = Path(saved(tmp_path, net))
     held = torch.load(file, weights_only=True)
-    held["state_dict"]["aux_losses.0.step"] = torch.tensor(900)
+    held["state_dict"]["aux_losses.0.steps_taken"] = torch.tensor(900)
     torch.save(held, file)
     task = tasked(ToyNet())
+    task.aux_losses = nn.ModuleList([ChosenBalance(0.1, anneal=Anneal(0.01, 10))])
     FromCheckpoint(str(file)).begin(task)
 
     assert equal(task.net.state_dict(), net.state_dict()) == list(net.state_dict())
+    assert int(task.aux_losses[0].steps_taken) == 0
 
 
 def test_an_origin_survives_a_checkpoint() -> None:
