@@ -28,13 +28,13 @@ HALF = '--model.init_args.optimizer.groups=[{"pattern": "*", "lr_mult": 0.5}]'
 NUM_STEPS = {
     "moe": 320,
     "free_p": 276,
-    "dense": 318,
-    "dense_params": 184,
+    "dense": 304,
+    "dense_params": 176,
     "top_k": 290,
     "adamoe": 326,
     "no_null": 318,
     "no_shared": 366,
-    "specialists": 318,
+    "specialists": 304,
 }
 """Network -> training steps, so that all have the training FLOPs of 320 steps of the mixture."""
 STAGE_STEPS = {"curriculum": (60, 130, 40, 141), "no_warmup": (60, 130, 164)}
