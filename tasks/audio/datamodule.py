@@ -216,6 +216,35 @@ class AudioData(DomainDataModule):
         """Return the batch: clips come whole, except for single ones asked for one by one."""
         return items if isinstance(items, AudioBatch) else AudioBatch.cat(items)
 
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        codes = {"tokenizer": self.tokenizer_key, "digest": self.tokenizer.digest, "labels": self.vocabulary.labels}
+        return {**super().state_dict(), "codes": codes}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume, unless the checkpoint was trained on other codes or on other symbols of prompts.
+
+        Raises:
+            ValueError: it was.
+        """
+        trained = state_dict.get("codes", {})
+        here = (self.tokenizer_key, self.tokenizer.digest)
+        if trained and trained["tokenizer"] != here[0] and trained["digest"] != here[1]:
+            raise ValueError(
+                f"the checkpoint was trained on codes of tokenizer {trained['tokenizer']}, this data has codes of "
+                f"{here[0]}; give the source, seed, tokenizer and tokenizer_domains of its training (for other clips "
+                "beside them see configs/data/own_clips.yaml), or train anew"
+            )
+        if trained and trained["labels"] != self.vocabulary.labels:
+            raise ValueError(
+                f"the checkpoint knows the labels {', '.join(trained['labels'])}, this data has "
+                f"{', '.join(self.vocabulary.labels)}; give the seen domains of its training"
+            )
+        super().load_state_dict(state_dict)
+
     # Codes --------------------------------------------------------------------------------------------------------
 
     def _file(self, name: str, key: str, ending: str) -> Path:

@@ -171,6 +171,20 @@ def test_damaged_files_of_the_cache_are_told(kept: Path, tmp_path: Path) -> None
         small_data(cache).prepare_data()
 
 
+def test_a_checkpoint_of_other_codes_or_labels_is_refused(kept: Path, tmp_path: Path) -> None:
+    state = small_data(kept).state_dict()
+    small_data(kept, unseen=["bell"], batch_size=3).load_state_dict(state)
+
+    with pytest.raises(ValueError, match=r"trained on codes of tokenizer \w+, this data has codes of \w+; give"):
+        small_data(tmp_path, tokenizer=small_tokenizer(num_codes=9)).load_state_dict(state)
+    fewer = {"seen": ["low_voice", "organ"], "tokenizer_domains": ["low_voice", "high_voice", "organ", "pluck"]}
+    with pytest.raises(ValueError, match="knows the labels kind=speech, kind=music, voice=low, voice=high"):
+        small_data(kept, **fewer).load_state_dict(state)
+    moved = {**state, "codes": {**state["codes"], "tokenizer": "of a folder since moved"}}
+    small_data(kept).load_state_dict(moved)  # equal tensors are enough
+    small_data(kept).load_state_dict({key: value for key, value in state.items() if key != "codes"})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
