@@ -33,6 +33,7 @@ from moeapps.moe.record import MoERecorder, Record, record_call
 from moeapps.moe.routers import (
     AttentionScore,
     Capacity,
+    Capped,
     Chooser,
     ConditionalSplit,
     ConstantScore,
@@ -78,6 +79,7 @@ __all__ = [
     "Backend",
     "BatchEntropyLoss",
     "Capacity",
+    "Capped",
     "Chain",
     "Chooser",
     "ChosenBalance",
