@@ -2,7 +2,7 @@
 """The learning rate of every network of UniMoE-Audio's evidence: ``python -m benchmarks.unimoe_audio_rates``.
 
 With a seed of its own (100), by bits of the first book on the validation domains, another voice and another piece of
-music (:mod:`benchmarks.rates`). All stages of a curriculum have one rate (the last half of it).
+music (:mod:`benchmarks.rates`). All stages of a curriculum have one rate.
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ STEPS = "--trainer.max_steps"
 # A budget of three of eight experts holds the compute of top-p; a new router starts near there with p = 0.5.
 BUDGET = (f"{NET}.moe.init_args.budget=3.0", f"{NET}.moe.init_args.top_p=0.5")
 SMALL = (f"{NET}.net.init_args.dim=64", f"{NET}.net.init_args.depth=2")
-# The paper's last stage is slower, too.
-HALF = '--model.init_args.optimizer.groups=[{"pattern": "*", "lr_mult": 0.5}]'
 NUM_STEPS = {
     "moe": 320,
     "free_p": 276,
@@ -37,7 +35,7 @@ NUM_STEPS = {
     "specialists": 304,
 }
 """Network -> training steps, so that all have the training FLOPs of 320 steps of the mixture."""
-STAGE_STEPS = {"curriculum": (60, 130, 40, 141), "no_warmup": (60, 130, 164)}
+STAGE_STEPS = {"curriculum": (40, 40, 20, 235), "no_warmup": (40, 40, 247)}
 """Steps of the stages, with the same sum of FLOPs."""
 RATES: dict[str, float] = {}
 """Network -> learning rate: the best of benchmarks/results/unimoe_audio_rates.json."""
@@ -72,7 +70,7 @@ def curriculum(name: str, *, pairs: int = 3) -> Variant:
     Without the warm-up the last stage fuses by itself.
     """
     files = [f"configs/stages/unimoe_audio_{number}.yaml" for number in range(4)]
-    words: list[tuple[str, ...]] = [(), SMALL, BUDGET, (*BUDGET, HALF)]
+    words: list[tuple[str, ...]] = [(), SMALL, BUDGET, BUDGET]
     if name == "no_warmup":
         words[3] = (*words[3], f"{START}=moeapps.training.stages.Fused", f"{START}.init_args.source=net.nets.*")
         del words[2], files[2]
