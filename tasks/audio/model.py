@@ -113,6 +113,7 @@ class AudioLM(CodecLM):
         self.symbols = nn.Embedding(facts["num_symbols"], dim)
         self.tokens = nn.EmbeddingBag(books * self.delay.num_tokens, dim, mode="sum")
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_kv_heads, moe) for _ in range(depth))
+        self.head_dim = dim // num_heads
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, books * self.delay.num_tokens, bias=False)
         self.register_buffer("first_K1", self.delay.num_tokens * torch.arange(books).unsqueeze(-1), persistent=False)
@@ -124,9 +125,9 @@ class AudioLM(CodecLM):
         """Draw embeddings and head from N(0, 0.02), attention from N(0, 0.905 / sqrt(D)); experts keep their own."""
         for module in (self.symbols, self.tokens, self.head):
             nn.init.normal_(module.weight, std=STD)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                for linear in (module.qkv, module.out):
+        for part in self.modules():
+            if isinstance(part, Attention):
+                for linear in (part.qkv, part.out):
                     nn.init.normal_(linear.weight, std=STD * math.sqrt(2048 / self.dim))
 
     def dropped(self, prompt_BS: Tensor) -> Tensor:
@@ -190,11 +191,6 @@ class AudioLM(CodecLM):
         """One linear head for all books, in parallel: [B, L, D] -> [B, L, K, V + 3]."""
         y: Tensor = self.head(self.norm(y_BLD)).unflatten(-1, (self.num_codebooks, -1))
         return y
-
-    @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return self.dim // int(self.blocks[0].attn.num_heads)
 
     def _layer_cache(self, block: nn.Module, num_clips: int, rows: int) -> LayerCache:
         assert isinstance(block, Block)

@@ -173,7 +173,7 @@ class Draws:
         return self.steps[-1]
 
     def allowed(self, logits_BKX: Tensor) -> Tensor:
-        """Logits of the next step, with minus infinity for all but codes and, in its time, the end of the first book."""
+        """Logits of the next step; minus infinity for all but codes and, in its time, the end of the first book."""
         frame = self.frame_KL[0, len(self.steps)]
         logits_BKX = logits_BKX.masked_fill(self.never_KX, float("-inf"))
         may_end_B = (frame >= self.first_end_B) & (frame < self.end_B)

@@ -32,8 +32,8 @@ def with_logits(made: MoELayer, logits_NX: Tensor) -> Tensor:
     """Rows of numbers that the layer scores as these logits; the first columns of a row are its logits."""
     score = made.router.score
     with torch.no_grad():
-        score.weight.zero_()  # type: ignore[union-attr, operator]
-        score.weight[: logits_NX.shape[1], : logits_NX.shape[1]] = torch.eye(logits_NX.shape[1])  # type: ignore[union-attr, index]
+        score.weight.zero_()
+        score.weight[: logits_NX.shape[1], : logits_NX.shape[1]] = torch.eye(logits_NX.shape[1])
     return torch.cat([logits_NX, torch.randn(len(logits_NX), D - logits_NX.shape[1])], 1).double()
 
 
@@ -84,7 +84,7 @@ def test_undecided_rows_take_the_most_and_decided_ones_take_one() -> None:
 def test_all_experts_without_nulls_are_a_soft_mixture() -> None:
     made = layer(top_p=1.0, num_null=0, num_shared=0)
     x = torch.randn(20, D).double()
-    share = (x @ made.router.score.weight.T).softmax(-1)  # type: ignore[union-attr, operator]
+    share = (x @ made.router.score.weight.T).softmax(-1)
     bank = made.experts
     assert isinstance(bank, GLUExperts)
     wanted = torch.zeros_like(x)
@@ -119,15 +119,15 @@ def test_rows_of_nulls_alone_have_the_shared_part_and_cost_no_routed_expert() ->
     assert torch.equal(bare(with_logits(bare, logits)), torch.zeros(6, D).double())
     made = layer()
     x = with_logits(made, logits)
-    shared = made.experts.banks[1]  # type: ignore[union-attr, index]
+    shared = made.experts.banks[1]
     a = torch.cat([torch.full((6, 1), 60.0), torch.zeros(6, 2)], 1).double().softmax(-1)
     wanted = torch.zeros(6, D).double()
     for s in range(2):
-        gate, up = (x @ shared.w_in[s]).chunk(2, -1)  # type: ignore[union-attr, index]
-        wanted = wanted + a[:, 1 + s, None] * ((F.silu(gate) * up) @ shared.w_out[s])  # type: ignore[union-attr, index]
+        gate, up = (x @ shared.w_in[s]).chunk(2, -1)
+        wanted = wanted + a[:, 1 + s, None] * ((F.silu(gate) * up) @ shared.w_out[s])
     torch.testing.assert_close(made(x), wanted)
     router = 2 * 6 * D * (COLUMNS + 2)
-    both_shared = 2 * 6 * 3 * (2 * D * shared.hidden_dim)  # type: ignore[union-attr, operator]
+    both_shared = 2 * 6 * 3 * (2 * D * shared.hidden_dim)
     assert count_flops(made, x) == router + both_shared
 
 
@@ -135,7 +135,7 @@ def test_gated_weights_of_real_null_and_shared_experts_sum_to_one() -> None:
     made = layer()
     x = torch.randn(200, D).double()
     routing = routed(made, x)
-    z = x @ made.router.score.weight.T  # type: ignore[union-attr, operator]
+    z = x @ made.router.score.weight.T
     chosen = columns_of(routing)
     share = z[:, :COLUMNS].softmax(-1).where(chosen, 0)
     null = share[:, REAL] / share.sum(-1)
@@ -174,7 +174,7 @@ def test_balance_knows_neither_names_of_experts_nor_padded_rows() -> None:
     assert balance(x) != pytest.approx(wanted)
     order = torch.cat([torch.randperm(COLUMNS), torch.arange(COLUMNS, COLUMNS + 2)])
     with torch.no_grad():
-        made.router.score.weight.copy_(made.router.score.weight[order])  # type: ignore[union-attr, index, operator]
+        made.router.score.weight.copy_(made.router.score.weight[order])
     assert balance(x[keep]) == pytest.approx(wanted)
 
 
@@ -186,7 +186,7 @@ def test_the_weight_of_balance_falls_as_published() -> None:
 def test_a_fixed_number_of_experts_is_the_layer_of_top_k() -> None:
     made = layer(top_k=3, num_null=0, num_shared=0)
     x = torch.randn(30, D).double()
-    z = x @ made.router.score.weight.T  # type: ignore[union-attr, operator]
+    z = x @ made.router.score.weight.T
     value, index = z.topk(3)
     wanted = torch.zeros(30, REAL).double().scatter(1, index, value.softmax(-1))
     routing = routed(made, x)
@@ -198,7 +198,7 @@ def test_a_fixed_number_of_experts_is_the_layer_of_top_k() -> None:
 def test_adamoe_gives_the_share_of_its_nulls_to_the_real_experts() -> None:
     x = torch.randn(200, D).double()
     made = layer(top_k=4, num_null=4, null_mass="redistributed", num_shared=0)
-    p = (x @ made.router.score.weight.T).softmax(-1)  # type: ignore[union-attr, operator]
+    p = (x @ made.router.score.weight.T).softmax(-1)
     value, index = p.topk(4)
     real = index < REAL
     weight = value.where(real, 0) / value.where(real, 0).sum(-1, keepdim=True).clamp(min=1e-300)
@@ -218,8 +218,8 @@ def test_a_budget_is_held_and_has_a_twin_of_its_compute() -> None:
     assert isinstance(made, MoELayer)
     taken = routed(made.eval(), x).counts().sum() / 400
     assert float(taken) == pytest.approx(2, rel=0.05)
-    assert dense_twin(moe=moe)(D).experts.hidden_dim == 2 * D + 2 * D // 2  # type: ignore[union-attr]
-    assert dense_twin(moe=moe, match="params")(D).experts.hidden_dim == REAL * D + 2 * D // 2  # type: ignore[union-attr]
+    assert dense_twin(moe=moe)(D).experts.hidden_dim == 2 * D + 2 * D // 2
+    assert dense_twin(moe=moe, match="params")(D).experts.hidden_dim == REAL * D + 2 * D // 2
 
 
 @pytest.mark.parametrize("options", [{}, {"weighing": "sparse_mixer"}, {"budget": 2.0}, {"top_k": 2}])

@@ -208,7 +208,7 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         ({"continue_codes": torch.full((1, K, 2), V)}, "encode with the tokenizer it was trained on"),
     ):
         with pytest.raises(ValueError, match=text):
-            generate(net, prompt, **options)  # type: ignore[arg-type]
+            generate(net, prompt, **options)
     assert generate(net, prompt[:0]) == []
 
 

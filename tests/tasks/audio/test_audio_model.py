@@ -182,9 +182,10 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     for options, text in (
         ({"delays": [0, 1]}, "3 codebooks"),
         ({"dim": 15}, "multiple of twice num_heads=2"),
+        ({"num_heads": 0}, "num_heads=0"),
         ({"num_kv_heads": 3}, "must divide num_heads"),
         ({"depth": 0}, "depth=0"),
         ({"prompt_dropout": 1.5}, "share in"),
     ):
         with pytest.raises(ValueError, match=text):
-            network(**options)  # type: ignore[arg-type]
+            network(**options)
