@@ -102,15 +102,10 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     flags = [word for file in options.config for word in ("--config", file)]
-    report = {
-        "command": "python -m benchmarks.unimoe_audio_speed",
-        "machine": machine(),
-        "step_over_dense": step_over_twin(options.pairs, flags),
-        "drawing": drawing_speed(flags, options.seconds),
-    }
-    write_json(options.json, report)
+    step, drawing = step_over_twin(options.pairs, flags), drawing_speed(flags, options.seconds)
+    about = {"command": "python -m benchmarks.unimoe_audio_speed", "machine": machine()}
+    write_json(options.json, {**about, "step_over_dense": step, "drawing": drawing})
     console = Console(highlight=False)
-    step, drawing = report["step_over_dense"], report["drawing"]
     console.print(f"a step: {step['step_ms']} ms, {step['ratio']} times the dense twin's (at most {GATE})")
     for clips, speed in drawing["sound_per_second"].items():
         console.print(f"{clips} clips at once: {speed} seconds of sound per second")
