@@ -66,7 +66,7 @@ def split(bank: Stacked, slices: int) -> Stacked:
     Raises:
         ValueError: a bank of another kind, or a width that m does not divide.
 
-    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, stage 2).
+    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equation 15).
 
     Example:
         >>> granules = split(GLUExperts(2, dim=8, hidden_dim=16), 4)
@@ -110,7 +110,7 @@ def fuse(
     Raises:
         ValueError: no specialist; specialists that do not fit each other or the mixture; experts of other kinds.
 
-    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, stage 2); the rescaling is ours.
+    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equation 16); the rescaling is ours.
 
     Example:
         >>> from moeapps.moe.presets import dense, point_moe

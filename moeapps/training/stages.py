@@ -173,6 +173,8 @@ class Fused(Start):
         into: the mixture in this task.
         shared: what shared experts start from: ``random`` or ``first_slice`` of the specialists in turn.
         rescale: give the fused layer the size of a specialist's output.
+
+    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 16 and 17).
     """
 
     def __init__(
