@@ -71,3 +71,17 @@ def test_the_committed_file_holds_the_bounds_on_recorded_speech() -> None:
         assert one["ok"]
         assert one["file_kb"] < 1000
         assert one["fit_cpu_s"] < 60
+
+
+def test_the_readme_has_the_committed_numbers() -> None:
+    lines = Path("tasks/audio/README.md").read_text(encoding="utf-8").splitlines()
+    for one in json.loads(RESULTS.read_text(encoding="utf-8"))["tokenizers"]:
+        for books in (4, 8):
+            speech, music = (
+                next(row for row in one["rows"] if (row["domains"], row["kind"], row["books"]) == ("seen", kind, books))
+                for kind in ("speech", "music")
+            )
+            scores = [speech["stoi"], speech["pesq"], speech["mel"], music["mel"]]
+            start = f"| `{one['tokenizer']}` | {8000 / one['hop']:g} | {books} |"
+            assert f"{start} {' | '.join(f'{score:.2f}' for score in scores)} |" in lines
+            assert speech["clips"] == 250
