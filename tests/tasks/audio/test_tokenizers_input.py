@@ -42,6 +42,12 @@ def test_a_wave_that_is_none_is_refused(fitted: MelRVQ, wave: Tensor, message: s
         fitted.encode(wave)
 
 
+def test_no_clips_have_no_codes_and_no_codes_no_clips(fitted: MelRVQ) -> None:
+    codes = fitted.encode(torch.zeros(0, 800))
+    assert codes.shape == (0, *fitted.encode(torch.zeros(1, 800)).shape[1:])
+    assert fitted.decode(codes).shape == (0, codes.shape[2] * fitted.hop)
+
+
 def test_double_precision_is_taken(fitted: MelRVQ) -> None:
     assert torch.equal(fitted.encode(babble()[None].double()), fitted.encode(babble()[None]))
 

@@ -128,7 +128,7 @@ class DacModel(torch.nn.Module):
         assert local_files_only and use_safetensors
         model = cls()
         model.config = types.SimpleNamespace(**json.loads((pathlib.Path(path) / "config.json").read_text()))
-        model.weight = torch.nn.Parameter(torch.tensor(4.0))
+        model.weight = torch.nn.Parameter(torch.tensor(getattr(model.config, "step", 4.0)))
         return model
 
     def encode(self, wave):
@@ -182,6 +182,14 @@ def test_a_local_dac_may_use_its_first_books(folder: Path) -> None:
     assert first.key != LocalDAC(folder).key
     with pytest.raises(ValueError, match=r"num_codebooks=3; the codec in .* has 1 to 2 books"):
         LocalDAC(folder, num_codebooks=3)
+
+
+def test_another_dac_in_a_folder_of_the_same_name_is_another_tokenizer(folder: Path) -> None:
+    before = LocalDAC(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "step": 2.0}))
+
+    assert LocalDAC(folder).key != before.key
 
 
 def test_a_local_dac_is_not_trained(folder: Path) -> None:

@@ -118,8 +118,11 @@ class Tokenizer(nn.Module, ABC):
             ValueError: another shape, no sample, integers, numbers that are not finite, or no fit before.
         """
         self._need_fit()
+        wave = self._checked(wave, "wave")
+        if not len(wave):
+            return wave.new_zeros(0, self.num_codebooks, self.num_frames(wave.shape[1])).long()
         with self._full_precision():
-            return self._encode(self._checked(wave, "wave"))
+            return self._encode(wave)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -140,6 +143,8 @@ class Tokenizer(nn.Module, ABC):
                 f"codes from {int(codes.min())} to {int(codes.max())}; allowed are 0 to {self.num_codes - 1}: take the "
                 "frames after a clip's end and the special symbols of the language model out first"
             )
+        if not len(codes):
+            return torch.zeros(0, codes.shape[2] * self.hop, device=self.fitted.device)
         with self._full_precision():
             return self._decode(codes.long().to(self.fitted.device))
 
@@ -191,11 +196,7 @@ class Tokenizer(nn.Module, ABC):
             raise ValueError(f"{path} is of a tokenizer with {', '.join(other)}; give its settings or fit a new one")
 
     def _digest_of(self, state: Mapping[str, Tensor]) -> str:
-        found = hashlib.sha256(self.key.encode())
-        for name, tensor in sorted(state.items()):
-            found.update(f"{name} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()[:12]
+        return digest_of(state, self.key)
 
     def _full_precision(self) -> torch.autocast:
         """No bfloat16 in here: it would give a frame other codes than the fit has, and transforms do not know it."""
@@ -215,3 +216,12 @@ class Tokenizer(nn.Module, ABC):
         if not wave.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity; repair the recording or leave it out")
         return wave.to(self.fitted.device, torch.float32)
+
+
+def digest_of(state: Mapping[str, Tensor], key: str = "") -> str:
+    """Hash of named tensors, and of a text before them."""
+    found = hashlib.sha256(key.encode())
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from tasks.audio.nets.tokenizers.base import Tokenizer
+from tasks.audio.nets.tokenizers.base import Tokenizer, digest_of
 
 
 class LocalDAC(Tokenizer):
@@ -48,13 +48,14 @@ class LocalDAC(Tokenizer):
             num_codes=config.codebook_size,
         )
         self.codec = codec.eval().requires_grad_(False)
-        self.name = path.name
+        self.weights = digest_of(self.codec.state_dict())
         self.fitted.fill_(True)
 
     @override
     def settings(self) -> dict[str, Any]:
         sizes = ("sample_rate", "hop", "num_codebooks", "num_codes")
-        return {"tokenizer": "LocalDAC", "name": self.name, **{size: getattr(self, size) for size in sizes}}
+        told = {size: getattr(self, size) for size in sizes}
+        return {"tokenizer": "LocalDAC", "weights": self.weights, **told}
 
     @override
     def _fit(self, waves: Sequence[Tensor]) -> None:

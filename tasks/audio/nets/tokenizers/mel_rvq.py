@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MelRVQ: log-mel frames, quantised by residual k-means, heard through Griffin and Lim's method.
 
-It is fitted in seconds, the same on every machine, and its file is below 1 MB. Letters: B clips, n samples, N frames of
-many clips, T frames of a clip, M mel bands, K codebooks, V codes per book.
+It is fitted in seconds, the same whenever it is fitted again, and its file is below 1 MB. Letters: B clips, n samples,
+N frames of many clips, T frames of a clip, M mel bands, K codebooks, V codes per book.
 """
 
 from __future__ import annotations
