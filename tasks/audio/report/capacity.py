@@ -124,7 +124,7 @@ class CapacityReport(L.Callback):
                 value = part[:, SUMS.index(column)] / part[:, 0].clamp(min=1)
                 axes.plot(middle.numpy(), value.numpy(), label=domain, linestyle="-" if row in self.seen else "--")
             axes.set(xlabel="place in the clip", title=title)
-        sides[0].legend(fontsize=7)
+        figure.legend(*sides[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
         return figure
 
 
