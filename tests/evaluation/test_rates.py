@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search of learning rates: the mean over its seeds decides, upwards or downwards, and it goes on where it stopped."""
+"""A search of learning rates: the mean over its seeds decides, up or down, and it goes on where it stopped."""
 
 from __future__ import annotations
 
