@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SYSTEM ?= point_moe
+STAGES := $(foreach number,0 1 2 3,--stage configs/stages/unimoe_audio_$(number).yaml)
 POINTS := --config configs/point_moe.yaml --config configs/data/real_als.yaml
 
 # Small networks gain nothing from a second thread, and lose much of their speed when the machine has other work.
@@ -18,10 +19,10 @@ CASES  ?= 10000
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
+.PHONY: help setup demo audio-curriculum test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with the tested versions (about 5 minutes, 7 GB)
 
@@ -36,6 +37,9 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
 	@$(BIN)/python -m benchmarks.readme --seeds
+
+audio-curriculum: setup  ## train UniMoE-Audio in its four stages; goes on where it stopped (under 25 minutes)
+	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/unimoe_audio.yaml $(STAGES)
 
 test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
 	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests

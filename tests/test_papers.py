@@ -114,7 +114,13 @@ def test_no_source_is_cited_that_a_reader_does_not_have() -> None:
     assert wrong == []
 
 
-TASKS = {"point_cloud": "point_moe", "image_diffusion": "promoe", "recommendation": "home", "dynamics": "mixer"}
+TASKS = {
+    "point_cloud": "point_moe",
+    "image_diffusion": "promoe",
+    "recommendation": "home",
+    "dynamics": "mixer",
+    "audio": "unimoe_audio",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

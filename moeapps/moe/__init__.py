@@ -15,6 +15,7 @@ from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
 from moeapps.moe.losses import (
+    Anneal,
     AuxLoss,
     BatchEntropyLoss,
     ChosenBalance,
@@ -32,6 +33,7 @@ from moeapps.moe.record import MoERecorder, Record, record_call
 from moeapps.moe.routers import (
     AttentionScore,
     Capacity,
+    Capped,
     Chooser,
     ConditionalSplit,
     ConstantScore,
@@ -70,12 +72,14 @@ from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
 __all__ = [
     "ActivationName",
+    "Anneal",
     "AnyRouting",
     "AttentionScore",
     "AuxLoss",
     "Backend",
     "BatchEntropyLoss",
     "Capacity",
+    "Capped",
     "Chain",
     "Chooser",
     "ChosenBalance",

@@ -100,9 +100,20 @@ def _run(work: Work, routing: Routing) -> Tensor:
     return apply(work.experts, work.x, routing, side=work.side, backend=work.backend, weight_at=work.weight_at)
 
 
-def _apart(work: Work, routing: Routing, stack: FeedForward) -> Tensor:
+def _parts(work: Work) -> tuple[Experts | FeedForward, FeedForward] | None:
+    """The routed experts and the shared ones; None where these are no stack of their own or take more than rows."""
+    if work.num_shared == 0 or work.side or work.weight_at == "input" or work.per_expert:
+        return None
+    if isinstance(work.experts, JoinedExperts):
+        routed, *others = work.experts.each()
+        stack = others[0].feed_forward() if len(others) == 1 else None
+        return None if stack is None or stack.num_experts != work.num_shared else (routed, stack)
+    stack = work.experts.feed_forward()
+    return None if stack is None else stack.split(stack.num_experts - work.num_shared)
+
+
+def _apart(work: Work, routing: Routing, routed: Experts | FeedForward, shared: FeedForward) -> Tensor:
     """The routed experts by a backend; to them the shared ones, each by two plain products over all rows."""
-    routed, shared = stack.split(routing.num_experts)
     y_No = apply(routed, work.x, routing, backend=work.backend, weight_at=work.weight_at)
     given = routing.shared_weight_NS is not None or work.token_mask is not None
     weights = _shared_weight(routing, work, y_No.dtype).to(y_No.dtype).unsqueeze(-1).unbind(1) if given else ()
@@ -161,8 +172,8 @@ class Sum(Combiner):
 
     Args:
         shared: how shared experts are computed beside sparsely routed ones: ``joined`` to their assignments, or
-            ``apart``, without bringing rows to them and back (faster where every row is small; banks that are not
-            stacked, side inputs and weights at the input are joined all the same).
+            ``apart``, without bringing rows to them and back (faster where every row is small; banks whose shared
+            experts are no stack, side inputs and weights at the input are joined all the same).
 
     Shape:
         [N, o]; [G, N, o] for a dense routing with gates; [num_targets, o] for a routing with targets.
@@ -187,10 +198,9 @@ class Sum(Combiner):
     @override
     def forward(self, work: Work, routing: AnyRouting) -> Tensor:
         if isinstance(routing, Routing):
-            plain = len(work.side) == 0 and work.weight_at == "output" and not work.per_expert
-            stack = work.experts.feed_forward() if self.shared == "apart" and work.num_shared and plain else None
-            if stack is not None and routing.target_M is None:
-                return _apart(work, routing, stack)
+            parts = _parts(work) if self.shared == "apart" and routing.target_M is None else None
+            if parts is not None:
+                return _apart(work, routing, *parts)
             return _run(work, with_shared(routing, work))
         if isinstance(routing, DenseRouting):
             y_NEo, weight = _every(work, _dense_weight(routing, work))

@@ -46,13 +46,14 @@ class JoinedExperts(Experts):
         super().__init__(sum(bank.num_experts for bank in banks), *widths.pop())
         self.banks = nn.ModuleList(banks)
 
-    def _each(self) -> list[Experts]:
+    def each(self) -> list[Experts]:
+        """The banks, in order."""
         return [bank for bank in self.banks if isinstance(bank, Experts)]
 
     def _spans(self) -> Iterator[tuple[Experts, int]]:
         """Each bank with the id of its first expert."""
         start = 0
-        for bank in self._each():
+        for bank in self.each():
             yield bank, start
             start += bank.num_experts
 
@@ -69,7 +70,7 @@ class JoinedExperts(Experts):
     @property
     def flops_per_row(self) -> int:
         """Forward operations of one expert on one row, averaged over all experts."""
-        return sum(bank.num_experts * bank.flops_per_row for bank in self._each()) // self.num_experts
+        return sum(bank.num_experts * bank.flops_per_row for bank in self.each()) // self.num_experts
 
     @override
     def grouped(self, x_MD: Tensor, counts: Sequence[int] | Tensor, *side: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class JoinedExperts(Experts):
     @override
     def every(self, x: Tensor, *side: Tensor) -> Tensor:
         if x.ndim == 2:
-            return torch.cat([bank.every(x, *side) for bank in self._each()], dim=1)
+            return torch.cat([bank.every(x, *side) for bank in self.each()], dim=1)
         return torch.cat([bank.every(x[s : s + bank.num_experts], *side) for bank, s in self._spans()], dim=1)
 
     def select(self, ids: Iterable[int]) -> JoinedExperts:
@@ -99,7 +100,7 @@ class JoinedExperts(Experts):
 
     @override
     def reset_parameters(self) -> None:
-        for bank in self._each():
+        for bank in self.each():
             bank.reset_parameters()
 
     def _keep(self, ids: list[int]) -> None:

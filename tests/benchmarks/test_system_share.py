@@ -9,7 +9,7 @@ import torch
 from benchmarks import system_share
 
 pytestmark = pytest.mark.medium
-CALLS = {"point_moe": 6, "home": 2, "mixer": 1, "promoe": 1}  # blocks; levels; a solve; a block of two
+CALLS = {"point_moe": 6, "home": 2, "mixer": 1, "promoe": 1, "unimoe_audio": 4}  # blocks; levels; a solve; blocks
 
 
 @pytest.mark.parametrize("system", CALLS)

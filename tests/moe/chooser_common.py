@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeapps.moe import (
+    Capped,
     Chooser,
     Dense,
     DenseToSparse,
@@ -60,6 +61,8 @@ CHOOSERS: dict[str, Callable[[], Chooser]] = {
     "top_p_null": lambda: TopP(0.6, num_null=2, renormalise=True),
     "sparse_mixer": lambda: SparseMixer(2, draws=False),
     "sparse_mixer_null": lambda: SparseMixer(p=0.6, num_null=2, draws=False),
+    "capped": lambda: Capped(TopK(3), 0.8, minimum=1),
+    "capped_null": lambda: GatedShared(Capped(TopP(0.6, num_null=1, renormalise=True), 0.5, minimum=2), 1),
     "gated_shared": lambda: GatedShared(TopP(0.6, num_null=1, renormalise=True), 1),
     "expert_choice": lambda: ExpertChoice(1.5),
     "expert_choice_group": lambda: ExpertChoice(1.0, per="group", weighing="identity"),

@@ -6,6 +6,7 @@ Noise is an argument here: the fresh Gumbel numbers and uniform ones of every dr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def swiglu(layer: MoELayer, e: int, x: Tensor) -> Tensor:
     """Down (SiLU(gate x) * up x), of a routed expert or (from REAL on) a shared one; no biases."""
     banks: Any = layer.experts.banks
     bank, at = (banks[0], e) if e < REAL else (banks[1], e - REAL)
-    gate, up = (x @ bank.w_in[at]).chunk(2)
+    gate, up = (x @ bank.w_in[at]).chunk(2, -1)
     return (F.silu(gate) * up) @ bank.w_out[at]
 
 
@@ -124,6 +125,43 @@ def both() -> tuple[float, float]:
         given = noise_of(7, int(P * COLUMNS) + 1) if training and draws else (None, None)
         results.append(error(layer, x, *given, seed=7))
     return max(r[0] for r in results), max(r[1] for r in results)
+
+
+def with_capacity(factor: float) -> float:
+    """The block in evaluation, where every column keeps its rows with the highest logits, at least eight."""
+    layer, x = block(capacity_factor=factor)
+    layer.eval()
+    weight: Tensor = layer.router.score.weight  # type: ignore[union-attr, assignment]
+    z = x @ weight.T
+    capacity = max(8, math.ceil(N / COLUMNS * factor))
+    r, asked = torch.zeros(N, COLUMNS).double(), torch.zeros(N, COLUMNS).bool()
+    rows = []
+    for n in range(N):
+        order = z[n, :COLUMNS].detach().softmax(0).sort(descending=True).values.cumsum(0)
+        columns, _, soft = mix(z[n, :COLUMNS], min(COLUMNS, 1 + int((order < P).sum())), None, None)
+        asked[n, columns] = True
+        rows.append(torch.zeros(COLUMNS).double().scatter(0, torch.tensor(columns), soft / (soft.sum() + 1e-6)))
+    r = torch.stack(rows)
+    kept = torch.zeros_like(asked)
+    for e in range(COLUMNS):
+        best = sorted((n for n in range(N) if asked[n, e]), key=lambda n: -float(z[n, e].detach()))
+        kept[best[:capacity], e] = True
+    assert (asked & ~kept)[:, :REAL].any()
+    assert (asked & ~kept)[:, REAL:].any()
+    r = r.where(kept, 0)
+    r = r / (r.sum(-1, keepdim=True) + 1e-6)
+    alive = torch.cat([kept, torch.ones(N, SHARED).bool()], -1)
+    a = z.masked_fill(~alive, -math.inf).softmax(-1)
+    mass = a[:, :COLUMNS].sum(-1, keepdim=True)
+    weights = torch.cat([(r * mass)[:, :REAL], a[:, COLUMNS:]], -1)
+    wanted = sum(weights[:, e : e + 1] * swiglu(layer, e, x) for e in range(REAL + SHARED))
+    assert isinstance(wanted, Tensor)
+    return furthest(layer(x), wanted, [x, *layer.parameters()])
+
+
+@part("capacity of UniMoE-Audio, switched off there")
+def audio_capacity() -> float:
+    return with_capacity(1.0)
 
 
 @part("UniMoE-Audio block")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeapps.moe.losses import AuxLoss, SwitchBalance, ZLoss
+from moeapps.moe.losses import Anneal, AuxLoss, ChosenBalance, SwitchBalance, ZLoss
 from moeapps.moe.objectives import switch_balance
 from moeapps.moe.record import MoERecorder, Record
 from tests.toy import ToyData, ToyNet, ToyTask
@@ -97,3 +97,46 @@ def test_a_step_trains_on_the_task_plus_each_weighted_loss_and_logs_them_apart(t
     torch.testing.assert_close(kept.gradients, list(torch.autograd.grad(total, list(kept.net.parameters()))))
     for name, value in {"loss": own, "aux/switch_balance": balance, "aux/z": size}.items():
         torch.testing.assert_close(kept.logged[f"train/{name}"], value.detach())
+
+
+# --- weights that change ----------------------------------------------------------------------------------------------
+
+
+def test_an_annealed_weight_falls_in_a_straight_line_and_then_stays() -> None:
+    """The weights of UniMoE-Audio: 0.025 at first, 0.013 half way, 0.001 after 10,000 steps and from then on."""
+    loss = ChosenBalance(0.025, anneal=Anneal(final=0.001, steps=10_000))
+    found = {}
+    for step in range(12_001):
+        if step in (0, 5000, 10_000, 12_000):
+            found[step] = loss.weight
+        loss.on_optimizer_step()
+
+    assert found == pytest.approx({0: 0.025, 5000: 0.013, 10_000: 0.001, 12_000: 0.001})
+
+
+def test_the_annealed_weight_is_what_training_adds_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    def fit(loss: ChosenBalance, epochs: int, ckpt: Path | None = None) -> L.Trainer:
+        data = ToyData(batch_size=24)
+        task = ToyTask(net=ToyNet(), facts=data.facts, aux_losses=[loss])
+        runner = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0)
+        runner.fit(task, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
+        return runner
+
+    first, second = (ChosenBalance(0.1, anneal=Anneal(final=0.0, steps=8)) for _ in range(2))
+    runner = fit(first, 1)
+    assert runner.global_step == 3
+    assert first.weight == pytest.approx(0.1 * 5 / 8)
+    runner.save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, 2, tmp_path / "half.ckpt")
+    assert second.weight == pytest.approx(0.1 * 2 / 8)
+
+
+def test_a_weight_that_stays_has_no_state() -> None:
+    assert not ChosenBalance(0.025).state_dict()
+    assert list(ChosenBalance(0.025, anneal=Anneal(0.001, 5)).state_dict()) == ["steps_taken"]
+
+
+@pytest.mark.parametrize(("final", "steps"), [(float("nan"), 5), (0.001, 0)])
+def test_a_wrong_anneal_is_told(final: float, steps: int) -> None:
+    with pytest.raises(ValueError, match="1 step or more"):
+        Anneal(final, steps)

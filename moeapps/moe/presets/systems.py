@@ -18,6 +18,7 @@ from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
 from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.presets.basic import top_k_router
 from moeapps.moe.routers import (
+    Capped,
     ConditionalSplit,
     ConstantScore,
     Dense,
@@ -34,6 +35,7 @@ from moeapps.moe.routers import (
     TopP,
 )
 from moeapps.moe.routers.choose_batch import ChoiceWeighing
+from moeapps.moe.routers.chooser import NullMass
 
 
 def point_moe(
@@ -79,6 +81,9 @@ def unimoe_audio(
     num_shared: int = 2,
     top_p: float = 0.7,
     top_k: int | None = None,
+    budget: float | None = None,
+    null_mass: NullMass = "lost",
+    capacity_factor: float | None = None,
     expansion: float = 1.0,
     shared_expansion: float = 0.5,
     shared_weighting: Literal["gated", "add"] = "gated",
@@ -98,7 +103,13 @@ def unimoe_audio(
         num_null: null experts.
         num_shared: shared experts.
         top_p: probability to reach.
-        top_k: a fixed number of experts instead (ablation); None uses ``top_p``.
+        top_k: a fixed number of experts instead, nulls included (ablation); None uses ``top_p``.
+        budget: mean number of real experts per row to hold, by moving the probability from ``top_p`` on (ours); None
+            leaves it, so that the number falls as the router grows sure.
+        null_mass: the weight of a chosen null expert is ``lost`` (paper) or ``redistributed`` over the real experts
+            chosen (AdaMoE, with ``top_k``).
+        capacity_factor: ceiling on the rows of every column, nulls included (released code: 6, switched off there); see
+            :class:`Capped`. None drops nothing.
         expansion: hidden width of a routed expert over model width (the paper: 2752 / 2048).
         shared_expansion: the same for a shared expert (the paper: half of the routed width).
         shared_weighting: ``gated`` weighs shared experts by one softmax with the chosen; ``add`` adds them with weight
@@ -110,9 +121,10 @@ def unimoe_audio(
         backend: how sparse routings are computed.
 
     Raises:
-        ValueError: for an unknown ``shared_weighting`` or ``weighing``.
+        ValueError: for an unknown ``shared_weighting`` or ``weighing``, or a ``budget`` or ``null_mass`` that the other
+            options leave no room for.
 
-    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 1 to 5).
+    Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 1 to 5, and 18).
 
     Example:
         >>> unimoe_audio()(16).router.num_experts
@@ -122,14 +134,18 @@ def unimoe_audio(
         raise ValueError(f"shared_weighting={shared_weighting!r}, but it must be 'gated' or 'add'.")
     if weighing not in ("proportional", "sparse_mixer"):
         raise ValueError(f"weighing={weighing!r}, but it must be 'proportional' or 'sparse_mixer'.")
+    _check_audio(budget, top_k, null_mass, num_null, weighing)
     gated = shared_weighting == "gated" and num_shared > 0
 
-    def default_router(dim: int) -> Router:
-        choose: RowChooser = TopP(top_p, num_null=num_null, renormalise=True)
+    def chooser() -> RowChooser:
         if weighing == "sparse_mixer":
-            choose = SparseMixer(top_k, p=top_p if top_k is None else None, num_null=num_null, draws=draws)
-        elif top_k is not None:
-            choose = TopK(top_k, num_null=num_null)
+            return SparseMixer(top_k, p=top_p if top_k is None else None, num_null=num_null, draws=draws)
+        if top_k is not None:
+            return TopK(top_k, num_null=num_null, null_mass=null_mass)
+        return TopP(top_p, num_null=num_null, renormalise=True, null_mass=null_mass, budget=budget)
+
+    def default_router(dim: int) -> Router:
+        choose = chooser() if capacity_factor is None else Capped(chooser(), capacity_factor)
         score = LinearScore(dim, num_experts + num_null + (num_shared if gated else 0))
         noise = Jitter(jitter) if jitter else None
         return Router(score, GatedShared(choose, num_shared) if gated else choose, noise=noise)
@@ -140,9 +156,23 @@ def unimoe_audio(
             banks.append(GLUExperts(num_shared, dim, int(shared_expansion * dim), activation="silu"))
         experts = JoinedExperts(banks) if num_shared else banks[0]
         make_router = default_router if router is None else router
-        return MoELayer(make_router(dim), experts, num_shared=num_shared, backend=backend)
+        return MoELayer(make_router(dim), experts, num_shared=num_shared, combiner=Sum(shared="apart"), backend=backend)
 
     return build
+
+
+def _check_audio(budget: float | None, top_k: int | None, null_mass: str, num_null: int, weighing: str) -> None:
+    """Refuse options that the others leave no room for."""
+    if budget is not None and (top_k is not None or weighing != "proportional"):
+        raise ValueError(
+            f"budget={budget} moves the probability that proportional weights reach, but top_k={top_k} and "
+            f"weighing={weighing!r}; leave out top_k and use 'proportional', or leave out the budget."
+        )
+    if null_mass != "lost" and (num_null == 0 or weighing != "proportional"):
+        raise ValueError(
+            f"null_mass={null_mass!r} with num_null={num_null} and weighing={weighing!r}: only proportional weights of "
+            "null experts can be redistributed; use num_null >= 1 and 'proportional', or null_mass='lost'."
+        )
 
 
 def promoe(

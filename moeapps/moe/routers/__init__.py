@@ -6,6 +6,7 @@ from __future__ import annotations
 from moeapps.moe.routers.capacity import Capacity
 from moeapps.moe.routers.choose import GatedShared, GroupLimitedTopK, TopK
 from moeapps.moe.routers.choose_batch import ExpertChoice, Threshold
+from moeapps.moe.routers.choose_capped import Capped
 from moeapps.moe.routers.choose_dense import Dense, DenseToSparse, Slots
 from moeapps.moe.routers.choose_sparse_mixer import SparseMixer
 from moeapps.moe.routers.choose_top_p import TopP
@@ -21,6 +22,7 @@ from moeapps.moe.routers.score_sequence import AttentionScore, RecurrentScore
 __all__ = [
     "AttentionScore",
     "Capacity",
+    "Capped",
     "Chooser",
     "ConditionalSplit",
     "ConstantScore",

@@ -238,6 +238,7 @@ class GatedShared(Chooser):
         if num_shared < 1:
             raise ValueError(f"num_shared={num_shared}, but GatedShared weighs at least one; otherwise leave it out.")
         self.choose, self.num_shared, self.num_null = choose, num_shared, choose.num_null
+        self.pool = choose.pool
 
     def bind(self, num_outputs: int) -> int:
         """Bind the inner chooser to the columns before the shared ones."""
@@ -252,7 +253,7 @@ class GatedShared(Chooser):
     @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
         routable_NX, shared_NS = logits_NX.tensor_split([logits_NX.shape[-1] - self.num_shared], dim=-1)
-        picked = self.choose.pick(routable_NX)
+        picked = self.choose.limit(self.choose.pick(routable_NX), routable_NX, token_mask)
         chosen_NK = routable_NX.gather(-1, picked.index_NK)
         if picked.taken_NK is not None:
             chosen_NK = chosen_NK.where(picked.taken_NK, float("-inf"))

@@ -209,12 +209,16 @@ class RowChooser(Chooser):
         """Columns, weights and probabilities, from the logits of routed and null experts [N, E + num_null]."""
         raise NotImplementedError
 
+    def limit(self, picked: Picked, logits_NX: Tensor, token_mask: Tensor | None) -> Picked:
+        """Take back picks that the columns have no room for; a row alone cannot know (`Capped`)."""
+        return picked
+
     def observe(self, picked: Picked, token_mask: Tensor | None) -> None:
         """See what was picked, once per call and after the choice; for choosers with a memory."""
 
     @override
     def forward(self, logits_NX: Tensor, *, token_mask: Tensor | None = None, group: Tensor | None = None) -> Routing:
-        picked, all_real = self.pick(logits_NX), self.num_null == 0
+        picked, all_real = self.limit(self.pick(logits_NX), logits_NX, token_mask), self.num_null == 0
         self.observe(picked, token_mask)
         return rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=logits_NX)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from moeapps.training.callbacks.averaging import AveragedWeights
 from moeapps.training.callbacks.balance import BiasBalancing
 from moeapps.training.callbacks.experts import ExpertReport
+from moeapps.training.callbacks.first_losses import FirstLosses
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
 from moeapps.training.callbacks.router_fit import RouterFit
@@ -20,6 +21,7 @@ __all__ = [
     "BiasBalancing",
     "EndTable",
     "ExpertReport",
+    "FirstLosses",
     "InterruptCheckpoint",
     "MoESummary",
     "PredictionWriter",

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audio files of any rate and number of channels, read by libsndfile: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF."""
+
+from __future__ import annotations
+
+from math import gcd
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from scipy.signal import resample_poly
+from torch import Tensor
+
+ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")
+SILENT = 1e-3
+"""RMS below which a clip counts as silent: -60 dB of full scale."""
+_CLIPPED_SHARE = 0.01
+
+
+class AudioFileError(ValueError):
+    """A file of sounds, or the table that lists such files, is not usable; the text says why."""
+
+
+def read_audio(path: Path, sample_rate: int) -> Tensor:
+    """Read a file as one channel at a sample rate.
+
+    Channels are averaged. Samples beyond full scale, which floating-point files may hold, are cut to -1 and 1.
+
+    Args:
+        path: the file.
+        sample_rate: samples per second of the result.
+
+    Returns:
+        float32 [n], n >= 1.
+
+    Raises:
+        AudioFileError: no such file, one that libsndfile cannot read, no sample, or NaN or infinity among them.
+    """
+    if not path.is_file():
+        raise AudioFileError(f"no audio file {path}; correct its name or leave it out")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise AudioFileError(
+            f"{path} is not a readable audio file ({error}); readable are {', '.join(ENDINGS)}"
+        ) from error
+    if not len(samples):
+        raise AudioFileError(f"{path} holds no sample; leave it out")
+    if not np.isfinite(samples).all():
+        raise AudioFileError(f"{path} holds NaN or infinity; export it again or leave it out")
+    return (
+        torch.from_numpy(samples.mean(1)).clamp(-1, 1)
+        if rate == sample_rate
+        else _resampled(samples, rate, sample_rate)
+    )
+
+
+def _resampled(samples: np.ndarray, rate: int, wanted: int) -> Tensor:
+    return resample(torch.from_numpy(samples.mean(1)), rate, wanted).clamp(-1, 1)
+
+
+def resample(wave: Tensor, rate: int, wanted: int) -> Tensor:
+    """Change the sample rate of a wave float32 [n] -> [ceil(n * wanted / rate)], without aliases.
+
+    By polyphase filtering, whose filter stays small for ratios such as 44101 : 8000, too.
+
+    Raises:
+        ValueError: a rate below 1.
+    """
+    if rate < 1 or wanted < 1:
+        raise ValueError(f"sample rates {rate} and {wanted}; both must be 1 or more")
+    if rate == wanted:
+        return wave
+    common = gcd(rate, wanted)
+    changed = resample_poly(wave.double().numpy(), wanted // common, rate // common)
+    return torch.from_numpy(changed.astype(np.float32))
+
+
+def write_audio(path: Path, wave: Tensor, sample_rate: int) -> None:
+    """Write a wave float [n] within -1 and 1 as 16 bits; the ending says the format.
+
+    Raises:
+        AudioFileError: another shape, no sample, or numbers that are not finite.
+    """
+    if wave.ndim != 1 or not len(wave) or not wave.isfinite().all():
+        raise AudioFileError(f"a wave of shape {list(wave.shape)} cannot be written to {path.name}; give finite [n]")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave.detach().cpu().float().clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+
+
+def remark(wave: Tensor) -> str | None:
+    """Say what is odd about a wave [n]: ``silent`` (RMS below -60 dBFS) or ``clipped`` (over 1% at full scale)."""
+    if float(wave.square().mean().sqrt()) < SILENT:
+        return "silent"
+    return "clipped" if float((wave.abs() >= 0.999).float().mean()) > _CLIPPED_SHARE else None
+
+
+def cut_at_pauses(wave: Tensor, sample_rate: int, seconds: float) -> list[Tensor]:
+    """Cut a long wave [n] into pieces of at most ``seconds``, each at the quietest place of its second half.
+
+    Raises:
+        ValueError: pieces shorter than a tenth of a second.
+    """
+    if seconds < 0.1:
+        raise ValueError(f"pieces of {seconds} seconds; use 0.1 or more")
+    most, window = round(seconds * sample_rate), max(1, sample_rate // 20)
+    pieces = []
+    while len(wave) > most:
+        energy = wave[most // 2 : most].square().unfold(0, window, max(1, window // 2)).mean(1)
+        place = most // 2 + int(energy.argmin()) * max(1, window // 2) + window // 2
+        pieces.append(wave[:place])
+        wave = wave[place:]
+    return [*pieces, wave]

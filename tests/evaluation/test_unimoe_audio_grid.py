@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evidence grid of UniMoE-Audio is what was agreed before the runs, and its search is what the file says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import yaml
+
+from benchmarks.evidence.grid import load_grid
+from benchmarks.evidence.unimoe_audio import HEADLINE, LOSS, NUM_STEPS, RATES, SEARCHED, SPEECH
+from benchmarks.unimoe_audio_rates import SEARCH
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = ROOT / "benchmarks" / "results" / "unimoe_audio" / "cells"
+GRID = load_grid("unimoe_audio")
+
+
+def test_headline_pairs_have_eight_seeds_on_seen_data_poor_and_unseen_domains() -> None:
+    for rival in HEADLINE[1:]:
+        assert len(GRID.pairs("curriculum", rival)) == 8
+        metrics = {claim.metric for claim in GRID.claims if claim.variants == ("curriculum", rival)}
+        assert metrics == {"seen/bits_0", "music/bits_0", "unseen/bits_0"}
+    assert {GRID.variants[name].pairs for name in GRID.variants if name not in HEADLINE} == {3}
+
+
+def test_the_claims_are_those_of_the_paper_and_margins_were_set_beforehand() -> None:
+    assert {claim.id[:2] for claim in GRID.claims} == {f"C{i}" for i in range(1, 9)}
+    assert {claim.margin for claim in GRID.claims if claim.rule == "non-inferiority"} == {LOSS} == {0.03}
+    assert {claim.clustered for claim in GRID.claims} == {False}
+    floors = {claim.metric for claim in GRID.claims if claim.baseline == "unigram"}
+    assert floors == {f"{domain}/bits_0" for domain in (*SPEECH, "music")}
+
+
+def test_all_are_compared_at_one_total_of_training_compute_but_for_the_floor_and_constants() -> None:
+    for claim in GRID.claims:
+        assert (claim.match == "none") == (claim.baseline in ("unigram", None)), claim.id
+
+
+@pytest.mark.parametrize("name", [name for name in GRID.variants if name not in ("unigram", "bigram")])
+def test_training_compute_of_the_cells_is_that_of_the_mixture(name: str) -> None:
+    """From the committed cells, a curriculum with all of its stages: the means of the seeds that both have."""
+    pairs = GRID.pairs("moe", name)
+    flops = {
+        variant: mean(
+            json.loads((CELLS / f"{variant}-s{seed}-d{data_seed}.json").read_text())["train_flops"]
+            for seed, data_seed in pairs
+        )
+        for variant in ("moe", name)
+    }
+    assert flops[name] == pytest.approx(flops["moe"], rel=0.02)
+
+
+def test_every_network_has_the_rate_that_is_best_on_the_validation_domains() -> None:
+    found = json.loads(SEARCH.path.read_text(encoding="utf-8"))
+    assert found["best"] == SEARCH.best(found["runs"]) == RATES
+    assert not [model for model in SEARCH.models if SEARCH.missing(found["runs"], model)]
+    assert {metric.split("/")[0] for run in found["runs"].values() for metric in run} == {"validation", "cpu_s"}
+    assert not {SEARCH.seed, *SEARCH.more_seeds} & {number for pair in GRID.seeds for number in pair}
+    assert set(RATES) == set(SEARCHED)
+    for model, rate in RATES.items():
+        bits = {
+            value: mean(found["runs"][f"{model}-{value:g}{end}"][SEARCH.metric] for end in ("", "-s101", "-s102"))
+            for value in (*SEARCH.rates, *SEARCH.further)
+            if f"{model}-{value:g}-s102" in found["runs"]
+        }
+        assert set(SEARCH.rates) <= set(bits)
+        assert bits[rate] == min(bits.values())
+
+
+def test_dense_networks_take_fewer_steps_than_the_mixture_where_a_step_costs_more() -> None:
+    assert NUM_STEPS["dense_params"] < NUM_STEPS["dense"] < NUM_STEPS["moe"]
+
+
+def test_stages_come_in_the_order_of_the_paper_and_the_first_three_are_not_tested() -> None:
+    chain = [stage[0] for stage in GRID.variants["curriculum"].stages]
+    assert chain == [f"configs/stages/unimoe_audio_{number}.yaml" for number in range(4)]
+    assert [stage[0][-6] for stage in GRID.variants["no_warmup"].stages] == ["0", "1", "3"]
+    warm = yaml.safe_load((ROOT / chain[2]).read_text())["model"]["init_args"]
+    assert warm["trained"] == ["*.ffn.router.*", "*.ffn.experts.banks.1.*"]
+
+
+def test_all_overlays_of_the_grid_exist_and_definitions_differ() -> None:
+    assert len({GRID.definition(name, ROOT) for name in GRID.all_variants}) == len(GRID.all_variants)
