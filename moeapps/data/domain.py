@@ -324,8 +324,19 @@ class DomainDataModule(L.LightningDataModule):
             epoch, start = (self._sampler.epoch + 1, 0) if over else (self._sampler.epoch, done)
         return {"sampler": {"epoch": epoch, "start": start}, "worker_seeds": self._worker_seeds.get_state()}
 
+    def check_trained_on(self, state_dict: dict[str, Any]) -> None:
+        """Refuse weights to which the numbers of this data would mean something else (other codes, another order).
+
+        Args:
+            state_dict: of the data module that they were trained with; empty where the checkpoint has none.
+
+        Raises:
+            ValueError: they would; by default nothing is refused.
+        """
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume at the position that ``state_dict`` returned."""
+        self.check_trained_on(state_dict)
         self._sampler_state = dict(state_dict["sampler"])
         self._worker_seeds.set_state(state_dict["worker_seeds"])
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from moeapps.data.domain import DomainDataModule
 from moeapps.moe.surgery import Shared, fuse
 from moeapps.training.run import newest_version
 
@@ -71,12 +72,14 @@ class Source:
         state: the state of its task, without what belongs to the stage itself.
         sha256: the first 16 hexadecimal digits of the file's.
         train_flops: what its training, and those before, have cost in all; None if its run did not count.
+        about: everything else it holds, such as the state of its data module under that class's name.
     """
 
     path: Path
     state: dict[str, Tensor]
     sha256: str
     train_flops: int | None
+    about: dict[str, Any]
 
 
 class Start:
@@ -104,14 +107,21 @@ class Start:
         for path in self.paths:
             checkpoint_file(path, self.checkpoint)
 
-    def begin(self, task: nn.Module) -> Origin:
+    def begin(self, task: nn.Module, data: DomainDataModule | None = None) -> Origin:
         """Take the weights over into the task, once, before it trains.
 
+        Args:
+            task: the task.
+            data: what it will train on; may refuse weights to which its numbers would mean something else.
+
         Raises:
-            StageError: a missing or damaged checkpoint, or one of another network.
+            StageError: a missing or damaged checkpoint, or one of another network or of other data.
         """
         sources = [read_source(path, self.checkpoint) for path in self.paths]
         try:
+            if data is not None:
+                for source in sources:
+                    data.check_trained_on(source.about.get(type(data).__qualname__, {}))
             self.apply(task, [source.state for source in sources])
         except ValueError as error:
             names = ", ".join(str(source.path) for source in sources)
@@ -217,7 +227,8 @@ def read_source(path: str | Path, which: Which = "last") -> Source:
         costs.append(_train_flops(_read(last)))
     known = [cost for cost in costs if cost is not None]
     state = {key: value for key, value in held["state_dict"].items() if not key.startswith(_OWN)}
-    return Source(file, state, file_digest(file), max(known, default=None))
+    about = {key: value for key, value in held.items() if key not in ("state_dict", "optimizer_states")}
+    return Source(file, state, file_digest(file), max(known, default=None), about)
 
 
 def checkpoint_file(path: str | Path, which: Which = "last") -> Path:

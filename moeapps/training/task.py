@@ -305,7 +305,7 @@ class BaseTask(L.LightningModule):
             StageError: a checkpoint that is missing or of another network.
         """
         if self.start is not None and not self._begun and self.trainer.ckpt_path is None:
-            self.origin = self.start.begin(self)
+            self.origin = self.start.begin(self, self.data)
         self._begun = True
 
     def on_validation_epoch_start(self) -> None:

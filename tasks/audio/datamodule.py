@@ -224,11 +224,11 @@ class AudioData(DomainDataModule):
         return {**super().state_dict(), "codes": codes}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume, unless the checkpoint was trained on other codes or on other symbols of prompts.
+    def check_trained_on(self, state_dict: dict[str, Any]) -> None:
+        """Refuse weights that were trained on other codes or on other symbols of prompts.
 
         Raises:
-            ValueError: it was.
+            ValueError: they were.
         """
         trained = state_dict.get("codes", {})
         here = (self.tokenizer_key, self.tokenizer.digest)
@@ -243,7 +243,6 @@ class AudioData(DomainDataModule):
                 f"the checkpoint knows the labels {', '.join(trained['labels'])}, this data has "
                 f"{', '.join(self.vocabulary.labels)}; give the seen domains of its training"
             )
-        super().load_state_dict(state_dict)
 
     # Codes --------------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,19 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [key for key in a if torch.equal(a[key], b[key])]
 
 
+def test_data_may_refuse_weights_that_were_trained_on_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(data: ToyData, state: dict[str, Any]) -> None:
+        assert "sampler" in state
+        raise ValueError("trained on other codes")
+
+    stage("first", *QUIET)
+    monkeypatch.setattr(ToyData, "check_trained_on", refuse)
+    with pytest.raises(StageError, match=r"cannot start from .*last\.ckpt: trained on other codes"):
+        stage("second", *QUIET, source=str(tmp_path / "runs" / "toy" / "first"))
+
+
 def test_a_stage_begins_with_the_very_weights_that_the_run_before_ended_with(tmp_path: Path) -> None:
     first = stage("first", *QUIET)
     second = stage("second", *QUIET, "--seed_everything=5", source=str(tmp_path / "runs" / "toy" / "first"))
