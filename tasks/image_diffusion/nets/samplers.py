@@ -9,8 +9,7 @@ Shape legend: B images, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count, pairwise
 from typing import Any, Protocol, cast
 
@@ -18,6 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from moeapps.training.tuning import kept_modes
 from tasks.image_diffusion.nets.ddpm import GaussianDiffusion, Jump
 from tasks.image_diffusion.nets.flow import RectifiedFlow, shifted
 from tasks.image_diffusion.nets.process import Process
@@ -136,17 +136,6 @@ def image_noise(seed: int, index_B: Tensor, shape: tuple[int, ...], draw: int = 
         key = (index + 2_654_435_761 * (seed + 1) + 40_503 * 2**16 * draw) % 2**32
         rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(key)))
     return torch.stack(rows) if rows else torch.empty(0, *shape)
-
-
-@contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back into training or evaluation mode at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

@@ -7,10 +7,8 @@ Shape legend: B images.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatch
 from typing import Any, cast
 
 import lightning as L
@@ -22,9 +20,9 @@ from typing_extensions import override
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
+from moeapps.training.tuning import restored, tuned_parameters
 from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.datamodule import ImageData
-from tasks.image_diffusion.nets.samplers import kept_modes
 from tasks.image_diffusion.report.quality import balanced_rows
 
 log = logging.getLogger("moeapps")
@@ -122,32 +120,12 @@ class FewShot(L.Callback):
         return self.result
 
 
-def tuned_parameters(task: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
-    """Return the parameters of which the name fits a shell pattern."""
-    return [p for name, p in task.named_parameters() if any(fnmatch(name, pattern) for pattern in patterns)]
-
-
 @torch.no_grad()
 def paired(task: BaseTask, batch: ImageBatch, *, null: bool, size: int = 128) -> Tensor:
     """Paired loss of each image [B] in evaluation mode, on the CPU."""
     task.eval()
     rows = torch.arange(len(batch), device=batch.label.device).split(size)
     return torch.cat([cast(Any, task).paired_losses(batch.take(part), null=null).cpu() for part in rows])
-
-
-@contextmanager
-def restored(task: nn.Module) -> Iterator[None]:
-    """Put weights, buffers, modes and ``requires_grad`` back at the end."""
-    state = {name: value.detach().clone() for name, value in task.state_dict().items()}
-    wanted = [(parameter, parameter.requires_grad) for parameter in task.parameters()]
-    with kept_modes(task):
-        try:
-            yield
-        finally:
-            task.load_state_dict(state)
-            for parameter, flag in wanted:
-                parameter.requires_grad_(flag)
-                parameter.grad = None
 
 
 def tune(

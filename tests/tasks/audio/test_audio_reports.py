@@ -21,6 +21,7 @@ from tasks.audio.datamodule import AudioData
 from tasks.audio.report import generation
 from tasks.audio.report.capacity import CapacityReport, count_rows, shares
 from tasks.audio.report.drawing import Drawing, sounds
+from tasks.audio.report.few_shot import FewShot
 from tasks.audio.report.generation import AudioSamples, GenerationQuality
 from tasks.audio.report.judge import Judging, get_judge
 from tasks.audio.report.judgement import Real, judge_clips
@@ -233,3 +234,31 @@ def test_the_report_is_by_layer_domain_and_time(data: AudioData, tmp_path: Path)
 def test_wrong_options_are_told_at_construction(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+# --- few-shot tuning --------------------------------------------------------------------------------------------------
+
+
+def test_tuning_lowers_the_bits_of_a_domain_never_heard_and_leaves_no_trace(data: AudioData, tmp_path: Path) -> None:
+    few = FewShot(steps=[40], batch_size=4, lr=3e-3)
+    task = small_task(data)
+    before = {name: value.clone() for name, value in task.state_dict().items() if name.startswith("net.")}
+    run = trainer(tmp_path, few, logger=TensorBoardLogger(tmp_path, name="run", version=0))
+    run.test(task, datamodule=data, verbose=False)
+    found = json.loads((tmp_path / "run" / "version_0" / "metrics" / "test.json").read_text())
+
+    tested = {row["domain"]: row["value"] for row in found["rows"] if row["metric"] == "bits_0"}
+    for domain in data.roles["unseen"]:
+        zero, after = (few.result[f"few_shot_{steps}.{domain}"] for steps in (0, 40))
+        assert zero["bits_0"] == pytest.approx(tested[domain], rel=1e-6)  # zero-shot is what the test says
+        assert zero["gain"] == 0
+        assert after["gain"] > 0.3
+        assert found["summary"][f"few_shot_40.{domain}"] == after
+    assert all(torch.equal(before[name], task.state_dict()[name]) for name in before)
+    assert not any(parameter.grad is not None for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"steps": []}, {"steps": [-1]}, {"batch_size": 0}, {"tuned": []}])
+def test_few_shot_refuses_what_tunes_nothing(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="steps are 0 or more"):
+        FewShot(**wrong)

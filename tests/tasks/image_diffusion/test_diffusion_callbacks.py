@@ -15,9 +15,10 @@ from image_common import ToyDiffusion, ToyNet, small_data, stand_in
 from PIL import Image
 from torch import Tensor
 
+from moeapps.training.tuning import restored, tuned_parameters
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.report import generation
-from tasks.image_diffusion.report.few_shot import FewShot, paired, restored, tune, tuned_parameters
+from tasks.image_diffusion.report.few_shot import FewShot, paired, tune
 from tasks.image_diffusion.report.generation import GenerationQuality, SampleGrid
 from tasks.image_diffusion.report.judge import Judging
 from tasks.image_diffusion.report.pictures import grid, spread, visible, write_png
