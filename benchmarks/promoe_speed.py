@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from moeapps.commands.run import Cli, import_tasks, quiet
+from moeapps.data.images.batch import ImageBatch
 from moeapps.files import write_json
 from moeapps.moe import MLPExperts, MoELayer
 from moeapps.training.sparse import build_optimizer
-from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.module import ImageDiffusionTask
 from tasks.image_diffusion.nets.blocks import Block
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.domain import DomainDataModule, Role, Split
+from moeapps.data.images.batch import ImageBatch, ImageDataset
 from moeapps.data.mixing import DomainMixing
-from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
 

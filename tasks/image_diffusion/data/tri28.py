@@ -18,9 +18,10 @@ from typing_extensions import override
 from moeapps.data.archives import ArchiveError, fetch_package
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
+from moeapps.data.images.batch import PixelImages
+from moeapps.data.images.splits import check_domains, split_rows
 from moeapps.data.unpacking import load_numpy_pickle
-from tasks.image_diffusion.data.batch import PixelImages
-from tasks.image_diffusion.data.source import ImageSource, check_domains, split_rows
+from tasks.image_diffusion.data.source import ImageSource
 from tasks.image_diffusion.data.styles import STYLES
 from tasks.image_diffusion.packages import ANIMALS, DIGITS, FASHION, PACKAGES
 
