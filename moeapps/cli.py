@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import moeapps
-from moeapps.commands.hooks import run_hook
+from moeapps.commands.hooks import run_hook, summary_of
 from moeapps.commands.listing import all_configs, find_config, systems
 from moeapps.commands.tasks import extend_path, foreign_tasks, task_commands
 
@@ -41,7 +41,7 @@ def help_text() -> str:
     """Return the text of ``moeapps --help``, made without importing anything heavy."""
     lines = ["usage: moeapps COMMAND [options]", "", "Mixture-of-experts models outside language.", "", "commands:"]
     lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    lines += [f"  {command.name:<10}{command.summary}" for command in task_commands().values()]
+    lines += [f"  {name:<10}{summary_of(commands)}" for name, commands in task_commands().items()]
     found = systems()
     if found:
         lines += ["", "systems (moeapps fit --config FILE):"]

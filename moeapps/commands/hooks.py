@@ -5,29 +5,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from moeapps.commands.tasks import TaskCommand, load
 
 
-def run_hook(command: TaskCommand, args: list[str]) -> int:
-    """Run a command of a task.
+def summary_of(commands: Sequence[TaskCommand]) -> str:
+    """Say what a command does for each of the tasks that provide it."""
+    return "; ".join(dict.fromkeys(command.summary for command in commands))
+
+
+def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
+    """Run a command that one or several tasks provide; the data of the run or config decides whose.
 
     Args:
-        command: what the task says of it.
+        commands: what each task says of its command; they share a name, and whether it needs weights.
         args: words of the user; those that name no run or config go to the task.
 
     Returns:
         Exit code.
     """
-    name, weights = command.name, command.weights
+    name, weights = commands[0].name, commands[0].weights
     ways = "--run DIR" if weights else "(--run DIR | --config FILE [--config FILE ...])"
     parser = argparse.ArgumentParser(
         prog=f"moeapps {name}",
         usage=f"moeapps {name} {ways} [options of the task]",
-        description=f"{command.summary}; `moeapps {name} {ways} --help` shows the options of its task.",
+        description=f"{summary_of(commands)}; `moeapps {name} {ways} --help` shows the options of its task.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -46,15 +51,17 @@ def run_hook(command: TaskCommand, args: list[str]) -> int:
             return 0
         print(f"error: moeapps {name} needs {ways}", file=sys.stderr)
         return 2
-    return _told(command, rest, options.run, configs, getattr(options, "ckpt_path", None))
+    return _told(commands, rest, options.run, configs, getattr(options, "ckpt_path", None))
 
 
-def _told(command: TaskCommand, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None) -> int:
+def _told(
+    commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
+) -> int:
     """Run it; report a wrong configuration or a damaged file without a traceback."""
     from moeapps.data.archives import ArchiveError
 
     try:
-        return _hand_over(command, rest, run, configs, ckpt)
+        return _hand_over(commands, rest, run, configs, ckpt)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +70,9 @@ def _told(command: TaskCommand, rest: list[str], run: Path | None, configs: list
         return 1
 
 
-def _hand_over(command: TaskCommand, rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None) -> int:
+def _hand_over(
+    commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
+) -> int:
     from moeapps.commands.messages import UsageError
     from moeapps.commands.run import checkpoint_of
     from moeapps.commands.trained import build, load_weights
@@ -71,9 +80,12 @@ def _hand_over(command: TaskCommand, rest: list[str], run: Path | None, configs:
 
     run = None if run is None else newest_version(run)
     built = build(run, configs)
-    if not isinstance(built.datamodule, cast(type, load(command.data))):
+    kinds = [kind.__module__ + ":" + kind.__qualname__ for kind in type(built.datamodule).__mro__]
+    command = next((command for command in commands if command.data in kinds), None)
+    if command is None:
         kind = type(built.datamodule).__name__
-        raise UsageError(f"{kind} has no command `{command.name}`; it is for {command.systems}")
+        known = "; ".join(command.systems for command in commands)
+        raise UsageError(f"{kind} has no command `{commands[0].name}`; it is for {known}")
     if command.weights:
         load_weights(built.model, ckpt or checkpoint_of(run))
         built.model.to(built.trainer.strategy.root_device)

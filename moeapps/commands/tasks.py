@@ -85,9 +85,13 @@ def task_modules(part: str) -> list[str]:
     return [name for task in task_names() if find_spec(name := f"tasks.{task}.{part}") is not None]
 
 
-def task_commands() -> dict[str, TaskCommand]:
-    """Return the commands of all tasks by name."""
-    return {command.name: command for module in task_modules("commands") for command in import_module(module).COMMANDS}
+def task_commands() -> dict[str, tuple[TaskCommand, ...]]:
+    """Return the commands of all tasks by name; a name that several tasks provide is told apart by the data."""
+    found: dict[str, tuple[TaskCommand, ...]] = {}
+    for module in task_modules("commands"):
+        for command in import_module(module).COMMANDS:
+            found[command.name] = (*found.get(command.name, ()), command)
+    return found
 
 
 def moved_paths(text: str) -> dict[str, str]:

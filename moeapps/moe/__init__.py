@@ -15,6 +15,7 @@ from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
 from moeapps.moe.losses import (
+    Anneal,
     AuxLoss,
     BatchEntropyLoss,
     ChosenBalance,
@@ -70,6 +71,7 @@ from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
 __all__ = [
     "ActivationName",
+    "Anneal",
     "AnyRouting",
     "AttentionScore",
     "AuxLoss",

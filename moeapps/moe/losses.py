@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -25,6 +26,34 @@ from moeapps.moe.record import Record
 Reduction = Literal["sum", "mean"]
 
 
+@dataclass(frozen=True)
+class Anneal:
+    """A weight that moves in a straight line to another over the first optimizer steps of a run and then stays there.
+
+    Args:
+        final: The weight from then on.
+        steps: Optimizer steps that it takes, at least 1.
+
+    Raises:
+        ValueError: For a final weight that is not a finite number, or fewer than one step.
+
+    Example:
+        >>> [round(Anneal(final=0.001, steps=10_000).at(0.025, step), 4) for step in (0, 5000, 10_000, 20_000)]
+        [0.025, 0.013, 0.001, 0.001]
+    """
+
+    final: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.final) or self.steps < 1:
+            raise ValueError(f"final={self.final}, steps={self.steps}: give a finite weight and 1 step or more")
+
+    def at(self, start: float, step: int) -> float:
+        """Give the weight after ``step`` optimizer steps, where it was ``start`` before the first."""
+        return start + (self.final - start) * min(1.0, step / self.steps)
+
+
 class AuxLoss(nn.Module):
     r"""A loss over all recorded layers, :math:`w \sum_l L_l` or :math:`\frac{w}{n} \sum_l L_l` over n records.
 
@@ -34,11 +63,13 @@ class AuxLoss(nn.Module):
         weight: Coefficient w; `value` is without it.
         layers: Pattern (``*`` and ``?``) of the names of the layers that take part; it becomes part of the name.
         reduction: ``sum`` or ``mean`` over the records.
+        anneal: How w changes with the optimizer steps, which are then counted in a buffer; None keeps it.
 
     Shape:
         Input: list of records. Output: 0-dim tensor.
 
     Attributes:
+        weight: w as it is now.
         per_layer: name of the layer -> its last value without weight and gradient.
 
     Raises:
@@ -53,8 +84,16 @@ class AuxLoss(nn.Module):
 
     name: str = "aux"
     objective: ClassVar[staticmethod[[Record], Tensor] | None] = None
+    steps_taken: Tensor
 
-    def __init__(self, weight: float = 0.01, *, layers: str = "*", reduction: Reduction = "sum") -> None:
+    def __init__(
+        self,
+        weight: float = 0.01,
+        *,
+        layers: str = "*",
+        reduction: Reduction = "sum",
+        anneal: Anneal | None = None,
+    ) -> None:
         super().__init__()
         if not math.isfinite(weight):
             raise ValueError(
@@ -62,12 +101,20 @@ class AuxLoss(nn.Module):
             )
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} of {self.name!r} is unknown; use sum or mean over the layers")
-        self.weight = weight
+        self.first_weight = weight
+        self.anneal = anneal
+        if anneal is not None:
+            self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
         self.layers = layers
         self.reduction = reduction
         self.per_layer: dict[str, Tensor] = {}
         if layers != "*":  # Two losses of one kind on different layers must be logged apart.
             self.name = f"{self.name}.{re.sub(r'[^A-Za-z0-9]+', '_', layers).strip('_')}"
+
+    @property
+    def weight(self) -> float:
+        """The coefficient as it is now."""
+        return self.first_weight if self.anneal is None else self.anneal.at(self.first_weight, int(self.steps_taken))
 
     def compute(self, record: Record) -> Tensor:
         """Give the loss of one record, 0-dim."""
@@ -110,7 +157,9 @@ class AuxLoss(nn.Module):
         return chosen
 
     def on_optimizer_step(self) -> None:
-        """Forget what was gathered over micro-batches; the training loop calls this after each optimizer step."""
+        """Count the step and forget what was gathered over micro-batches; called after each optimizer step."""
+        if self.anneal is not None:
+            self.steps_taken += 1
 
     @override
     def extra_repr(self) -> str:
@@ -185,6 +234,7 @@ class GlobalBatchBalance(AuxLoss):
 
     @override
     def on_optimizer_step(self) -> None:
+        super().on_optimizer_step()
         self._seen.clear()
 
 
@@ -195,6 +245,7 @@ class ChosenBalance(AuxLoss):
         weight: Coefficient; UniMoE-Audio lowers it from 0.025 to 0.001 in 10,000 steps.
         layers: Pattern of layer names.
         reduction: ``mean`` over the layers, as in the released code, or ``sum``.
+        anneal: How the weight changes with the optimizer steps; None keeps it.
 
     Example:
         >>> ChosenBalance(0.025).name
@@ -204,8 +255,15 @@ class ChosenBalance(AuxLoss):
     name = "chosen_balance"
     objective = staticmethod(objectives.chosen_balance)
 
-    def __init__(self, weight: float = 0.025, *, layers: str = "*", reduction: Reduction = "mean") -> None:
-        super().__init__(weight, layers=layers, reduction=reduction)
+    def __init__(
+        self,
+        weight: float = 0.025,
+        *,
+        layers: str = "*",
+        reduction: Reduction = "mean",
+        anneal: Anneal | None = None,
+    ) -> None:
+        super().__init__(weight, layers=layers, reduction=reduction, anneal=anneal)
 
 
 class ImportanceLoss(AuxLoss):
