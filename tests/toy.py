@@ -22,6 +22,7 @@ from moeapps.moe.losses import AuxLoss
 from moeapps.moe.presets import point_moe, top_k_router
 from moeapps.training.callbacks import BiasBalancing
 from moeapps.training.optim import OptimizerConfig, Schedule
+from moeapps.training.stages import Start
 from moeapps.training.task import BaseTask, Stage, StepOutput
 
 # Words of the command line that name it, and that run one batch of it.
@@ -127,6 +128,8 @@ class ToyTask(BaseTask):
         aux_losses: losses on the routing.
         optimizer: AdamW's numbers.
         schedule: learning-rate schedule.
+        start: what the weights begin as.
+        trained: patterns of what is trained.
         fail: raise a ValueError at construction.
     """
 
@@ -142,9 +145,13 @@ class ToyTask(BaseTask):
         aux_losses: list[AuxLoss] | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: Schedule | None = None,
+        start: Start | None = None,
+        trained: list[str] | None = None,
         fail: bool = False,
     ) -> None:
-        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        super().__init__(
+            facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule, start=start, trained=trained
+        )
         if fail:
             raise ValueError("fail=True is not allowed; set it to false")
         self.net = net
@@ -206,6 +213,20 @@ class RowTape(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         self.rows.append(batch[0][:, 0].tolist())
+
+
+class WeightTape(L.Callback):
+    """Keep the weights that training begins and ends with."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.first = {key: value.clone() for key, value in task.state_dict().items()}
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.last = {key: value.clone() for key, value in task.state_dict().items()}
 
 
 class PressCtrlC(L.Callback):

@@ -28,6 +28,7 @@ from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
 from moeapps.training.run import newest_version, next_version, runs_root
+from moeapps.training.stages import StageError
 from moeapps.training.task import BaseTask
 
 _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
@@ -229,6 +230,12 @@ class Cli(LightningCLI):
 
     # Running ------------------------------------------------------------------------------------------------------
 
+    def before_fit(self) -> None:
+        """Miss a checkpoint to start from before data are prepared."""
+        start = cast(BaseTask, self.model).start
+        if start is not None and not self._get(self.config, "ckpt_path"):
+            start.check()
+
     def after_fit(self) -> None:
         """Test with the best checkpoint (under fast_dev_run, which saves none, with the weights as they are)."""
         if not self._get(self.config, "test_after_fit") or self.trainer.interrupted:
@@ -364,7 +371,7 @@ def main(args: list[str]) -> int:
     debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
     try:
         run([word for word in args if word != "--debug"])
-    except (UsageError, yaml.YAMLError) as error:
+    except (UsageError, StageError, yaml.YAMLError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

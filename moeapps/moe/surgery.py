@@ -181,6 +181,11 @@ def _stacks(ffn: FeedForward) -> dict[str, Tensor]:
     return {name: stack for name, stack in stacks.items() if stack is not None}
 
 
+def _with(ffn: FeedForward, stacks: Mapping[str, Tensor]) -> FeedForward:
+    """The same kind of network with other weights."""
+    return replace(ffn, w_in=stacks["w_in"], b_in=stacks.get("b_in"), w_out=stacks["w_out"], b_out=stacks.get("b_out"))
+
+
 def _fused_bank(
     prefix: str, layer: MoELayer, specialists: Sequence[State], *, shared: Shared, rescale: bool
 ) -> dict[str, Tensor]:
@@ -260,13 +265,12 @@ def _dense(state: State, prefix: str, like: Stacked, slices: int) -> FeedForward
                 f"{place}{name} of a specialist is {tuple(state[f'{place}{name}'].shape)}, but {slices} slices of the "
                 f"mixture's width {like.hidden_dim} make {wanted[name]}: give the specialists a hidden width of {wide}."
             )
-    ffn = like.feed_forward()
-    return replace(ffn, **{name: state[f"{place}{name}"].detach() for name in names})
+    return _with(like.feed_forward(), {name: state[f"{place}{name}"].detach() for name in names})
 
 
 def _joined(parts: Sequence[FeedForward]) -> FeedForward:
     stacks = [_stacks(part) for part in parts]
-    return replace(parts[0], **{name: torch.cat([stack[name] for stack in stacks]) for name in stacks[0]})
+    return _with(parts[0], {name: torch.cat([stack[name] for stack in stacks]) for name in stacks[0]})
 
 
 def _check_outside(outside: Sequence[str], own: State, inside: tuple[str, ...], specialists: Sequence[State]) -> None:

@@ -24,6 +24,7 @@ from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores
 from moeapps.training.sparse import build_optimizer, clip_gradients
+from moeapps.training.stages import Origin, Start, freeze_all_but, hold_statistics
 
 Stage = Literal["train", "val", "test"]
 PATIENCE = 50
@@ -87,9 +88,12 @@ class BaseTask(L.LightningModule):
         aux_losses: losses on the routing, each added with its own weight and logged as ``train/aux/<name>``.
         optimizer: AdamW's numbers and parameter groups by name pattern.
         schedule: learning-rate schedule over the run.
+        start: what the weights begin as, from an earlier run; None draws them. A resumed run does not begin again.
+        trained: patterns on full parameter names; only these are trained. None trains all.
 
     Raises:
         ValueError: ``facts`` without domains or one of ``needed_facts``, or two auxiliary losses of one name.
+        StageError: when training begins, if ``start`` or ``trained`` do not fit.
     """
 
     monitor: ClassVar[str] = "val/validation/loss"
@@ -107,6 +111,8 @@ class BaseTask(L.LightningModule):
         aux_losses: list[AuxLoss] | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: Schedule | None = None,
+        start: Start | None = None,
+        trained: list[str] | None = None,
     ) -> None:
         super().__init__()
         if hparams_mixin._given_hyperparameters.get() is not None:
@@ -125,6 +131,8 @@ class BaseTask(L.LightningModule):
         self.aux_losses = nn.ModuleList(aux_losses or [])
         self.optimizer_config = optimizer or OptimizerConfig()
         self.schedule = schedule or Constant()
+        self.start, self.trained = start, trained
+        self.origin: Origin | None = None
         self.scores: dict[str, DomainScores] = {}
         self.last_records: list[Record] = []
         self.last_answer: Callable[[], Any] | None = None
@@ -134,6 +142,7 @@ class BaseTask(L.LightningModule):
         self._label_seen = False
         self._steps_without = 0
         self._trained: dict[str, int] = {}
+        self._begun = False
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
@@ -276,12 +285,28 @@ class BaseTask(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Build the metrics of every configured domain, once, and agree with the other processes on the run folder."""
         run_dir(self.trainer)
+        if stage == "fit" and self.trained is not None:  # before an optimizer or a strategy asks what has gradients
+            freeze_all_but(self, self.trained)
         roles = cast(dict[str, list[str]], self.facts["domains"])
         for name, wanted in STAGE_ROLES.items():
             if name not in self.scores:
                 domains: dict[str, str] = {domain: role for role in wanted for domain in roles[role]}
                 self.scores[name] = DomainScores(domains, self.configure_metrics)
                 self.add_module(f"{name}_scores", self.scores[name])
+
+    def on_fit_start(self) -> None:
+        """Begin with the weights of an earlier run, where there is one to start from."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Take over the weights of an earlier run, once, unless the training is resumed: then they are its own.
+
+        Raises:
+            StageError: a checkpoint that is missing or of another network.
+        """
+        if self.start is not None and not self._begun and self.trainer.ckpt_path is None:
+            self.origin = self.start.begin(self)
+        self._begun = True
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an earlier evaluation (the sanity check, too) left in the metrics."""
@@ -319,13 +344,22 @@ class BaseTask(L.LightningModule):
         parts |= self._told_by_callbacks("describe_run")
         parts["sources"] = dict(self.data.sources)
         parts["missing_domains"] = dict(self.data.missing)
+        if self.origin is not None:
+            parts["started_from"] = self.origin.as_dict()
         now = {"epoch": self.current_epoch, "global_step": self.global_step}
         # A test of a checkpoint does not train: how far its training had come stands in the checkpoint.
         return parts | (now if self.global_step else now | self._trained)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the run started from."""
+        if self.origin is not None:
+            checkpoint["started_from"] = self.origin.as_dict()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how far the training of the checkpoint had come, for the header of results."""
+        """Note how far the training of the checkpoint had come, and what it had started from, for results."""
         self._trained = {name: int(checkpoint[name]) for name in ("epoch", "global_step") if name in checkpoint}
+        if "started_from" in checkpoint:
+            self.origin = Origin.of(checkpoint["started_from"])
 
     def _told_by_callbacks(self, method: str) -> dict[str, Any]:
         """Join what callbacks add to a results file.
@@ -339,8 +373,10 @@ class BaseTask(L.LightningModule):
         return parts
 
     def on_train_start(self) -> None:
-        """Remember where the optimizer stands (a resumed run does not start at 0)."""
+        """Remember where the optimizer stands (a resumed run does not start at 0); hold what is frozen."""
         self._last_step = self.trainer.global_step
+        if self.trained is not None:
+            hold_statistics(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import lightning as L
@@ -34,7 +33,8 @@ log = logging.getLogger("moeapps")
 class MoESummary(L.Callback):
     """Print parts, MoE layers, total and active parameters and FLOPs per token and of the training before it begins.
 
-    Training steps are counted as they are taken, so that results say what was spent, over interruptions too.
+    Training steps are counted as they are taken, so that results say what was spent, over interruptions too, and with
+    what the runs had spent that this one started from.
 
     Args:
         depth: levels of sub-modules in the table, >= 1.
@@ -48,12 +48,13 @@ class MoESummary(L.Callback):
         self.training: TrainingCost | None = None
         self.steps = 0
         self._earlier: int | None = None
-        self._kinds: Callable[[int, int], dict[str, int]] | None = None
+        self._task: BaseTask | None = None  # once this process trains it
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         task = cast(BaseTask, pl_module)
-        self.training, self._kinds = self._measure_training(trainer, task), task.step_kinds
+        task.begin()  # what is measured are the weights that training begins with
+        self.training, self._task = self._measure_training(trainer, task), task
         self._measure(trainer, task, show=True)
 
     @override
@@ -68,16 +69,18 @@ class MoESummary(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on from there, unless this process has trained: then the checkpoint is but the best of its own."""
-        if self._kinds is None:
+        if self._task is None:
             self.steps = int(state_dict.get("steps", 0))
             self._earlier = state_dict.get("train_flops")
 
     @property
     def train_flops(self) -> int | None:
-        """What the training steps so far have cost, those before a checkpoint included; None if not known."""
-        if self.training is None or self._kinds is None:
+        """What the training steps so far have cost, with those of the runs it started from; None if not known."""
+        if self.training is None or self._task is None:
             return self._earlier
-        return self.training.flops(self._kinds(self.steps, self.training.steps))
+        before = 0 if self._task.origin is None else self._task.origin.train_flops
+        own = self.training.flops(self._task.step_kinds(self.steps, self.training.steps))
+        return None if before is None else before + own
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure for the results file, if that has not happened."""
@@ -147,6 +150,10 @@ def summary_table(task: L.LightningModule, cost: Cost, depth: int, training: Tra
     if training is not None:
         told = f"{training.steps:,} steps, forward and backward"
         table.add_row("FLOPs of the training", told, f"{training.flops():.4g}")
+    origin = getattr(task, "origin", None)
+    if origin is not None:
+        spent = "not known" if origin.train_flops is None else f"{origin.train_flops:.4g}"
+        table.add_row("FLOPs of earlier stages", "", spent)
     if cost.layers:
         table.add_row("MoE layers", experts_of(cost), str(len(cost.layers)))
         if any(layer.num_experts > 1 for layer in cost.layers):
