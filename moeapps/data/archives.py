@@ -96,9 +96,7 @@ class Package:
         if self.build is not None and (
             self.kind != "wheel" or not re.fullmatch(r"cp\d{3,} [A-Za-z0-9_]+", " ".join(self.build))
         ):
-            raise ValueError(
-                f"package {self.name}: build={self.build}; only a wheel has one, such as cp312 and a platform"
-            )
+            raise ValueError(f"package {self.name}: build={self.build}; give a wheel an interpreter and a platform")
 
     @property
     def key(self) -> str:
