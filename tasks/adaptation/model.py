@@ -49,8 +49,7 @@ class MetaDMoE(nn.Module):
     Experts are the student's backbone E times, each with a head of its own, which adaptation does not use.
 
     Args:
-        facts: from the data: ``num_classes``, ``channels``, ``image_size``, ``task`` (``classification`` or
-            ``regression``, which has one output) and ``experts``, the seen domains of each expert.
+        facts: from the data: ``num_classes`` (1 in regression), ``channels``, ``image_size``, ``num_experts``.
         backbone: makes a backbone from the facts; None means `SmallCNN`.
         depth: blocks of the aggregator (paper: 1).
         heads: attention heads of the aggregator (paper: 16).
@@ -82,10 +81,10 @@ class MetaDMoE(nn.Module):
         if mask_mode not in ("drop", "zero", "none"):
             raise ValueError(f"mask_mode={mask_mode!r}; use drop, zero or none")
         make = SmallCNN if backbone is None else backbone
-        self.num_experts, self.mask_mode = len(facts["experts"]), mask_mode
+        self.num_experts, self.mask_mode = int(facts["num_experts"]), mask_mode
         if self.num_experts < 2 and mask_mode == "drop":
             raise ValueError("one expert cannot be left out for its own domain: give two or more, or mask_mode=none")
-        outputs = 1 if facts["task"] == "regression" else int(facts["num_classes"])
+        outputs = int(facts["num_classes"])
         self.student = Student(make(facts), outputs)
         self.layer, self.expert_heads = _bank([make(facts) for _ in range(self.num_experts)], facts, outputs)
         dim = self.student.backbone.dim
@@ -146,17 +145,25 @@ class MetaDMoE(nn.Module):
 
     # Adaptation ---------------------------------------------------------------------------------------------------
 
-    def adapt(self, image: Tensor, tokens: tuple[Tensor, Tensor] | None = None, *, train: bool = False) -> Weights:
+    def adapt(
+        self,
+        image: Tensor,
+        tokens: tuple[Tensor, Tensor] | None = None,
+        *,
+        start: Weights | None = None,
+        train: bool = False,
+    ) -> Weights:
         """Return the student's weights adapted to the domain of unlabelled support images; the student stays.
 
         Args:
             image: [S, C, H, W].
             tokens: features of the experts and who is present, where they are known; None asks the experts.
+            start: where the steps start; None means the student's own weights.
             train: keep the graph, see `InnerStep`.
         """
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             target_SD = self.target(*(self.tokens(image) if tokens is None else tokens))
-        weights: Weights = self.step(self.student.backbone, image, target_SD, train=train)
+        weights: Weights = self.step(self.student.backbone, image, target_SD, start=start, train=train)
         return weights
 
 

@@ -108,34 +108,43 @@ class InnerStep(nn.Module):
         return dict(zip(self.names, self.log_rate.exp().unbind(), strict=True))
 
     @override
-    def forward(self, backbone: nn.Module, image: Tensor, target_SD: Tensor, *, train: bool = False) -> Weights:
+    def forward(
+        self,
+        backbone: nn.Module,
+        image: Tensor,
+        target_SD: Tensor,
+        *,
+        start: Weights | None = None,
+        train: bool = False,
+    ) -> Weights:
         """Return the adapted weights of a backbone.
 
         Args:
-            backbone: images -> features; its own weights are where the steps start.
+            backbone: images -> features.
             image: [S, C, H, W] support images.
             target_SD: what their features are to be.
+            start: where the steps start; None means the backbone's own weights.
             train: keep the graph, so that a loss on the adapted weights reaches student, targets and rates.
         """
+        start = Weights.of(backbone) if start is None else start
         if train:
-            return self._descend(backbone, image, target_SD, train=True)
+            return self._descend(backbone, start, image, target_SD, train=True)
         # Evaluation runs under inference mode, whose tensors cannot take part in a gradient: copies can.
         with torch.inference_mode(False), torch.enable_grad():
-            return self._descend(backbone, image.detach().clone(), target_SD.detach().clone(), train=False)
+            return self._descend(backbone, start, image.detach().clone(), target_SD.detach().clone(), train=False)
 
-    def _descend(self, backbone: nn.Module, image: Tensor, target_SD: Tensor, *, train: bool) -> Weights:
-        start = Weights.of(backbone)
+    def _descend(
+        self, backbone: nn.Module, start: Weights, image: Tensor, target_SD: Tensor, *, train: bool
+    ) -> Weights:
         buffers = blend_statistics(backbone, start, image, self.statistics) if self.statistics else start.buffers
         through = train and self.order == "second"
         moved: dict[str, Tensor] = {}  # the sum of the steps so far
         for _ in range(self.steps):
-            here = {name: start.parameters[name] + moved[name] if moved else start.parameters[name] for name in self.names}
-            if not through:
-                here = {name: value.detach().requires_grad_() for name, value in here.items()}
-            elif not moved:  # a frozen student moves, too
-                here = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in here.items()}
+            here = {name: start.parameters[name] + moved.get(name, 0.0) for name in self.names}
+            # A frozen student moves, too.
+            here = {n: v if through and v.requires_grad else v.detach().requires_grad_() for n, v in here.items()}
             gradient = self._gradient(backbone, Weights({**start.parameters, **here}, buffers), image, target_SD, train)
-            moved = {n: moved.get(n, 0) - rate * gradient[n] for n, rate in self.rates().items()}
+            moved = {n: moved.get(n, 0.0) - rate * gradient[n] for n, rate in self.rates().items()}
         end = {name: start.parameters[name] + step for name, step in moved.items()}
         if not train:
             end = {name: value.detach() for name, value in end.items()}

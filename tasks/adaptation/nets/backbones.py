@@ -7,10 +7,10 @@ Shape legend: B images, C channels, H x W pixels, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -76,7 +76,7 @@ class SmallCNN(Backbone):
         if side < 1:
             raise ValueError(f"images of {facts['image_size']} pixels are too small for SmallCNN: give 8 or more")
         sizes = [channels, width, 2 * width, 4 * width]
-        self.blocks = nn.Sequential(*(_block(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True)))
+        self.blocks = nn.Sequential(*(_block(*pair) for pair in pairwise(sizes)))
         self.linear = nn.Linear(4 * width * side * side, dim)
         self.moe = None if moe is None else moe(dim)
 
@@ -122,7 +122,7 @@ class TimmBackbone(Backbone):
         self.body = body
         if checkpoint is not None:
             if not Path(checkpoint).is_file():
-                raise ValueError(f"checkpoint={checkpoint}: there is no such file; give one, or null for random weights")
+                raise ValueError(f"checkpoint={checkpoint}: no such file; give one, or null for random weights")
             timm.models.load_checkpoint(body, str(checkpoint), strict=False)
 
     @override
