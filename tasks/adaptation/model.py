@@ -125,13 +125,13 @@ class MetaDMoE(nn.Module):
 
         Args:
             image: [N, C, H, W].
-            own_N: int64 [N], the expert of each image's own domain, which is masked; None masks none.
+            own_N: int64 [N], the expert of each image's own domain, which is masked, -1 for none; None masks none.
         """
-        z_NED, _ = self.layer(image, group=torch.full((len(image),), self.num_experts, device=image.device))
+        z_NED, _ = self.layer(image)
         return self.masked(z_NED, own_N)
 
     def masked(self, z_NED: Tensor, own_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mask each image's own expert in features of all of them; E in ``own_N`` means that it has none."""
+        """Mask each image's own expert in features of all of them; -1 in ``own_N`` means that it has none."""
         present_NE = torch.ones(z_NED.shape[:2], dtype=torch.bool, device=z_NED.device)
         if own_N is None or self.mask_mode == "none":
             return z_NED, present_NE
@@ -172,6 +172,6 @@ def _bank(backbones: Sequence[Backbone], facts: dict[str, Any], outputs: int) ->
     widths = sorted({backbone.dim for backbone in backbones})
     if len(widths) > 1:
         raise ValueError(f"experts of widths {widths} cannot be aggregated; give all the same number of features")
-    layer = meta_dmoe(specialists=backbones, out_dim=widths[0], leave_out=True)(int(facts["channels"]))
+    layer = meta_dmoe(specialists=backbones, out_dim=widths[0])(int(facts["channels"]))
     heads = nn.ModuleList([nn.Linear(widths[0], outputs) for _ in backbones])
     return cast(MoELayer, layer), heads.requires_grad_(False)
