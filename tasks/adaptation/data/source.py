@@ -55,3 +55,22 @@ class DomainSource(ABC):
     @abstractmethod
     def describe(self, domain: str) -> str:
         """Say where a domain's images come from, for results files."""
+
+
+def splits_of(role: Role) -> tuple[Split, ...]:
+    """Return the splits that a domain of a role has."""
+    every: dict[Role, tuple[Split, ...]] = {
+        "seen": ("train", "val", "test"),
+        "validation": ("val", "test"),
+        "unseen": ("test",),
+    }
+    return every[role]
+
+
+def check_split(domain: str, split: Split, role: Role) -> None:
+    """Raise ValueError where a split is asked for that a domain of this role must not have."""
+    if split not in splits_of(role):
+        raise ValueError(
+            f"domain {domain!r} is {role}: it has no {split} images, only {', '.join(splits_of(role))}; "
+            "training uses seen domains alone"
+        )
