@@ -115,7 +115,8 @@ class AdaptationData(DomainDataModule):
     def facts(self) -> dict[str, Any]:
         """Domain names per role; target, num_classes (1 in regression), class_names, channels, image_size.
 
-        ``num_experts`` and ``expert_of``: the number of the expert of each domain, -1 for those that are not seen.
+        ``augmented``: features of training images cannot be kept. ``num_experts`` and ``expert_of``: the number of the
+        expert of each domain, -1 for those that are not seen.
         """
         others = len(self.domain_names) - len(self.groups)
         return {
@@ -125,6 +126,7 @@ class AdaptationData(DomainDataModule):
             "class_names": self.source.class_names,
             "channels": self.source.channels,
             "image_size": self.source.image_size,
+            "augmented": self.source.augmented,
             "num_experts": max(self.groups) + 1,
             "expert_of": [*self.groups, *[-1] * others],
         }

@@ -107,7 +107,8 @@ def coloured(contrast: float) -> Look:
             if not near.any():
                 break
             ink = torch.where(near, torch.rand(ink.shape, generator=generator), ink)
-        return paper + (ink - paper) * image
+        drawn: Tensor = paper + (ink - paper) * image
+        return drawn
 
     return look
 

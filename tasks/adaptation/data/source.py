@@ -25,6 +25,7 @@ class DomainSource(ABC):
         class_names: one name per label, known once the roles are bound; none in regression.
         channels: C.
         image_size: H = W.
+        augmented: training images differ from one reading to the next, so that features of them cannot be kept.
     """
 
     default_roles: dict[Role, list[str]]
@@ -32,6 +33,7 @@ class DomainSource(ABC):
     class_names: list[str]
     channels: int
     image_size: int
+    augmented: bool = False
 
     @abstractmethod
     def bind(self, roles: dict[Role, list[str]]) -> None:
