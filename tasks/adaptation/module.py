@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from moeapps.moe import MoERecorder
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageBatch
 from tasks.adaptation.metrics import adaptation_metrics
@@ -98,9 +100,11 @@ class AdaptationTask(BaseTask):
         cache_features: bool = True,
         **options: Any,
     ) -> None:
-        options["trained"] = options.get("trained") or list(self.parts)
         super().__init__(facts=facts, **options)
         self.net = net(facts)
+        if self.trained is None:
+            names = [name for name, _ in self.named_parameters()]
+            self.trained = [pattern for pattern in self.parts if any(fnmatchcase(name, pattern) for name in names)]
         self.adapter = adapter or self.own_adapter()
         self.cache_features = cache_features
         self.measured = facts["target"] == "regression"
@@ -172,8 +176,7 @@ class AdaptationTask(BaseTask):
         """Features [B, E, D] of training images with each one's own expert masked, and who is present [B, E]."""
         own_B = self.expert_of[images.domain]
         if not self.cache_features:
-            with torch.no_grad():
-                return self.net.tokens(images.image, own_B)
+            return self._asked(images.image, own_B)
         z_BED = images.image.new_empty(len(images), self.net.num_experts, self.net.student.backbone.dim)
         for number in images.domain.unique().tolist():
             rows = images.domain == number
@@ -181,17 +184,24 @@ class AdaptationTask(BaseTask):
         return self.net.masked(z_BED, own_B)
 
     @torch.no_grad()
+    def _asked(self, image: Tensor, own_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ask the frozen experts, in evaluation mode."""
+        experts = self.net.layer
+        was = experts.training
+        experts.eval()
+        with MoERecorder(self):  # one of its own: the step's has gradients
+            found = self.net.tokens(image, own_B)
+        experts.train(was)
+        return found
+
     def _features_of(self, number: int) -> Tensor:
         """Features [N, E, D] of all training images of a domain, computed once; on the CPU."""
         if number not in self._features:
             data = cast(Any, self.data)
-            name, experts = data.domain_names[number], self.net.layer
-            was = experts.training
-            experts.eval()
+            name = data.domain_names[number]
             rows = torch.arange(len(data.get_dataset(name, "train"))).split(256)
-            parts = (self.net.tokens(data.images(name, "train", part).image.to(self.device))[0] for part in rows)
+            parts = (self._asked(data.images(name, "train", part).image.to(self.device))[0] for part in rows)
             self._features[number] = torch.cat([part.cpu() for part in parts])
-            experts.train(was)
         return self._features[number]
 
     # Evaluation ---------------------------------------------------------------------------------------------------
@@ -295,16 +305,19 @@ class WithExperts(AdaptationTask):
     """Base of the stages that ask frozen experts."""
 
     own_adapter: ClassVar[type[Adapter]] = Distil
+    _feature_batches: int | None = None
 
     @override
     def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
         """Training steps, and the features of the experts, computed once for every training image."""
         if not self.cache_features:
             return {"step": steps}
-        data = cast(Any, self.data)
-        images = sum(len(data.get_dataset(name, "train")) for name in data.present("seen"))
-        each = data.batch_size if data.mode == "rows" else data.episodes_per_step * data.support
-        return {"step": steps, FEATURES: math.ceil(images / each)}
+        if self._feature_batches is None:  # asked again after the training, when the data are gone
+            data = cast(Any, self.data)
+            images = sum(len(data.get_dataset(name, "train")) for name in data.present("seen"))
+            each = data.batch_size if data.mode == "rows" else data.episodes_per_step * data.support
+            self._feature_batches = math.ceil(images / each)
+        return {"step": steps, FEATURES: self._feature_batches}
 
     @override
     def differentiate(self, batch: Any, kind: str) -> None:
@@ -312,8 +325,7 @@ class WithExperts(AdaptationTask):
             super().differentiate(batch, kind)
             return
         parts = [batch] if isinstance(batch, ImageBatch) else [episode.support for episode in batch]
-        with torch.no_grad():
-            self.net.tokens(ImageBatch.cat(parts).image)
+        self._asked(ImageBatch.cat(parts).image)
 
 
 class AggregatorTask(WithExperts):

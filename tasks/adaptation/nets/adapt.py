@@ -126,7 +126,6 @@ class InnerStep(nn.Module):
             start: where the steps start; None means the backbone's own weights.
             train: keep the graph, so that a loss on the adapted weights reaches student, targets and rates.
         """
-        start = Weights.of(backbone) if start is None else start
         if train:
             return self._descend(backbone, start, image, target_SD, train=True)
         # Evaluation runs under inference mode, whose tensors cannot take part in a gradient: copies can.
@@ -134,8 +133,9 @@ class InnerStep(nn.Module):
             return self._descend(backbone, start, image.detach().clone(), target_SD.detach().clone(), train=False)
 
     def _descend(
-        self, backbone: nn.Module, start: Weights, image: Tensor, target_SD: Tensor, *, train: bool
+        self, backbone: nn.Module, start: Weights | None, image: Tensor, target_SD: Tensor, *, train: bool
     ) -> Weights:
+        start = Weights.of(backbone) if start is None else start
         buffers = blend_statistics(backbone, start, image, self.statistics) if self.statistics else start.buffers
         through = train and self.order == "second"
         moved: dict[str, Tensor] = {}  # the sum of the steps so far

@@ -65,8 +65,8 @@ class GradientAdapter(Adapter):
 
     @override
     def adapt(self, net: MetaDMoE, image: Tensor, state: Weights | None, own: int) -> Weights:
-        start = Weights.of(net.student.backbone) if state is None else state
         with torch.inference_mode(False), torch.enable_grad(), self._normalised(net, image):
+            start = Weights.of(net.student.backbone) if state is None else state
             image = image.detach().clone()
             parameters = {name: value.detach() for name, value in start.parameters.items()}
             moved = {name: parameters[name].clone().requires_grad_() for name in self.names(net.student.backbone)}

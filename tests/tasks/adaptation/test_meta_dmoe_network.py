@@ -14,7 +14,7 @@ from moeapps.moe import ConstantScore, Dense, ModuleExperts, MoELayer, Router
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.nets.aggregator import Aggregator
 from tasks.adaptation.nets.backbones import SmallCNN, TimmBackbone
-from tests.tasks.adaptation.adaptation_common import LinearBackbone, facts, images, net, own
+from tests.tasks.adaptation.meta_dmoe_common import LinearBackbone, facts, images, net, own
 
 N, E, D = 5, 4, 8
 

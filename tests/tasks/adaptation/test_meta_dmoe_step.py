@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from tasks.adaptation.nets.adapt import InnerStep, Weights, batch_statistics
 from tasks.adaptation.nets.backbones import SmallCNN, TimmBackbone
-from tests.tasks.adaptation.adaptation_common import LinearBackbone, facts, images, net, own
+from tests.tasks.adaptation.meta_dmoe_common import LinearBackbone, facts, images, net, own
 
 S, D = 7, 5
 
