@@ -37,7 +37,9 @@ def small(facts: dict[str, Any]) -> SmallCNN:
     return SmallCNN(facts, dim=8, width=4)
 
 
-def net(step: InnerStep | None = None, *, seed: int = 0, told: dict[str, Any] | None = None, **changes: Any) -> MetaDMoE:
+def net(
+    step: InnerStep | None = None, *, seed: int = 0, told: dict[str, Any] | None = None, **changes: Any
+) -> MetaDMoE:
     """A network whose batch statistics are not those it is made with, in evaluation mode."""
     torch.manual_seed(seed)
     made = MetaDMoE(told or facts(), **{"backbone": small, "heads": 2, "step": step or InnerStep(rate=0.1), **changes})

@@ -153,7 +153,8 @@ def test_zeros_in_its_place_are_the_papers_form_and_another_one() -> None:
     z, present = zeroed.tokens(x, own(6, 1))
     everything, _ = zeroed.tokens(x)
 
-    assert bool(present.all()) and not bool(z[:, 1].any())
+    assert bool(present.all())
+    assert not bool(z[:, 1].any())
     assert torch.equal(z[:, [0, 2]], everything[:, [0, 2]])
     targets = [each.target(*each.tokens(x, own(6, 1))) for each in (dropped, zeroed, asked)]
     assert not torch.allclose(targets[0], targets[1])
@@ -179,7 +180,8 @@ def test_tokens_are_the_experts_features() -> None:
 def test_experts_stay_frozen_and_in_evaluation_mode() -> None:
     made = net().train()
 
-    assert made.student.training and made.aggregator.training
+    assert made.student.training
+    assert made.aggregator.training
     assert not any(module.training for module in made.layer.modules())
     assert not any(parameter.requires_grad for parameter in (*made.layer.parameters(), *made.expert_heads.parameters()))
 

@@ -226,7 +226,8 @@ def test_networks_of_timm_have_a_second_derivative(name: str) -> None:
     weights = step(backbone.eval(), images(2, size=160), target, train=True)
     weights.run(backbone, images(1, seed=1, size=160)).square().sum().backward()
 
-    assert target.grad is not None and bool(target.grad.any())
+    assert target.grad is not None
+    assert bool(target.grad.any())
 
 
 @pytest.mark.parametrize(
