@@ -61,12 +61,12 @@ class ClassScores(Metric):
         """Return the four scores."""
         total = self.true.sum().double()
         after, before = self.right.sum() / total, self.before / total
-        f1_K = 2 * self.right / (self.said + self.true)
+        f1_K = 2 * self.right.double() / (self.said + self.true)
         return {
             "accuracy": after,
             "accuracy_before": before,
             "gain": after - before,
-            "macro_f1": f1_K[self.true > 0].double().mean(),
+            "macro_f1": f1_K[self.true > 0].mean(),
         }
 
 

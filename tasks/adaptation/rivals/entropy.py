@@ -224,7 +224,7 @@ class Memo(Adapter):
 
 
 def entropy(logits_BK: Tensor) -> Tensor:
-    """Return the entropy of each prediction, [B], in nats."""
+    """Return the entropy of each prediction, [..., B] of logits [..., B, K], in nats."""
     log_BK = logits_BK.log_softmax(-1)
     return -(log_BK.exp() * log_BK).sum(-1)
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.nets.adapters import Adapter
+from tasks.adaptation.rivals.entropy import entropy
 
 
 def expert_logits(net: MetaDMoE, image: Tensor) -> Tensor:
@@ -65,8 +66,7 @@ class ExpertByDomain(Adapter):
     def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> int:
         if own >= 0:
             return own
-        log_EBK = expert_logits(net, image).log_softmax(-1)
-        return int(-(log_EBK.exp() * log_EBK).sum(-1).mean(1).argmin())
+        return int(entropy(expert_logits(net, image)).mean(1).argmin())
 
     @override
     def predict(self, net: MetaDMoE, state: int, image: Tensor, label: Tensor | None = None) -> Tensor:
