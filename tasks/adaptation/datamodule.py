@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -23,6 +24,8 @@ from tasks.adaptation.data.episodes import (
     make_episode,
 )
 from tasks.adaptation.data.source import DomainSource
+
+log = logging.getLogger("moeapps")
 
 Mode = Literal["rows", "episodes"]
 Stage = Literal["val", "test", "predict"]
@@ -165,9 +168,8 @@ class AdaptationData(DomainDataModule):
     def example_batch(self, num_items: int = 1) -> Any:
         if self.mode == "rows":
             return super().example_batch(num_items)
-        domain = self.present("seen")[0]
-        dataset = cast(ImageDataset, self.get_dataset(domain, "train"))
-        support, query = self._shares([dataset], [domain])[0]
+        parts, shares = self._trained()
+        dataset, (support, query) = parts[0], shares[0]
         rows = torch.arange(support + query)
         return EpisodeBatch(
             (make_episode(dataset, rows[:support], rows[support:][:num_items], measured=self.measured),)
@@ -175,20 +177,33 @@ class AdaptationData(DomainDataModule):
 
     # Episodes -----------------------------------------------------------------------------------------------------
 
-    def _shares(self, parts: list[ImageDataset], names: list[str]) -> list[tuple[int, int]]:
-        """Return the support and query size of training episodes of each domain."""
-        return [
-            episode_sizes(len(part), self.support, self.query, f"domain {name!r}")
-            for part, name in zip(parts, names, strict=True)
+    def _trained(self) -> tuple[list[ImageDataset], list[tuple[int, int]]]:
+        """Return the seen domains that episodes are made of, and the support and query size of each.
+
+        Raises:
+            ValueError: no domain has two training images.
+        """
+        parts = {name: cast(ImageDataset, self.get_dataset(name, "train")) for name in self.present("seen")}
+        single = [name for name, part in parts.items() if len(part) == 1]
+        if single and len(single) < len(parts):
+            log.warning("domains of a single training image give no episode: %s", ", ".join(single))
+            parts = {name: part for name, part in parts.items() if name not in single}
+        shares = [
+            episode_sizes(len(part), self.support, self.query, f"domain {name!r}") for name, part in parts.items()
         ]
+        small = [name for name, own in zip(parts, shares, strict=True) if own != (self.support, self.query)]
+        if small:
+            log.info(
+                "fewer than support=%d + query=%d training images, hence smaller episodes: %s",
+                *(self.support, self.query, ", ".join(small)),
+            )
+        return list(parts.values()), shares
 
     @override
     def _training_loader(self) -> DataLoader[Any]:
         if self.mode == "rows":
             return super()._training_loader()
-        names = self.present("seen")
-        parts = [cast(ImageDataset, self.get_dataset(name, "train")) for name in names]
-        shares = self._shares(parts, names)
+        parts, shares = self._trained()
         rank, world_size = self._place()
         per_step = self.episodes_per_step * world_size * (self.support + self.query)
         self._sampler = EpisodeSampler(
@@ -215,7 +230,7 @@ class AdaptationData(DomainDataModule):
         """Return the episodes that a domain is evaluated by.
 
         Raises:
-            ValueError: unknown domain, or one with a single image (but for ``protocol: official``).
+            ValueError: unknown domain.
         """
         return EvaluationEpisodes(
             cast(ImageDataset, self.get_dataset(domain, split)),

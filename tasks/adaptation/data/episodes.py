@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images make an episode: of training, drawn anew for each step, and of evaluation, always the same.
 
-A domain that is too small for what was asked for gives smaller episodes, never a mixed or repeated image.
+A domain that is too small for what was asked for gives smaller episodes, never an image of another domain.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -18,6 +19,8 @@ from typing_extensions import override
 from moeapps.data.cache import config_hash
 from moeapps.data.mixing import MixingSampler, fold
 from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageDataset
+
+log = logging.getLogger("moeapps")
 
 Protocol = Literal["disjoint", "official"]
 
@@ -40,7 +43,7 @@ def episode_sizes(images: int, support: int, query: int, where: str) -> tuple[in
     if images < 2:
         raise ValueError(
             f"{where} has {images} image; an episode needs one to adapt to and another to answer. Give it more, "
-            "take it out of the roles, or evaluate it with protocol: official, which counts the support"
+            "or take it out of the roles"
         )
     if images >= support + query:
         return support, query
@@ -143,7 +146,7 @@ class EvaluationEpisodes(Dataset[EpisodeBatch]):
     """The episodes one domain is scored by: the support is drawn several times, every other image is answered.
 
     Item k is one episode: a draw, and a part of its query images no larger than ``most``. The draws are a function of
-    (seed, domain, number of images) alone, the same for every model.
+    (seed, domain, number of images) alone, the same for every model. A single image is both support and query.
 
     Args:
         dataset: images of the domain.
@@ -155,9 +158,6 @@ class EvaluationEpisodes(Dataset[EpisodeBatch]):
         protocol: ``disjoint``, as above; ``official``, as the published code has it: the first S images are the support
             and ALL images are answered, once.
         measured: labels are measured values.
-
-    Raises:
-        ValueError: a single image (``disjoint``), or a number below 1.
     """
 
     def __init__(
@@ -174,10 +174,11 @@ class EvaluationEpisodes(Dataset[EpisodeBatch]):
     ) -> None:
         self.dataset, self.measured, self.official = dataset, measured, protocol == "official"
         count = len(dataset)
+        if count == 1 and not self.official:
+            log.warning("domain %s has a single image: it is adapted to and answered, as official does", domain)
+            self.official = True
         # Where the support would leave nothing to answer, half of the images are support.
-        self.support = min(support, count)
-        if not self.official and count <= support:
-            self.support = episode_sizes(count, count // 2, count - count // 2, f"domain {domain!r}")[0]
+        self.support = count // 2 if count <= support and not self.official else min(support, count)
         self.draws, self.most = 1 if self.official else draws, most
         self._seed = [seed, domain, count]
 

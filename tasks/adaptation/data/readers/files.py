@@ -226,8 +226,7 @@ class FileDomains(DomainSource):
         if role == "unseen":
             return {"test": torch.arange(len(label))}
         if role == "validation":
-            halves = split_rows(label, {"val": 0.5}, self.seed)
-            return {"val": halves["val"], "test": halves["train"]}
+            return dealt(label, torch.arange(len(label)), ("val", "test"), self.seed)
         return filled(split_rows(label, self.shares, self.seed), [s for s, share in self.shares.items() if share > 0])
 
     def _pack(self, domain: str, cache: Path | None) -> NDArray[np.uint8]:
@@ -253,6 +252,20 @@ class FileDomains(DomainSource):
         path = build_once(cache_dir("adaptation", root=cache) / f"{domain}-{key}.npy", write)
         self._packs[domain] = np.load(path, mmap_mode="r")
         return self._packs[domain]
+
+
+def dealt(label: Tensor, rows: Tensor, splits: Sequence[Split], seed: int) -> dict[Split, Tensor]:
+    """Deal rows to splits in turn, class by class and at random inside a class; sizes differ by at most one.
+
+    Args:
+        label: int64 [N].
+        rows: int64 [n], those that are dealt.
+        splits: what they are dealt to.
+        seed: seed of the choice.
+    """
+    mixed = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    mixed = mixed[label[mixed].argsort(stable=True)]
+    return {split: mixed[place :: len(splits)].sort().values for place, split in enumerate(splits)}
 
 
 def filled(splits: dict[Split, Tensor], wanted: Sequence[Split]) -> dict[Split, Tensor]:

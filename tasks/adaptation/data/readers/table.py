@@ -20,8 +20,7 @@ from typing_extensions import override
 
 from moeapps.data.domain import ROLES, Role, Split
 from moeapps.data.images.arrays import ImageFileError
-from moeapps.data.images.splits import split_rows
-from tasks.adaptation.data.readers.files import DomainFiles, FileDomains, ImageForm, domain_name, filled
+from tasks.adaptation.data.readers.files import DomainFiles, FileDomains, ImageForm, dealt, domain_name, filled
 from tasks.adaptation.data.source import Target, splits_of
 
 log = logging.getLogger("moeapps")
@@ -246,16 +245,12 @@ class TableDomains(FileDomains):
         ways = [tuple(rule.splits) if rule is not None else () for rule in rules]
         if not any(ways):
             return None
+        kind = label if self.target == "classification" else torch.zeros(len(label), dtype=torch.int64)
         parts: dict[Split, list[Tensor]] = {}
         for way in sorted(set(ways)):
             rows = torch.tensor([place for place, given in enumerate(ways) if given == way])
-            left = list(way) or [splits_of(role)[0]]
-            while left:
-                kind = label[rows] if self.target == "classification" else torch.zeros(len(rows), dtype=torch.int64)
-                cut = split_rows(kind, {"val": 1 / len(left)} if len(left) > 1 else {}, self.seed)
-                first = left.pop(0)
-                parts.setdefault(first, []).append(rows[cut["val"] if left else cut["train"]])
-                rows = rows[cut["train"]]
+            for split, own in dealt(kind, rows, way or splits_of(role)[:1], self.seed).items():
+                parts.setdefault(split, []).append(own)
         return filled({split: torch.cat(rows).sort().values for split, rows in parts.items()}, splits_of(role))
 
 
