@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("moeapps.commands.run", "evaluate on the seen and validation domains"),
     "test": ("moeapps.commands.run", "evaluate on all domains, unseen ones included"),
     "predict": ("moeapps.commands.run", "write predictions into the run folder"),
+    "curriculum": ("moeapps.commands.curriculum", "train in stages, each from the weights of the one before"),
     "list": ("moeapps.commands.listing", "show the systems and their configs"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
@@ -40,8 +41,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def help_text() -> str:
     """Return the text of ``moeapps --help``, made without importing anything heavy."""
     lines = ["usage: moeapps COMMAND [options]", "", "Mixture-of-experts models outside language.", "", "commands:"]
-    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
-    lines += [f"  {name:<10}{summary_of(commands)}" for name, commands in task_commands().items()]
+    lines += [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<12}{summary_of(commands)}" for name, commands in task_commands().items()]
     found = systems()
     if found:
         lines += ["", "systems (moeapps fit --config FILE):"]

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moeapps curriculum``: a chain of trainings, each from the weights of the one before, resumable at every point.
+
+Every stage is a ``fit`` with an overlay of its own. A stage that is done is not run again, one that was interrupted
+goes on where it stopped, and one that was made by other settings, or from other weights, is refused. What was done is
+kept in ``stage.json`` beside the versions of each stage's run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: moeapps curriculum --config FILE [--config FILE ...] [options of fit] [--redo]
+                          --stage FILE [options of this stage] --stage FILE [options of this stage] ...
+
+Train stages one after the other. Each begins with the weights of the one before, as its model.init_args.start says.
+What stands before the first --stage is for all of them; options win over the files of the stages.
+
+  --name NAME      of the last stage's run, runs/<system>/NAME (default: curriculum); earlier ones are NAME_stage0, ...
+  --redo           train stages again whose settings have changed since, and those that follow
+
+The same command goes on after an interruption; stages that are done are left alone. The last stage is tested.
+
+  moeapps curriculum --config configs/unimoe_audio.yaml --stage configs/stages/unimoe_audio_0.yaml \\
+      --stage configs/stages/unimoe_audio_1.yaml --trainer.max_epochs 4"""
+START = "model.init_args.start"
+log = logging.getLogger("moeapps")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of the chain.
+
+    Args:
+        number: its place, from 0.
+        config: the overlay.
+        name: of its run.
+        words: its words for ``fit``, without the weights that it starts from.
+        folder: where its versions are.
+        last: whether the chain ends with it.
+    """
+
+    number: int
+    config: str
+    name: str
+    words: tuple[str, ...]
+    folder: Path
+    last: bool
+
+
+@dataclass
+class Done:
+    """What is kept of a stage.
+
+    Args:
+        settings: digest of its files and words.
+        source: digest of the checkpoint it started from; None for the first.
+        run: its run folder, once it is finished.
+        checkpoint: digest of the last checkpoint there.
+    """
+
+    settings: str
+    source: str | None
+    run: str | None = None
+    checkpoint: str | None = None
+    seconds: float = field(default=0.0)
+
+    @classmethod
+    def read(cls, file: Path) -> Done | None:
+        """Return what a file says, None where there is none."""
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def write(self, file: Path) -> None:
+        """Write the file whole or not at all."""
+        from moeapps.files import write_json
+
+        write_json(file, asdict(self))
+
+
+def main(args: list[str]) -> int:
+    """Run a chain; report what is wrong in a few lines."""
+    if not args or {"-h", "--help"} & set(args):
+        print(USAGE)
+        return 0 if args else 2
+    from moeapps.commands.messages import UsageError
+    from moeapps.training.stages import StageError
+
+    try:
+        run_chain([word for word in args if word != "--redo"], redo="--redo" in args)
+    except (UsageError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def run_chain(args: Sequence[str], *, redo: bool = False) -> Path:
+    """Run every stage that is not done, in order; return the run folder of the last.
+
+    Raises:
+        UsageError: wrong words, or a stage that was made by other settings.
+        StageError: a checkpoint that cannot be started from.
+    """
+    from moeapps.commands.run import quiet
+
+    quiet()
+    source: Path | None = None
+    for stage in plan(args):
+        source = run_stage(stage, source, redo=redo)
+    assert source is not None
+    return source
+
+
+def plan(args: Sequence[str]) -> list[Stage]:
+    """Cut the words of a command line into stages.
+
+    Raises:
+        UsageError: no stage, a file that is not there, or a later stage that does not say how it starts.
+    """
+    from moeapps.commands.listing import find_config, located
+    from moeapps.commands.messages import UsageError, merged_config
+    from moeapps.training.precedence import insert_config
+    from moeapps.training.run import runs_root
+
+    common, parts = _cut(args)
+    if not parts:
+        raise UsageError("give the stages in order, each with --stage FILE; `moeapps curriculum --help` shows how")
+    name = _option(common, "--name") or "curriculum"
+    common = located(_without(common, "--name"))
+    stages = []
+    for number, (config, own) in enumerate(parts):
+        files, flags = _split(["--config", config, *own])
+        words = ["fit", *common]
+        for file in map(find_config, files):
+            if not file.is_file():
+                raise UsageError(f"--stage {config}: there is no file {file}; `moeapps list` shows all configs")
+            words = insert_config(words, str(file))
+        words += flags
+        merged = merged_config(words)
+        if number and not _start_of(merged):
+            raise UsageError(f"--stage {config}: a stage after the first must say how it starts; give {START} there")
+        last = number == len(parts) - 1
+        own_name = name if last else f"{name}_stage{number}"
+        system = _option(words, "--system") or str(merged.get("system", "custom"))
+        stages.append(Stage(number, config, own_name, tuple(words), runs_root() / system / own_name, last))
+    return stages
+
+
+def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
+    """Run a stage unless it is done; return its run folder."""
+    from moeapps.commands.messages import UsageError
+    from moeapps.commands.run import run
+    from moeapps.training.stages import checkpoint_file, file_digest
+
+    title = f"stage {stage.number} ({stage.config})"
+    origin = None if source is None else file_digest(checkpoint_file(source))
+    wanted, file = Done(settings_digest(stage.words), origin), stage.folder / "stage.json"
+    known = Done.read(file)
+    if known is not None and (known.settings, known.source) != (wanted.settings, wanted.source):
+        if not redo:
+            cause = "other settings" if known.settings != wanted.settings else "other weights of the stage before"
+            raise UsageError(
+                f"{title}: {stage.folder} was made by {cause}; give another --name, or --redo to train it again"
+            )
+        known = None
+    if known is not None and known.run is not None:
+        _check_unchanged(title, Path(known.run), known.checkpoint)
+        log.info("%s is done: %s", title, known.run)
+        return Path(known.run)
+    words = [*stage.words, "--name", stage.name]
+    words += [] if source is None else [f"--{START}.init_args.path={source}"]
+    words += [] if stage.last else ["--test_after_fit=false"]
+    resumed = None if known is None else newest_checkpoint(stage.folder)
+    words += [] if resumed is None else [f"--ckpt_path={resumed}"]
+    wanted.write(file)
+    log.info("%s %s", title, "begins" if resumed is None else f"goes on from {resumed}")
+    begun = time.perf_counter()
+    done = run(words)
+    folder = Path(str(done.trainer.log_dir))
+    wanted.run, wanted.seconds = str(folder), round(time.perf_counter() - begun, 1)
+    wanted.checkpoint = file_digest(checkpoint_file(folder))
+    wanted.write(file)
+    return folder
+
+
+def settings_digest(words: Sequence[str]) -> str:
+    """Return 12 hexadecimal digits of what files and words say; comments and order of keys do not count."""
+    import yaml
+
+    from moeapps.commands.messages import deep_merge
+
+    merged: dict[str, Any] = {}
+    files, flags = _split(words[1:])
+    for file in files:
+        deep_merge(merged, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
+    text = json.dumps([merged, flags], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with which the newest version of a run goes on, None where it has none."""
+    from moeapps.training.run import newest_version
+
+    held = newest_version(folder) / "checkpoints"
+    files = [held / name for name in ("last.ckpt", "interrupted.ckpt") if (held / name).is_file()]
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def _check_unchanged(title: str, run: Path, digest: str | None) -> None:
+    from moeapps.commands.messages import UsageError
+    from moeapps.training.stages import StageError, checkpoint_file, file_digest
+
+    try:
+        found = file_digest(checkpoint_file(run))
+    except StageError as error:
+        raise UsageError(f"{title} was done, but its checkpoint is gone: {error}") from error
+    if found != digest:
+        raise UsageError(f"{title}: the checkpoint in {run} is not the one that the stage ended with; use --redo")
+
+
+def _cut(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Return the words for all stages, and the file and the words of each."""
+    from moeapps.commands.messages import UsageError
+
+    common: list[str] = []
+    parts: list[tuple[str, list[str]]] = []
+    words = iter(args)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--stage":
+            config = value if equals else next(words, "")
+            if not config or config.startswith("--"):
+                raise UsageError("--stage needs a file after it")
+            parts.append((config, []))
+        else:
+            (parts[-1][1] if parts else common).append(word)
+    return common, parts
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the config files that words name, and the other words."""
+    files: list[str] = []
+    flags: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option in ("-c", "--config"):
+            files.append(value if equals else next(rest, ""))
+        else:
+            flags.append(word)
+    return files, flags
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """Return the last value of an option."""
+    found = None
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, equals, value = word.partition("=")
+        if option == name:
+            found = value if equals else following
+    return found
+
+
+def _without(words: Sequence[str], name: str) -> list[str]:
+    kept, rest = [], iter(words)
+    for word in rest:
+        option, equals, _ = word.partition("=")
+        if option != name:
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept
+
+
+def _start_of(merged: dict[str, Any]) -> Any:
+    return merged.get("model", {}).get("init_args", {}).get("start")

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chain of stages: each from the one before, left alone when done, resumed when cut, refused when stale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeapps.commands.curriculum import Done, main, plan, settings_digest
+from moeapps.commands.messages import UsageError
+
+pytestmark = pytest.mark.usefixtures("no_routing_figures")
+
+FIRST = "# Toy: the first stage.\ntrainer: {max_epochs: 1}\n"
+ROUTER = """# Toy: the second stage, the router alone.
+model:
+  init_args:
+    start: {class_path: moeapps.training.stages.FromCheckpoint, init_args: {path: runs/elsewhere}}
+    trained: ["*.router.*"]
+trainer: {max_epochs: 2}
+"""
+WHOLE = ROUTER.replace('    trained: ["*.router.*"]\n', "").replace("second stage, the router alone", "third stage")
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> list[str]:
+    """Files of three stages."""
+    files = []
+    for number, text in enumerate((FIRST, ROUTER, WHOLE)):
+        file = tmp_path / f"toy_{number}.yaml"
+        file.write_text(text, encoding="utf-8")
+        files.append(str(file))
+    return files
+
+
+def words(stages: list[str], *common: str, own: dict[int, list[str]] | None = None) -> list[str]:
+    found = ["--config", "tests/toy.yaml", *common]
+    for number, file in enumerate(stages):
+        found += ["--stage", file, *(own or {}).get(number, [])]
+    return found
+
+
+def toy(tmp_path: Path, name: str) -> Path:
+    return tmp_path / "runs" / "toy" / name
+
+
+def done(tmp_path: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((toy(tmp_path, name) / "stage.json").read_text())
+    return found
+
+
+def state(folder: Path, name: str = "last") -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return found
+
+
+def moved(a: Path, b: Path) -> list[str]:
+    one, two = state(a)["state_dict"], state(b)["state_dict"]
+    return [key for key in one if not torch.equal(one[key], two[key])]
+
+
+@pytest.mark.medium
+def test_each_stage_starts_from_the_one_before_and_the_last_is_tested_and_counts_all(
+    tmp_path: Path, stages: list[str]
+) -> None:
+    assert main(words(stages)) == 0
+
+    folders = [toy(tmp_path, name) / "version_0" for name in ("curriculum_stage0", "curriculum_stage1", "curriculum")]
+    assert moved(folders[0], folders[1]) == ["net.moe.router.score.weight"]
+    assert len(moved(folders[1], folders[2])) > 1
+    assert [(folder / "metrics" / "test.json").is_file() for folder in folders] == [False, False, True]
+    header = json.loads((folders[2] / "metrics" / "test.json").read_text())["header"]
+    costs = [state(folder)["callbacks"]["MoESummary"]["train_flops"] for folder in folders]
+    assert costs[0] < costs[1] < costs[2] == header["train_flops"]
+    assert header["started_from"]["path"] == [str(folders[1] / "checkpoints" / "last.ckpt")]
+
+
+@pytest.mark.medium
+def test_stages_that_are_done_are_left_alone_and_one_that_was_cut_goes_on(tmp_path: Path, stages: list[str]) -> None:
+    """Ctrl-C in step 13 of 18 of the second stage; the same words then end where an uninterrupted chain ends."""
+    cut = {1: ["--trainer.callbacks+=tests.toy.PressCtrlC"]}
+    assert main(words(stages, "--name=cut", own=cut)) == 1
+    assert done(tmp_path, "cut_stage0")["run"] is not None
+    assert done(tmp_path, "cut_stage1")["run"] is None
+    assert not toy(tmp_path, "cut").exists()
+    assert main(words(stages, "--name=cut", own=cut)) == 0
+    assert main(words(stages, "--name=whole")) == 0
+
+    assert sorted(path.name for path in toy(tmp_path, "cut_stage0").glob("version_*")) == ["version_0"]
+    assert sorted(path.name for path in toy(tmp_path, "cut_stage1").glob("version_*")) == ["version_0", "version_1"]
+    assert moved(Path(done(tmp_path, "cut")["run"]), Path(done(tmp_path, "whole")["run"])) == []
+    before = done(tmp_path, "cut")
+    assert main(words(stages, "--name=cut", own=cut)) == 0
+    assert done(tmp_path, "cut") == before
+    assert len(list(toy(tmp_path, "cut").glob("version_*"))) == 1
+
+
+@pytest.mark.medium
+def test_stages_of_other_settings_or_weights_are_refused_and_made_again_on_demand(
+    tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(stages[:2])) == 0
+    first = Path(stages[0])
+    first.write_text(FIRST + "# a comment changes nothing\n", encoding="utf-8")
+    assert main(words(stages[:2])) == 0
+
+    first.write_text(FIRST + "seed_everything: 3\n", encoding="utf-8")
+    capsys.readouterr()
+    assert main(words(stages[:2])) == 2
+    assert "stage 0" in (told := capsys.readouterr().err)
+    assert "made by other settings; give another --name, or --redo" in told
+    assert main([*words(stages[:2]), "--redo"]) == 0
+    assert len(list(toy(tmp_path, "curriculum_stage0").glob("version_*"))) == 2
+    assert len(list(toy(tmp_path, "curriculum").glob("version_*"))) == 2  # its source was another one
+
+    record = toy(tmp_path, "curriculum") / "stage.json"
+    held = Done.read(record)
+    assert held is not None
+    held.source = "0" * 16
+    held.write(record)
+    assert main(words(stages[:2])) == 2
+    assert "other weights of the stage before" in capsys.readouterr().err
+
+
+@pytest.mark.medium
+def test_a_checkpoint_that_is_gone_or_another_one_is_told(
+    tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(stages[:1])) == 0
+    checkpoint = toy(tmp_path, "curriculum") / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"x")
+    assert main(words(stages[:1])) == 2
+    assert "is not the one that the stage ended with" in capsys.readouterr().err
+    checkpoint.unlink()
+    assert main(words(stages[:1])) == 2
+    assert "its checkpoint is gone" in capsys.readouterr().err
+
+
+def test_files_come_first_then_common_options_then_those_of_the_stage(tmp_path: Path, stages: list[str]) -> None:
+    more = tmp_path / "more.yaml"
+    more.write_text("# More.\n", encoding="utf-8")
+    own = {1: ["--trainer.max_epochs=9", "--config", str(more)]}
+    plans = plan(words(stages, "--trainer.max_epochs=5", "--name", "x", own=own))
+
+    assert plans[1].words == (
+        *("fit", "--config", "tests/toy.yaml", "--config", stages[1], "--config", str(more)),
+        *("--trainer.max_epochs=5", "--trainer.max_epochs=9"),
+    )
+    assert [stage.folder for stage in plans] == [toy(tmp_path, name) for name in ("x_stage0", "x_stage1", "x")]
+
+
+def test_settings_are_what_files_and_words_say(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1\nb: 2\n", encoding="utf-8")
+    first = settings_digest(["fit", "--config", str(file)])
+    file.write_text("# why\nb: 2\na: 1\n", encoding="utf-8")
+    assert settings_digest(["fit", f"--config={file}"]) == first
+    assert settings_digest(["fit", "--config", str(file), "--x=1"]) != first
+    file.write_text("a: 1\nb: 3\n", encoding="utf-8")
+    assert settings_digest(["fit", "--config", str(file)]) != first
+
+
+def test_wrong_words_are_told(tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="give the stages in order"):
+        plan(["--config", "tests/toy.yaml"])
+    with pytest.raises(UsageError, match=r"there is no file absent\.yaml"):
+        plan(words(["absent.yaml"]))
+    with pytest.raises(UsageError, match="--stage needs a file after it"):
+        plan(["--stage", "--name"])
+    with pytest.raises(UsageError, match=r"must say how it starts; give model\.init_args\.start"):
+        plan(words([stages[0], stages[0]]))
+    assert main([]) == 2
+    assert main(["--stage", "absent.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: --stage absent.yaml: there is no file")
