@@ -126,7 +126,7 @@ def pieces(photographs: Sequence[Path], count: int, generator: torch.Generator) 
     for path in photographs:
         image = open_picture(path, 3)
         for size, x, y in torch.rand(count, 3, generator=generator).tolist():
-            side = round(64 * (1 + 2 * size))
+            side = min(round(64 * (1 + 2 * size)), *image.size)
             left, top = round(x * (image.width - side)), round(y * (image.height - side))
             piece = image.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
             cut.append(np.asarray(piece))
