@@ -18,7 +18,7 @@ CASES  ?= 10000
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
+.PHONY: help setup demo adaptation test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 	$(ONE_THREAD) $(BIN)/lightning fit $(POINTS) --config configs/baselines/point_moe_dense.yaml --name demo_dense
 	$(BIN)/moeapps xeval runs/point_moe/demo_moe runs/point_moe/demo_dense --baseline runs/point_moe/demo_dense --out runs/point_moe/demo
 	@$(BIN)/python -m benchmarks.readme --seeds
+
+adaptation: setup  ## train the four stages of Meta-DMoE, then test on domains never seen (about 3 minutes); resumable
+	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/meta_dmoe.yaml $(foreach stage,student experts aggregator meta,--stage configs/stages/meta_dmoe_$(stage).yaml)
 
 test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
 	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests

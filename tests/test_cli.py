@@ -257,7 +257,7 @@ def test_what_list_shows_can_be_typed_anywhere_and_a_file_of_the_user_wins(
     first, second, third = capsys.readouterr().out.splitlines()[:3]
     assert first.startswith("configs/aw_moe.yaml  ")
     assert second.split() == ["configs/home.yaml", "mine"]
-    assert third.startswith("configs/mixer.yaml  ")
+    assert third.startswith("configs/meta_dmoe.yaml  ")
 
 
 @pytest.mark.parametrize("name", ["tasks.py", "tasks/__init__.py"])

@@ -115,6 +115,7 @@ def test_no_source_is_cited_that_a_reader_does_not_have() -> None:
 
 
 TASKS = {"point_cloud": "point_moe", "image_diffusion": "promoe", "recommendation": "home", "dynamics": "mixer"}
+TASKS["adaptation"] = "meta_dmoe"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

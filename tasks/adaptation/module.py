@@ -148,14 +148,14 @@ class AdaptationTask(BaseTask):
         """Number of rows with a label."""
         return int((~label_B.isnan() if self.measured else label_B >= 0).sum())
 
-    def training_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def trained_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the logits [B, K] that this stage trains and their labels [B]."""
-        raise TypeError(f"{type(self).__name__} must define training_loss(batch)")
+        raise TypeError(f"{type(self).__name__} must define trained_logits(batch)")
 
     def shared_step(self, batch: ImageBatch | EpisodeBatch, stage: Stage) -> StepOutput:
         """Training: the loss of the stage. Evaluation: the adapter on one episode."""
         if stage == "train":
-            logits_BK, label_B = self.training_loss(batch)
+            logits_BK, label_B = self.trained_logits(batch)
             known = self.known(label_B)
             loss = self.task_loss(logits_BK, label_B) if known else 0 * logits_BK.sum()
             return StepOutput(loss, len(batch), labelled=known)
@@ -175,7 +175,7 @@ class AdaptationTask(BaseTask):
     def tokens(self, images: ImageBatch) -> tuple[Tensor, Tensor]:
         """Features [B, E, D] of training images with each one's own expert masked, and who is present [B, E]."""
         own_B = self.expert_of[images.domain]
-        if not self.cache_features:
+        if not self.cache_features or not (self._features or self._trainer):  # no trainer, no data to look up
             return self._asked(images.image, own_B)
         z_BED = images.image.new_empty(len(images), self.net.num_experts, self.net.student.backbone.dim)
         for number in images.domain.unique().tolist():
@@ -274,7 +274,7 @@ class StudentTask(AdaptationTask):
     parts: ClassVar[tuple[str, ...]] = ("net.student.*",)
 
     @override
-    def training_loss(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    def trained_logits(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         return self.net(batch.image), batch.label
 
 
@@ -291,7 +291,7 @@ class ExpertsTask(AdaptationTask):
             self.net.specialise()
 
     @override
-    def training_loss(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    def trained_logits(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         own_B = self.expert_of[batch.domain]
         found = []
         for number in own_B.unique().tolist():
@@ -342,7 +342,7 @@ class AggregatorTask(WithExperts):
     parts: ClassVar[tuple[str, ...]] = ("net.aggregator.*", "net.teacher_head.*")
 
     @override
-    def training_loss(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    def trained_logits(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         return self.net.teacher_head(self.net.target(*self.tokens(batch))), batch.label
 
 
@@ -364,7 +364,7 @@ class MetaTask(WithExperts):
         return self
 
     @override
-    def training_loss(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
+    def trained_logits(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         found = []
         for episode in batch:
             weights = self.net.adapt(episode.support.image, self.tokens(episode.support), train=True)
