@@ -6,7 +6,8 @@ Shape legend: B images, K classes.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class ClassScores(Metric):
 
     Args:
         num_classes: K.
+        beside: names of further adapters, whose accuracy is ``accuracy_<name>``.
 
     Example:
         >>> scores = ClassScores(2)
@@ -37,17 +39,24 @@ class ClassScores(Metric):
     true: Tensor
     said: Tensor
     before: Tensor
-    larger_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(SCORES, True)
+    others: Tensor
+    told: Tensor
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, beside: Sequence[str] = ()) -> None:
         super().__init__()
+        self.beside = list(beside)
+        self.larger_is_better = dict.fromkeys([*SCORES, *(f"accuracy_{name}" for name in beside)], True)
         for name in ("right", "true", "said"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("before", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("told", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("others", torch.zeros(len(self.beside), dtype=torch.int64), dist_reduce_fx="sum")
 
     @override
-    def update(self, after_BK: Tensor, before_BK: Tensor, label_B: Tensor) -> None:
-        """Add images: logits after and before adaptation, and labels."""
+    def update(
+        self, after_BK: Tensor, before_BK: Tensor, label_B: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Add images: logits after and before adaptation, labels, and logits of the adapters beside."""
         known_B = label_B >= 0
         label_B, said_B = label_B[known_B], after_BK.argmax(1)[known_B]
         size = len(self.right)
@@ -55,6 +64,10 @@ class ClassScores(Metric):
         self.true += torch.bincount(label_B, minlength=size)
         self.said += torch.bincount(said_B, minlength=size)
         self.before += (before_BK.argmax(1)[known_B] == label_B).sum()
+        if others:
+            self.told += len(label_B)
+        for place, name in enumerate(self.beside if others else []):
+            self.others[place] += (cast(Mapping[str, Tensor], others)[name].argmax(1)[known_B] == label_B).sum()
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -67,6 +80,7 @@ class ClassScores(Metric):
             "accuracy_before": before,
             "gain": after - before,
             "macro_f1": f1_K[self.true > 0].mean(),
+            **{f"accuracy_{name}": right / self.told for name, right in zip(self.beside, self.others, strict=True)},
         }
 
 
@@ -85,7 +99,9 @@ class ValueScores(Metric):
         self.after, self.before = PearsonCorrCoef(), PearsonCorrCoef()
 
     @override
-    def update(self, after_B1: Tensor, before_B1: Tensor, value_B: Tensor) -> None:
+    def update(
+        self, after_B1: Tensor, before_B1: Tensor, value_B: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Add images: predictions after and before adaptation, and values."""
         known_B = ~value_B.isnan()
         if bool(known_B.any()):
@@ -105,6 +121,6 @@ class ValueScores(Metric):
         self.before.reset()
 
 
-def adaptation_metrics(num_classes: int, *, measured: bool) -> MetricCollection:
-    """Metrics of one domain."""
-    return MetricCollection({"scores": ValueScores() if measured else ClassScores(num_classes)})
+def adaptation_metrics(num_classes: int, beside: list[str], *, measured: bool) -> MetricCollection:
+    """Metrics of one domain; ``beside`` names further adapters."""
+    return MetricCollection({"scores": ValueScores() if measured else ClassScores(num_classes, beside)})

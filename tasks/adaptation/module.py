@@ -71,6 +71,7 @@ class AdaptationTask(BaseTask):
         facts: from the data module: ``domains``, ``num_classes``, ``channels``, ``image_size``, ``num_experts``,
             ``expert_of`` and ``target``.
         adapter: what is scored; None means the stage's own.
+        beside: further adapters that a test scores on the same network, as ``accuracy_<name>``; None for none.
         cache_features: keep the features of the experts for all training images (E * D numbers each), where experts do
             not train; not for images that change from epoch to epoch.
         options: further arguments of `BaseTask`; ``trained`` is the stage's own unless given.
@@ -97,6 +98,7 @@ class AdaptationTask(BaseTask):
         net: Callable[[dict[str, Any]], MetaDMoE],
         facts: dict[str, Any],
         adapter: Adapter | None = None,
+        beside: dict[str, Adapter] | None = None,
         cache_features: bool = True,
         **options: Any,
     ) -> None:
@@ -106,10 +108,12 @@ class AdaptationTask(BaseTask):
             names = [name for name, _ in self.named_parameters()]
             self.trained = [pattern for pattern in self.parts if any(fnmatchcase(name, pattern) for name in names)]
         self.adapter = adapter or self.own_adapter()
+        self.beside = nn.ModuleDict(beside or {})
         self.cache_features = cache_features
         self.measured = facts["target"] == "regression"
-        if self.measured and not self.adapter.measures:
-            raise ValueError(f"{type(self.adapter).__name__} needs classes, but these labels are measured values")
+        for each in (self.adapter, *self.beside.values()):
+            if self.measured and not each.measures:
+                raise ValueError(f"{type(each).__name__} needs classes, but these labels are measured values")
         if self.measured:
             self.monitor, self.main_metric = "val/validation/pearson", "pearson"  # type: ignore[misc]
         self.register_buffer("expert_of", torch.tensor(facts["expert_of"]), persistent=False)
@@ -120,7 +124,7 @@ class AdaptationTask(BaseTask):
 
     def configure_metrics(self, domain: str) -> MetricCollection:
         """Scores after and before adaptation."""
-        return adaptation_metrics(int(self.facts["num_classes"]), measured=self.measured)
+        return adaptation_metrics(int(self.facts["num_classes"]), list(self.beside), measured=self.measured)
 
     def prediction_writer(self) -> L.Callback:
         """Logits as one CSV file per domain."""
@@ -165,7 +169,7 @@ class AdaptationTask(BaseTask):
         return StepOutput(
             self.task_loss(answer.after, label_Q),
             len(label_Q),
-            (answer.after, answer.before, label_Q),
+            (answer.after, answer.before, label_Q, self._others(batch) if stage == "test" else {}),
             labelled=known,
             answer=lambda: answer,
         )
@@ -231,6 +235,19 @@ class AdaptationTask(BaseTask):
             *(domain, episode.draw, after, before, episode.query, episode.support),
             *(adapting, answering, seconds),
         )
+
+    @torch.no_grad()
+    def _others(self, batch: ImageBatch | EpisodeBatch) -> dict[str, Tensor]:
+        """Logits [Q, K] of the adapters beside; each part of an episode is adapted to anew."""
+        if isinstance(batch, ImageBatch):
+            return {}
+        (episode,) = batch.episodes
+        image, label, own = episode.query.image, episode.query.label, int(self.expert_of[episode.domain])
+        found = {}
+        for name, adapter in cast(dict[str, Adapter], dict(self.beside.items())).items():
+            state = adapter.begin(self.net, episode.support.image, own)
+            found[name] = adapter.answer(self.net, state, image, own, label)[0]
+        return found
 
     def _begin(self, episode: Episode, own: int) -> Any:
         """The state of the adapter: after the last part of this episode, or fresh."""

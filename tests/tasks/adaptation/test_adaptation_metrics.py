@@ -64,3 +64,17 @@ def test_the_worst_domain_is_the_least_of_its_role() -> None:
     rows += [ScoreRow(name, role, "loss", value, 10, "min") for name, (role, value) in numbers.items()]
 
     assert worst(ScoreTable(rows, {})) == {"worst_unseen": {"accuracy": 0.4}, "worst_seen": {"accuracy": 0.9}}
+
+
+def test_adapters_beside_have_an_accuracy_of_their_own() -> None:
+    after, before, other = logits(20, 3, 0), logits(20, 3, 1), logits(20, 3, 2)
+    label = torch.arange(20) % 3
+    label[5] = -1
+    scores = ClassScores(3, ["tent"])
+    for rows in (slice(0, 7), slice(7, 20)):
+        scores.update(after[rows], before[rows], label[rows], {"tent": other[rows]})
+
+    known = label >= 0
+    expected = accuracy_score(label[known], other.argmax(1)[known])
+    assert float(scores.compute()["accuracy_tent"]) == pytest.approx(expected)
+    assert scores.larger_is_better["accuracy_tent"]

@@ -326,3 +326,19 @@ def test_facts_of_other_data_are_told() -> None:
     del told["expert_of"]
     with pytest.raises(ValueError, match=r"lacks \['expert_of'\].*AdaptationData"):
         make(StudentTask, told)
+
+
+def test_a_test_scores_adapters_beside_on_the_same_network(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    beside: dict[str, Adapter] = {"t3a": T3A(form="support"), "step": Distil()}
+    both = make(StudentTask, module.facts, beside=beside)
+    trainer(tmp_path).test(both, datamodule=module, verbose=False)
+    found = {(row.domain, row.metric): row.value for row in both.results.scores}
+
+    for name, adapter in beside.items():
+        alone = make(StudentTask, module.facts, adapter=adapter)
+        trainer(tmp_path).test(alone, datamodule=module, verbose=False)
+        scores = {(row.domain, row.metric): row.value for row in alone.results.scores}
+        for domain in ("plain", "stripes", "faded"):
+            assert found[domain, f"accuracy_{name}"] == pytest.approx(scores[domain, "accuracy"])
+            assert found[domain, "accuracy"] == pytest.approx(scores[domain, "accuracy_before"])
