@@ -119,6 +119,9 @@ class Evidence:
         """Count every variant that has cells again, without training, and rewrite its cells and the summary."""
         have = {cell.variant for cell in self.read()}
         for name in [name for name in self.grid.all_variants if name in have and fnmatch.fnmatch(name, only)]:
+            if self.grid.all_variants[name].stages:
+                self.console.print(f"{name}: a curriculum cannot be counted without its training; left as it is")
+                continue
             found = count_variant(self.grid, name, self.root)
             definition = self.grid.definition(name, self.root)
             changed = rewrite(self.cells_folder, self.grid.system, name, definition, found)

@@ -39,12 +39,14 @@ class Variant:
         flags: Further words for the command line, for instance ``("--model.net.depth", "2")``.
         pairs: How many of the grid's (seed, data seed) pairs to run; 8 for the two headline pairs of a system, else 3.
         data_seed_flags: Options that receive the data seed where they are not the grid's (another source of data).
+        stages: For a curriculum: of each stage its overlay, then its own words. The cell is the whole chain.
     """
 
     overlays: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     pairs: int = 3
     data_seed_flags: tuple[str, ...] | None = None
+    stages: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class Grid:
                         base.flags + extra.flags,
                         self.ladder.pairs,
                         base.data_seed_flags,
+                        base.stages,
                     )
                 elif base.pairs < self.ladder.pairs:
                     raise GridError(f"ladder level {level!r} needs {self.ladder.pairs} pairs of {name!r}")
@@ -279,7 +282,9 @@ class Grid:
         configs = [word for name in (self.config, *variant.overlays) for word in ("--config", name)]
         seeds = ["--seed_everything", str(cell.seed)]
         seeds += [word for flag in self._data_seed_flags(variant) for word in (flag, str(cell.data_seed))]
-        return ["fit", *configs, *self.flags, *variant.flags, *seeds, "--system", self.system, "--name", cell.stem]
+        named = ["--system", self.system, "--name", cell.stem]
+        stages = [word for stage in variant.stages for word in ("--stage", *stage)]
+        return ["curriculum" if stages else "fit", *configs, *self.flags, *variant.flags, *seeds, *named, *stages]
 
     def _data_seed_flags(self, variant: Variant) -> tuple[str, ...]:
         return self.data_seed_flags if variant.data_seed_flags is None else variant.data_seed_flags
@@ -293,14 +298,19 @@ class Grid:
             GridError: If a config file is missing or is not YAML.
         """
         chosen = self._all[variant]
-        merged: dict[str, Any] = {}
-        for name in (self.config, *chosen.overlays):
+
+        def read(name: str) -> Any:
             try:
-                merged = _overlaid(merged, yaml.safe_load((root / name).read_text(encoding="utf-8")))
+                return yaml.safe_load((root / name).read_text(encoding="utf-8"))
             except (OSError, yaml.YAMLError) as error:
                 raise GridError(f"variant {variant!r}: cannot read {name}: {error}") from error
-        flags = [self.flags, chosen.flags, self._data_seed_flags(chosen)]
-        text = json.dumps([merged, *flags], sort_keys=True, default=str)
+
+        merged: dict[str, Any] = {}
+        for name in (self.config, *chosen.overlays):
+            merged = _overlaid(merged, read(name))
+        parts: list[Any] = [merged, self.flags, chosen.flags, self._data_seed_flags(chosen)]
+        parts += [[read(overlay), words] for overlay, *words in chosen.stages]
+        text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
