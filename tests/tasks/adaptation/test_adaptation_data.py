@@ -91,6 +91,34 @@ def test_facts_name_everything_a_network_needs(tmp_path: Path) -> None:
     assert sorted(set(facts["expert_of"][:3])) == [0, 1]
 
 
+def test_two_processes_answer_every_image_once_and_know_their_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = small_data(tmp_path, mode="episodes", draws=1)
+    whole = [sorted(row for item in loader for row in item.query.index.tolist()) for loader in data.test_dataloader()]
+    shared: list[list[int]] = [[] for _ in whole]
+    steps = []
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "_place", lambda rank=rank: (rank, 2))
+        loaders = data.test_dataloader()
+        steps.append([len(loader) for loader in loaders])
+        for place, loader in enumerate(loaders):
+            for index, item in enumerate(loader):
+                if not data.is_padding("test", place, index):
+                    shared[place] += item.query.index.tolist()
+
+    assert steps[0] == steps[1]  # both wait for each other as often
+    assert [sorted(rows) for rows in shared] == whole
+
+
+def test_worker_processes_give_the_same_episodes(tmp_path: Path) -> None:
+    alone, helped = (list(small_data(tmp_path, mode="episodes", num_workers=n).train_dataloader()) for n in (0, 1))
+
+    for first, second in zip(alone, helped, strict=True):
+        assert torch.equal(first.query.image, second.query.image)
+        assert [e.support.index.tolist() for e in first] == [e.support.index.tolist() for e in second]
+
+
 @pytest.mark.parametrize("domains", [1, 2, 7, 30, 33])
 def test_groups_of_experts_cover_all_domains_and_differ_by_at_most_one(domains: int) -> None:
     for experts in range(1, domains + 1):
