@@ -140,7 +140,10 @@ def train(
         limit_val_batches=0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        **dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False),
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
     )
     trainer.fit(task, datamodule=data)
 
@@ -150,7 +153,8 @@ def score(net: MetaDMoE, data: AdaptationData, adapter: Adapter) -> dict[str, fl
     task = StudentTask(net=lambda facts: net, facts=data.facts, adapter=adapter).eval()
     after, before = [], []
     for domain in data.roles["validation"]:
-        answers = [task.answer(item, domain) for item in data.episodes(domain, "val")]
+        episodes = data.episodes(domain, "val")
+        answers = [task.answer(episodes[number], domain) for number in range(len(episodes))]
         label = torch.cat([answer.query.label for answer in answers])
         after.append(float((torch.cat([a.after for a in answers]).argmax(1) == label).float().mean()))
         before.append(float((torch.cat([a.before for a in answers]).argmax(1) == label).float().mean()))

@@ -91,6 +91,7 @@ class AdaptationTask(BaseTask):
     parts: ClassVar[tuple[str, ...]] = ()
     """Patterns on the names of the parameters that the stage trains."""
     own_adapter: ClassVar[type[Adapter]] = Unadapted
+    expert_of: Tensor
 
     def __init__(
         self,

@@ -103,8 +103,13 @@ class DomainReport(L.Callback):
             ]
 
     def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the lowest score of a domain, for each role and score."""
-        return {} if self._task is None else worst(self._task.results)
+        """Return the lowest score of a domain, for each role and score, and passes per unseen target."""
+        if self._task is None:
+            return {}
+        unseen = [n for n in self._sums if self._task.data.role_of(n) == "unseen"]
+        costs = [self._passes(name) for name in unseen]
+        cost = {key: sum(each[key] for each in costs) / len(costs) for key in costs[0]} if costs else {}
+        return {**worst(self._task.results), **({"cost": cost} if cost else {})}
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -127,12 +132,7 @@ class DomainReport(L.Callback):
                 "role": task.data.role_of(name),
                 **scores[name],
                 **{kind: sums[kind] / images for kind in ("mended", "spoilt")},
-                "passes_per_target": {
-                    "adapting_forward": sums["adapting_forward"] / draws,
-                    "adapting_backward": sums["adapting_backward"] / draws,
-                    "per_image_forward": sums["answering_forward"] / images,
-                    "per_image_backward": sums["answering_backward"] / images,
-                },
+                "passes_per_target": self._passes(name),
                 "cpu_seconds_per_target": sums["seconds"] / draws,
                 **({"attention": self._share(name)} if name in self._attention else {}),
             }
@@ -143,6 +143,17 @@ class DomainReport(L.Callback):
             "chosen_by": "validation domains alone: the checkpoint with the best " + task.monitor,
             "experts": expert_names(task),
             "domains": domains,
+        }
+
+    def _passes(self, domain: str) -> dict[str, float]:
+        """Passes of images through networks: for adapting to a target, and for each image that is answered."""
+        sums = self._sums[domain]
+        draws, images = max(1.0, sums["draws"]), max(1.0, sums["images"])
+        return {
+            "adapting_forward": sums["adapting_forward"] / draws,
+            "adapting_backward": sums["adapting_backward"] / draws,
+            "per_image_forward": sums["answering_forward"] / images,
+            "per_image_backward": sums["answering_backward"] / images,
         }
 
     def _share(self, domain: str) -> list[float]:

@@ -197,7 +197,7 @@ class Memo(Adapter):
 
             def adapted(one: Tensor, copies: Tensor) -> Tensor:
                 def loss(parameters: dict[str, Tensor]) -> Tensor:
-                    mean_K = net(copies, Weights(parameters, start.buffers)).softmax(-1).mean(0)
+                    mean_K: Tensor = net(copies, Weights(parameters, start.buffers)).softmax(-1).mean(0)
                     return -(mean_K * (mean_K + 1e-8).log()).sum()
 
                 gradient = torch.func.grad(loss)(fixed)

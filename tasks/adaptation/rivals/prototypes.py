@@ -65,7 +65,8 @@ class T3A(Adapter):
 
     @override
     def predict(self, net: MetaDMoE, state: Kept, image: Tensor, label: Tensor | None = None) -> Tensor:
-        return net.student.backbone(image) @ self.prototypes(state).T
+        cosine_BK: Tensor = net.student.backbone(image) @ self.prototypes(state).T
+        return cosine_BK
 
     def prototypes(self, state: Kept) -> Tensor:
         """Return one row per class, [K, D], of unit length."""

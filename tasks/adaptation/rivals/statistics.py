@@ -54,6 +54,7 @@ class BatchStatistics(Adapter):
     def predict(self, net: MetaDMoE, state: Weights, image: Tensor, label: Tensor | None = None) -> Tensor:
         if self.form == "batch" and self.share == 1.0 and len(image) > 1:
             with batch_statistics(net.student.backbone):
-                return net(image, state)
+                batch: Tensor = net(image, state)
+                return batch
         logits: Tensor = net(image, state)
         return logits
