@@ -26,8 +26,8 @@ RATES: dict[str, tuple[float, float]] = {
     "aw_moe": (0.005, 0.01),
     "din": (0.005, 0.02),
     "category": (0.01, 0.01),
-    "mmoe": (0.005, 0.005),
-    "no_attention": (0.02, 0.02),
+    "mmoe": (0.005, 0.02),
+    "no_attention": (0.02, 0.01),
     "dense": (0.01, 0.005),
     "dnn": (0.005, 0.02),
 }
@@ -59,6 +59,11 @@ HISTORY_GATE = (
     "--data.init_args.source.init_args.train_lists=8000",
     "--data.init_args.source.init_args.history=20",
 )
+CONTRAST = (
+    "--model.init_args.contrast_weight=0.05",
+    "--model.init_args.temperature=0.1",
+    "--model.init_args.mask_probability=0.5",
+)
 HEADLINE = ("aw_moe", "din_wide", "category_wide")
 WIDE_TABLE = ("dnn", "mmoe_wide", "no_attention", "dense")
 OF_AW_MOE = ("contrast", "mask_augmentation", "shuffled_gates")
@@ -70,7 +75,7 @@ VARIANTS = {
     **{name: variant(name, rate="aw_moe") for name in OF_AW_MOE},
     **{f"ml_{name}": variant(name, real=True, rate="aw_moe") for name in OF_AW_MOE},
     # The setting that benchmarks/aw_moe_contrast.py found best for cut histories: the overlay has that of MovieLens.
-    "contrast": variant("contrast", rate="aw_moe", flags=("--model.init_args.mask_probability=0.5",)),
+    "contrast": variant("contrast", rate="aw_moe", flags=CONTRAST),
     "key_target": variant("key_target", rate="aw_moe"),
     "history_gate": variant("aw_moe", flags=HISTORY_GATE, rate="whole_log"),
 }

@@ -4,7 +4,8 @@
 A list belongs to the first rating of a user for an item, where it is high enough. Its history holds what the user rated
 at STRICTLY earlier times. Its negatives are drawn by popularity in the training period, in the positive's own group of
 items, from what the user never rates: that a thing will be rated later is looked up to avoid false negatives, and for
-nothing else. No loop goes over rows or users.
+nothing else. Popularity is that among seen domains and the list's own, so that training lists hold known items alone:
+else the id of the unknown would stand for a negative. No loop goes over rows or users.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def rating_lists(
     log: RatingLog,
     rows: Ints,
     *,
-    train: NDArray[np.bool_],
+    shown: NDArray[np.bool_],
     known: NDArray[np.bool_],
     history: int,
     negatives: int,
@@ -122,7 +123,8 @@ def rating_lists(
     Args:
         log: the ratings.
         rows: [n] the positives, out of `first_liked`.
-        train: [N] the ratings whose items' counts are the popularity: those before the validation begins.
+        shown: [N] the ratings whose items' counts are the popularity: those before the validation begins, of the seen
+            domains and of the lists' own.
         known: [I] items that training shows; the id of another is 0.
         history: longest history.
         negatives: per list.
@@ -130,7 +132,7 @@ def rating_lists(
         same_group: tell the positive's group (plus 1) as the request.
         seed: of negatives and places.
     """
-    popularity = np.bincount(log.item[train], minlength=len(log.group)).astype(np.float64)
+    popularity = np.bincount(log.item[shown], minlength=len(log.group)).astype(np.float64)
     weight = np.where(popularity > 0, np.maximum(popularity, 1) ** power, 0.0)
     drawn = draw_negatives(log, rows, negatives, weight, stream(seed, "negatives"))
     events = past_events(log.user, log.time, rows, history)

@@ -41,7 +41,7 @@ def bound(folder: Path, roles: dict[str, list[str]] | None = None, **options: An
 
 def test_a_list_is_one_liked_film_among_films_its_user_never_rates(folder: Path) -> None:
     source, log = bound(folder), large()
-    table = source.table
+    table = source.table("rest")
     source.schema.check(table, "all")
     liked = {(int(u), int(i), int(k)) for k, (u, i, r) in enumerate(zip(log.user, log.item, log.rating)) if r >= 4}  # noqa: B905
 
@@ -60,7 +60,7 @@ def test_a_list_is_one_liked_film_among_films_its_user_never_rates(folder: Path)
 
 def test_history_is_the_latest_of_strictly_earlier_films_and_never_holds_the_candidates(folder: Path) -> None:
     source, log = bound(folder), large()
-    table = source.table
+    table = source.table("rest")
 
     again = 0
     for b in range(len(table)):
@@ -82,15 +82,15 @@ def test_history_is_the_latest_of_strictly_earlier_films_and_never_holds_the_can
 def test_popular_films_are_drawn_by_the_power_of_their_training_ratings(folder: Path) -> None:
     source = bound(folder)
     counts = np.bincount(source.log.ratings.item[source.log.period == 0], minlength=1683)
-    np.testing.assert_allclose(source.weight, np.where(counts > 0, counts**0.75, 0.0))
+    np.testing.assert_allclose(source.weight("rest"), np.where(counts > 0, counts**0.75, 0.0))
 
     hits, expected = np.zeros(1683), np.zeros(1683)
     ratings = source.log.ratings
     for seed in range(6):
-        drawn = bound(folder, data_seed=seed, negatives=1).sampled[:, 0]
+        drawn = bound(folder, data_seed=seed, negatives=1).sampled("rest")[:, 0]
         hits += np.bincount(drawn, minlength=1683)
-    for user in ratings.user[source.positives]:
-        weight = source.weight.copy()
+    for user in ratings.user[source.positives("rest")]:
+        weight = source.weight("rest").copy()
         weight[ratings.item[ratings.user == user]] = 0
         expected += 6 * weight / weight.sum()
     busy = expected > 30
@@ -98,24 +98,23 @@ def test_popular_films_are_drawn_by_the_power_of_their_training_ratings(folder: 
     assert (np.abs(hits - expected)[busy] / np.sqrt(expected[busy])).max() < 4.5
 
 
-def test_negatives_are_of_a_seed_and_not_of_the_roles(folder: Path) -> None:
-    one, again = bound(folder), bound(folder, {**REST, "unseen": ["gender_f"]})
+def test_negatives_are_of_a_seed(folder: Path) -> None:
+    one = bound(folder)
 
-    assert torch.equal(one.table.candidate_item, again.table.candidate_item)
-    assert not torch.equal(one.table.candidate_item, bound(folder, data_seed=1).table.candidate_item)
-    assert same(one.table, bound(folder).table)
+    assert not torch.equal(one.table("rest").candidate_item, bound(folder, data_seed=1).table("rest").candidate_item)
+    assert same(one.table("rest"), bound(folder).table("rest"))
 
 
 def test_same_category_lists_hold_one_category_which_is_the_request(folder: Path) -> None:
     source = bound(folder, same_category=True)
-    table = source.table
+    table = source.table("rest")
     source.schema.check(table, "all")
 
     category = table.candidates[..., 1]
     assert ((category == table.query) | ~table.candidate_mask).all()
     assert not table.candidate_mask.all()  # where a category has too few unrated films the list is short
     assert (table.label.sum(1) == 1).all()
-    assert bound(folder).table.query.shape[1] == 0
+    assert bound(folder).table("rest").query.shape[1] == 0
 
 
 def test_a_user_who_rated_nearly_all_gets_a_short_list(folder: Path, tmp_path: Path) -> None:
@@ -129,18 +128,32 @@ def test_a_user_who_rated_nearly_all_gets_a_short_list(folder: Path, tmp_path: P
     source.bind(REST)  # type: ignore[arg-type]
     source.log.read(None)
 
-    rows = source.log.ratings.user[source.positives] == 1
+    rows = source.log.ratings.user[source.positives("rest")] == 1
     left = 100 - len(set(source.log.ratings.item[source.log.ratings.user == 1].tolist()))
-    sizes = source.table.candidate_mask[torch.from_numpy(rows)].sum(1)
+    sizes = source.table("rest").candidate_mask[torch.from_numpy(rows)].sum(1)
     assert (sizes <= 1 + left).all()
-    assert (source.table.candidates[~source.table.candidate_mask] == 0).all()
-    assert (source.table.candidate_item[~source.table.candidate_mask] == -1).all()
+    assert (source.table("rest").candidates[~source.table("rest").candidate_mask] == 0).all()
+    assert (source.table("rest").candidate_item[~source.table("rest").candidate_mask] == -1).all()
+
+
+def test_training_lists_hold_known_films_alone_so_that_the_unknown_is_no_negative(folder: Path) -> None:
+    roles = {"seen": ["age_25_34"], "validation": ["age_50plus"], "unseen": ["age_under25"]}
+    source = bound(folder, roles)
+    train = source.dataset("age_25_34", "train", None).table
+    test = source.dataset("age_under25", "test", None).table
+
+    assert (train.candidates[train.candidate_mask][:, 0] > 0).all()
+    assert (train.history[train.history_mask][:, 0] > 0).all()
+    # A group that was never trained on has films of its own, among its positives and among its negatives.
+    unknown = (test.candidates[..., 0] == 0) & test.candidate_mask
+    assert (unknown & (test.label > 0)).any()
+    assert (unknown & (test.label == 0)).any()
 
 
 def test_films_that_no_training_list_could_show_are_unknown_but_keep_their_genres(folder: Path) -> None:
     source = bound(folder, {**REST, "unseen": ["genre_horror"]})
     known = source.log.known_items
-    table = source.table
+    table = source.table("genre_horror")
 
     assert ((table.candidates[..., 0] > 0) == torch.from_numpy(known)[table.candidate_item]).all()
     horror = source.category == 4
@@ -188,15 +201,15 @@ def test_real_log_has_the_known_numbers_of_lists() -> None:
     source = MovieLensLists()
     data = ListData(source=source, seen=["rest"], validation=[], unseen=[])
     test = data.get_dataset("rest", "test").table  # type: ignore[attr-defined]
-    source.schema.check(source.table, "ml-100k")
+    source.schema.check(source.table("rest"), "ml-100k")
 
     past = test.history_mask.sum(1)
-    assert len(source.table) == 34174 + 21201
+    assert len(source.table("rest")) == 34174 + 21201
     assert int(((past > 0) & (past <= 5)).sum()) == 510  # counted for the prototype, too
-    assert source.table.candidate_mask.all()
+    assert source.table("rest").candidate_mask.all()
     ratings = source.log.ratings
     never = np.zeros((944, 1683), bool)
     never[ratings.user, ratings.item] = True
-    rated = torch.from_numpy(never)[source.table.user.unsqueeze(1), source.table.candidate_item]
-    assert (rated == (source.table.label > 0)).all()
+    rated = torch.from_numpy(never)[source.table("rest").user.unsqueeze(1), source.table("rest").candidate_item]
+    assert (rated == (source.table("rest").label > 0)).all()
     assert source.item_name(1) == "Toy Story"

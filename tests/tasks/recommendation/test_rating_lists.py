@@ -185,7 +185,7 @@ def test_items_that_training_does_not_show_have_no_id_anywhere() -> None:
     train = time < 5
     known = np.bincount(item[train], minlength=4) > 0
     lists = rating_lists(
-        log, np.array([2]), train=train, known=known, history=4, negatives=2, power=1.0, same_group=True, seed=0
+        log, np.array([2]), shown=train, known=known, history=4, negatives=2, power=1.0, same_group=True, seed=0
     )
 
     assert lists.history_item.tolist() == [[1, 0, -1, -1]]
@@ -218,6 +218,22 @@ def test_movielens_1m_ages_are_those_of_its_users(tmp_path: Path) -> None:
     names = ["under25", "under25", "25_34", "35_49", "35_49", "50plus", "50plus"]
 
     assert all(domain == f"age_{names[user % 7]}" for user, domain in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "seen", "held_out"), [("1m", ["age_25_34"], "age_under25"), ("1m", ["genre_comedy"], "genre_drama")]
+)
+def test_training_lists_hold_known_items_alone(tmp_path: Path, name: str, seen: list[str], held_out: str) -> None:
+    layouts.write_movielens_1m(tmp_path)
+    source = RatingLists(reader=MovieLens1M(root=tmp_path, by=seen[0].split("_")[0]))  # type: ignore[arg-type]
+    source.bind({"seen": seen, "validation": [], "unseen": [held_out]})
+    source.prepare(tmp_path / "cache")
+    train = source.dataset(seen[0], "train", tmp_path / "cache").table
+    test = source.dataset(held_out, "test", tmp_path / "cache").table
+
+    assert (train.candidates[train.candidate_mask][:, 0] > 0).all()
+    # Where nothing of a group was trained on, its lists have negatives all the same.
+    assert (test.candidate_mask.sum(1) > 1).any()
 
 
 @pytest.mark.parametrize("edition", ["2014", "2018", "2023"])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """MovieLens 100K as lists: one film the user liked among films the user never rated, ranked by the user's past.
 
-A list belongs to a rating of 4 or 5. Its negatives are drawn once, by popularity among the ratings of the training
-period, from the films that the user NEVER rates: whether a film will be rated later is looked up to avoid false
-negatives and for nothing else. The history holds films rated at STRICTLY earlier times (half of the ratings share their
-second with another of the user), whatever their rating.
+A list belongs to a rating of 4 or 5. Its negatives are drawn once, by popularity among the ratings that seen domains
+and the list's own give in the training period (so that training lists hold known films alone), from the films that the
+user NEVER rates: whether a film will be rated later is looked up to avoid false negatives and for nothing else. The
+history holds films rated at STRICTLY earlier times (half of the ratings share their second with another of the user),
+whatever their rating.
 """
 
 from __future__ import annotations
@@ -98,8 +99,7 @@ class MovieLensLists(LogSource):
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Check the names of the domains."""
-        for name in ("item_ids", "table"):  # they depend on the roles
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("item_ids", None)  # they depend on the roles
         self.log.bind(roles)
 
     def describe(self, domain: str) -> str:
@@ -132,37 +132,39 @@ class MovieLensLists(LogSource):
         """
         self._cache = cache
         self.log.read(cache)
-        inside = self.log.member(domain) & (self.log.period == ("train", "val", "test").index(split))
-        return ListDataset(self.table.take(torch.from_numpy(np.flatnonzero(inside[self.positives]))))
+        inside = self.log.period == ("train", "val", "test").index(split)
+        return ListDataset(self.table(domain).take(torch.from_numpy(np.flatnonzero(inside[self.positives(domain)]))))
 
-    @cached_property
-    def positives(self) -> Ints:
-        """Numbers [L] of the ratings that give a list."""
-        return np.flatnonzero(self.log.ratings.rating >= LIKED)
+    def positives(self, domain: str) -> Ints:
+        """Numbers [L] of the ratings that give a list of a domain."""
+        return np.flatnonzero((self.log.ratings.rating >= LIKED) & self.log.member(domain))
 
     @cached_property
     def category(self) -> Ints:
         """Category of each film, [1683], from 0; films of numbers that do not exist have the last."""
         return np.asarray(self.log.genre_group)
 
-    @cached_property
-    def weight(self) -> NDArray[np.float64]:
-        """How readily each film is drawn as a negative, [1683]; 0 for films without a training rating."""
-        count = np.bincount(self.log.ratings.item[self.log.period == 0], minlength=NUM_ITEMS + 1)
+    def weight(self, domain: str) -> NDArray[np.float64]:
+        """How readily each film is drawn as a negative for a domain, [1683].
+
+        0 for films without a training rating of a seen domain or of this one.
+        """
+        names = {*self.log.roles["seen"], domain}
+        shown = np.any([self.log.member(name) for name in names], axis=0) & (self.log.period == 0)
+        count = np.bincount(self.log.ratings.item[shown], minlength=NUM_ITEMS + 1)
         return np.asarray(np.where(count > 0, count.clip(1) ** self.popularity, 0.0))
 
-    @cached_property
-    def sampled(self) -> Ints:
-        """Negatives of every list, [L, negatives], without repeats; -1 where a user has rated all others.
+    def sampled(self, domain: str) -> Ints:
+        """Negatives of every list of a domain, [L, negatives], without repeats; -1 where a user has rated all others.
 
         The least of independent exponentials with rates w are a draw without replacement with weights w.
         """
-        ratings, who = self.log.ratings, self.log.ratings.user[self.positives]
+        ratings, positives, readily = self.log.ratings, self.positives(domain), self.weight(domain)
+        who, own = ratings.user[positives], self.category[ratings.item[positives]]
         rng, drawn = stream(self.data_seed, "negatives"), np.full((len(who), self.negatives), -1)
-        own = self.category[ratings.item[self.positives]]
         for user in np.unique(who):
             rows = np.flatnonzero(who == user)
-            weight = self.weight.copy()
+            weight = readily.copy()
             weight[ratings.item[ratings.user == user]] = 0
             waiting = rng.standard_exponential((len(rows), len(weight)))
             allowed = np.broadcast_to(weight > 0, waiting.shape)
@@ -183,10 +185,9 @@ class MovieLensLists(LogSource):
         year = np.where(ratings.year > 0, ((ratings.year - FIRST_YEAR) // 5 + 1).clip(1, YEARS - 1), 0)
         return np.column_stack([np.where(self.log.known_items, number, 0), 1 + self.category, genre, year])
 
-    @cached_property
-    def table(self) -> Lists:
-        """All lists, in the order of the file; the liked film stands at a random place."""
-        ratings, rows = self.log.ratings, self.positives
+    def table(self, domain: str) -> Lists:
+        """All lists of a domain, in the order of the file; the liked film stands at a random place."""
+        ratings, rows = self.log.ratings, self.positives(domain)
         events = self.log.past.history[rows]
         past = np.where(events >= 0, ratings.item[events], -1)
         past[past == ratings.item[rows, None]] = -1  # a film rated twice is not in the past of its own list
@@ -195,7 +196,7 @@ class MovieLensLists(LogSource):
         return make_lists(
             self.item_ids,
             past=past,
-            candidates=np.column_stack([ratings.item[rows], self.sampled]),
+            candidates=np.column_stack([ratings.item[rows], self.sampled(domain)]),
             group=self.category[ratings.item[rows]],
             same_group=self.same_category,
             profile=np.column_stack([age[who], ratings.gender[who], ratings.occupation[who]]),

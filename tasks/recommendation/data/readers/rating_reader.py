@@ -216,13 +216,16 @@ class RatingLists(LogSource):
         """0 train, 1 validation, 2 test for each rating; one second is never in two of them."""
         return np.searchsorted(time_cuts(self.log.time, self.cuts), self.log.time, side="right")
 
+    def training_ratings(self, domain: str | None = None) -> NDArray[np.bool_]:
+        """Ratings [N] of the training period of the seen domains and of ``domain``, which may be another."""
+        names = {*self.roles["seen"], domain} - {None}
+        numbers = [number for number, name in enumerate(self.reader.domains) if name in names]
+        return (self.period == 0) & np.isin(self.log.domain, numbers)
+
     @cached_property
     def known(self) -> NDArray[np.bool_]:
         """Items that training ratings of seen domains show."""
-        seen = [self.reader.domains.index(name) for name in self.roles["seen"]]
-        known = np.zeros(len(self.log.group), np.bool_)
-        known[self.log.item[(self.period == 0) & np.isin(self.log.domain, seen)]] = True
-        return known
+        return np.asarray(np.bincount(self.log.item[self.training_ratings()], minlength=len(self.log.group)) > 0)
 
     def dataset(self, domain: str, split: Split, cache: Path | None) -> ListDataset:
         """Return the lists of one domain and split.
@@ -242,19 +245,19 @@ class RatingLists(LogSource):
             )
         if self.max_lists is not None and len(rows) > self.max_lists:
             rows = np.sort(np.random.default_rng(self.data_seed).choice(rows, self.max_lists, replace=False))
-        return ListDataset(self.lists(rows))
+        return ListDataset(self.lists(rows, domain))
 
     @cached_property
     def positives(self) -> NDArray[np.int64]:
         """Ratings that give a list."""
         return first_liked(self.log, self.reader.liked)
 
-    def lists(self, rows: NDArray[np.int64]) -> Lists:
-        """Return the lists of some positives."""
+    def lists(self, rows: NDArray[np.int64], domain: str) -> Lists:
+        """Return the lists of some positives of a domain."""
         return rating_lists(
             self.log,
             rows,
-            train=self.period == 0,
+            shown=self.training_ratings(domain),
             known=self.known,
             history=self.history,
             negatives=self.negatives,
