@@ -311,7 +311,7 @@ def test_no_config_of_ours_has_a_class_path_of_before() -> None:
 
 def test_a_task_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *FAST, "--model.net", "tasks.nobody.model.Net"]) == 2
-    assert "there is no task package tasks.nobody; there are: dynamics, " in capsys.readouterr().err
+    assert "there is no task package tasks.nobody; there are: adaptation, " in capsys.readouterr().err
 
 
 def test_list_of_a_system_says_what_each_baseline_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,8 @@ class Unadapted(Adapter):
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
-        return net(image)
+        logits: Tensor = net(image)
+        return logits
 
 
 class Distil(Adapter):
@@ -109,4 +110,5 @@ class Distil(Adapter):
 
     @override
     def predict(self, net: MetaDMoE, state: Weights, image: Tensor, label: Tensor | None = None) -> Tensor:
-        return net(image, state)
+        logits: Tensor = net(image, state)
+        return logits
