@@ -23,7 +23,7 @@ STEP = f"{NET}step.init_args."
 SHARED = "--shared=runs/meta_dmoe_stages"
 EPOCHS = {"student": 10, "experts": 6, "aggregator": 4}
 META_STEPS = 300
-EQUAL_STEPS: dict[str, int] = {}
+EQUAL_STEPS = {"erm": 3781, "arm_bn": 3781, "memo": 3781, "joint_moe": 3738}
 """Network -> training steps with the FLOPs of the whole chain; counted, not timed."""
 BEST: tuple[str, ...] = ()
 """The setting that benchmarks/meta_dmoe_search.py found best on validation domains."""
@@ -87,7 +87,7 @@ VARIANTS = {
     "zero_mask": chain(net=(f"{NET}mask_mode=zero",)),
     "first_order": chain(f"{STEP}order=first"),
     "no_step": chain(f"{STEP}steps=0"),
-    "published": chain(f"{STEP}statistics=0.0", student=PUBLISHED),
+    "published": chain(f"{STEP}statistics=0.0", "--data.init_args.steps_per_epoch=318", student=PUBLISHED),
 }
 
 
