@@ -19,7 +19,7 @@ CASES  ?= 10000
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audio-curriculum test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
+.PHONY: help setup demo audio-curriculum adaptation test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: setup  ## train Point-MoE and its dense twin on six point-cloud domains, t
 
 audio-curriculum: setup  ## train UniMoE-Audio in its four stages; goes on where it stopped (under 25 minutes)
 	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/unimoe_audio.yaml $(STAGES)
+
+adaptation: setup  ## train the four stages of Meta-DMoE, then test on domains never seen (about 3 minutes); resumable
+	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/meta_dmoe.yaml $(foreach stage,student experts aggregator meta,--stage configs/stages/meta_dmoe_$(stage).yaml)
 
 test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
 	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests

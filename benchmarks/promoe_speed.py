@@ -26,9 +26,9 @@ from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from benchmarks.steps import Work, alone, command, ratio_of, shares, show_step, step_over
 from benchmarks.system_share import build as build_system
+from moeapps.data.images.batch import ImageBatch
 from moeapps.moe import MLPExperts, MoELayer
 from moeapps.training.sparse import build_optimizer
-from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.module import ImageDiffusionTask
 from tasks.image_diffusion.nets.blocks import Block
 

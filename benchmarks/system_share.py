@@ -106,9 +106,13 @@ def moe_calls(task: BaseTask, batch: Any) -> list[Work]:
         args, kwargs = fixed(args), {name: fixed(value) for name, value in kwargs.items()}
         leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
         wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad)]
+        learning = torch.is_grad_enabled()  # Meta-DMoE asks frozen experts
 
         def work() -> None:
-            y = module(*args, **kwargs)
+            with torch.set_grad_enabled(learning):
+                y = module(*args, **kwargs)
+            if not learning:
+                return
             y = y if isinstance(y, Tensor) else y[0]
             torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
 

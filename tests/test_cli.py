@@ -257,7 +257,7 @@ def test_what_list_shows_can_be_typed_anywhere_and_a_file_of_the_user_wins(
     first, second, third = capsys.readouterr().out.splitlines()[:3]
     assert first.startswith("configs/aw_moe.yaml  ")
     assert second.split() == ["configs/home.yaml", "mine"]
-    assert third.startswith("configs/mixer.yaml  ")
+    assert third.startswith("configs/meta_dmoe.yaml  ")
 
 
 @pytest.mark.parametrize("name", ["tasks.py", "tasks/__init__.py"])
@@ -311,7 +311,7 @@ def test_no_config_of_ours_has_a_class_path_of_before() -> None:
 
 def test_a_task_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *FAST, "--model.net", "tasks.nobody.model.Net"]) == 2
-    assert "there is no task package tasks.nobody; there are: audio, dynamics, " in capsys.readouterr().err
+    assert "there is no task package tasks.nobody; there are: adaptation, audio, " in capsys.readouterr().err
 
 
 def test_list_of_a_system_says_what_each_baseline_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,3 +176,22 @@ def test_wrong_words_are_told(tmp_path: Path, stages: list[str], capsys: pytest.
     assert main([]) == 2
     assert main(["--stage", "absent.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: --stage absent.yaml: there is no file")
+
+
+@pytest.mark.medium
+def test_chains_that_begin_alike_share_their_stages(tmp_path: Path, stages: list[str]) -> None:
+    shared = tmp_path / "shared"
+    longer = ["--trainer.max_epochs", "3"]
+
+    assert main(words(stages, "--shared", str(shared), "--name", "one")) == 0
+    made = sorted(path for path in shared.rglob("last.ckpt"))
+    times = [path.stat().st_mtime_ns for path in made]
+    assert main(words(stages, "--shared", str(shared), "--name", "two", own={2: longer})) == 0
+    assert len(made) == 2
+    assert [path.stat().st_mtime_ns for path in sorted(shared.rglob("last.ckpt"))] == times  # nothing was made again
+    assert {path.name for path in (tmp_path / "runs" / "toy").iterdir()} == {"one", "two"}
+    one, two = (state(toy(tmp_path, name) / "version_0") for name in ("one", "two"))
+    assert (one["epoch"], two["epoch"]) == (1, 2)
+
+    assert main(words(stages, "--shared", str(shared), "--name", "three", own={0: longer})) == 0
+    assert len(list(shared.rglob("last.ckpt"))) == 4  # another first stage: both before the last are others

@@ -120,6 +120,7 @@ TASKS = {
     "recommendation": "home",
     "dynamics": "mixer",
     "audio": "unimoe_audio",
+    "adaptation": "meta_dmoe",
 }
 
 

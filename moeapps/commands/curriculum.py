@@ -12,9 +12,11 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ Train stages one after the other. Each begins with the weights of the one before
 What stands before the first --stage is for all of them; options win over the files of the stages.
 
   --name NAME      of the last stage's run, runs/<system>/NAME (default: curriculum); earlier ones are NAME_stage0, ...
+  --shared DIR     keep earlier stages there, found again by any chain that begins with the same ones (and seeds)
   --redo           train stages again whose settings have changed since, and those that follow
 
 The same command goes on after an interruption; stages that are done are left alone. The last stage is tested.
@@ -47,6 +50,7 @@ class Stage:
         words: its words for ``fit``, without the weights that it starts from.
         folder: where its versions are.
         last: whether the chain ends with it.
+        root: folder of all runs of the stage, where it is not the usual one.
     """
 
     number: int
@@ -55,6 +59,7 @@ class Stage:
     words: tuple[str, ...]
     folder: Path
     last: bool
+    root: Path | None = None
 
 
 @dataclass
@@ -116,7 +121,8 @@ def run_chain(args: Sequence[str], *, redo: bool = False) -> Path:
     quiet()
     source: Path | None = None
     for stage in plan(args):
-        source = run_stage(stage, source, redo=redo)
+        with _alone(stage):
+            source = run_stage(stage, source, redo=redo)
     assert source is not None
     return source
 
@@ -135,9 +141,9 @@ def plan(args: Sequence[str]) -> list[Stage]:
     common, parts = _cut(args)
     if not parts:
         raise UsageError("give the stages in order, each with --stage FILE; `moeapps curriculum --help` shows how")
-    name = _option(common, "--name") or "curriculum"
-    common = located(_without(common, "--name"))
-    stages = []
+    name, shared = _option(common, "--name") or "curriculum", _option(common, "--shared")
+    common = located(_without(_without(common, "--name"), "--shared"))
+    stages: list[Stage] = []
     for number, (config, own) in enumerate(parts):
         files, flags = _split(["--config", config, *own])
         words = ["fit", *common]
@@ -151,9 +157,34 @@ def plan(args: Sequence[str]) -> list[Stage]:
             raise UsageError(f"--stage {config}: a stage after the first must say how it starts; give {START} there")
         last = number == len(parts) - 1
         own_name = name if last else f"{name}_stage{number}"
+        root = None if last or shared is None else Path(shared)
+        if root is not None:
+            chain = "".join([*(settings_digest(stage.words) for stage in stages), settings_digest(words)])
+            own_name = f"{hashlib.sha256(chain.encode()).hexdigest()[:12]}_stage{number}"
         system = _option(words, "--system") or str(merged.get("system", "custom"))
-        stages.append(Stage(number, config, own_name, tuple(words), runs_root() / system / own_name, last))
+        folder = (root or runs_root()) / system / own_name
+        stages.append(Stage(number, config, own_name, tuple(words), folder, last, root))
     return stages
+
+
+@contextmanager
+def _alone(stage: Stage) -> Iterator[None]:
+    """Put the runs of a shared stage where they are shared; a second chain that wants it waits."""
+    if stage.root is None:
+        yield
+        return
+    from filelock import FileLock
+
+    stage.folder.parent.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("MOEAPPS_RUNS")
+    with FileLock(stage.folder.with_name(f".{stage.name}.lock")):
+        os.environ["MOEAPPS_RUNS"] = str(stage.root)
+        try:
+            yield
+        finally:
+            os.environ.pop("MOEAPPS_RUNS")
+            if before is not None:
+                os.environ["MOEAPPS_RUNS"] = before
 
 
 def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:

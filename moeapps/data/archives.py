@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,10 +62,13 @@ class Package:
         description: what the data is, one line.
         used_by: configuration files that read it.
         source: where it comes from, for people.
+        build: of a wheel that is made for each machine and Python, which one holds the pinned data: tag of the
+            interpreter and of the platform, such as ``cp312`` and ``manylinux_2_28_x86_64``. It is only read, so any
+            machine may fetch it.
         max_bytes: most bytes that unpacking may produce.
 
     Raises:
-        ValueError: a hash that is none, no member, or a name no registry would take.
+        ValueError: a hash that is none, no member, a name no registry would take, or a build of what is no wheel.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Package:
     description: str = ""
     used_by: tuple[str, ...] = ()
     source: str = ""
+    build: tuple[str, str] | None = None
     max_bytes: int = _GIGABYTE
 
     def __post_init__(self) -> None:
@@ -89,6 +93,10 @@ class Package:
             raise ValueError(f"package name {self.name!r} is not a valid name of a package")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_:~!-]*", self.version):
             raise ValueError(f"package {self.name}: version {self.version!r} is not an exact version")
+        if self.build is not None and (
+            self.kind != "wheel" or not re.fullmatch(r"cp\d{3,} [A-Za-z0-9_]+", " ".join(self.build))
+        ):
+            raise ValueError(f"package {self.name}: build={self.build}; give a wheel an interpreter and a platform")
 
     @property
     def key(self) -> str:
@@ -111,7 +119,9 @@ def collect_packages(modules: Iterable[str]) -> list[Package]:
     found: dict[str, Package] = {}
     for module in modules:
         for package in importlib.import_module(module).PACKAGES:
-            found[package.key] = package
+            # Two tasks may read one package.
+            users = (*found[package.key].used_by, *package.used_by) if package.key in found else package.used_by
+            found[package.key] = replace(package, used_by=tuple(dict.fromkeys(users)))
     return sorted(found.values(), key=lambda package: (package.name.lower(), package.version))
 
 
@@ -209,6 +219,10 @@ def _pip_command(package: Package, work: Path) -> list[str]:
     listed.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     form = "--no-binary" if package.kind == "sdist" else "--only-binary"
     options = ["--no-deps", form, package.name if form == "--no-binary" else ":all:", "--require-hashes", "--no-input"]
+    if package.build is not None:
+        tag, platform = package.build
+        options += ["--implementation", "cp", "--python-version", f"{tag[2]}.{tag[3:]}", "--abi", tag]
+        options += ["--platform", platform]
     return [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", "--requirement", str(listed)]
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.domain import Split
+from moeapps.data.images.batch import ImageBatch, ImageDataset
 from moeapps.data.mixing import DomainMixing
 from moeapps.data.source import SourceDataModule
-from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
 

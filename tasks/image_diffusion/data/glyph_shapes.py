@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
-from tasks.image_diffusion.data.batch import PixelImages
-from tasks.image_diffusion.data.drawing import draw
+from moeapps.data.images.batch import PixelImages
+from moeapps.data.images.drawing import draw
 from tasks.image_diffusion.data.sketches import FAMILIES, HANDS
 from tasks.image_diffusion.data.source import ImageSource
 from tasks.image_diffusion.data.styles import STYLES

@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.domain import Role, Split
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, class_names, read_arrays
-from tasks.image_diffusion.data.readers.folders import class_files
+from moeapps.data.images.arrays import ImageFileError, check_labels, class_names, read_arrays
+from moeapps.data.images.folders import class_files
+from moeapps.data.images.splits import split_rows
 from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,
@@ -24,7 +25,7 @@ from tasks.image_diffusion.data.readers.latent_files import (
     read_shard,
     read_statistics,
 )
-from tasks.image_diffusion.data.source import OwnSource, split_rows
+from tasks.image_diffusion.data.source import OwnSource
 
 Layout = Literal["folder", "shards", "arrays"]
 

@@ -13,9 +13,7 @@ from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
-from moeapps.files import write_arrays
-from tasks.image_diffusion.data.batch import PixelImages
-from tasks.image_diffusion.data.readers.arrays import (
+from moeapps.data.images.arrays import (
     ImageFileError,
     check_labels,
     class_names,
@@ -23,9 +21,12 @@ from tasks.image_diffusion.data.readers.arrays import (
     read_array,
     read_arrays,
 )
-from tasks.image_diffusion.data.readers.folders import class_files
-from tasks.image_diffusion.data.readers.pictures import BACKGROUNDS, ENDINGS, read_image
-from tasks.image_diffusion.data.source import OwnSource, split_rows
+from moeapps.data.images.batch import PixelImages
+from moeapps.data.images.folders import class_files
+from moeapps.data.images.pictures import BACKGROUNDS, ENDINGS, read_image
+from moeapps.data.images.splits import split_rows
+from moeapps.files import write_arrays
+from tasks.image_diffusion.data.source import OwnSource
 
 
 class OwnImages(OwnSource):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tasks.image_diffusion.data.drawing import Hand, Sketch, arc
+from moeapps.data.images.drawing import Hand, Sketch, arc
 
 PEN = 0.09
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import Role, Split
+from moeapps.data.images.arrays import class_counts
+from moeapps.data.images.batch import ImageDataset
+from moeapps.data.images.folders import found_table
 from moeapps.data.source import DomainSource
-from tasks.image_diffusion.data.batch import ImageDataset
-from tasks.image_diffusion.data.readers.arrays import class_counts
-from tasks.image_diffusion.data.readers.folders import found_table
 
 log = logging.getLogger("moeapps")
 
@@ -118,29 +118,3 @@ class OwnSource(ImageSource):
         """Label among all classes of each name of a domain, int64; -1 where no domain has an image of it."""
         number = {name: i for i, name in enumerate(self.class_names)}
         return torch.tensor([number.get(name, -1) for name in self._names[domain]])
-
-
-def split_rows(label: Tensor, parts: dict[Split, float], seed: int) -> dict[Split, Tensor]:
-    """Split rows class by class.
-
-    Args:
-        label: int64 [N].
-        parts: share of each class that goes into every split but ``train``, which gets the rest.
-        seed: seed of the choice; the same rows for the same labels and seed.
-
-    Returns:
-        split -> sorted int64 rows. A class of which there is little gives ``train`` first.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen: dict[Split, list[Tensor]] = {"train": [], "val": [], "test": []}
-    for value in label.unique().tolist():
-        rows = torch.nonzero(label == value).flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        start = 0
-        for split, share in parts.items():
-            count = min(round(share * len(rows)), len(rows) - 1 - start)
-            chosen[split].append(rows[start : start + max(count, 0)])
-            start += max(count, 0)
-        chosen["train"].append(rows[start:])
-    none = torch.empty(0, dtype=torch.int64)
-    return {split: torch.cat([none, *rows]).sort().values for split, rows in chosen.items()}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +11,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
+from moeapps.data.images.batch import PixelImages
+from moeapps.data.images.mnist import Bytes, Labels, check_images, read_digits
+from moeapps.data.images.splits import split_rows
 from moeapps.data.unpacking import load_numpy_pickle
-from tasks.image_diffusion.data.batch import PixelImages
-from tasks.image_diffusion.data.source import ImageSource, split_rows
+from tasks.image_diffusion.data.source import ImageSource
 from tasks.image_diffusion.data.styles import STYLES
 from tasks.image_diffusion.packages import ANIMALS, DIGITS, FASHION, PACKAGES
-
-Bytes = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "digits": tuple(f"digit_{number}" for number in range(10)),
@@ -110,22 +107,6 @@ def _read(package: Any, reader: Callable[[Path], tuple[Bytes, Labels]], cache: P
     return check_images(pixels, label, package.name)
 
 
-def read_digits(folder: Path) -> tuple[Bytes, Labels]:
-    """Read rows of 784 pixels with the label last.
-
-    Raises:
-        ArchiveError: damaged, or rows of another length.
-    """
-    path = next(folder.rglob("mnist_5k.csv.gz"))
-    try:
-        table = np.loadtxt(io.BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.int64, ndmin=2)
-    except (OSError, EOFError, ValueError) as error:
-        raise ArchiveError(f"{path.name} is not a readable table ({error}); it is damaged: fetch it again") from error
-    if table.shape[1] != 785:
-        raise ArchiveError(f"{path.name} has {table.shape[1]} columns in place of 784 pixels and a label")
-    return table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1]
-
-
 def read_idx(path: Path) -> Bytes:
     """Read a gzipped idx file of unsigned bytes, any number of dimensions.
 
@@ -157,18 +138,3 @@ def read_animals(folder: Path) -> tuple[Bytes, Labels]:
     """Read two pickles that may hold numpy arrays and nothing else; none of the package's code is run."""
     images, label = (load_numpy_pickle(next(folder.rglob(f"animal_{part}_*.gz"))) for part in ("data", "label"))
     return np.asarray(images), np.asarray(label).astype(np.int64)
-
-
-def check_images(pixels: Bytes, label: Labels, name: str) -> tuple[Bytes, Labels]:
-    """Return the arrays if they are uint8 [N, 28, 28] with labels 0 to 9 [N].
-
-    Raises:
-        ArchiveError: they are not.
-    """
-    right = pixels.dtype == np.uint8 and pixels.shape[1:] == (28, 28) and label.shape == (len(pixels),)
-    if not right or not len(label) or label.min() < 0 or label.max() > 9:
-        raise ArchiveError(
-            f"package {name}: images {pixels.dtype} {pixels.shape}, labels {label.shape}; expected uint8 (N, 28, 28) "
-            "and N labels from 0 to 9; it is not the listed release"
-        )
-    return pixels, label

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.data.images.arrays import ImageFileError, check_labels, read_arrays
+from moeapps.data.images.batch import from_uint8, to_uint8
 from moeapps.files import write_arrays
-from tasks.image_diffusion.data.batch import from_uint8, to_uint8
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
 from tasks.image_diffusion.report.quality import Gaussian
 
 

@@ -17,11 +17,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
+from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
-from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.report.quality import balanced_rows
 

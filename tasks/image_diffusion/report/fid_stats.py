@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moeapps.data.domain import Split
-from tasks.image_diffusion.data.batch import from_uint8
-from tasks.image_diffusion.data.readers.folders import files_below
-from tasks.image_diffusion.data.readers.pictures import ENDINGS, read_image
+from moeapps.data.images.batch import from_uint8
+from moeapps.data.images.folders import files_below
+from moeapps.data.images.pictures import ENDINGS, read_image
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.report.adm import read_adm, write_adm
 from tasks.image_diffusion.report.inception import InceptionFeatures

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
-from tasks.image_diffusion.data.batch import ImageBatch, ImageDataset
+from moeapps.data.images.batch import ImageBatch, ImageDataset
 from tasks.image_diffusion.datamodule import ImageData
 
 log = logging.getLogger("moeapps")

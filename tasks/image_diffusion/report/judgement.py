@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tasks.image_diffusion.data.batch import ImageBatch
+from moeapps.data.images.batch import ImageBatch
 from tasks.image_diffusion.report.judge import Judge
 from tasks.image_diffusion.report.quality import (
     Gaussian,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeapps.data.images.batch import to_uint8
 from moeapps.files import WholeFile
-from tasks.image_diffusion.data.batch import to_uint8
 
 
 def visible(image: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeapps.data.images.batch import ImageBatch
 from moeapps.files import write_arrays
 from moeapps.training.task import BaseTask, Stage, StepOutput
-from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.datamodule import ImageData
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeapps.data.images.batch import ImageBatch
 from moeapps.moe import LayerFactory, MoELayer
 from moeapps.moe.presets import promoe
-from tasks.image_diffusion.data.batch import ImageBatch
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.module import ImageDiffusionTask
 

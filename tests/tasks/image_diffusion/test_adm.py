@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from moeapps.data.images.arrays import ImageFileError
+from moeapps.data.images.batch import from_uint8
 from moeapps.files import write_arrays
-from tasks.image_diffusion.data.batch import from_uint8
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
 from tasks.image_diffusion.report.adm import read_adm, to_nhwc, write_adm
 from tasks.image_diffusion.report.quality import Gaussian
 

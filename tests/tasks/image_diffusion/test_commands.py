@@ -14,7 +14,7 @@ from image_common import SMALL, ToyDiffusion, ToyNet, small_data, stand_in
 from PIL import Image
 
 from moeapps.cli import main
-from tasks.image_diffusion.data.batch import to_uint8
+from moeapps.data.images.batch import to_uint8
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.report import fid_stats, sample
 from tasks.image_diffusion.report.adm import read_adm, write_adm

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from image_common import ALL, bound, write_latent, write_shard
 from PIL import Image
 
+from moeapps.data.images.arrays import ImageFileError, read_array
+from moeapps.data.images.pictures import ENDINGS, read_image
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.latents import LatentImages
 from tasks.image_diffusion.data.own_images import OwnImages
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, read_array
 from tasks.image_diffusion.data.readers.latent_files import read_latent, read_shard, read_statistics
-from tasks.image_diffusion.data.readers.pictures import ENDINGS, read_image
 
 RNG = np.random.default_rng(0)
 

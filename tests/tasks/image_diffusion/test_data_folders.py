@@ -18,12 +18,12 @@ from image_common import bound, write_latent, write_shard
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from moeapps.data.images.arrays import ImageFileError
+from moeapps.data.images.folders import class_files, found_table
+from moeapps.data.images.pictures import ENDINGS
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.latents import LatentImages
 from tasks.image_diffusion.data.own_images import OwnImages
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
-from tasks.image_diffusion.data.readers.folders import class_files, found_table
-from tasks.image_diffusion.data.readers.pictures import ENDINGS
 from tasks.image_diffusion.datamodule import ImageData
 
 WORDS = st.text("abcxyz", min_size=1, max_size=3)

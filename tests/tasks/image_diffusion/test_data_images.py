@@ -11,10 +11,10 @@ import pytest
 import torch
 from image_common import SMALL, small_data
 
-from tasks.image_diffusion.data.batch import ImageBatch, PixelImages, from_uint8, to_uint8
-from tasks.image_diffusion.data.drawing import Hand, Sketch, arc, draw
+from moeapps.data.images.batch import ImageBatch, PixelImages, from_uint8, to_uint8
+from moeapps.data.images.drawing import Hand, Sketch, arc, draw
+from moeapps.data.images.splits import split_rows
 from tasks.image_diffusion.data.glyph_shapes import SPLITS, GlyphShapes
-from tasks.image_diffusion.data.source import split_rows
 from tasks.image_diffusion.data.styles import STYLES, negative, outline, stripes
 from tasks.image_diffusion.datamodule import ImageData
 

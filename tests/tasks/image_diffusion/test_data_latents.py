@@ -13,9 +13,9 @@ import pytest
 import torch
 from image_common import ALL, bound, write_latent, write_shard
 
+from moeapps.data.images.arrays import ImageFileError, read_arrays
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.latents import LatentImages
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, read_arrays
 from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,

@@ -12,10 +12,10 @@ import torch
 from image_common import ALL, bound
 from PIL import Image
 
+from moeapps.data.images.arrays import ImageFileError
+from moeapps.data.images.pictures import centre_crop
 from moeapps.files import write_arrays
 from tasks.image_diffusion.data.own_images import OwnImages
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
-from tasks.image_diffusion.data.readers.pictures import centre_crop
 from tasks.image_diffusion.datamodule import ImageData
 
 RNG = np.random.default_rng(0)

@@ -17,10 +17,11 @@ import torch
 from moeapps.commands import data as data_command
 from moeapps.data import archives
 from moeapps.data.archives import ArchiveError, Package
+from moeapps.data.images.batch import to_uint8
+from moeapps.data.images.mnist import check_images, read_digits
 from tasks.image_diffusion.data import tri28
-from tasks.image_diffusion.data.batch import to_uint8
 from tasks.image_diffusion.data.styles import outline
-from tasks.image_diffusion.data.tri28 import Tri28, check_images, read_animals, read_digits, read_fashion, read_idx
+from tasks.image_diffusion.data.tri28 import Tri28, read_animals, read_fashion, read_idx
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.packages import ANIMALS, DIGITS, FASHION, PACKAGES
 

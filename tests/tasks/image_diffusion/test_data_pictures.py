@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
-from tasks.image_diffusion.data.readers.pictures import BACKGROUNDS, open_picture, read_image
+from moeapps.data.images.arrays import ImageFileError
+from moeapps.data.images.pictures import BACKGROUNDS, open_picture, read_image
 
 RNG = np.random.default_rng(0)
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]

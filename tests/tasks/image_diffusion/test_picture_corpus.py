@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_images
 
 from moeapps.data.archives import ArchiveError, Package, fetch_package
 from moeapps.data.cache import cache_dir
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
-from tasks.image_diffusion.data.readers.pictures import ENDINGS, open_picture, read_image
+from moeapps.data.images.arrays import ImageFileError
+from moeapps.data.images.pictures import ENDINGS, open_picture, read_image
 
 SAMPLES = Package(
     name="pillow",

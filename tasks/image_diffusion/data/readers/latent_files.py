@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.image_diffusion.data.batch import ImageDataset
-from tasks.image_diffusion.data.readers.arrays import ImageFileError, check_labels, read_arrays
+from moeapps.data.images.arrays import ImageFileError, check_labels, read_arrays
+from moeapps.data.images.batch import ImageDataset
 
 SCALE = 0.18215
 """Factor of Stable Diffusion's latents."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
+from moeapps.data.images.arrays import ImageFileError
 
 ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """Endings of the files that are read, in small letters."""

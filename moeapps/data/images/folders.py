@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moeapps.data.images.arrays import ImageFileError
 from moeapps.files import is_clutter
-from tasks.image_diffusion.data.readers.arrays import ImageFileError
 
 NOTES = (".txt", ".caption", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf")
 """Endings of what people lay beside their data: captions, tables, licences."""

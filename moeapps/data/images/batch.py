@@ -23,7 +23,8 @@ class ImageBatch:
 
     Attributes:
         image: float32 [B, C, H, W]; pixels in [-1, 1], or scaled latents, which have no bounds.
-        label: int64 [B], 0 to K - 1. K itself is the null label of the model and never in the data.
+        label: int64 [B], 0 to K - 1, or -1 where it is unknown; float32 [B] where it is a measured value, nan where
+            that is unknown. The null label K of a diffusion model is never in the data.
         domain: int64 [B], position of the domain among all configured ones.
         index: int64 [B], row in the data set of its domain and split: what fixed noise is drawn from.
     """
@@ -57,12 +58,12 @@ class ImageDataset(BatchDataset):
     A subclass provides ``fetch``.
 
     Args:
-        label: int64 [N].
+        label: int64 [N]; float32 [N] where a value is measured.
         train: whether ``fetch`` may draw random numbers (mirroring, posterior samples of latents).
     """
 
     def __init__(self, label: Tensor, *, train: bool = False) -> None:
-        self.label = label.to(torch.int64)
+        self.label = label.to(torch.float32 if label.is_floating_point() else torch.int64)
         self.train = train
         self.domain = 0  # the data module, which numbers the domains, sets it
 
@@ -76,6 +77,11 @@ class ImageDataset(BatchDataset):
     @override
     def batch(self, rows: Tensor) -> ImageBatch:
         return ImageBatch(self.fetch(rows), self.label[rows], torch.full_like(rows, self.domain), rows)
+
+    def unlabelled(self, rows: Tensor, *, measured: bool = False) -> ImageBatch:
+        """Return the images of int64 rows [n] without reading a label: all are -1, or nan where a value is measured."""
+        label = torch.full((len(rows),), torch.nan) if measured else torch.full_like(rows, -1)
+        return ImageBatch(self.fetch(rows), label, torch.full_like(rows, self.domain), rows)
 
     @override
     def join(self, parts: list[Any], order: Tensor) -> ImageBatch:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits of labelled images, class by class, and the check of domains' names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeapps.data.domain import Role, Split
+
+
+def check_domains(roles: dict[Role, list[str]], known: Sequence[str], what: str) -> None:
+    """Raise ValueError where a role names a domain that is not known."""
+    for names in roles.values():
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{what} has no domain {name!r}; allowed: {', '.join(known)}")
+
+
+def split_rows(label: Tensor, parts: dict[Split, float], seed: int) -> dict[Split, Tensor]:
+    """Split rows class by class.
+
+    Args:
+        label: int64 [N].
+        parts: share of each class that goes into every split but ``train``, which gets the rest.
+        seed: seed of the choice; the same rows for the same labels and seed.
+
+    Returns:
+        split -> sorted int64 rows. A class of which there is little gives ``train`` first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[Split, list[Tensor]] = {"train": [], "val": [], "test": []}
+    for value in label.unique().tolist():
+        rows = torch.nonzero(label == value).flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        start = 0
+        for split, share in parts.items():
+            count = min(round(share * len(rows)), len(rows) - 1 - start)
+            chosen[split].append(rows[start : start + max(count, 0)])
+            start += max(count, 0)
+        chosen["train"].append(rows[start:])
+    none = torch.empty(0, dtype=torch.int64)
+    return {split: torch.cat([none, *rows]).sort().values for split, rows in chosen.items()}

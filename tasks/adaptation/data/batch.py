@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Episodes: a few images of a domain to adapt to, whose labels nobody sees, and others of it to be answered.
+
+Shape legend: S support images, Q query images; B episodes of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moeapps.data.images.batch import ImageBatch, ImageDataset, PixelImages
+
+__all__ = ["Episode", "EpisodeBatch", "ImageBatch", "ImageDataset", "PixelImages"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Images of ONE domain in two disjoint parts (`EpisodeBatch` says where they may overlap).
+
+    Attributes:
+        support: S images to adapt to; every label is unknown (-1, or nan in regression).
+        query: Q images to be answered, with their labels.
+        domain: position of the domain among all configured ones.
+        draw: which drawing of the support this is; 0 in training. Episodes of one domain and draw have the same
+            support, so that a model adapted to it may be kept for the next part of the query images.
+    """
+
+    support: ImageBatch
+    query: ImageBatch
+    domain: int
+    draw: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Episode:
+        """Return the episode on a device."""
+        support, query = (part.to(device, non_blocking) for part in (self.support, self.query))
+        return Episode(support, query, self.domain, self.draw)
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """The B episodes of one step.
+
+    Support and query of an episode are disjoint, but for the evaluation of the published code
+    (``protocol: official``), which counts the support images too.
+    """
+
+    episodes: tuple[Episode, ...]
+
+    def __len__(self) -> int:
+        """Return the number of query images: what scores and losses are means over."""
+        return sum(len(episode.query) for episode in self.episodes)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return iter(self.episodes)
+
+    @property
+    def query(self) -> ImageBatch:
+        """All query images, episode by episode."""
+        return ImageBatch.cat([episode.query for episode in self.episodes])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> EpisodeBatch:
+        """Return the batch on a device."""
+        return EpisodeBatch(tuple(episode.to(device, non_blocking) for episode in self.episodes))
+
+    @staticmethod
+    def cat(parts: Sequence[EpisodeBatch]) -> EpisodeBatch:
+        """Join batches."""
+        return EpisodeBatch(tuple(episode for part in parts for episode in part))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a test of adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def attention_figure(share: Sequence[Sequence[float]], domains: Sequence[str], experts: Sequence[str]) -> Figure:
+    """Draw how much the aggregator attends to each expert (across) in each domain (down).
+
+    Args:
+        share: one row per domain, which sums to 1.
+        domains: their names.
+        experts: names of the experts.
+    """
+    figure = Figure(figsize=(2.5 + 0.5 * len(experts), 1.6 + 0.26 * len(domains)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(np.asarray(share), vmin=0.0, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(experts)), list(experts), rotation=60, ha="right")
+    axis.set_yticks(range(len(domains)), list(domains))
+    axis.tick_params(labelsize=7)
+    axis.set_title("attention of the aggregator to each expert", fontsize=9)
+    figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
+    return figure
+
+
+def gain_figure(scores: Mapping[str, tuple[float, float]], metric: str) -> Figure:
+    """Draw the score of each domain before (open) and after (filled) adaptation.
+
+    Args:
+        scores: domain -> after, before.
+        metric: its name.
+    """
+    figure = Figure(figsize=(6.0, 1.2 + 0.26 * len(scores)), layout="constrained")
+    axis = figure.subplots()
+    for place, (after, before) in enumerate(scores.values()):
+        axis.plot([before, after], [place, place], color="tab:green" if after >= before else "tab:red", lw=2)
+        axis.plot(before, place, "o", mfc="white", mec="black", ms=5)
+        axis.plot(after, place, "o", color="black", ms=5)
+    axis.set_yticks(range(len(scores)), list(scores))
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel(f"{metric}: before (open) and after (filled) adaptation", fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, int]]], names: Sequence[str]) -> Figure:
+    """Draw images whose answer adaptation made right (upper rows) or wrong (lower rows).
+
+    Args:
+        changed: ``mended`` and ``spoilt`` -> domain, image [C, H, W] in [-1, 1], label, answer before, answer after.
+        names: of the classes.
+    """
+    columns = max(1, *(len(items) for items in changed.values()))
+    figure = Figure(figsize=(1.1 * columns, 1.6 * len(changed)), layout="constrained")
+    axes = figure.subplots(len(changed), columns, squeeze=False)
+    for row, (kind, items) in zip(axes, changed.items(), strict=True):
+        row[0].set_ylabel(kind, fontsize=8)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+        for axis, (domain, image, label, before, after) in zip(row, items, strict=False):
+            pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+            axis.imshow(((pixels + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy())
+            axis.set_title(f"{domain}\n{names[label]}\n{names[before]} > {names[after]}", fontsize=4)
+    return figure
