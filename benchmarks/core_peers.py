@@ -70,8 +70,8 @@ def measure_peers(names: Sequence[str], pairs: int) -> dict[str, dict[str, Any]]
 
 def mixtral(size: Size, implementation: str) -> tuple[MoELayer, nn.Module, Callable[[Tensor], Tensor]]:
     """Our SwiGLU layer, transformers' block with the same weights, and how to call it."""
-    from transformers import MixtralConfig  # type: ignore[import-not-found]
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # type: ignore[import-not-found]
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     config = MixtralConfig(
         hidden_size=size.d, intermediate_size=size.hidden, num_local_experts=size.e, num_experts_per_tok=size.k
