@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.evidence.grid import load_grid
+from benchmarks.evidence.grid import Cell, load_grid
+from moeapps.commands.curriculum import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("meta_dmoe")
@@ -45,3 +46,18 @@ def test_the_ladder_grows_in_domain_distance() -> None:
     assert GRID.ladder is not None
     assert list(GRID.ladder.levels) == ["near", "usual", "far"]
     assert GRID.ladder.variant_name("usual", "erm") == "erm"
+
+
+def test_the_words_of_a_chain_are_stages_of_a_curriculum() -> None:
+    for name, number in (("meta_dmoe", 4), ("no_meta", 3), ("experts", 2), ("published", 4)):
+        words = GRID.arguments(Cell(name, 1, 1))
+        found = plan(words[1:])
+        assert words[0] == "curriculum"
+        assert len(found) == number
+        assert [stage.root for stage in found] == [Path("runs/meta_dmoe_stages")] * (number - 1) + [None]
+        assert found[-1].name == f"{name}-s1-d1"
+    beginnings = [
+        plan(GRID.arguments(Cell(name, 1, 1))[1:])[1].name for name in ("meta_dmoe", "no_meta", "first_order")
+    ]
+    assert len(set(beginnings)) == 1
+    assert plan(GRID.arguments(Cell("meta_dmoe", 2, 2))[1:])[0].name not in {beginnings[0]}
