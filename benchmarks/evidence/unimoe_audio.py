@@ -37,7 +37,7 @@ NUM_STEPS = {
     "specialists": 304,
 }
 """Network -> training steps, so that all have the training FLOPs of 320 steps of the mixture."""
-STAGE_STEPS = {"curriculum": (40, 40, 20, 235), "no_warmup": (40, 40, 247)}
+STAGE_STEPS = {"curriculum": (40, 40, 20, 243), "no_warmup": (40, 40, 247)}
 """Steps of the stages, with the same sum of FLOPs."""
 RATES: dict[str, float] = {
     "moe": 0.005,
