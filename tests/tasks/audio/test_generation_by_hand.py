@@ -69,7 +69,9 @@ def one_by_one(net: Hashed, prompt: Tensor, given: Tensor, scale: float, least: 
                 step.append(codes[book][frame])
             else:
                 allowed = logits[book, :size].tolist()
-                stops = book == 0 and start + least <= frame and (not best or int(logits[0].argmax()) == size)
+                stops = (
+                    book == 0 and start + least <= frame and (not best or int(logits[0, : size + 1].argmax()) == size)
+                )
                 token = max(range(size), key=allowed.__getitem__)
                 if stops and float(logits[0, size]) > allowed[token]:
                     token, end = size, frame
