@@ -46,9 +46,20 @@ CLAIMS = (
     ("promoe", "C1a"),
     ("promoe", "C1g"),
     ("promoe", "C1i"),
+    ("unimoe_audio", "C8a"),
+    ("unimoe_audio", "C3b"),
+    ("unimoe_audio", "C8d"),
+    ("unimoe_audio", "C7m"),
 )
 """System and claim: the mixture beside its dense twin or its first rival, as published and where experts pay."""
-_NAMES = {"point_moe": "Point-MoE", "home": "HoME", "aw_moe": "AW-MoE", "mixer": "MixER", "promoe": "ProMoE"}
+_NAMES = {
+    "point_moe": "Point-MoE",
+    "home": "HoME",
+    "aw_moe": "AW-MoE",
+    "mixer": "MixER",
+    "promoe": "ProMoE",
+    "unimoe_audio": "UniMoE-Audio",
+}
 _WORDS = {"supported": "**yes**", "not supported": "**no**", "inconclusive": "open"}
 
 

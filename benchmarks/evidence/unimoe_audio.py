@@ -3,7 +3,7 @@
 
 On recordings (configs/data/recordings.yaml): telephone prompts by three voices in four languages, and music, of which
 there is a tenth as much. Scores are bits of the first book's codes, teacher-forced on test clips. C1 to C6 are claims
-that follow from the paper (docs/papers/unimoe_audio.md), C7 is a floor, C8 ours. All networks have one total of
+that follow from the paper (docs/papers/unimoe_audio.md), C7 are floors, C8 and C9 ours. All networks have one total of
 training compute, in which every stage of a curriculum counts; each has the learning rate that
 benchmarks/unimoe_audio_rates.py found for it on validation domains.
 """
@@ -174,6 +174,10 @@ CLAIMS = (
     ),
     claim("C9d", "64 steps on its clips make an unseen domain cheaper for the mixture with a curriculum.",
           "few_shot_64/gain", "tuned_curriculum", None, baseline_value=0.0, direction="higher", match="none"),
+    claim("C7m", "The mixture with a curriculum beats the bigram of each domain (counts), on all seen domains.", BITS,
+          "curriculum", "bigram", match="none"),
+    claim("C7n", "It does so on domains of which nothing was counted (validation).", "validation/bits_0",
+          "curriculum", "bigram", match="none"),
     *(
         claim(f"C7{letter}", f"{words.capitalize()} beats the unigram of {domain} (which is not trained by gradients).",
               f"{domain}/bits_0", name, "unigram", match="none")
