@@ -11,11 +11,9 @@ Fails (exit status 1) when a ratio at equal error exceeds `GATE`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.core import machine
 from benchmarks.core_cases import Mode, median_ms, paired_ratios, step
-from moeapps.files import write_json
+from benchmarks.steps import command
 from tasks.dynamics.data.families import OdeFamilies
 from tasks.dynamics.data.fields import field_of
 from tasks.dynamics.model import FieldMixER
@@ -143,17 +141,11 @@ def show(report: dict[str, Any]) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Measure, print, write; 1 when a gate is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamics_speed", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
-    options = parser.parse_args(args)
-    report = measure(pairs=options.pairs)
-    show(report)
-    if options.json:
-        write_json(options.json, report)
-    return 0 if all(row["ok"] for row in report["over_torchdiffeq_rk4"].values()) else 1
+
+    def ok(report: dict[str, Any]) -> bool:
+        return all(row["ok"] for row in report["over_torchdiffeq_rk4"].values())
+
+    return command("dynamics_speed", __doc__, args, measure=measure, show=show, ok=ok)
 
 
 if __name__ == "__main__":

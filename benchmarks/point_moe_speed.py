@@ -13,26 +13,21 @@ Fails (exit status 1) when the step costs more than `GATE` times the dense twin'
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from benchmarks.core import machine
-from benchmarks.core_cases import median_ms, paired_ratios
+from benchmarks.core_cases import paired_ratios
+from benchmarks.steps import Work, alone, command, shares, show_step, step_over
 from benchmarks.system_share import build as build_system
-from moeapps.files import write_json
 from tasks.point_cloud.module import PointCloudTask
 from tasks.point_cloud.nets.attention import PatchAttention
 from tasks.point_cloud.nets.sparse_conv import NeighbourTable, SubmanifoldConv3d, submanifold_conv
@@ -40,9 +35,6 @@ from tasks.point_cloud.nets.sparse_conv import NeighbourTable, SubmanifoldConv3d
 RIVALS = {"dense": "configs/baselines/point_moe_dense.yaml", "ptv3": "configs/baselines/point_moe_ptv3.yaml"}
 GATE = 1.25
 """A step over a step of the dense twin; agreed beforehand."""
-
-Work = Callable[[], object]
-
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
@@ -108,18 +100,6 @@ def captured_parts(task: PointCloudTask, batch: Batch) -> dict[str, list[Work]]:
     return found
 
 
-def alone(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Work:
-    """Forward and backward of one call on fixed inputs."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    x = x.requires_grad_()
-
-    def work() -> None:
-        y = call(x)
-        torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
-
-    return work
-
-
 def heads_only(attention: PatchAttention, x_ND: Tensor, *rest: Any) -> Tensor:
     """Attention without what merges the heads."""
     proj, attention.proj = attention.proj, nn.Identity()
@@ -149,16 +129,6 @@ def head_and_loss(task: PointCloudTask, batch: Batch) -> Work:
             task.shared_step(batch, "train").loss.backward()
 
     return work
-
-
-def shares(task: PointCloudTask, batch: Batch, *, samples: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds and share of the step of every part."""
-    whole = median_ms(train_step(task, batch), samples=samples)
-    parts = captured_parts(task, batch)
-    cost = {part: sum(median_ms(work, samples=samples) for work in calls) for part, calls in parts.items()}
-    cost["rest"] = max(0.0, whole - sum(cost.values()))
-    ordered = sorted(cost.items(), key=lambda entry: -entry[1])
-    return {part: {"ms": round(ms, 1), "share": round(ms / whole, 3)} for part, ms in ordered}
 
 
 # --- other ways to convolve -------------------------------------------------------------------------------------------
@@ -232,19 +202,14 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     task, batch = build(flags=flags)
     ours = train_step(task, batch)
-    ratios: dict[str, Any] = {}
-    with Progress(transient=True) as progress:
-        for name, overlay in progress.track(RIVALS.items(), description="steps"):
-            rival = build(overlay, flags)[0]
-            values = paired_ratios(ours, train_step(rival, batch), pairs=pairs)
-            ratios[name] = {"ratio": round(statistics.median(values), 3), "pairs": [round(v, 3) for v in values]}
-    parts = shares(task, batch, samples=max(3, pairs // 2))
-    gated = ratios["dense"] | {"gate": GATE, "ok": ratios["dense"]["ratio"] <= GATE}
+    rivals = {name: lambda file=file: train_step(build(file, flags)[0], batch) for name, file in RIVALS.items()}
+    over = step_over(ours, rivals, gate=GATE, pairs=pairs)
+    parts = shares(ours, lambda: captured_parts(task, batch), samples=max(3, pairs // 2))
     return {
         "command": "python -m benchmarks.point_moe_speed --json benchmarks/results/point_moe_speed.json",
         "machine": machine(),
         "voxels": int(batch.num_nodes),
-        "step_over": {**ratios, "dense": gated},
+        "step_over": over,
         "parts": parts,
         "largest": next(iter(parts)),
         "conv_tries": conv_tries(task, batch, pairs=pairs),
@@ -253,32 +218,14 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report as two tables."""
-    console = Console(highlight=False)
-    table = Table("a step of Point-MoE over one of", "ratio", "gate")
-    for name, row in report["step_over"].items():
-        table.add_row(name, f"{row['ratio']:.2f}", f"{row['gate']:.2f}" if "gate" in row else "")
-    console.print(table)
-    table = Table("part of the step", "CPU ms", "share")
-    for name, row in report["parts"].items():
-        table.add_row(name, f"{row['ms']:.0f}", f"{row['share']:.0%}")
-    console.print(table)
+    console = show_step(report, "Point-MoE")
     for name, ratio in report["conv_tries"].items():
         console.print(f"convolution, {name}: {ratio:.2f} x the shipped one")
 
 
 def main(args: list[str] | None = None) -> int:
     """Measure, print, write; 1 when the gate is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.point_moe_speed", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
-    options = parser.parse_args(args)
-    report = measure(pairs=options.pairs)
-    show(report)
-    if options.json:
-        write_json(options.json, report)
-    return 0 if report["step_over"]["dense"]["ok"] else 1
+    return command("point_moe_speed", __doc__, args, measure=measure, show=show)
 
 
 if __name__ == "__main__":

@@ -15,53 +15,36 @@ Fails (exit status 1) when the step costs more than `GATE` times the dense twin'
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
-from moeapps.commands.run import Cli, import_tasks, quiet
+from benchmarks.steps import Work, alone, command, ratio_of, shares, show_step, step_over
+from benchmarks.system_share import build as build_system
 from moeapps.data.images.batch import ImageBatch
-from moeapps.files import write_json
 from moeapps.moe import MLPExperts, MoELayer
 from moeapps.training.sparse import build_optimizer
 from tasks.image_diffusion.module import ImageDiffusionTask
 from tasks.image_diffusion.nets.blocks import Block
 
-BASE = ["--config", "configs/promoe.yaml"]
 DENSE = ["--config", "configs/baselines/promoe_dense.yaml"]
 RIVALS = ("dense", "dit")
 GATE = 1.15
 """A step over a step of the dense twin; agreed beforehand."""
-
-Work = Callable[[], object]
-
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
 def build(words: list[str] | None = None, flags: list[str] | None = None) -> tuple[ImageDiffusionTask, ImageBatch]:
     """Return a freshly initialised task and the first training batch of its data."""
-    given = [*BASE, *(words or []), "--trainer.callbacks", "null", *(flags or [])]
-    quiet()
-    import_tasks(given)
-    built = Cli(given, run=False)
-    built.datamodule.prepare_data()
-    built.datamodule.setup("fit")
-    task = built.model
+    task, batch = build_system("promoe", [*(words or []), *(flags or [])])
     assert isinstance(task, ImageDiffusionTask)
-    return task.train(), next(iter(built.datamodule.train_dataloader()))
+    return task, batch
 
 
 def build_rival(name: str, flags: list[str] | None = None) -> ImageDiffusionTask:
@@ -130,18 +113,6 @@ def captured_parts(task: ImageDiffusionTask, batch: ImageBatch) -> dict[str, lis
         found["losses on the routing"] = [routing_losses(task)]
     found["optimizer"] = [optimizer_step(task)]
     return found
-
-
-def alone(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Work:
-    """Forward and backward of one call on fixed inputs."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    x = x.requires_grad_()
-
-    def work() -> None:
-        y = call(x)
-        torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
-
-    return work
 
 
 def routing_losses(task: ImageDiffusionTask) -> Work:
@@ -220,16 +191,6 @@ def products_alone(layer: MoELayer, x: Tensor, group: Tensor) -> Work:
     return work
 
 
-def shares(task: ImageDiffusionTask, batch: ImageBatch, *, samples: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds and share of the step of every part."""
-    whole = median_ms(train_step(task, batch), samples=samples)
-    parts = captured_parts(task, batch)
-    cost = {part: sum(median_ms(work, samples=samples) for work in calls) for part, calls in parts.items()}
-    cost["rest"] = max(0.0, whole - sum(cost.values()))
-    ordered = sorted(cost.items(), key=lambda entry: -entry[1])
-    return {part: {"ms": round(ms, 1), "share": round(ms / whole, 3)} for part, ms in ordered}
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -238,22 +199,18 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     task, batch = build(flags=flags)
     ours = train_step(task, batch)
-    ratios: dict[str, Any] = {}
-    with Progress(transient=True) as progress:
-        for name in progress.track(RIVALS, description="steps"):
-            values = paired_ratios(ours, train_step(build_rival(name, flags), batch), pairs=pairs)
-            ratios[name] = {"ratio": round(statistics.median(values), 3), "pairs": [round(v, 3) for v in values]}
+    rivals = {name: lambda name=name: train_step(build_rival(name, flags), batch) for name in RIVALS}
+    over = step_over(ours, rivals, gate=GATE, pairs=pairs)
     half = paired_ratios(train_step(task, batch, bf16=True), ours, pairs=pairs)
     samples = max(3, pairs // 2)
-    parts = shares(task, batch, samples=samples)
-    gated = ratios["dense"] | {"gate": GATE, "ok": ratios["dense"]["ratio"] <= GATE}
+    parts = shares(ours, lambda: captured_parts(task, batch), samples=samples)
     return {
         "command": "python -m benchmarks.promoe_speed --json benchmarks/results/promoe_speed.json",
         "machine": machine(),
         "images": len(batch.label),
         "tokens": len(batch.label) * task.net.num_tokens,
-        "step_over": {**ratios, "dense": gated},
-        "bf16_over_float32": {"ratio": round(statistics.median(half), 3), "pairs": [round(v, 3) for v in half]},
+        "step_over": over,
+        "bf16_over_float32": ratio_of(half),
         "parts": parts,
         "largest": next(iter(parts)),
         "mixtures_ms": mixture_parts(task, batch, samples=samples),
@@ -262,33 +219,15 @@ def measure(*, pairs: int, flags: list[str] | None = None) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Print the report as tables."""
-    console = Console(highlight=False)
-    table = Table("a step of ProMoE over one of", "ratio", "gate")
-    for name, row in report["step_over"].items():
-        table.add_row(name, f"{row['ratio']:.2f}", f"{row['gate']:.2f}" if "gate" in row else "")
-    console.print(table)
+    console = show_step(report, "ProMoE")
     console.print(f"a step in bfloat16 over one in float32: {report['bf16_over_float32']['ratio']:.2f}")
-    table = Table("part of the step", "CPU ms", "share")
-    for name, row in report["parts"].items():
-        table.add_row(name, f"{row['ms']:.0f}", f"{row['share']:.0%}")
-    console.print(table)
     for name, ms in report["mixtures_ms"].items():
         console.print(f"mixtures, {name}: {ms:.0f} ms")
 
 
 def main(args: list[str] | None = None) -> int:
     """Measure, print, write; 1 when the gate is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.promoe_speed", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
-    options = parser.parse_args(args)
-    report = measure(pairs=options.pairs)
-    show(report)
-    if options.json:
-        write_json(options.json, report)
-    return 0 if report["step_over"]["dense"]["ok"] else 1
+    return command("promoe_speed", __doc__, args, measure=measure, show=show)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,4 @@ AEON = Package(
     source="PyPI, aeon 1.6.0 wheel, aeon/datasets/data",
 )
 
-SAMPLES = Package(
-    name=AEON.name,
-    version=AEON.version,
-    kind=AEON.kind,
-    sha256=AEON.sha256,
-    size=AEON.size,
-    licence=TERMS,
-    members=tuple(f"{_DATA}/*.{ending}" for ending in ("ts", "arff", "tsv", "csv")),
-    description="every table of series in the wheel; only a test reads it, from a folder of its own",
-    source=AEON.source,
-)
-
 PACKAGES: tuple[Package, ...] = (AEON,)

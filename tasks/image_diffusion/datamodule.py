@@ -9,59 +9,42 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moeapps.data.domain import DomainDataModule, Role, Split
+from moeapps.data.domain import Split
 from moeapps.data.images.batch import ImageBatch, ImageDataset
 from moeapps.data.mixing import DomainMixing
+from moeapps.data.source import SourceDataModule
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
 
 
-class ImageData(DomainDataModule):
+class ImageData(SourceDataModule):
     """Labelled images or latents; labels count through the classes of all domains.
 
     Args:
         source: the images; None means the generated ones of `GlyphShapes`.
-        seen: domains that are trained on; None means the source's own.
-        validation: domains never trained on where every choice is made; None means the source's own.
-        unseen: domains that only ``test`` touches; None means the source's own.
         batch_size: images per training step and process.
         mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
             or one_domain (each batch from one domain).
-        eval_batch_size: images per evaluation batch; None means 2 * batch_size.
-        options: further arguments of `DomainDataModule`.
+        options: further arguments of `SourceDataModule`.
 
     Raises:
         ValueError: a domain the source does not have, roles that overlap, or a source without classes.
     """
 
+    eval_factor = 2
+    source: ImageSource
+
     def __init__(
         self,
         *,
         source: ImageSource | None = None,
-        seen: list[str] | None = None,
-        validation: list[str] | None = None,
-        unseen: list[str] | None = None,
         batch_size: int = 64,
         mixing: DomainMixing = "balanced",
-        eval_batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        self.source = source or GlyphShapes()
-        given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
-        roles = {
-            role: self.source.default_roles.get(role, []) if names is None else names for role, names in given.items()
-        }
-        super().__init__(
-            **cast(dict[str, Any], roles),
-            batch_size=batch_size,
-            mixing=mixing,
-            eval_batch_size=eval_batch_size or 2 * batch_size,
-            **options,
-        )
-        self.source.bind(self.roles)
+        super().__init__(source=source or GlyphShapes(), batch_size=batch_size, mixing=mixing, **options)
         if not self.source.class_names:
             raise ValueError(f"the domains {self.domain_names} have no class; give labelled images")
-        self.sources = {name: self.source.describe(name) for name in self.domain_names}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -75,14 +58,6 @@ class ImageData(DomainDataModule):
             "image_size": self.source.image_size,
             "latent": self.source.latent,
         }
-
-    @override
-    def available(self, domain: str) -> str | None:
-        return self.source.missing(domain, self.cache_dir)
-
-    @override
-    def prepare_data(self) -> None:
-        self.source.prepare(self.cache_dir)
 
     @override
     def dataset(self, domain: str, split: Split) -> ImageDataset:

@@ -39,19 +39,4 @@ ANIMALS = Package(
     source="PyPI, animal-mnist 0.4 wheel, animal_mnist/data/Animal_MNIST",
 )
 
-SAMPLES = Package(
-    name="pillow",
-    version="13.0.0",
-    kind="sdist",
-    sha256="cdcd1ba258178f7356d74170c9a81ba4eab6a5d55748bc402a5a2a6fe6be3510",
-    size=47_058_631,
-    licence="Pillow's test pictures, most of them under its licence MIT-CMU; some have terms of their own beside them",
-    members=tuple(
-        f"pillow-13.0.0/Tests/images/*.{ending}"
-        for ending in ("png", "jpg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
-    ),
-    description="700 pictures, many damaged on purpose; only a test reads them, from a folder of its own",
-    source="PyPI, pillow 13.0.0 source archive, Tests/images",
-)
-
 PACKAGES: tuple[Package, ...] = (DIGITS, FASHION, ANIMALS)

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import Dataset
 
-from moeapps.data.domain import DomainDataModule, Role, Split
-from moeapps.data.gather import BatchDataset
+from moeapps.data.domain import Split
 from moeapps.data.mixing import DomainMixing, MixingSampler
+from moeapps.data.source import SourceDataModule
 from moeapps.data.windows import WindowSampler
 from tasks.recommendation.data.lists import ListDataset, ListSchema
 from tasks.recommendation.data.multitask_log import MultitaskLog
@@ -19,77 +18,41 @@ from tasks.recommendation.data.source import LogSource
 from tasks.recommendation.data.taste_types import TasteTypes
 
 
-class RecommendationData(DomainDataModule):
+class RecommendationData(SourceDataModule):
     """Impressions with several labels each, out of a generated, packaged or own log.
 
     Args:
         source: the log; None means `MultitaskLog`, which is generated.
-        seen: domains that are trained on; None means the source's.
-        validation: domains never trained on where every choice is made; None means the source's.
-        unseen: domains that only ``test`` touches; None means the source's.
         batch_size: rows per training step.
-        num_workers: loader processes; 0 loads in the training process.
-        seed: seed of the order of the training rows.
-        cache_dir: folder for generated and fetched data; None means $MOEAPPS_CACHE or ~/.cache/moeapps.
         mixing: how training batches mix domains: concat (in proportion to size), balanced (each domain equally often)
             or one_domain (each batch from one domain). A source read block by block knows concat alone.
-        eval_batch_size: rows per evaluation batch; None means 4 * batch_size.
+        options: further arguments of `SourceDataModule`.
 
     Raises:
-        ValueError: a domain the source does not have, or roles that overlap.
+        ValueError: a domain the source does not have, roles that overlap, or a mixing that the source does not know.
     """
+
+    eval_factor = 4
+    source: LogSource
 
     def __init__(
         self,
         *,
         source: LogSource | None = None,
-        seen: list[str] | None = None,
-        validation: list[str] | None = None,
-        unseen: list[str] | None = None,
         batch_size: int = 512,
-        num_workers: int = 0,
-        seed: int = 0,
-        cache_dir: Path | None = None,
         mixing: DomainMixing = "concat",
-        eval_batch_size: int | None = None,
+        **options: Any,
     ) -> None:
-        self.source = source or MultitaskLog()
-        given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
-        roles = {
-            role: self.source.default_roles.get(role, []) if names is None else names for role, names in given.items()
-        }
-        super().__init__(
-            **cast(dict[str, Any], roles),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            cache_dir=cache_dir,
-            mixing=mixing,
-            eval_batch_size=eval_batch_size or 4 * batch_size,
-        )
+        super().__init__(source=source or MultitaskLog(), batch_size=batch_size, mixing=mixing, **options)
         if self.source.streaming and mixing != "concat":
             raise ValueError(
                 f"mixing={mixing!r} needs all rows at hand; a source read block by block allows concat only"
             )
-        self.source.bind(self.roles)
-        self.sources = {name: self.source.describe(name) for name in self.domain_names}
 
     @property
     def facts(self) -> dict[str, Any]:
         """Domain names per role, and the sizes of the columns: dense_dim, fields, bags, tasks, categories."""
         return {**super().facts, **self.source.schema.facts()}
-
-    def available(self, domain: str) -> str | None:
-        """Return why an optional domain is missing."""
-        return self.source.missing(domain, self.cache_dir)
-
-    def prepare_data(self) -> None:
-        """Fetch or generate what is not in the cache yet."""
-        self.source.prepare(self.cache_dir)
-
-    def dataset(self, domain: str, split: Split) -> BatchDataset:
-        """Return the rows of one domain."""
-        return self.source.dataset(domain, split, self.cache_dir)
 
     def collate(self, items: Any) -> Any:
         """Return the batch: rows come whole, except for single rows asked for one by one."""
@@ -135,7 +98,7 @@ class ListData(RecommendationData):
             )
         super().__init__(source=source, batch_size=batch_size, **options)
 
-    def dataset(self, domain: str, split: Split) -> BatchDataset:
+    def dataset(self, domain: str, split: Split) -> Dataset[Any]:
         """Return the lists of one domain.
 
         Raises:

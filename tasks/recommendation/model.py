@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moeapps.moe import ActivationName, DenseRouting, MoELayer, presets
 from moeapps.moe.normalised import Norm
-from moeapps.moe.routers.pairs import AttentionNorm, Part, Pooling, WidthActivation
+from moeapps.moe.routers.pairs import Pooling
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.lists import Lists
 from tasks.recommendation.nets.activation_unit import ActivationUnit, InterestFactory
@@ -29,6 +29,7 @@ from tasks.recommendation.nets.list_banks import (
     BankSizes,
     ExpertOutput,
     GatedBank,
+    GateNorm,
     ListScores,
     other_rows,
     output_width,
@@ -324,14 +325,10 @@ def aw_moe(
     hidden_dim: int = 64,
     expert_output: ExpertOutput = "score",
     key: Literal["auto", "target", "query", "none"] = "auto",
-    gate_norm: Literal["none", "softmax", "sigmoid"] = "none",
-    gate_hidden: tuple[int, ...] | None = (32, 16),
-    attention_hidden: tuple[int, ...] | None = (48, 16),
-    attention_parts: tuple[Part, ...] = ("own", "product", "key"),
-    attention_norm: AttentionNorm = "none",
+    gate_norm: GateNorm = "none",
     pooling: Pooling = "sqrtn",
-    unit_activation: WidthActivation | None = None,
     mixing: Literal["attention", "shuffled"] = "attention",
+    **units: Any,
 ) -> BankFactory:
     """AW-MoE: experts weighed by an attention-weighted sum of gate vectors, one per past item.
 
@@ -346,13 +343,10 @@ def aw_moe(
             candidate (``target``: recommendation, recalled), or nothing (``none``; one gate per list). ``auto`` is
             the request where requests have fields, else the candidate.
         gate_norm: ``none`` leaves the weights free (recalled).
-        gate_hidden: hidden widths of the gate unit; None: one learned vector for all past items (ablation).
-        attention_hidden: hidden widths of the activation unit; None: all past items weigh the same (ablation).
-        attention_parts: what the activation unit reads; DIN's own also has ``difference``.
-        attention_norm: ``softmax`` normalises the attention over the history.
         pooling: ``sqrtn`` divides the sum by the root of the number of past items; ``sum`` (recalled) and ``mean``.
-        unit_activation: width -> activation of the units, e.g. `tasks.recommendation.nets.dice.Dice`; None: ReLU.
         mixing: ``shuffled`` gives each row the gate of another (control).
+        units: options of `moeapps.moe.presets.aw_moe` for the gate unit and the activation unit; DIN's own also has
+            the part ``difference`` and the activation `tasks.recommendation.nets.dice.Dice`.
 
     Raises:
         ValueError: an unknown choice.
@@ -372,13 +366,10 @@ def aw_moe(
             hidden_dim=hidden_dim,
             out_dim=output_width(expert_output, hidden_dim),
             gate_norm=gate_norm,
-            gate_hidden=gate_hidden,
-            attention_hidden=attention_hidden,
-            attention_parts=attention_parts,
-            attention_norm=attention_norm,
+            activation="relu",
             pooling=pooling,
-            unit_activation=unit_activation,
             prior=1 / num_experts if gate_norm == "none" else 0.0,
+            **units,
         )(sizes.dim)
         made = cast(MoELayer, layer)
         if mixing == "shuffled":

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from moeapps.moe import MoERecorder
-from moeapps.moe.losses import AuxLoss
-from moeapps.training.optim import OptimizerConfig, Schedule
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.lists import Lists
@@ -50,9 +48,7 @@ class RankingTask(BaseTask):
         uncertainty: learn the weights of the tasks (Kendall et al.; what one re-implementation of HoME does).
         positive_weight: task -> weight of its positives in the loss; a weight other than 1 spoils calibration.
         scores: kinds of scores, per task and as mean over tasks.
-        aux_losses: losses on the routing (paper: none).
-        optimizer: AdamW's numbers.
-        schedule: learning-rate schedule.
+        options: further arguments of `BaseTask`: ``aux_losses`` (paper: none), ``optimizer`` and ``schedule``.
 
     Raises:
         ValueError: ``facts`` lacks an entry, a weight names no task, or is not above 0.
@@ -77,11 +73,9 @@ class RankingTask(BaseTask):
         uncertainty: bool = False,
         positive_weight: dict[str, float] | None = None,
         scores: list[Kind] | None = None,
-        aux_losses: list[AuxLoss] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        super().__init__(facts=facts, **options)
         self.tasks: list[str] = list(facts["tasks"])
         self.kinds = list(DEFAULT_KINDS if scores is None else scores)
         self.net = (net or Ranker)(facts)
@@ -155,9 +149,7 @@ class ListRankingTask(BaseTask):
         mask_probability: p, with which a past item is dropped.
         mask_rank_branch: drop past items before ranking, too: data augmentation, the control of the contrast.
         mask_seed: seed of what is dropped.
-        aux_losses: losses on the routing (paper: none).
-        optimizer: AdamW's numbers.
-        schedule: learning-rate schedule.
+        options: further arguments of `BaseTask`: ``aux_losses`` (paper: none), ``optimizer`` and ``schedule``.
 
     Raises:
         ValueError: ``facts`` lacks an entry; a number outside its range, an unknown choice; a contrast of what no
@@ -190,11 +182,9 @@ class ListRankingTask(BaseTask):
         mask_probability: float = 0.3,
         mask_rank_branch: bool = False,
         mask_seed: int = 0,
-        aux_losses: list[AuxLoss] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(facts=facts, aux_losses=aux_losses, optimizer=optimizer, schedule=schedule)
+        super().__init__(facts=facts, **options)
         if ranking_loss not in RANKING_LOSSES or contrast_on not in ("gate", "interest"):
             raise ValueError(
                 f"ranking_loss={ranking_loss!r}, contrast_on={contrast_on!r}: the first is one of "

@@ -15,23 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from moeapps.reporting.figures import save_figure
+from moeapps.reporting.figures import COLOURS, FAINT, INK, colour, save_figure
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
 
-INK, FAINT = "#22262e", "#9aa1ad"
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5d4b8c", "#7f7f7f", "#8c564b")
-"""Colour of expert or state 0, 1, ...: Okabe and Ito's palette for colour-blind readers, then two more."""
 MARKERS = "osD^vP*X<>"
 """Marker of family 0, 1, ..."""
-
-
-def colour(index: int) -> str:
-    """Colour of a number; repeated after the tenth."""
-    return COLOURS[index % len(COLOURS)]
 
 
 def trajectory_figure(

@@ -15,7 +15,6 @@ from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from moeapps.data.images.batch import PixelImages
 from moeapps.data.images.drawing import draw
-from moeapps.data.images.splits import check_domains
 from tasks.image_diffusion.data.sketches import FAMILIES, HANDS
 from tasks.image_diffusion.data.source import ImageSource
 from tasks.image_diffusion.data.styles import STYLES
@@ -62,18 +61,9 @@ class GlyphShapes(ImageSource):
             if count < 1:
                 raise ValueError(f"{name}: {count} is not allowed; use 1 or more")
         self.channels, self.image_size, self.seed = 1, image_size, seed
+        self.domains = [*FAMILIES, *STYLES, *(f"{family}_{style}" for family in FAMILIES for style in STYLES)]
         self.class_names = [name for sketches in FAMILIES.values() for name in sketches]
         self.superclass = [number for number, sketches in enumerate(FAMILIES.values()) for _ in sketches]
-
-    @property
-    def domains(self) -> list[str]:
-        """All names a role may hold."""
-        return [*FAMILIES, *STYLES, *(f"{family}_{style}" for family in FAMILIES for style in STYLES)]
-
-    @override
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        check_domains(roles, self.domains, "GlyphShapes")
-        self.roles = roles
 
     def prepare(self, cache: Path | None) -> None:
         """Draw what is not in the cache yet: about 5 seconds for the base config."""

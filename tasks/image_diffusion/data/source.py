@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,15 +15,17 @@ from moeapps.data.domain import Role, Split
 from moeapps.data.images.arrays import class_counts
 from moeapps.data.images.batch import ImageDataset
 from moeapps.data.images.folders import found_table
+from moeapps.data.source import DomainSource
 
 log = logging.getLogger("moeapps")
 
 
-class ImageSource(ABC):
+class ImageSource(DomainSource):
     """Base class of the sets of images that `ImageData` can read.
 
+    Domains of every role have a ``train`` split: that of an unseen one is what a few examples are taken from.
+
     Attributes:
-        default_roles: domains per role where the data module names none.
         latent: images are latents of an autoencoder, not pixels.
         channels: C of the images the model sees.
         image_size: H = W of the images the model sees.
@@ -32,7 +33,6 @@ class ImageSource(ABC):
         superclass: group of each label (0, 1, ...): what classification routing is supervised by.
     """
 
-    default_roles: ClassVar[dict[Role, list[str]]] = {}
     latent: bool = False
     channels: int
     image_size: int
@@ -40,30 +40,8 @@ class ImageSource(ABC):
     superclass: list[int]
 
     @abstractmethod
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Take note of the roles of this run's domains.
-
-        Raises:
-            ValueError: a domain this set does not have.
-        """
-
-    def missing(self, domain: str, cache: Path | None) -> str | None:
-        """Return why an OPTIONAL domain cannot be had, or None."""
-        return None
-
-    def prepare(self, cache: Path | None) -> None:  # noqa: B027 - files of a user need no preparing
-        """Fetch or generate what is not in the cache yet; called once, by one process."""
-
-    @abstractmethod
     def dataset(self, domain: str, split: Split, cache: Path | None) -> ImageDataset:
-        """Return the images of one domain and split.
-
-        Domains of every role have a ``train`` split: that of an unseen one is what a few examples are taken from.
-        """
-
-    @abstractmethod
-    def describe(self, domain: str) -> str:
-        """Say where a domain's images come from, for results files."""
+        """Return the images of one domain and split."""
 
 
 class OwnSource(ImageSource):

@@ -18,7 +18,7 @@ from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from moeapps.data.images.batch import PixelImages
 from moeapps.data.images.mnist import Bytes, Labels, check_images, read_digits
-from moeapps.data.images.splits import check_domains, split_rows
+from moeapps.data.images.splits import split_rows
 from moeapps.data.unpacking import load_numpy_pickle
 from tasks.image_diffusion.data.source import ImageSource
 from tasks.image_diffusion.data.styles import STYLES
@@ -52,13 +52,10 @@ class Tri28(ImageSource):
 
     def __init__(self, *, seed: int = 0) -> None:
         self.channels, self.image_size, self.seed = 1, 28, seed
+        self.domains = (*CLASSES, *STYLES)
         self.class_names = [name for names in CLASSES.values() for name in names]
         self.superclass = [number for number, names in enumerate(CLASSES.values()) for _ in names]
         self._arrays: dict[str, Any] | None = None
-
-    @override
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        check_domains(roles, [*CLASSES, *STYLES], "Tri28")
 
     def prepare(self, cache: Path | None) -> None:
         """Fetch the three packages and join them into one file of the cache.

@@ -16,7 +16,7 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 
-from moeapps.reporting.figures import save_figure
+from moeapps.reporting.figures import COLOURS, INK, save_figure
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.data.labels import IGNORE
@@ -24,10 +24,6 @@ from tasks.point_cloud.nets.text import normalise_name, taxonomy
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-INK = "#22262e"
-EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5d4b8c")
-"""Okabe and Ito's palette for colour-blind readers, for experts 0, 1, ...; repeated after the eighth."""
 
 CATEGORY_COLOURS: dict[str, str] = {
     **{"floor": "#b9a58a", "ceiling": "#d9d6cf", "partition": "#a8b4c4", "door": "#8a5a3c", "window": "#7fc4e0"},
@@ -66,8 +62,8 @@ def class_colour(name: str) -> tuple[float, float, float]:
 
 
 def expert_colour(expert: int) -> tuple[float, float, float]:
-    """Colour of an expert: red, green, blue in [0, 1]."""
-    return _rgb(EXPERT_COLOURS[expert % len(EXPERT_COLOURS)])
+    """Colour of an expert, repeated after the eighth: red, green, blue in [0, 1]."""
+    return _rgb(COLOURS[expert % 8])
 
 
 def _rgb(value: str) -> tuple[float, float, float]:

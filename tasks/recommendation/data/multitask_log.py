@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.factors import (
@@ -39,7 +38,7 @@ from tasks.recommendation.data.factors import (
     sigmoid,
     stream,
 )
-from tasks.recommendation.data.source import LogSource, TableDataset, touched
+from tasks.recommendation.data.source import GeneratedLog, TableDataset
 
 GENERATOR_VERSION = 1
 CONTEXT_NOISE = 0.1  # standard deviation of the noise on the two context numbers
@@ -77,7 +76,7 @@ def default_rates() -> dict[str, dict[str, float]]:
     }
 
 
-class MultitaskLog(LogSource):
+class MultitaskLog(GeneratedLog):
     """A generated log of six tasks in two categories, three of them rare, in seven domains.
 
     Args:
@@ -102,6 +101,7 @@ class MultitaskLog(LogSource):
         ValueError: a rate, share or correlation outside its range, a count below 1, or a factor that lifts a rate to 1.
     """
 
+    stem = "multitask"
     default_roles: ClassVar[dict[Role, list[str]]] = {
         "seen": ["angle_00", "angle_15", "angle_30", "angle_45"],
         "validation": ["angle_22"],
@@ -135,7 +135,7 @@ class MultitaskLog(LogSource):
         self.num_users, self.num_items, self.zipf = num_users, num_items, zipf
         self.rows: dict[Split, int] = {"train": train_rows, "val": val_rows, "test": test_rows}
         self.scale_spread, self.heavy_tails, self.segments = scale_spread, heavy_tails, segments
-        self.populations = default_populations() if populations is None else populations
+        self.domains = self.populations = default_populations() if populations is None else populations
         self._known_intercepts: dict[str, Floats] = {}
         self.truth = FactorModel(self.schema.categories, self.weights, rho, data_seed)
         self._check()
@@ -177,41 +177,17 @@ class MultitaskLog(LogSource):
             bags={},
         )
 
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Check that every domain has a population."""
-        self.roles = roles
-        for name in (name for names in roles.values() for name in names):
-            if name not in self.populations:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(self.populations)}")
-
-    def describe(self, domain: str) -> str:
-        """Say which population was drawn."""
-        return f"generated, data_seed {self.data_seed}"
-
-    def prepare(self, cache: Path | None) -> None:
-        """Generate what the roles can touch."""
-        for _, name, split in touched(self.roles):
-            self._file(name, split, cache)
-
     def dataset(self, domain: str, split: Split, cache: Path | None) -> TableDataset:
         """Return the rows of one domain and split."""
-        with np.load(self._file(domain, split, cache)) as arrays:
-            return TableDataset(self._table(domain, {name: arrays[name] for name in arrays.files}))
+        return TableDataset(self._table(domain, self.drawn(domain, split, cache)))
 
-    # Generation ---------------------------------------------------------------------------------------------------
-
-    def _file(self, domain: str, split: Split, cache: Path | None) -> Path:
-        """Keep users, items, labels and probabilities; features are recomputed, they are twenty times as large."""
+    def made_of(self, domain: str, split: Split) -> list[Any]:
+        """Return what users, items, labels and probabilities depend on; features are recomputed from them."""
         drawn = [self.data_seed, self.rates, self.weights, self.rho, self.label_noise, self.missing_labels]
         sizes = [self.num_users, self.num_items, self.zipf, self.rows[split], asdict(self.populations[domain])]
-        key = config_hash([GENERATOR_VERSION, drawn, sizes, domain, split])
-        path = cache_dir("recommendation", root=cache) / f"multitask-{domain}-{split}-{key}.npz"
+        return [GENERATOR_VERSION, drawn, sizes, domain, split]
 
-        def write(target: Path) -> None:
-            with open(target, "wb") as file:
-                np.savez(file, allow_pickle=False, **self._draw(domain, split))
-
-        return build_once(path, write)
+    # Generation ---------------------------------------------------------------------------------------------------
 
     def _rng(self, *names: str) -> np.random.Generator:
         return stream(self.data_seed, *names)
@@ -250,7 +226,8 @@ class MultitaskLog(LogSource):
             self._known_intercepts[domain] = intercepts(logits, self._domain_rates(self.populations[domain]))
         return self._known_intercepts[domain]
 
-    def _draw(self, domain: str, split: Split) -> dict[str, NDArray[Any]]:
+    def draw(self, domain: str, split: Split) -> dict[str, NDArray[Any]]:
+        """Draw rows; features are twenty times as large and not kept."""
         rates = self._domain_rates(self.populations[domain])
         rng = self._rng("rows", domain, split)
         user, item, logits = self._impressions(domain, rng, self.rows[split])

@@ -30,11 +30,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.factors import Floats, stream
 from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema
-from tasks.recommendation.data.source import LogSource, touched
+from tasks.recommendation.data.source import GeneratedLog
 
 Ints = NDArray[np.int64]
 GENERATOR_VERSION = 1
@@ -61,7 +60,7 @@ def _mostly(tastes: int, k: int, share: float) -> list[float]:
     return [float(value) for value in mix]
 
 
-class TasteTypes(LogSource):
+class TasteTypes(GeneratedLog):
     """Lists of users whose type, shown by their history, decides by which rule they choose.
 
     Args:
@@ -87,6 +86,7 @@ class TasteTypes(LogSource):
         ValueError: a share outside its range, a count that is too small, or a mix that is no share of K types.
     """
 
+    stem = "tastes"
     default_roles: ClassVar[dict[Role, list[str]]] = {
         "seen": ["mostly_0", "mostly_1", "mostly_2"],
         "validation": ["halves"],
@@ -122,7 +122,7 @@ class TasteTypes(LogSource):
         self.lists: dict[Split, int] = {"train": train_lists, "val": val_lists, "test": test_lists}
         if tastes < 2:
             raise ValueError(f"tastes={tastes}: give at least 2 types")
-        self.mixes = default_mixes(tastes) if mixes is None else mixes
+        self.domains = self.mixes = default_mixes(tastes) if mixes is None else mixes
         self._check()
 
     def _check(self) -> None:
@@ -168,57 +168,21 @@ class TasteTypes(LogSource):
             factors=tuple(f"taste {k}" for k in range(self.tastes)),
         )
 
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Check that every domain has a mix."""
-        self.roles = roles
-        for name in (name for names in roles.values() for name in names):
-            if name not in self.mixes:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(self.mixes)}")
-
-    def describe(self, domain: str) -> str:
-        """Say what was drawn."""
-        return f"generated, data_seed {self.data_seed}"
-
     def item_name(self, item: int) -> str:
         """Name an item by its style and the type that likes it."""
         style = int(self.item_ids[item, 2]) - 1
         return f"{item}: style {style} of taste {style // STYLES}"
 
-    def prepare(self, cache: Path | None) -> None:
-        """Generate what the roles can touch."""
-        for _, name, split in touched(self.roles):
-            self._file(name, split, cache)
-
     def dataset(self, domain: str, split: Split, cache: Path | None) -> ListDataset:
         """Return the lists of one domain and split."""
-        with np.load(self._file(domain, split, cache)) as arrays:
-            return ListDataset(self._table({name: arrays[name] for name in arrays.files}))
+        return ListDataset(self._table(self.drawn(domain, split, cache)))
 
-    def _file(self, domain: str, split: Split, cache: Path | None) -> Path:
+    def made_of(self, domain: str, split: Split) -> list[Any]:
+        """Return what lists depend on."""
         drawn = [self.data_seed, self.tastes, self.conflict, self.crossing, self.affinity, self.reveal, self.strength]
         sizes = [self.tail_share, self.cold_share, self.num_items, self.history, self.candidates, self.lists_per_user]
-        key = config_hash(
-            [
-                GENERATOR_VERSION,
-                STYLES,
-                CATEGORIES,
-                GROUPS,
-                VALUES,
-                drawn,
-                sizes,
-                self.lists[split],
-                self.mixes[domain],
-                domain,
-                split,
-            ]
-        )
-        path = cache_dir("recommendation", root=cache) / f"tastes-{domain}-{split}-{key}.npz"
-
-        def write(target: Path) -> None:
-            with open(target, "wb") as file:
-                np.savez(file, allow_pickle=False, **self._draw(domain, split))
-
-        return build_once(path, write)
+        fixed = [GENERATOR_VERSION, STYLES, CATEGORIES, GROUPS, VALUES]
+        return [*fixed, drawn, sizes, self.lists[split], self.mixes[domain], domain, split]
 
     # The truth ----------------------------------------------------------------------------------------------------
 
@@ -279,7 +243,8 @@ class TasteTypes(LogSource):
 
     # Drawing ------------------------------------------------------------------------------------------------------
 
-    def _draw(self, domain: str, split: Split) -> dict[str, NDArray[Any]]:
+    def draw(self, domain: str, split: Split) -> dict[str, NDArray[Any]]:
+        """Draw lists."""
         rng, num = stream(self.data_seed, domain, split), self.lists[split]
         users = -(-num // self.lists_per_user)
         mix = np.array(self.mixes[domain])

@@ -19,6 +19,7 @@ from tasks.recommendation.nets.behaviours import Encoded
 
 GateReads = Literal["target", "query", "history", "input", "category", "nothing"]
 ExpertOutput = Literal["score", "vector"]
+GateNorm = Literal["none", "softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)

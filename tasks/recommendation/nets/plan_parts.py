@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers to write level plans: tables of which gate sees which expert, names, settings of plain experts, checks."""
+"""Helpers to write level plans: tables of which gate sees which expert, names, experts that are alike, checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,6 @@ from torch import nn
 from moeapps.moe import ActivationName
 from moeapps.moe.normalised import Norm
 from tasks.recommendation.nets.levels import ExpertSettings, LevelPlan, NetFactory, RankingNet, TaskTree
-
-Rows = list[list[bool]]
 
 
 def table(gates: int, experts: int, allowed: Callable[[int, int], bool]) -> tuple[tuple[bool, ...], ...]:
@@ -22,24 +20,36 @@ def table(gates: int, experts: int, allowed: Callable[[int, int], bool]) -> tupl
 
 def network(
     plans: Callable[[TaskTree], Sequence[LevelPlan]],
-    settings: ExpertSettings,
-    tower_dim: int,
+    gates: Mapping[str, Any],
     *,
-    one_gate: bool = False,
+    width: int = 32,
+    hidden: int | None = None,
+    norm: Norm = "none",
+    activation: ActivationName = "relu",
+    tower_dim: int = 16,
 ) -> NetFactory:
-    """A factory of the network that runs these plans, with a tower per task."""
+    """A factory of the network that runs these plans, with a tower per task; the options are those of every rival.
+
+    A rival fixes what its experts do not have: an overlay on another network would keep what that one says of it.
+
+    Args:
+        plans: the levels; all towers read the last level's gate where it has only one.
+        gates: ``mixing`` and ``residual``, as `ExpertSettings` knows them.
+        width: units of an expert.
+        hidden: units of a hidden layer in it; None for none.
+        norm: normalisation of the experts' outputs (batch: half of what HoME adds).
+        activation: of the experts.
+        tower_dim: hidden width of a tower.
+    """
+    settings = ExpertSettings(width=width, hidden=hidden, norm=norm, activation=activation, **gates)
 
     def build(dim: int, facts: dict[str, Any]) -> nn.Module:
         tree = TaskTree.from_facts(facts)
-        towers = [0] * len(tree.tasks) if one_gate else range(len(tree.tasks))
-        return RankingNet(dim, plans(tree), settings, towers, tower_dim)
+        levels = plans(tree)
+        towers = [0] * len(tree.tasks) if len(levels[-1].gates) == 1 else range(len(tree.tasks))
+        return RankingNet(dim, levels, settings, towers, tower_dim)
 
     return build
-
-
-def plain(width: int, hidden: int | None, norm: Norm, activation: ActivationName, **more: Any) -> ExpertSettings:
-    """Settings of experts that are alike."""
-    return ExpertSettings(width=width, hidden=hidden, norm=norm, activation=activation, **more)
 
 
 def shared_names(num: int) -> tuple[str, ...]:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from moeapps.reporting.figures import FAINT, INK, colour
 from tasks.recommendation.report.attribution import GateSample, mean_gates, prior_of
 from tasks.recommendation.report.list_metrics import TAIL
 
-INK, FAINT = "#22262e", "#9aa1ad"
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#5d4b8c", "#7f7f7f", "#8c564b")
-"""Colour of value 0, 1, ... of a factor: Okabe and Ito's palette for colour-blind readers, then some more."""
 MOST_ITEMS, LONGEST_NAME, MOST_POINTS = 12, 30, 1500
 FAINTEST = 0.02
 """Least share of the largest weight that has full colour where past items are drawn."""
@@ -162,11 +160,11 @@ def _points(axis: Any, sample: GateSample, factor: Tensor, names: list[str]) -> 
         flat[:, : len(axes)] = centred @ axes.T
     full = sample.events[rows] > TAIL
     for value, name in enumerate(names):
-        colour = COLOURS[value % len(COLOURS)]
+        tint = colour(value)
         own = factor[rows] == value
         dots, rings = flat[own & full], flat[own & ~full]
-        axis.scatter(dots[:, 0], dots[:, 1], s=9, color=colour, alpha=0.55, linewidths=0, label=name)
-        axis.scatter(rings[:, 0], rings[:, 1], s=14, facecolors="none", edgecolors=colour, alpha=0.55, linewidths=0.7)
+        axis.scatter(dots[:, 0], dots[:, 1], s=9, color=tint, alpha=0.55, linewidths=0, label=name)
+        axis.scatter(rings[:, 0], rings[:, 1], s=14, facecolors="none", edgecolors=tint, alpha=0.55, linewidths=0.7)
     axis.set_title(f"gates of lists (hollow: {TAIL} past items or fewer)", fontsize=9, color=INK, loc="left")
     axis.set_xticks([])
     axis.set_yticks([])

@@ -2,7 +2,7 @@
 """Published rivals as level plans, from single task to STEM: tables of what experts read and gates see.
 
 Each function returns a factory for `RankingTask`. Experts of one network are alike: ``width`` units, one layer or, with
-``hidden``, two. T tasks, C categories.
+``hidden``, two; `tasks.recommendation.nets.plan_parts.network` names these options. T tasks, C categories.
 """
 
 from __future__ import annotations

@@ -3,32 +3,31 @@
 
 from __future__ import annotations
 
-from moeapps.moe import ActivationName
-from moeapps.moe.normalised import Norm
+from typing import Any
+
 from tasks.recommendation.nets.gates import GateMixing
 from tasks.recommendation.nets.levels import LevelPlan, NetFactory, TaskTree
-from tasks.recommendation.nets.plan_parts import network, plain, shared_names, table
+from tasks.recommendation.nets.plan_parts import network, shared_names, table
 
 
-def shared_bottom(*, width: int = 64, hidden: int | None = None, tower_dim: int = 16) -> NetFactory:
+def shared_bottom(*, width: int = 64, **experts: Any) -> NetFactory:
     """Shared bottom: one expert for all tasks, a tower per task.
 
     Args:
         width: units of the expert.
-        hidden: units of a hidden layer in it; None for none.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
     """
-    settings = plain(width, hidden, "none", "relu", mixing="uniform")
-    return network(lambda tree: [_all_shared(1, ("all",))], settings, tower_dim, one_gate=True)
+    fixed = {"mixing": "uniform"}
+    return network(
+        lambda tree: [_all_shared(1, ("all",))], fixed, width=width, norm="none", activation="relu", **experts
+    )
 
 
-def single_task(*, width: int = 32, hidden: int | None = None, tower_dim: int = 16) -> NetFactory:
+def single_task(**experts: Any) -> NetFactory:
     """Single task: an expert and a tower for each task, nothing shared but the embeddings.
 
     Args:
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
     """
 
     def plans(tree: TaskTree) -> list[LevelPlan]:
@@ -36,57 +35,30 @@ def single_task(*, width: int = 32, hidden: int | None = None, tower_dim: int = 
         own = table(num, num, lambda g, e: g == e)
         return [LevelPlan((0,), (0,) * num, own, ((0,),) * num, experts=tree.tasks, gates=tree.tasks)]
 
-    return network(plans, plain(width, hidden, "none", "relu", mixing="uniform"), tower_dim)
+    return network(plans, {"mixing": "uniform"}, norm="none", activation="relu", **experts)
 
 
-def omoe(
-    *,
-    num_experts: int = 8,
-    width: int = 32,
-    hidden: int | None = None,
-    norm: Norm = "none",
-    activation: ActivationName = "relu",
-    tower_dim: int = 16,
-) -> NetFactory:
+def omoe(*, num_experts: int = 8, **experts: Any) -> NetFactory:
     """One-gate mixture of experts: all tasks read one mixture.
 
     Args:
         num_experts: E.
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
-        norm: normalisation of the experts' outputs.
-        activation: of the experts.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
     """
-    settings = plain(width, hidden, norm, activation)
-    return network(lambda tree: [_all_shared(num_experts, ("all",))], settings, tower_dim, one_gate=True)
+    return network(lambda tree: [_all_shared(num_experts, ("all",))], {}, **experts)
 
 
-def mmoe(
-    *,
-    num_experts: int = 8,
-    width: int = 32,
-    hidden: int | None = None,
-    norm: Norm = "none",
-    activation: ActivationName = "relu",
-    mixing: GateMixing = "softmax",
-    tower_dim: int = 16,
-) -> NetFactory:
+def mmoe(*, num_experts: int = 8, mixing: GateMixing = "softmax", **experts: Any) -> NetFactory:
     """MMoE: shared experts, a softmax gate per task.
 
     Args:
         num_experts: E.
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
-        norm: normalisation of the experts' outputs (batch: half of what HoME adds).
-        activation: of the experts.
         mixing: softmax, or a control.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
 
     Source: J. Ma et al., KDD 2018 (docs/papers/home.md, equation 9).
     """
-    settings = plain(width, hidden, norm, activation, mixing=mixing)
-    return network(lambda tree: [_all_shared(num_experts, tree.tasks)], settings, tower_dim)
+    return network(lambda tree: [_all_shared(num_experts, tree.tasks)], {"mixing": mixing}, **experts)
 
 
 def _all_shared(num_experts: int, gates: tuple[str, ...]) -> LevelPlan:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeapps.moe import ActivationName
-from moeapps.moe.normalised import Norm
 from tasks.recommendation.nets.gates import Residual
 from tasks.recommendation.nets.levels import LevelPlan, NetFactory, TaskTree
-from tasks.recommendation.nets.plan_parts import at_least, network, numbered, plain, shared_names, table
+from tasks.recommendation.nets.plan_parts import at_least, network, numbered, shared_names, table
 
 
 def ple(
@@ -19,12 +17,8 @@ def ple(
     levels: int = 2,
     shared_experts: int = 4,
     task_experts: int = 1,
-    width: int = 32,
-    hidden: int | None = None,
-    norm: Norm = "none",
-    activation: ActivationName = "relu",
     mask: bool = True,
-    tower_dim: int = 16,
+    **experts: Any,
 ) -> NetFactory:
     """PLE: CGC in levels; below the last one a shared gate mixes all experts for the shared experts above.
 
@@ -32,18 +26,14 @@ def ple(
         levels: number of levels, at least 1.
         shared_experts: experts that every task sees, per level.
         task_experts: experts of each task's own, per level.
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
-        norm: normalisation of the experts' outputs.
-        activation: of the experts.
         mask: whether a task is kept from the experts of others.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
 
     Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
     """
     at_least(levels=(levels, 1), experts=(shared_experts + task_experts, 1))
     plans = _unit_levels(levels, task_experts, shared_experts, mask=mask)
-    return network(plans, plain(width, hidden, norm, activation), tower_dim)
+    return network(plans, {}, **experts)
 
 
 def cgc(**options: Any) -> NetFactory:
@@ -57,15 +47,7 @@ def cgc(**options: Any) -> NetFactory:
     return ple(levels=1, **options)
 
 
-def ml_mmoe(
-    *,
-    levels: int = 2,
-    num_experts: int = 8,
-    width: int = 32,
-    norm: Norm = "none",
-    activation: ActivationName = "relu",
-    tower_dim: int = 16,
-) -> NetFactory:
+def ml_mmoe(*, levels: int = 2, num_experts: int = 8, **experts: Any) -> NetFactory:
     """Multi-level MMoE: below the last level every expert of the level above has a gate of its own.
 
     Every gate, at whatever level, reads the network's input.
@@ -73,10 +55,7 @@ def ml_mmoe(
     Args:
         levels: number of levels, at least 1.
         num_experts: E per level.
-        width: units of an expert.
-        norm: normalisation of the experts' outputs.
-        activation: of the experts.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
 
     Source: the multi-level MMoE that AdaTT is compared with, facebookresearch/AdaTT ``mtl_lib.py``.
     """
@@ -101,7 +80,7 @@ def ml_mmoe(
             )
         return found
 
-    return network(plans, plain(width, None, norm, activation), tower_dim)
+    return network(plans, {}, hidden=None, **experts)
 
 
 def adatt(
@@ -109,10 +88,8 @@ def adatt(
     levels: int = 2,
     task_experts: int = 1,
     shared_experts: int = 0,
-    width: int = 32,
-    hidden: int | None = None,
     residual: bool = True,
-    tower_dim: int = 16,
+    **experts: Any,
 ) -> NetFactory:
     """AdaTT: a unit per task owns experts; its gate mixes all experts, and its own ones are added once more.
 
@@ -120,53 +97,41 @@ def adatt(
         levels: number of levels, at least 1.
         task_experts: experts of each task unit.
         shared_experts: experts of a shared unit, which has no gate on the last level; 0 is AdaTT-sp.
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
         residual: the added mix of a unit's own experts: the expert itself where every unit has one, else learned
             numbers in every unit, of one expert as well.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
 
     Source: D. Li et al., KDD 2023 (docs/papers/home.md, equation 11); facebookresearch/AdaTT ``mtl_lib.py``.
     """
     at_least(levels=(levels, 1), task_experts=(task_experts, 1))
     one_each = task_experts == 1 and shared_experts in (0, 1)
     kind: Residual = ("ones" if one_each else "constant") if residual else "none"
-    settings = plain(width, hidden, "none", "relu", residual=kind)
-    return network(_unit_levels(levels, task_experts, shared_experts), settings, tower_dim)
+    plans = _unit_levels(levels, task_experts, shared_experts)
+    return network(plans, {"residual": kind}, norm="none", activation="relu", **experts)
 
 
-def cross_stitch(*, levels: int = 2, width: int = 32, tower_dim: int = 16) -> NetFactory:
+def cross_stitch(*, levels: int = 2, **experts: Any) -> NetFactory:
     """Cross-stitch: a layer per task and level; between levels the tasks' states are mixed by learned numbers.
 
     Args:
         levels: number of levels, at least 1.
-        width: units of a layer.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
 
     Source: I. Misra et al., CVPR 2016, one number per pair of tasks instead of one per pair of channels.
     """
     at_least(levels=(levels, 1))
-    return network(_unit_levels(levels, 1, 0), plain(width, None, "none", "relu", mixing="constant"), tower_dim)
+    plans = _unit_levels(levels, 1, 0)
+    return network(plans, {"mixing": "constant"}, hidden=None, norm="none", activation="relu", **experts)
 
 
-def stem(
-    *,
-    shared_experts: int = 4,
-    task_experts: int = 1,
-    width: int = 32,
-    hidden: int | None = None,
-    stop_gradient: bool = True,
-    tower_dim: int = 16,
-) -> NetFactory:
+def stem(*, shared_experts: int = 4, task_experts: int = 1, stop_gradient: bool = True, **experts: Any) -> NetFactory:
     """STEM: embeddings per task and shared ones; a task sees all experts but trains its own and shared ones.
 
     Args:
         shared_experts: experts on the shared embeddings.
         task_experts: experts of each task, on its own embeddings.
-        width: units of an expert.
-        hidden: units of a hidden layer in it; None for none.
         stop_gradient: keep a task's loss from the experts and embeddings of other tasks.
-        tower_dim: hidden width of a tower.
+        experts: options of `network`: what an expert is, and the towers.
 
     Source: L. Su et al., AAAI 2024 (docs/papers/home.md, equation 13; recalled).
     """
@@ -179,7 +144,7 @@ def stem(
         plan = _unit_level(tree, owner, 1, 2, lambda g, e: True)
         return [replace(plan, views=tuple(range(num + 1)), trains=trains if stop_gradient else None)]
 
-    return network(plans, plain(width, hidden, "none", "relu"), tower_dim)
+    return network(plans, {}, norm="none", activation="relu", **experts)
 
 
 def _owners(num_tasks: int, task_experts: int, shared_experts: int) -> list[int]:

@@ -10,9 +10,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from moeapps.files import write_arrays
-from moeapps.reporting.figures import save_figure
+from moeapps.reporting.figures import COLOURS, save_figure
 from tasks.dynamics.report.figures import (
-    COLOURS,
     context_figure,
     gate_figure,
     phase_figure,

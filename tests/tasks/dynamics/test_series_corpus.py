@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from moeapps.data.cache import cache_dir
 from tasks.dynamics.data.readers.arff_format import read_arff
 from tasks.dynamics.data.readers.csv_format import read_csv
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
-from tasks.dynamics.packages import SAMPLES
+from tasks.dynamics.packages import AEON
+
+DATA = "aeon/datasets/data"
+SAMPLES = replace(AEON, members=tuple(f"{DATA}/*.{ending}" for ending in ("ts", "arff", "tsv", "csv")))
+"""Every table of series in the wheel, in a folder of their own."""
 
 # Sizes of the sets as the UCR, UEA and TSER archives list them: training and test series, channels, least and most
 # samples, classes (0: regression).
@@ -35,7 +40,7 @@ PUBLISHED = {
 @pytest.fixture(scope="module")
 def folder() -> Path:
     try:
-        return fetch_package(SAMPLES, root=cache_dir("samples")) / "aeon" / "datasets" / "data"
+        return fetch_package(SAMPLES, root=cache_dir("samples")) / DATA
     except ArchiveError as error:
         pytest.skip(f"the aeon wheel cannot be fetched here: {error}")
 

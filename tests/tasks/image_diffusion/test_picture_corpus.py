@@ -13,11 +13,24 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from moeapps.data.archives import ArchiveError, fetch_package
+from moeapps.data.archives import ArchiveError, Package, fetch_package
 from moeapps.data.cache import cache_dir
 from moeapps.data.images.arrays import ImageFileError
 from moeapps.data.images.pictures import ENDINGS, open_picture, read_image
-from tasks.image_diffusion.packages import SAMPLES
+
+SAMPLES = Package(
+    name="pillow",
+    version="13.0.0",
+    kind="sdist",
+    sha256="cdcd1ba258178f7356d74170c9a81ba4eab6a5d55748bc402a5a2a6fe6be3510",
+    size=47_058_631,
+    licence="Pillow's test pictures, most of them under its licence MIT-CMU; some have terms of their own beside them",
+    members=tuple(
+        f"pillow-13.0.0/Tests/images/*.{ending}"
+        for ending in ("png", "jpg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
+    ),
+)
+"""700 pictures, many damaged on purpose, in a folder of their own."""
 
 
 def test_photographs_of_scikit_learn_are_its_arrays() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from layout_writers import write_kitti_frame, write_nuscenes, write_pointcept_scan, write_scannet_scene
 
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.readers import (
@@ -25,12 +26,8 @@ from tasks.point_cloud.data.readers import (
     SemanticKITTI,
     Structured3DFolders,
     WaymoFolders,
-    write_kitti_frame,
-    write_nuscenes,
     write_own_labels,
     write_own_scan,
-    write_pointcept_scan,
-    write_scannet_scene,
 )
 
 OWN_NAMES = ("ground", "building", "vegetation")

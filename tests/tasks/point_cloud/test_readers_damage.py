@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layout_writers import write_pointcept_scan
 from readers_common import LAYOUTS, OWN_NAMES, Layout, assert_valid, files_of, random_scan
 
 from tasks.point_cloud.data import readers
@@ -25,7 +26,6 @@ from tasks.point_cloud.data.readers import (
     read_own_scan,
     write_own_labels,
     write_own_scan,
-    write_pointcept_scan,
 )
 from tasks.point_cloud.data.readers.arrays import parse_npy
 from tasks.point_cloud.data.readers.own import FORMATS

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layout_writers import write_kitti_frame, write_nuscenes, write_pointcept_scan, write_scannet_scene
 from readers_common import random_scan
 
 from tasks.point_cloud.data.labels import LABEL_SETS, label_set
@@ -25,17 +26,13 @@ from tasks.point_cloud.data.readers import (
     Structured3DFolders,
     WaymoFolders,
     read_own_scan,
-    write_kitti_frame,
-    write_nuscenes,
     write_own_labels,
     write_own_scan,
-    write_pointcept_scan,
-    write_scannet_scene,
 )
 from tasks.point_cloud.data.readers.arrays import write_npy
-from tasks.point_cloud.data.readers.label_sets import ASPRS, ASPRS_CLASSES, ASPRS_RAW, NYU40_RAW, id_table, named
+from tasks.point_cloud.data.readers.label_sets import ASPRS, NYU40_RAW, id_table, named
 from tasks.point_cloud.data.readers.las import write_las
-from tasks.point_cloud.data.readers.values import index_labels, map_labels
+from tasks.point_cloud.data.readers.values import index_labels
 
 # Written from the format descriptions, not from the tables under test.
 KITTI = {
@@ -174,29 +171,6 @@ def test_nyu40_ids_become_the_20_names_in_benchmark_order(tmp_path: Path) -> Non
     back = reader.read(reader.scans("val")[0])
 
     np.testing.assert_array_equal(back.label, np.arange(20))
-
-
-def test_asprs_codes_become_names() -> None:
-    table = id_table(ASPRS_RAW, ASPRS_CLASSES, ASPRS)
-    raw = np.array([0, 1, 2, 5, 6, 7, 9, 14, 15, 17, 18, 65])
-
-    names = _names(map_labels("codes", raw, table), ASPRS)
-
-    expected = [
-        None,
-        None,
-        "ground",
-        "high vegetation",
-        "building",
-        None,
-        "water",
-        "wire",
-        "tower",
-        "bridge",
-        None,
-        None,
-    ]
-    assert names == expected
 
 
 def test_label_sets_have_the_published_sizes() -> None:

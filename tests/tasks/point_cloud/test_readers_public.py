@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from layout_writers import write_pointcept_scan
 from readers_common import random_scan
 
 from tasks.point_cloud.data.dataset import Scan, ScanDataset
@@ -28,7 +29,6 @@ from tasks.point_cloud.data.readers import (
     ScanNetFolders,
     write_own_labels,
     write_own_scan,
-    write_pointcept_scan,
 )
 from tasks.point_cloud.data.transforms import Augmentation, tile_columns
 from tasks.point_cloud.datamodule import PointCloudData

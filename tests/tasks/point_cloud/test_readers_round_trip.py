@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layout_writers import write_kitti_frame, write_nuscenes, write_pointcept_scan
 from readers_common import LAYOUTS, OWN_NAMES, Layout, assert_valid, random_scan
 
 from tasks.point_cloud.data.labels import label_set
@@ -16,11 +17,8 @@ from tasks.point_cloud.data.readers import (
     OwnScans,
     PointCloudFileError,
     SemanticKITTI,
-    write_kitti_frame,
-    write_nuscenes,
     write_own_labels,
     write_own_scan,
-    write_pointcept_scan,
 )
 
 EACH = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from tasks.recommendation.data.readers.census import NAMES
+from tasks.recommendation.data.readers.ratings import GENRES as GENRES_100K
+from tasks.recommendation.data.readers.ratings import OCCUPATIONS, Ratings
 
 Row = dict[str, Any]
 DAY = 86_400
@@ -244,6 +246,26 @@ def make_ratings(rows: int, users: int, items: int, seed: int, half: bool = Fals
         {"user": int(p // items) + 1, "item": int(p % items) + 1, "rating": s.item(), "time": int(t)}
         for p, s, t in zip(pairs, stars, pages, strict=True)
     ]
+
+
+def write_ratings(folder: Path, log: Ratings, name: str = "ml-100k") -> None:
+    """MovieLens 100K as RecBole packs it: three tables of tabs; a film without a year has the published misspelling."""
+    ratings = zip(log.user, log.item, log.rating, log.time, strict=True)
+    films = (
+        (item, f"Film {item}", log.year[item] or "unkonwn", " ".join(np.array(GENRES_100K)[log.genres[item]]))
+        for item in np.unique(log.item)
+    )
+    users = (
+        (user, log.age[user], "FM"[log.gender[user] - 1], OCCUPATIONS[log.occupation[user] - 1], "0")
+        for user in np.flatnonzero(log.age)
+    )
+    heads = {
+        "inter": ("user_id:token", "item_id:token", "rating:float", "timestamp:float"),
+        "item": ("item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq"),
+        "user": ("user_id:token", "age:token", "gender:token", "occupation:token", "zip_code:token"),
+    }
+    for (ending, head), rows in zip(heads.items(), (ratings, films, users), strict=True):
+        write_lines(folder / f"{name}.{ending}", ("\t".join(map(str, row)) for row in (head, *rows)))
 
 
 def write_movielens_1m(root: Path, rows: int = 900, seed: int = 0) -> list[Row]:

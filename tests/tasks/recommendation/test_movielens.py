@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from public_layouts import write_ratings
 
 from moeapps.data.archives import ArchiveError, fetch_package
 from tasks.recommendation.data.causal import look_back
 from tasks.recommendation.data.readers.blocks import TableError
 from tasks.recommendation.data.readers.movielens import DEFAULT_TASKS, DOMAINS, GENRE_GROUPS, TASKS, MovieLens100K
-from tasks.recommendation.data.readers.ratings import GENRES, NUM_ITEMS, Ratings, read_ratings, write_ratings
+from tasks.recommendation.data.readers.ratings import GENRES, NUM_ITEMS, Ratings, read_ratings
 from tasks.recommendation.datamodule import RecommendationData
 from tasks.recommendation.packages import ML100K
 

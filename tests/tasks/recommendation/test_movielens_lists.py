@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from public_layouts import write_ratings
 
 from moeapps.data.archives import ArchiveError, fetch_package
 from tasks.recommendation.data.readers.movielens_lists import MovieLensLists
-from tasks.recommendation.data.readers.ratings import Ratings, write_ratings
+from tasks.recommendation.data.readers.ratings import Ratings
 from tasks.recommendation.datamodule import ListData
 from tasks.recommendation.packages import ML100K
 from tests.tasks.recommendation.test_lists import same

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of public point-cloud formats and of a user's own scans, each with its tiny writer."""
+"""Readers of public point-cloud formats and of a user's own scans."""
 
 from __future__ import annotations
 
-from tasks.point_cloud.data.readers.nuscenes import NuScenes, NuScenesIndex, write_nuscenes
+from tasks.point_cloud.data.readers.nuscenes import NuScenes, NuScenesIndex
 from tasks.point_cloud.data.readers.own import OwnLabels, OwnScans, read_own_scan, write_own_labels, write_own_scan
 from tasks.point_cloud.data.readers.ply import PlyCloud, read_ply, write_ply
 from tasks.point_cloud.data.readers.pointcept import (
@@ -13,11 +13,10 @@ from tasks.point_cloud.data.readers.pointcept import (
     ScanNetFolders,
     Structured3DFolders,
     WaymoFolders,
-    write_pointcept_scan,
 )
 from tasks.point_cloud.data.readers.scan import PointCloudFileError, RawScan, ScanReader, ScanRef, Split
-from tasks.point_cloud.data.readers.scannet_raw import ScanNetMeshes, write_scannet_scene
-from tasks.point_cloud.data.readers.semantic_kitti import SemanticKITTI, write_kitti_frame
+from tasks.point_cloud.data.readers.scannet_raw import ScanNetMeshes
+from tasks.point_cloud.data.readers.semantic_kitti import SemanticKITTI
 from tasks.point_cloud.data.readers.values import make_scan
 
 __all__ = [
@@ -42,11 +41,7 @@ __all__ = [
     "make_scan",
     "read_own_scan",
     "read_ply",
-    "write_kitti_frame",
-    "write_nuscenes",
     "write_own_labels",
     "write_own_scan",
     "write_ply",
-    "write_pointcept_scan",
-    "write_scannet_scene",
 ]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw records, .npy and .npz files, read safely: a bad file is refused and nothing in it is run.
 
-``numpy.load`` would unpickle on request and answers damage with a dozen exception types. The .npy header is a line
-of text before a block of numbers (numpy's format document, "NEP 1"), so it is read here: plain numeric types only,
-and the block must be exactly as long as the header says before anything is allocated.
+``numpy.load`` would unpickle on request, answers damage with a dozen exception types, and allocates what a header
+promises. Here numpy reads the header alone: plain numeric types only, and the block of numbers behind it must be
+exactly as long as the header says.
 """
 
 from __future__ import annotations
 
-import ast
 import io
 import lzma
 import math
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from tasks.point_cloud.data.readers.scan import PointCloudFileError
 
-_MAGIC = b"\x93NUMPY"
 _PLAIN = re.compile(r"\|[biu]1|<[iu][248]|<f[248]")
-_LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+_ONE, _TWO = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+_HEADERS = {(1, 0): _ONE, (2, 0): _TWO, (3, 0): _TWO}  # 3 differs from 2 in the encoding of columns' names alone
 _ZIP_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, OSError, EOFError),
     *(ValueError, OverflowError, KeyError, IndexError, MemoryError),
@@ -96,57 +96,34 @@ def parse_npy(data: bytes, path: Path | str) -> NDArray[Any]:
     Raises:
         PointCloudFileError: damaged, truncated, or of a type that is not plain numbers.
     """
-    header, start = _header(data, path)
-    dtype, shape = _dtype(header, path), header["shape"]
+    shape, columns_first, dtype, start = _header(data, path)
+    parts = [dtype] if dtype.fields is None else [field[0] for field in dtype.fields.values()]
+    if not parts or not all(_PLAIN.fullmatch(part.str) for part in parts):
+        allowed = "plain little-endian numbers (pickled objects are never loaded)"
+        advice = "save it again as float32, uint8 or int16"
+        raise PointCloudFileError(path, f"an array of type {dtype}", allowed, advice)
     expected = start + math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise PointCloudFileError(path, f"{len(data)} bytes", f"{expected} bytes (shape {shape}, {dtype})", COPY_AGAIN)
     flat = np.frombuffer(data, dtype, offset=start)
-    return flat.reshape(shape, order="F" if header["fortran_order"] else "C")
+    return flat.reshape(shape, order="F" if columns_first else "C")
 
 
-def _header(data: bytes, path: Path | str) -> tuple[dict[str, Any], int]:
-    refused = PointCloudFileError(path, "no readable .npy header", "a numpy array file", COPY_AGAIN)
-    if data[:6] != _MAGIC or len(data) < 12 or data[6:8] not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
-        raise refused
-    width = 2 if data[6] == 1 else 4
-    start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
-    if start > len(data) or start > 65_536:
-        raise refused
+def _header(data: bytes, path: Path | str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether columns lie one after another, type, and where the numbers begin."""
+    stream = io.BytesIO(data)
     try:
-        header = ast.literal_eval(data[8 + width : start].decode("utf-8").strip())
-    except _LITERAL_ERRORS:
-        raise refused from None
-    if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
-        raise refused
-    shape = header["shape"]
-    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-        raise refused
-    if type(header["fortran_order"]) is not bool:
-        raise refused
-    return header, start
-
-
-def _dtype(header: dict[str, Any], path: Path | str) -> np.dtype[Any]:
-    descr = header["descr"]
-    fields = [("", descr)] if isinstance(descr, str) else descr
-    # Checked as text: numpy.dtype would take objects, sub-arrays, deprecated aliases and byte-swapped numbers as well.
-    plain = isinstance(fields, list) and all(
-        isinstance(field, tuple)
-        and len(field) == 2
-        and all(isinstance(part, str) for part in field)
-        and _PLAIN.fullmatch(field[1])
-        for field in fields
-    )
-    if not plain or not fields or len({name for name, _ in fields}) < len(fields):
-        raise PointCloudFileError(
-            path,
-            f"an array of type {descr!r}",
-            "plain little-endian numbers (pickled objects are never loaded)",
-            "save it again as float32, uint8 or int16",
-        )
-    dtype: np.dtype[Any] = np.dtype(descr)
-    return dtype
+        with warnings.catch_warnings(action="error"):  # numpy warns of types it will drop and of headers it mended
+            version = np.lib.format.read_magic(stream)
+            shape, columns_first, dtype = _HEADERS[version](stream, max_header_size=65_536)
+        if version == (3, 0) and dtype.names is not None:
+            dtype.names = tuple(name.encode("latin-1").decode("utf-8") for name in dtype.names)
+        if any(size < 0 for size in shape):
+            raise ValueError
+    # numpy answers damage with nearly any error, those of Python's parser among them.
+    except Exception:
+        raise PointCloudFileError(path, "no readable .npy header", "a numpy array file", COPY_AGAIN) from None
+    return shape, columns_first, dtype, stream.tell()
 
 
 def write_npy(path: Path, array: NDArray[Any]) -> None:

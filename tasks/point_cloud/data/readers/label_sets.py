@@ -78,22 +78,11 @@ NYU40_RAW: dict[int, str] = dict(
 )
 """NYU-40 ids 1..40, used by ScanNet's .labels.ply files (Silberman et al. 2012; Dai et al. 2017)."""
 
-ASPRS_RAW: dict[int, str] = {
-    **{0: "never classified", 1: "unclassified", 2: "ground", 3: "low vegetation", 4: "medium vegetation"},
-    **{5: "high vegetation", 6: "building", 7: "noise", 9: "water", 10: "rail", 11: "road", 13: "wire guard"},
-    **{14: "wire", 15: "tower", 16: "wire connector", 17: "bridge", 18: "high noise"},
-}
-"""Classification codes of LAS files (ASPRS LAS 1.4 R15, table 17)."""
-
-ASPRS_CLASSES: dict[str, str] = {
-    **{name: name for name in ("ground", "low vegetation", "medium vegetation", "high vegetation", "building")},
-    **{name: name for name in ("water", "rail", "road", "wire", "tower", "bridge")},
-    **dict.fromkeys(("wire guard", "wire connector"), "wire"),
-}
-"""Raw name -> class; noise and the two "not classified" codes are ignored."""
-
-ASPRS = tuple(dict.fromkeys(ASPRS_CLASSES.values()))
-"""Class names of classified aerial scans."""
+ASPRS = (
+    *("ground", "low vegetation", "medium vegetation", "high vegetation", "building"),
+    *("water", "rail", "road", "wire", "tower", "bridge"),
+)
+"""Class names of classified aerial scans (ASPRS LAS 1.4 R15, table 17), both kinds of wire as one."""
 
 _MORE: dict[str, tuple[str, ...]] = {"asprs": ASPRS}
 

@@ -18,8 +18,6 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
-import numpy as np
-
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.readers.arrays import read_records, read_text
 from tasks.point_cloud.data.readers.label_sets import NUSCENES_CLASSES, NUSCENES_RAW, id_table
@@ -34,7 +32,7 @@ from tasks.point_cloud.data.readers.scan import (
     Split,
     check_splits,
 )
-from tasks.point_cloud.data.readers.semantic_kitti import raw_ids, require_points
+from tasks.point_cloud.data.readers.semantic_kitti import require_points
 from tasks.point_cloud.data.readers.values import make_scan, map_labels
 
 _COLUMNS = ("points", "labels", "split")
@@ -241,58 +239,3 @@ def _is_names(value: object) -> bool:
 
 def _has(row: object, fields: Sequence[str]) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(field), str) for field in fields)
-
-
-def _write_sweep(root: Path, name: str, scan: RawScan, version: str) -> tuple[str, str]:
-    if not len(scan) and not scan.labelled:
-        raise ValueError("an empty scan without labels cannot be written in this format; leave it out")
-    points, labels = f"samples/LIDAR_TOP/{name}.pcd.bin", f"lidarseg/{version}/{name}_lidarseg.bin"
-    intensity = np.zeros(len(scan), np.float32) if scan.intensity is None else scan.intensity * np.float32(_FULL_SCALE)
-    ring = np.zeros(len(scan), np.float32)
-    for path in (root / points, root / labels):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    rows = np.concatenate([scan.world_xyz(), intensity[:, None], ring[:, None]], axis=1)
-    (root / points).write_bytes(rows.astype("<f4").tobytes())
-    if scan.labelled:
-        (root / labels).write_bytes(raw_ids(scan, NUSCENES_RAW, NUSCENES_CLASSES).astype("u1").tobytes())
-    return points, labels if scan.labelled else ""
-
-
-def write_nuscenes(
-    root: Path, scans: Mapping[str, Sequence[RawScan]], *, version: str = "v1.0-mini", index: str | None = None
-) -> None:
-    """Write scans as a tiny nuScenes: sweeps, labels, and either the JSON tables or a CSV index.
-
-    Args:
-        root: folder to write into; made if missing.
-        scans: scans per split; with tables every split is one scene of the same name.
-        version: folder of the tables.
-        index: name of a CSV index to write instead of the tables.
-    """
-    written = [
-        (split, f"{split}_{number:03d}", *_write_sweep(root, f"{split}_{number:03d}", scan, version))
-        for split, group in scans.items()
-        for number, scan in enumerate(group)
-    ]
-    if index is not None:
-        sweeps = (f"{points},{labels},{split}" for split, _, points, labels in written)
-        lines = [",".join(_COLUMNS), *sweeps]
-        (root / index).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return
-    tables: dict[str, list[dict[str, Any]]] = {
-        "scene": [{"token": f"s_{split}", "name": f"scene-{split}"} for split in scans],
-        "sample": [{"token": f"f_{name}", "scene_token": f"s_{split}"} for split, name, _, _ in written],
-        "sample_data": [
-            {"token": f"d_{name}", "sample_token": f"f_{name}", "filename": points} for _, name, points, _ in written
-        ],
-        "lidarseg": [
-            {"token": f"d_{n}", "sample_data_token": f"d_{n}", "filename": labels}
-            for _, n, _, labels in written
-            if labels
-        ],
-        "category": [{"token": f"c_{key}", "name": name, "index": key} for key, name in NUSCENES_RAW.items()],
-    }
-    (root / version).mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        (root / version / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-    (root / "splits.json").write_text(json.dumps({split: [f"scene-{split}"] for split in scans}), encoding="utf-8")

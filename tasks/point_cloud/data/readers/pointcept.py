@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Unpack
 
-import numpy as np
-
 from moeapps.files import is_clutter
-from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_npy, write_npy
+from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_npy
 from tasks.point_cloud.data.readers.label_sets import named
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
@@ -216,24 +214,3 @@ class WaymoFolders(_Published):
     source = "Waymo Open Dataset, licence at waymo.com/open; Pointcept's preprocess_waymo.py"
     classes = "waymo"
     folders = _folders(["training"], ["validation"])
-
-
-def write_pointcept_scan(folder: Path, scan: RawScan, *, segment: str = "segment", column: bool = False) -> None:
-    """Write ``scan`` in Pointcept's layout.
-
-    Args:
-        folder: folder of this scan; made if missing.
-        scan: what to write; no label file is written when it is not labelled.
-        segment: stem of the label file.
-        column: write labels as (R, 1), as some preprocessing does, instead of (R,).
-    """
-    write_npy(folder / "coord.npy", scan.xyz if not any(scan.origin) else scan.world_xyz())
-    if scan.color is not None:
-        write_npy(folder / "color.npy", scan.color)
-    if scan.normal is not None:
-        write_npy(folder / "normal.npy", scan.normal)
-    if scan.intensity is not None:
-        write_npy(folder / "strength.npy", scan.intensity[:, None])
-    if scan.labelled:
-        label = scan.label.astype(np.int16)
-        write_npy(folder / f"{segment}.npy", label[:, None] if column else label)

@@ -18,7 +18,7 @@ import numpy as np
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.readers.arrays import read_text
 from tasks.point_cloud.data.readers.label_sets import NYU40_RAW, id_table
-from tasks.point_cloud.data.readers.ply import read_ply, write_ply
+from tasks.point_cloud.data.readers.ply import read_ply
 from tasks.point_cloud.data.readers.scan import (
     PointCloudFileError,
     RawScan,
@@ -78,25 +78,3 @@ class ScanNetMeshes(ScanReader):
         xyz = np.stack([cloud.vertex[axis] for axis in "xyz"], axis=1)
         color, normal = cloud.stack("red", "green", "blue"), cloud.stack("nx", "ny", "nz")
         return make_scan(ref.points, self.names, self.scaling, xyz=xyz, color=color, normal=normal, label=label)
-
-
-def write_scannet_scene(root: Path, scene: str, scan: RawScan) -> None:
-    """Write ``scan`` as the two meshes of one ScanNet scene (without faces).
-
-    Args:
-        root: folder that holds ``scans/``.
-        scene: scene id.
-        scan: its names must be the 20 classes; no labels file is written when it is not labelled.
-    """
-    nyu40 = {name: key for key, name in NYU40_RAW.items()}
-    ids = np.array([nyu40[name] for name in scan.names] + [0], np.uint16)  # index -1 is the last entry: 0, unannotated
-    color = np.zeros((len(scan), 3), np.uint8) if scan.color is None else scan.color
-    points = scan.xyz if not any(scan.origin) else scan.world_xyz()
-    vertex = {
-        **dict(zip("xyz", points.T, strict=True)),
-        **dict(zip(("red", "green", "blue"), color.T, strict=True)),
-        "alpha": np.full(len(scan), 255, np.uint8),
-    }
-    write_ply(root / "scans" / scene / f"{scene}{_POINTS}", vertex)
-    if scan.labelled:
-        write_ply(root / "scans" / scene / f"{scene}{_LABELS}", {**vertex, "label": ids[scan.label]})

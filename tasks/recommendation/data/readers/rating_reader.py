@@ -131,7 +131,7 @@ class RatingLists(LogSource):
         self.reader, self.history, self.negatives, self.popularity = reader, history, negatives, popularity
         self.cuts, self.max_lists, self.data_seed = cuts, max_lists, data_seed
         self.default_roles = reader.default_roles  # type: ignore[misc]  # the base class' are of the class
-        self.roles: dict[Role, list[str]] = {}
+        self.domains = reader.domains
         self._cache: Path | None = None
 
     @property
@@ -149,10 +149,7 @@ class RatingLists(LogSource):
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Check the names of the domains."""
-        for name in (name for names in roles.values() for name in names):
-            if name not in self.reader.domains:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(self.reader.domains)}")
-        self.roles = roles
+        super().bind(roles)
         self.__dict__.pop("known", None)
 
     def describe(self, domain: str) -> str:
@@ -220,7 +217,7 @@ class RatingLists(LogSource):
         """Ratings [N] of the training period of the seen domains and of ``domain``, which may be another."""
         names = {*self.roles["seen"], domain} - {None}
         numbers = [number for number, name in enumerate(self.reader.domains) if name in names]
-        return (self.period == 0) & np.isin(self.log.domain, numbers)
+        return np.asarray((self.period == 0) & np.isin(self.log.domain, numbers))
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:

@@ -10,12 +10,10 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeapps.files import write_text
 from tasks.recommendation.data.readers.values import TableError
 
 Ints = NDArray[np.int64]
@@ -99,36 +97,6 @@ def read_titles(folder: Path, name: str = "ml-100k") -> dict[int, str]:
     items = _columns(folder / f"{name}.item", ("item_id", "movie_title"))
     number = _integers(items["item_id"], f"{name}.item, item_id")
     return dict(zip(number.tolist(), items["movie_title"], strict=True))
-
-
-def write_ratings(folder: Path, ratings: Ratings, name: str = "ml-100k") -> None:
-    """Write the three files; `read_ratings` gives back the same log."""
-
-    def table(ending: str, header: Sequence[str], rows: Any) -> None:
-        lines = ["\t".join(header), *("\t".join(str(value) for value in row) for row in rows)]
-        write_text(folder / f"{name}.{ending}", "\n".join(lines) + "\n")
-
-    table(
-        "inter",
-        ("user_id:token", "item_id:token", "rating:float", "timestamp:float"),
-        zip(ratings.user, ratings.item, ratings.rating, ratings.time, strict=True),
-    )
-    table(
-        "item",
-        ("item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq"),
-        (
-            (item, f"Film {item}", ratings.year[item] or "unkonwn", " ".join(np.array(GENRES)[ratings.genres[item]]))
-            for item in np.unique(ratings.item)
-        ),
-    )
-    table(
-        "user",
-        ("user_id:token", "age:token", "gender:token", "occupation:token", "zip_code:token"),
-        (
-            (user, ratings.age[user], "FM"[ratings.gender[user] - 1], OCCUPATIONS[ratings.occupation[user] - 1], "0")
-            for user in np.flatnonzero(ratings.age)
-        ),
-    )
 
 
 def _columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:

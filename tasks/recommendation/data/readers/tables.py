@@ -85,6 +85,7 @@ class TableFiles(LogSource):
     """
 
     streaming = True
+    domains: dict[str, TableDomain]
 
     def __init__(
         self,
