@@ -60,16 +60,21 @@ def test_a_ladder_and_a_search_of_rates_keep_the_stages(tmp_path: Path) -> None:
     assert search.grid().variants["chain-0.1"].stages == CHAIN.stages
 
 
-@pytest.mark.parametrize("system", [name for name in list_systems() if name != "unimoe_audio"])
+RESULTS = ROOT / "benchmarks" / "results"
+RUN = [name for name in list_systems() if any((RESULTS / name / "cells").glob("*.json"))]
+"""Grids that have finished cells."""
+
+
+@pytest.mark.parametrize("system", RUN)
 def test_definitions_of_finished_cells_are_what_they_were(system: str) -> None:
     """Whether a cell is fresh must not depend on what grids have learned since."""
     loaded = load_grid(system)
     held: dict[str, set[str]] = {}
-    for path in (ROOT / "benchmarks" / "results" / system / "cells").glob("*-s1-d1.json"):
+    for path in (RESULTS / system / "cells").glob("*-s1-d1.json"):
         cell = json.loads(path.read_text(encoding="utf-8"))
         held.setdefault(cell["variant"], set()).add(cell["definition"])
     fresh = [name for name in loaded.all_variants if loaded.definition(name, ROOT) in held.get(name, ())]
-    assert len(fresh) > 0.9 * len(held)
+    assert len(fresh) > 0.9 * len(held) > 0
 
 
 @pytest.mark.medium
