@@ -173,6 +173,8 @@ def test_wrong_words_are_told(tmp_path: Path, stages: list[str], capsys: pytest.
         plan(["--stage", "--name"])
     with pytest.raises(UsageError, match=r"must say how it starts; give model\.init_args\.start"):
         plan(words([stages[0], stages[0]]))
+    with pytest.raises(UsageError, match="--name is for all stages; give it before the first --stage"):
+        plan(words(stages, own={1: ["--name", "late"]}))
     assert main([]) == 2
     assert main(["--stage", "absent.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: --stage absent.yaml: there is no file")

@@ -145,6 +145,9 @@ def plan(args: Sequence[str]) -> list[Stage]:
     common = located(_without(_without(common, "--name"), "--shared"))
     stages: list[Stage] = []
     for number, (config, own) in enumerate(parts):
+        for word in ("--name", "--shared"):
+            if _option(own, word):
+                raise UsageError(f"--stage {config}: {word} is for all stages; give it before the first --stage")
         files, flags = _split(["--config", config, *own])
         words = ["fit", *common]
         for file in map(find_config, files):
