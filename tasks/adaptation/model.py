@@ -38,7 +38,7 @@ class Student(nn.Module):
     @override
     def forward(self, image: Tensor, weights: Weights | None = None) -> Tensor:
         """Return logits; ``weights`` take the place of the backbone's own."""
-        feature_BD = self.backbone(image) if weights is None else weights.run(self.backbone, image)
+        feature_BD = self.backbone(_fast(image)) if weights is None else weights.run(self.backbone, image)
         logits: Tensor = self.head(feature_BD)
         return logits
 
@@ -127,7 +127,7 @@ class MetaDMoE(nn.Module):
             image: [N, C, H, W].
             own_N: int64 [N], the expert of each image's own domain, which is masked, -1 for none; None masks none.
         """
-        z_NED, _ = self.layer(image)
+        z_NED, _ = self.layer(_fast(image))
         return self.masked(z_NED, own_N)
 
     def masked(self, z_NED: Tensor, own_N: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -165,6 +165,11 @@ class MetaDMoE(nn.Module):
             target_SD = self.target(*(self.tokens(image) if tokens is None else tokens))
         weights: Weights = self.step(self.student.backbone, image, target_SD, start=start, train=train)
         return weights
+
+
+def _fast(image: Tensor) -> Tensor:
+    """The layout in which convolution and pooling take half the time on a CPU; second derivatives gain nothing by it."""
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def _bank(backbones: Sequence[Backbone], facts: dict[str, Any], outputs: int) -> tuple[MoELayer, nn.ModuleList]:
