@@ -73,7 +73,7 @@ class OwnAudio(KeptAudio):
             gone = [row.file for row in rows if not (self.root / row.file).is_file()]
             if gone:
                 raise AudioFileError(f"{self.root} holds no {gone[0]} ({len(gone)} missing of domain {domain!r})")
-        self.domains = tuple(self.rows)
+        self.domains = list(self.rows)
 
     @override
     def kind(self, domain: str) -> Kind:
