@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
+from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.samplers import sample
@@ -24,7 +25,7 @@ from tasks.image_diffusion.report.pictures import grid, spread, write_png
 log = logging.getLogger("moeapps")
 
 
-class SampleGrid(L.Callback):
+class SampleGrid(SideReport):
     """Write figures/samples-epoch_<k>.png while training: a row per class, the same noise every time.
 
     The images are drawn by the weights that validation uses, averaged ones where they are averaged.
@@ -81,7 +82,7 @@ class SampleGrid(L.Callback):
         write_png(folder / "figures" / f"samples-epoch_{epoch}.png", grid(image, columns))
 
 
-class GenerationQuality(L.Callback):
+class GenerationQuality(SideReport):
     """Draw images at the end of a test and judge them beside real ones.
 
     Adds the groups ``generation`` and ``generation.<domain>`` of `judge_images` to the summary of metrics/test.json and
