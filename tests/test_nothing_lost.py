@@ -130,6 +130,17 @@ def test_a_checkpoint_callback_of_the_users_stands_beside_ours(
     assert done.trainer.checkpoint_callback.best_model_path.endswith("best.ckpt")
 
 
+def test_a_run_whose_folder_is_deleted_leaves_a_whole_checkpoint_and_names_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(FileNotFoundError):  # of the table of metrics
+        run([*FIT, f"{ADD}tests.toy.DeleteRun", "--trainer.max_epochs", "3"])
+
+    path = folder(tmp_path) / "checkpoints" / "interrupted.ckpt"
+    assert read_checkpoint(path)["global_step"] >= 13
+    assert any(f"fit --config FILE --ckpt_path {path}" in message for message in caplog.messages)
+
+
 # Models that diverge ---------------------------------------------------------------------------------------------
 
 

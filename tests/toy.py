@@ -346,3 +346,11 @@ class StepTape(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         self.states.append({key: value.clone() for key, value in cast(Any, module).net.state_dict().items()})
+
+
+class DeleteRun(L.Callback):
+    """Delete the run folder in the middle of the second epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 13:
+            shutil.rmtree(str(trainer.log_dir))

@@ -102,7 +102,8 @@ class InterruptCheckpoint(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ours = isinstance(pl_module, BaseTask) and threading.current_thread() is threading.main_thread()
-        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Of several processes one could end its step while another waits in the next: they stop at once, as before.
+        if ours and trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._asked = False
             self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer))
 
@@ -149,7 +150,8 @@ class InterruptCheckpoint(L.Callback):
             log.info("interrupted; there is no checkpoint yet")
         elif trainer.is_global_zero:
             config = folder / "config.yaml"
-            log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), config, path)
+            told = str(config) if config.is_file() else "FILE"  # the run folder was deleted
+            log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), told, path)
 
 
 class BestCheckpoint(ModelCheckpoint):
