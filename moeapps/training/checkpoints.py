@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ log = logging.getLogger("moeapps")
 
 RESUMED = ("interrupted.ckpt", "last.ckpt", "best.ckpt")
 """What a training goes on from, the newest first: an interruption ends a run, so that its checkpoint is the last."""
+
+# Damaged headers may claim a password or another compression (RuntimeError), or sizes that there are not.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OSError, EOFError, OverflowError)
 
 
 class CheckpointError(RunError):
@@ -118,7 +123,7 @@ def check_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as entries:
             damaged = entries.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
+    except _ZIP_ERRORS as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); use another checkpoint of the run"
         ) from error

@@ -98,13 +98,15 @@ class InterruptCheckpoint(L.Callback):
     def __init__(self) -> None:
         self._before: Any = None
         self._asked = False
+        self._in_validation = False
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        ours = isinstance(pl_module, BaseTask) and threading.current_thread() is threading.main_thread()
+        if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
+            return
         # Of several processes one could end its step while another waits in the next: they stop at once, as before.
-        if ours and trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._asked = False
+        if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._asked = pl_module.stop_asked = False
             self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer))
 
     def _ask(self, trainer: L.Trainer) -> None:
@@ -142,6 +144,7 @@ class InterruptCheckpoint(L.Callback):
             if isinstance(exception, DivergedError | CheckpointError):
                 path = first_whole(folder / "checkpoints")
             else:
+                self._in_validation = trainer.validating
                 trainer.save_checkpoint(cast(Path, path))
         except CheckpointError as error:
             log.error("%s", error)
@@ -152,6 +155,13 @@ class InterruptCheckpoint(L.Callback):
             config = folder / "config.yaml"
             told = str(config) if config.is_file() else "FILE"  # the run folder was deleted
             log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), told, path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have a validation that was interrupted made anew: Lightning would leave it out, or score its rest alone."""
+        if self._in_validation:
+            done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -172,6 +182,12 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
         self._said: set[str] = set()
+        self._resumes = True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note whether a training will go on: a test takes nothing along."""
+        self._resumes = trainer.state.fn == "fit"
+        super().setup(trainer, pl_module, stage)
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         """Store the score that chooses under the monitor's name, where Lightning looks for it."""
@@ -213,7 +229,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
         state = dict(state_dict)
         old = Path(state["best_model_path"])
-        moved = self.dirpath is not None and state["dirpath"] != self.dirpath
+        moved = self._resumes and self.dirpath is not None and state["dirpath"] != self.dirpath
         if moved and not (state["best_model_path"] and _is_whole(old)):
             if state["best_model_path"]:
                 log.warning("%s is damaged or gone; the best of the epochs from here on is kept instead", old)
