@@ -20,7 +20,6 @@ from moeapps.moe.metrics import contingency, load, mutual_information
 from moeapps.moe.objectives import routed
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
-from moeapps.training.callbacks.side import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask, Factor
 
@@ -44,7 +43,7 @@ class LayerWork:
     alike: dict[str, float] = field(default_factory=dict)
 
 
-class ExpertReport(SideReport):
+class ExpertReport(L.Callback):
     """After a test, say what each layer's choice of routed experts tells about a row.
 
     Over the test batches of the seen domains, each row spread evenly over the experts that took it (by weight where all
@@ -64,7 +63,6 @@ class ExpertReport(SideReport):
     overrides `numbers`, `count` or `finish`.
     """
 
-    joins_processes = True
     keep: ClassVar[tuple[Kept, ...]] = ()
     """What records must hold besides the routing, see `MoERecorder`."""
     by_stage: ClassVar[bool] = False

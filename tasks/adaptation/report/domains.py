@@ -18,7 +18,6 @@ from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.reporting.figures import save_figure
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.scores import ScoreTable
 from tasks.adaptation.model import MetaDMoE
@@ -28,7 +27,7 @@ from tasks.adaptation.report.figures import attention_figure, changed_figure, ga
 log = logging.getLogger("moeapps")
 
 
-class DomainReport(SideReport):
+class DomainReport(L.Callback):
     """Write metrics/adaptation.json and figures/{attention,gain,changed}.png after a test.
 
     Per domain: scores with and without adaptation, images whose answer adaptation made right and wrong, passes and

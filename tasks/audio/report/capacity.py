@@ -19,7 +19,6 @@ from moeapps.moe.objectives import routed
 from moeapps.moe.record import Place, Record
 from moeapps.moe.routing import Routing
 from moeapps.reporting.figures import save_figure
-from moeapps.training.callbacks import SideReport
 from moeapps.training.callbacks.experts import group_names
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
@@ -27,7 +26,7 @@ from moeapps.training.task import BaseTask
 SUMS = ("rows", "real", "null", "none")
 
 
-class CapacityReport(SideReport):
+class CapacityReport(L.Callback):
     """After a test, count real and null experts of the steps of the clips (rows of prompts are left out).
 
     Of each layer, and (group ``capacity``) as means over the layers:
@@ -40,8 +39,6 @@ class CapacityReport(SideReport):
     domain and slice of the clip, figures/capacity.png shows the means over layers. Nothing is written for a network
     whose layers all run all experts.
     """
-
-    joins_processes = True
 
     def __init__(self) -> None:
         self.sums: dict[Place, Tensor] = {}

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
@@ -20,7 +19,7 @@ from tasks.audio.data.batch import CodeClips
 from tasks.audio.datamodule import AudioData
 
 
-class FewShot(SideReport):
+class FewShot(L.Callback):
     """After a test, tune on training clips of every unseen domain, score its test clips, and forget it again.
 
     Adds a group ``few_shot_<k>.<domain>`` to the summary of metrics/test.json for every number of steps k, and

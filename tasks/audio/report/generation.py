@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from moeapps.data.domain import Split
 from moeapps.files import write_json
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.datamodule import AudioData
@@ -78,7 +77,7 @@ def draw_like(task: Any, data: AudioData, split: Split, per_domain: int, how: Dr
     return Drawn(codes, waves, prompts, [n for n, _, _ in chosen], [clip.wave for _, _, clip in chosen], seconds)
 
 
-class AudioSamples(SideReport):
+class AudioSamples(L.Callback):
     """Write clips to samples/epoch_<k>/ while training and to samples/test/ after a test, and to TensorBoard.
 
     Each has a WAV, a spectrogram and its prompt; index.html plays them all. While training the prompts are those of
@@ -145,7 +144,7 @@ def add_to_boards(trainer: L.Trainer, tag: str, wave: Tensor, sample_rate: int) 
             add(tag, wave.clamp(-1, 1).unsqueeze(0), trainer.global_step, sample_rate=sample_rate)
 
 
-class GenerationQuality(SideReport):
+class GenerationQuality(L.Callback):
     """Draw clips at the end of a test and judge them beside real ones.
 
     Adds the groups ``generation`` and ``generation.<domain>`` of `judge_clips` to the summary of metrics/test.json and

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from moeapps.reporting.figures import COLOURS, FAINT, INK, colour, save_figure
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
@@ -241,7 +240,7 @@ def _limits(set_limits: Any, truth: Floats) -> None:
 # --- callback ---------------------------------------------------------------------------------------------------------
 
 
-class SystemFigures(SideReport):
+class SystemFigures(L.Callback):
     """Write pictures into ``<run>/figures``: trajectories and phase portraits of a domain, and the map of contexts.
 
     ``test`` draws the seen domains, whose contexts are known; ``predict`` draws all, new environments too.

@@ -14,7 +14,6 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe import MoERecorder
 from moeapps.reporting.figures import save_figure
-from moeapps.training.callbacks import SideReport
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
 from moeapps.training.run import run_dir
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from tasks.dynamics.module import DynamicsTask
 
 
-class PartitionReport(SideReport):
+class PartitionReport(L.Callback):
     """Log ``moe/partition/ari``, ``/purity`` and ``/experts`` at every validation; write metrics/partition.json.
 
     Results files get a group ``partition`` with these, ``ari_identifiable`` (families of one field count as one), the
@@ -108,7 +107,7 @@ class PartitionReport(SideReport):
         return fits[0].seconds / (fits[0].steps // fits[0].every) if fits else None
 
 
-class GatePicture(SideReport):
+class GatePicture(L.Callback):
     """Draw figures/gate.png after a test: the expert of every trained environment over training."""
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

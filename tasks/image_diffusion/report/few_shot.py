@@ -19,7 +19,6 @@ from typing_extensions import override
 
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
@@ -30,7 +29,7 @@ log = logging.getLogger("moeapps")
 PATTERNS = ("*router*", "*proto*", "*experts*")
 
 
-class FewShot(SideReport):
+class FewShot(L.Callback):
     """After a test, tune routers and experts on a few training images of every unseen domain, and forget it again.
 
     Adds a group ``few_shot_<images>.<domain>`` to the summary of metrics/test.json: ``null_before``, ``null_after``

@@ -13,7 +13,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.samplers import sample
@@ -25,7 +24,7 @@ from tasks.image_diffusion.report.pictures import grid, spread, write_png
 log = logging.getLogger("moeapps")
 
 
-class SampleGrid(SideReport):
+class SampleGrid(L.Callback):
     """Write figures/samples-epoch_<k>.png while training: a row per class, the same noise every time.
 
     The images are drawn by the weights that validation uses, averaged ones where they are averaged.
@@ -82,7 +81,7 @@ class SampleGrid(SideReport):
         write_png(folder / "figures" / f"samples-epoch_{epoch}.png", grid(image, columns))
 
 
-class GenerationQuality(SideReport):
+class GenerationQuality(L.Callback):
     """Draw images at the end of a test and judge them beside real ones.
 
     Adds the groups ``generation`` and ``generation.<domain>`` of `judge_images` to the summary of metrics/test.json and

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moeapps.reporting.figures import COLOURS, INK, save_figure
-from moeapps.training.callbacks import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.data.labels import IGNORE
@@ -213,7 +212,7 @@ def scan_figure(scan: ScanPicture) -> Any:
     return figure
 
 
-class ScanFigures(SideReport):
+class ScanFigures(L.Callback):
     """Write ``<run>/figures/<domain>.png`` in ``test``: the first scan of every domain, put together from its tiles.
 
     Only the first batch of a domain is looked at, so a scan of many tiles may be shown in part.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from moeapps.training.callbacks import SideReport
 from moeapps.training.scores import DomainScores
 from moeapps.training.task import BaseTask
 from tasks.recommendation.metrics import RankingScores, gauc
@@ -19,7 +18,7 @@ from tasks.recommendation.metrics import RankingScores, gauc
 Groups = dict[str, dict[str, float]]
 
 
-class CategoryScores(SideReport):
+class CategoryScores(L.Callback):
     """Add means over tasks to the summary of metrics/test.json.
 
     * ``<role>.<category>``: every kind of score, mean over the role's domains and the category's tasks; only for logs
