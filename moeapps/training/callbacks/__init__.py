@@ -10,6 +10,7 @@ from moeapps.training.callbacks.finite import DivergedError, StopDiverged
 from moeapps.training.callbacks.first_losses import FirstLosses
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
+from moeapps.training.callbacks.report import Report
 from moeapps.training.callbacks.router_fit import RouterFit
 from moeapps.training.callbacks.routing import RoutingMonitor
 from moeapps.training.callbacks.side import SideReport
@@ -30,6 +31,7 @@ __all__ = [
     "PredictionWriter",
     "ProgressLines",
     "RandomState",
+    "Report",
     "RouterFit",
     "RoutingMonitor",
     "SaveRun",

@@ -18,8 +18,9 @@ from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.reporting.figures import save_figure
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.scores import ScoreTable
+from moeapps.training.task import BaseTask
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.module import AdaptationTask, Answer, WithExperts
 from tasks.adaptation.report.figures import attention_figure, changed_figure, gain_figure
@@ -27,7 +28,7 @@ from tasks.adaptation.report.figures import attention_figure, changed_figure, ga
 log = logging.getLogger("moeapps")
 
 
-class DomainReport(L.Callback):
+class DomainReport(Report):
     """Write metrics/adaptation.json and figures/{attention,gain,changed}.png after a test.
 
     Per domain: scores with and without adaptation, images whose answer adaptation made right and wrong, passes and
@@ -41,32 +42,24 @@ class DomainReport(L.Callback):
     """
 
     def __init__(self, shown: int = 12, *, figures: bool = True) -> None:
+        super().__init__()
         self.shown, self.figures = shown, figures
         self._task: AdaptationTask | None = None
-        self._forget()
-
-    def _forget(self) -> None:
         self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._attention: dict[str, Tensor] = {}
         self._changed: dict[str, list[tuple[str, Tensor, int, int, int]]] = {"mended": [], "spoilt": []}
 
     @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._task = cast(AdaptationTask, pl_module)
-        self._forget()
+    def start(self, task: BaseTask) -> None:
+        self._task = cast(AdaptationTask, task)
+        self._sums.clear()
+        self._attention.clear()
+        self._changed = {"mended": [], "spoilt": []}
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        task = cast(AdaptationTask, pl_module)
-        if task.last_answer is None or task.data.is_padding("test", dataloader_idx, batch_idx):
+    def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
+        task = cast(AdaptationTask, task)
+        if task.last_answer is None:
             return
         answer = cast(Answer, task.last_answer())
         sums = self._sums[answer.domain]
@@ -113,8 +106,8 @@ class DomainReport(L.Callback):
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_dir(trainer)
-        if folder is None or not trainer.is_global_zero or not self._sums:
+        folder = writing_dir(trainer)
+        if folder is None or not self._sums:
             return
         write_json(folder / "metrics" / "adaptation.json", self.table(cast(AdaptationTask, pl_module)))
         if self.figures:

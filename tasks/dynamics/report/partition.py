@@ -14,8 +14,8 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe import MoERecorder
 from moeapps.reporting.figures import save_figure
+from moeapps.training.callbacks.report import writing_dir
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
-from moeapps.training.run import run_dir
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
 from tasks.dynamics.metrics import adjusted_rand_index, merged, purity
 from tasks.dynamics.report.figures import gate_figure
@@ -60,8 +60,8 @@ class PartitionReport(L.Callback):
         """Measure, for the results file, and write the history."""
         task = cast("DynamicsTask", pl_module)
         self._last = self.measure(trainer, task)
-        folder = run_dir(trainer)
-        if folder is not None and trainer.is_global_zero:
+        folder = writing_dir(trainer)
+        if folder is not None:
             data = task.training_data()
             names = cast(list[str], task.facts.get("families", []))
             content = {
@@ -112,9 +112,9 @@ class GatePicture(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what the partition report remembers."""
-        task, folder = cast("DynamicsTask", pl_module), run_dir(trainer)
+        task, folder = cast("DynamicsTask", pl_module), writing_dir(trainer)
         history = [c.history for c in cast(Any, trainer).callbacks if isinstance(c, PartitionReport)]
-        if folder is None or not trainer.is_global_zero or not history or not history[0]:
+        if folder is None or not history or not history[0]:
             return
         steps, experts = (np.array([entry[key] for entry in history[0]]) for key in ("step", "expert"))
         names = cast(list[str], task.facts.get("families", []))

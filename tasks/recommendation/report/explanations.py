@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -70,9 +69,9 @@ class GateReport(ExpertReport):
         self._taken: dict[str, int] = {}
         self._samples: list[GateSample] = []
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, task: BaseTask) -> None:
         """Start anew."""
-        super().on_test_epoch_start(trainer, pl_module)
+        super().start(task)
         self._taken, self._samples = dict.fromkeys(self.domains, 0), []
 
     def wants(self, domain: str) -> bool:
