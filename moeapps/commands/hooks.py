@@ -73,8 +73,8 @@ def _told(
 def _hand_over(
     commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
 ) -> int:
+    from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.messages import UsageError
-    from moeapps.commands.run import checkpoint_of
     from moeapps.commands.trained import build, load_weights
     from moeapps.training.run import newest_version
 
@@ -87,7 +87,8 @@ def _hand_over(
         known = "; ".join(command.systems for command in commands)
         raise UsageError(f"{kind} has no command `{commands[0].name}`; it is for {known}")
     if command.weights:
-        load_weights(built.model, ckpt or checkpoint_of(run))
+        named = str(ckpt) if ckpt is None or str(ckpt) in ("last", "best") else None
+        load_weights(built.model, ckpt if ckpt is not None and named is None else checkpoint_of(run, which=named))
         built.model.to(built.trainer.strategy.root_device)
         if "--out" not in [word.split("=")[0] for word in rest] and run is not None:
             rest = [*rest, "--out", str(run / command.name)]

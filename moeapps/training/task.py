@@ -103,6 +103,7 @@ class BaseTask(L.LightningModule):
         self._steps_without = 0
         self._trained: dict[str, int] = {}
         self._begun = False
+        self.stop_asked = False  # by Ctrl-C inside a step, see InterruptCheckpoint
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
@@ -295,6 +296,10 @@ class BaseTask(L.LightningModule):
         if write and folder is not None and self.trainer.is_global_zero:
             results = {"header": self.header(), **table.as_dict()}
             results["summary"] |= self._told_by_callbacks("describe_results")
+            failed = {
+                type(c).__name__: c.failure for c in cast(Any, self.trainer).callbacks if getattr(c, "failure", 0)
+            }
+            results["header"] |= {"failed_reports": failed} if failed else {}
             write_json(folder / "metrics" / f"{stage}.json", results)
 
     def header(self) -> dict[str, Any]:
@@ -339,12 +344,20 @@ class BaseTask(L.LightningModule):
             hold_statistics(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped."""
+        """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped.
+
+        This is the last that hears of a step: if Ctrl-C came in it, training stops here.
+
+        Raises:
+            KeyboardInterrupt: it did.
+        """
         self.last_records = []
         if self.trainer.global_step != self._last_step:
             self._last_step = self.trainer.global_step
             for aux in cast(list[AuxLoss], list(self.aux_losses)):
                 aux.on_optimizer_step()
+        if self.stop_asked:
+            raise KeyboardInterrupt
 
     @override
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -61,6 +61,7 @@ class ExpertReport(Report):
     overrides `numbers`, `count` or `finish`.
     """
 
+    joins_processes = True
     keep: ClassVar[tuple[Kept, ...]] = ()
     """What records must hold besides the routing, see `MoERecorder`."""
     by_stage: ClassVar[bool] = False

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
 Groups = dict[str, dict[str, float]]
 
 
-class Report(L.Callback):
+class Report(SideReport):
     """Gather from the batches of a test and tell at its end; a subclass overrides `start`, `gather` and `finish`.
 
     Attributes:

@@ -17,6 +17,7 @@ from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information
 from moeapps.moe.objectives import counted_rows
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
@@ -49,7 +50,7 @@ def routing_entropy(record: Record) -> tuple[float | Tensor, int]:
     return token_entropy(probs_NE), len(probs_NE)
 
 
-class RoutingMonitor(L.Callback):
+class RoutingMonitor(SideReport):
     """Watch the routing of every MoE layer.
 
     At every evaluation it logs ``moe/<layer>/load_cv``, ``/entropy`` (nats), ``/dead`` (fraction of experts below
@@ -61,6 +62,8 @@ class RoutingMonitor(L.Callback):
         figures: write the heat maps, and show them in TensorBoard where that is on.
         min_mean_load: work per expert and evaluation below which nothing is said about collapse.
     """
+
+    joins_processes = True
 
     def __init__(self, figures: bool = True, min_mean_load: float = 20.0) -> None:
         self.figures = figures

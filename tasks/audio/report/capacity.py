@@ -40,6 +40,8 @@ class CapacityReport(Report):
     whose layers all run all experts.
     """
 
+    joins_processes = True
+
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[Place, Tensor] = {}

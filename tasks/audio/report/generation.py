@@ -21,6 +21,7 @@ from typing_extensions import override
 from moeapps.data.domain import Split
 from moeapps.files import write_json
 from moeapps.training.callbacks.report import Report, writing_dir
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.task import BaseTask
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.datamodule import AudioData
@@ -78,7 +79,7 @@ def draw_like(task: Any, data: AudioData, split: Split, per_domain: int, how: Dr
     return Drawn(codes, waves, prompts, [n for n, _, _ in chosen], [clip.wave for _, _, clip in chosen], seconds)
 
 
-class AudioSamples(L.Callback):
+class AudioSamples(SideReport):
     """Write clips to samples/epoch_<k>/ while training and to samples/test/ after a test, and to TensorBoard.
 
     Each has a WAV, a spectrogram and its prompt; index.html plays them all. While training the prompts are those of

@@ -16,6 +16,7 @@ from moeapps.moe import MoERecorder
 from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.report import writing_dir
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
+from moeapps.training.callbacks.side import SideReport
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
 from tasks.dynamics.metrics import adjusted_rand_index, merged, purity
 from tasks.dynamics.report.figures import gate_figure
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tasks.dynamics.module import DynamicsTask
 
 
-class PartitionReport(L.Callback):
+class PartitionReport(SideReport):
     """Log ``moe/partition/ari``, ``/purity`` and ``/experts`` at every validation; write metrics/partition.json.
 
     Results files get a group ``partition`` with these, ``ari_identifiable`` (families of one field count as one), the
@@ -107,7 +108,7 @@ class PartitionReport(L.Callback):
         return fits[0].seconds / (fits[0].steps // fits[0].every) if fits else None
 
 
-class GatePicture(L.Callback):
+class GatePicture(SideReport):
     """Draw figures/gate.png after a test: the expert of every trained environment over training."""
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

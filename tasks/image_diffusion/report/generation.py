@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.training.callbacks.report import Report, writing_dir
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.task import BaseTask
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.samplers import sample
@@ -25,7 +26,7 @@ from tasks.image_diffusion.report.pictures import grid, spread, write_png
 log = logging.getLogger("moeapps")
 
 
-class SampleGrid(L.Callback):
+class SampleGrid(SideReport):
     """Write figures/samples-epoch_<k>.png while training: a row per class, the same noise every time.
 
     The images are drawn by the weights that validation uses, averaged ones where they are averaged.

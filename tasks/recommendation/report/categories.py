@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.scores import DomainScores
 from moeapps.training.task import BaseTask
 from tasks.recommendation.metrics import RankingScores, gauc
@@ -18,7 +19,7 @@ from tasks.recommendation.metrics import RankingScores, gauc
 Groups = dict[str, dict[str, float]]
 
 
-class CategoryScores(L.Callback):
+class CategoryScores(SideReport):
     """Add means over tasks to the summary of metrics/test.json.
 
     * ``<role>.<category>``: every kind of score, mean over the role's domains and the category's tasks; only for logs
