@@ -293,6 +293,8 @@ class BaseTask(L.LightningModule):
                 domains: dict[str, str] = {domain: role for role in wanted for domain in roles[role]}
                 self.scores[name] = DomainScores(domains, self.configure_metrics)
                 self.add_module(f"{name}_scores", self.scores[name])
+        # A checkpoint is loaded before Lightning converts the module: double weights would be rounded to single ones.
+        self.trainer.precision_plugin.convert_module(self)
 
     def on_fit_start(self) -> None:
         """Begin with the weights of an earlier run, where there is one to start from."""
