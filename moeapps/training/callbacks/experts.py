@@ -18,6 +18,7 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe.metrics import contingency, load, mutual_information
 from moeapps.moe.objectives import routed
+from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
 from moeapps.training.run import run_dir
@@ -101,8 +102,7 @@ class ExpertReport(L.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
-            self._sum_over_processes()
+        self._sum_over_processes(pl_module.device)
         folder = run_dir(trainer)
         self.finish(cast(BaseTask, pl_module), folder if trainer.is_global_zero else None)
 
@@ -164,10 +164,19 @@ class ExpertReport(L.Callback):
                 layer.tables[name] = work_NE.new_zeros(len(self.domains), num_labels, num_experts)
             layer.tables[name][domain] += contingency(work_NE, label_N, num_labels)
 
-    def _sum_over_processes(self) -> None:
-        for layer in self.layers.values():
-            for value in (layer.work_DE, layer.sums, *layer.tables.values()):
-                torch.distributed.all_reduce(value)
+    def _sum_over_processes(self, device: torch.device) -> None:
+        """Join the layers of all processes; one that had no batch of a seen domain has none of its own."""
+        own: dict[tuple[Place, str, str], Tensor] = {}
+        for place, layer in self.layers.items():
+            own |= {(place, "sums", "work"): layer.work_DE, (place, "sums", "sums"): layer.sums}
+            own |= {(place, "table", factor): table for factor, table in layer.tables.items()}
+        found = sums_of_all_ranks(own, device)
+        for place, kind, name in found:
+            if (kind, name) == ("sums", "work"):
+                layer = LayerWork(found[place, "sums", "work"], found[place, "sums", "sums"])
+                layer.alike = self.layers[place].alike if place in self.layers else {}
+                layer.tables = {n: found[p, k, n] for p, k, n in found if (p, k) == (place, "table")}
+                self.layers[place] = layer
 
 
 def information(table_LE: Tensor) -> float:

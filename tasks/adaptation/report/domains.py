@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
+from moeapps.moe.ranks import objects_of_all_ranks
 from moeapps.reporting.figures import save_figure
 from moeapps.training.run import run_dir
 from moeapps.training.scores import ScoreTable
@@ -32,8 +33,7 @@ class DomainReport(L.Callback):
 
     Per domain: scores with and without adaptation, images whose answer adaptation made right and wrong, passes and
     seconds of the processor per target, and how much the aggregator attends to each expert (mean over the support
-    images of all draws). ``worst`` of the summary of metrics/test.json is the lowest score of a domain, by role. In a
-    run of several processes the report is of the share of the first one.
+    images of all draws). ``worst`` of the summary of metrics/test.json is the lowest score of a domain, by role.
 
     Args:
         shown: changed images in the picture, of each kind.
@@ -88,6 +88,23 @@ class DomainReport(L.Callback):
             z_SED, present_SE = task.net.tokens(answer.support.image)
             attention_E = attention_of(task.net, z_SED, present_SE).cpu()
             self._attention[answer.domain] = self._attention.get(answer.domain, torch.zeros(())) + attention_E
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Join what all processes have seen; what is shown are the first process's images, then the next one's."""
+        parts = objects_of_all_ranks(
+            ({name: dict(sums) for name, sums in self._sums.items()}, self._attention, self._changed)
+        )
+        self._forget()
+        for sums, attention, changed in parts:
+            for domain, numbers in sums.items():
+                own = self._sums[domain]
+                for name, value in numbers.items():
+                    own[name] = max(own[name], value) if name == "draws" else own[name] + value
+            for domain, share_E in attention.items():
+                self._attention[domain] = self._attention.get(domain, torch.zeros(())) + share_E
+            for kind, images in changed.items():
+                self._changed[kind] += images
 
     def _note_changes(self, answer: Answer, unseen: bool) -> None:
         label, after, before = answer.query.label, answer.after.argmax(1), answer.before.argmax(1)

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe.objectives import routed
+from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Place, Record
 from moeapps.moe.routing import Routing
 from moeapps.reporting.figures import save_figure
@@ -79,9 +80,7 @@ class CapacityReport(L.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
-            for value in self.sums.values():
-                torch.distributed.all_reduce(value)
+        self.sums = sums_of_all_ranks(self.sums, pl_module.device)
         names = group_names(list(self.sums))
         layers = {names[place].replace("experts", "capacity", 1): value.cpu() for place, value in self.sums.items()}
         numbers = {name: shares(value[self.seen].sum((0, 1))) for name, value in layers.items()}
