@@ -19,6 +19,7 @@ from typing_extensions import override
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
@@ -139,7 +140,7 @@ class BaseTask(L.LightningModule):
         self.last_domain: str | None = None
         self.record_keeps: Collection[Kept] = ()  # what callbacks want of the next test batch's records
         self._last_step = 0
-        self._label_seen = False
+        self._label_seen = self._labels_told = False
         self._steps_without = 0
         self._trained: dict[str, int] = {}
         self._begun = False
@@ -237,9 +238,12 @@ class BaseTask(L.LightningModule):
         Raises:
             ValueError: there was none so far.
         """
+        if self._labels_told:
+            return
         self._label_seen = self._label_seen or labelled > 0
         self._steps_without += 1
-        if not self._label_seen and (self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch):
+        self._labels_told = self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch
+        if self._labels_told and not sum_over_ranks(torch.tensor(int(self._label_seen), device=self.device)):
             raise ValueError(
                 f"no item of the first {self._steps_without} training batches has a known label, so nothing can be "
                 f"learned; look at the labels of the seen domains {self.facts['domains']['seen']} (names of classes, "
