@@ -34,6 +34,7 @@ from tasks.image_diffusion.metrics import paired_metrics
 from tasks.point_cloud.metrics import segmentation_metrics
 from tasks.recommendation.metrics import RankingScores, ranking_metrics
 from tasks.recommendation.nets.dice import Dice
+from tasks.recommendation.report.categories import oracle_scores
 from tasks.recommendation.report.list_metrics import list_metrics
 from tasks.recommendation.rivals.popularity import Popularity
 from tests.processes import in_processes
@@ -189,6 +190,17 @@ def test_a_report_by_domain_is_of_all_processes(monkeypatch: pytest.MonkeyPatch)
         assert dict(report._sums["d"]) == {"images": 8, "draws": 2}
         assert report._attention["d"].tolist() == [2, 2]
         assert [image[2] for image in report._changed["mended"]] == [0, 2]
+
+
+def test_what_the_truth_scores_is_of_the_rows_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, given = CASES["ranking"][0], CASES["ranking"][1]()
+    expected = oracle_scores(scored(make, given, torch.arange(N)), ["a", "b"])
+    assert expected["oracle"]["margin"] >= 0
+    scores = [scored(make, given, rows) for rows in torch.arange(N).split((5, 0, 7))]
+    for found in in_processes(monkeypatch, 3, lambda rank: oracle_scores(scores[rank], ["a", "b"])):
+        assert found.keys() == expected.keys()
+        for group, values in expected.items():
+            assert found[group] == pytest.approx(values, nan_ok=True)
 
 
 # States ---------------------------------------------------------------------------------------------------------------
