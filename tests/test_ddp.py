@@ -105,7 +105,7 @@ def test_torchrun_starts_it_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", BASES, ids=name)
 def test_a_system_trains_and_tests_on_two_processes(tmp_path: Path, base: Path) -> None:
-    moeapps("fit", *tiny(base), *TWO, "--trainer.callbacks", "null")
+    moeapps("fit", *tiny(base), *TWO)
 
     rows = results(tmp_path / "runs" / base.stem / "base" / "version_0")["rows"]
     assert {row["role"] for row in rows} == {"seen", "validation", "unseen"}

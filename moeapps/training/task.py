@@ -18,6 +18,7 @@ from typing_extensions import override
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
@@ -99,7 +100,7 @@ class BaseTask(L.LightningModule):
         self.last_domain: str | None = None
         self.record_keeps: Collection[Kept] = ()  # what callbacks want of the next test batch's records
         self._last_step = 0
-        self._label_seen = False
+        self._label_seen = self._labels_told = False
         self._steps_without = 0
         self._trained: dict[str, int] = {}
         self._begun = False
@@ -198,9 +199,12 @@ class BaseTask(L.LightningModule):
         Raises:
             ValueError: there was none so far.
         """
+        if self._labels_told:
+            return
         self._label_seen = self._label_seen or labelled > 0
         self._steps_without += 1
-        if not self._label_seen and (self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch):
+        self._labels_told = self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch
+        if self._labels_told and not sum_over_ranks(torch.tensor(int(self._label_seen), device=self.device)):
             raise ValueError(
                 f"no item of the first {self._steps_without} training batches has a known label, so nothing can be "
                 f"learned; look at the labels of the seen domains {self.facts['domains']['seen']} (names of classes, "
@@ -254,6 +258,8 @@ class BaseTask(L.LightningModule):
                 domains: dict[str, str] = {domain: role for role in wanted for domain in roles[role]}
                 self.scores[name] = DomainScores(domains, self.configure_metrics)
                 self.add_module(f"{name}_scores", self.scores[name])
+        # A checkpoint is loaded before Lightning converts the module: double weights would be rounded to single ones.
+        self.trainer.precision_plugin.convert_module(self)
 
     def on_fit_start(self) -> None:
         """Begin with the weights of an earlier run, where there is one to start from."""

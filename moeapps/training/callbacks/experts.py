@@ -18,9 +18,10 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe.metrics import contingency, load, mutual_information
 from moeapps.moe.objectives import routed
+from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
-from moeapps.training.callbacks.report import Groups, Report, sum_over_processes
+from moeapps.training.callbacks.report import Groups, Report
 from moeapps.training.task import BaseTask, Factor
 
 
@@ -118,8 +119,7 @@ class ExpertReport(Report):
 
     def finish(self, task: BaseTask, folder: Path | None) -> None:
         """Set ``result`` and, where there is a folder, write metrics/experts.json."""
-        for layer in self.layers.values():
-            sum_over_processes(task, (layer.work_DE, layer.sums, *layer.tables.values()))
+        self._sum_over_processes(task.device)
         names = group_names(list(self.layers), by_stage=self.by_stage)
         self.result = with_means({names[place]: self.numbers(layer) for place, layer in self.layers.items()})
         if self.layers and folder is not None:
@@ -144,6 +144,20 @@ class ExpertReport(Report):
             if name not in layer.tables:
                 layer.tables[name] = work_NE.new_zeros(len(self.domains), num_labels, num_experts)
             layer.tables[name][domain] += contingency(work_NE, label_N, num_labels)
+
+    def _sum_over_processes(self, device: torch.device) -> None:
+        """Join the layers of all processes; one that had no batch of a seen domain has none of its own."""
+        own: dict[tuple[Place, str, str], Tensor] = {}
+        for place, layer in self.layers.items():
+            own |= {(place, "sums", "work"): layer.work_DE, (place, "sums", "sums"): layer.sums}
+            own |= {(place, "table", factor): table for factor, table in layer.tables.items()}
+        found = sums_of_all_ranks(own, device)
+        for place, kind, name in found:
+            if (kind, name) == ("sums", "work"):
+                layer = LayerWork(found[place, "sums", "work"], found[place, "sums", "sums"])
+                layer.alike = self.layers[place].alike if place in self.layers else {}
+                layer.tables = {n: found[p, k, n] for p, k, n in found if (p, k) == (place, "table")}
+                self.layers[place] = layer
 
 
 def information(table_LE: Tensor) -> float:

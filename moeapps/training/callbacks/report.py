@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from moeapps.training.callbacks.side import SideReport
@@ -69,10 +66,3 @@ def writing_dir(trainer: L.Trainer) -> Path | None:
     """Return the run folder on the process that writes; None on others and where no run writes (fast_dev_run)."""
     folder = run_dir(trainer)
     return folder if trainer.is_global_zero else None
-
-
-def sum_over_processes(task: BaseTask, values: Iterable[Tensor]) -> None:
-    """Add up, in place, what the processes of a run counted."""
-    if task.trainer.world_size > 1:
-        for value in values:
-            torch.distributed.all_reduce(value)

@@ -27,6 +27,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from moeapps.data.mixing import fold
 from moeapps.files import write_json
 from moeapps.training.callbacks.finite import DivergedError
 from moeapps.training.checkpoints import CheckpointError, check_whole, copy_checkpoint, first_whole
@@ -57,7 +58,9 @@ class TipFilter(logging.Filter):
 class RandomState(L.Callback):
     """Keep the global random states (python, numpy, torch, CUDA) of every process in the checkpoint.
 
-    They are put back when training starts again, after everything that draws numbers while setting up.
+    They are put back when training starts again, after everything that draws numbers while setting up. A training that
+    begins gives every process but the first a seed of its own: with one seed for all, dropout, noise and drawn times
+    would be the same in each, and n processes would draw no more of them than one.
     """
 
     def __init__(self) -> None:
@@ -82,9 +85,14 @@ class RandomState(L.Callback):
         self._restored = state_dict["states"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the stored state of this process back; a process that had none keeps its own."""
+        """Put the stored state of this process back; one that had none begins with a seed of its own."""
         if self._restored is not None and trainer.global_rank < len(self._restored):
             _set_random_state(self._restored[trainer.global_rank])
+        elif trainer.global_rank:
+            seed = fold(torch.initial_seed(), trainer.global_rank)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - the state others draw from
+            torch.manual_seed(seed)
         self._restored = None
 
 

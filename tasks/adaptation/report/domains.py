@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
+from moeapps.moe.ranks import objects_of_all_ranks
 from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.scores import ScoreTable
@@ -33,18 +34,22 @@ class DomainReport(Report):
 
     Per domain: scores with and without adaptation, images whose answer adaptation made right and wrong, passes and
     seconds of the processor per target, and how much the aggregator attends to each expert (mean over the support
-    images of all draws). ``worst`` of the summary of metrics/test.json is the lowest score of a domain, by role. In a
-    run of several processes the report is of the share of the first one.
+    images of all draws). ``worst`` of the summary of metrics/test.json is the lowest score of a domain, by role.
 
     Args:
         shown: changed images in the picture, of each kind.
         figures: draw the pictures.
     """
 
+    joins_processes = True
+
     def __init__(self, shown: int = 12, *, figures: bool = True) -> None:
         super().__init__()
         self.shown, self.figures = shown, figures
         self._task: AdaptationTask | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._attention: dict[str, Tensor] = {}
         self._changed: dict[str, list[tuple[str, Tensor, int, int, int]]] = {"mended": [], "spoilt": []}
@@ -52,9 +57,7 @@ class DomainReport(Report):
     @override
     def start(self, task: BaseTask) -> None:
         self._task = cast(AdaptationTask, task)
-        self._sums.clear()
-        self._attention.clear()
-        self._changed = {"mended": [], "spoilt": []}
+        self._forget()
 
     @override
     def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
@@ -81,6 +84,23 @@ class DomainReport(Report):
             z_SED, present_SE = task.net.tokens(answer.support.image)
             attention_E = attention_of(task.net, z_SED, present_SE).cpu()
             self._attention[answer.domain] = self._attention.get(answer.domain, torch.zeros(())) + attention_E
+
+    @override
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        """Join what all processes have seen; what is shown are the first process's images, then the next one's."""
+        parts = objects_of_all_ranks(
+            ({name: dict(sums) for name, sums in self._sums.items()}, self._attention, self._changed)
+        )
+        self._forget()
+        for sums, attention, changed in parts:
+            for domain, numbers in sums.items():
+                own = self._sums[domain]
+                for name, value in numbers.items():
+                    own[name] = max(own[name], value) if name == "draws" else own[name] + value
+            for domain, share_E in attention.items():
+                self._attention[domain] = self._attention.get(domain, torch.zeros(())) + share_E
+            for kind, images in changed.items():
+                self._changed[kind] += images
 
     def _note_changes(self, answer: Answer, unseen: bool) -> None:
         label, after, before = answer.query.label, answer.after.argmax(1), answer.before.argmax(1)

@@ -16,11 +16,12 @@ from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe.objectives import routed
+from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Place, Record
 from moeapps.moe.routing import Routing
 from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.experts import group_names
-from moeapps.training.callbacks.report import Report, sum_over_processes
+from moeapps.training.callbacks.report import Report
 from moeapps.training.task import BaseTask
 
 SUMS = ("rows", "real", "null", "none")
@@ -70,7 +71,7 @@ class CapacityReport(Report):
 
     @override
     def finish(self, task: BaseTask, folder: Path | None) -> None:
-        sum_over_processes(task, self.sums.values())
+        self.sums = sums_of_all_ranks(self.sums, task.device)
         names = group_names(list(self.sums))
         layers = {names[place].replace("experts", "capacity", 1): value.cpu() for place, value in self.sums.items()}
         numbers = {name: shares(value[self.seen].sum((0, 1))) for name, value in layers.items()}

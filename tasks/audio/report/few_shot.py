@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from moeapps.moe.ranks import alone
 from moeapps.training.callbacks.report import Report
+from moeapps.training.scores import over_processes
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
 from tasks.audio.data.batch import CodeClips
@@ -61,7 +63,7 @@ class FewShot(Report):
         data = cast(AudioData, task.data)
         if folder is None or not tuned_parameters(task, self.tuned):
             return
-        with torch.inference_mode(False), isolate_rng():
+        with alone(), torch.inference_mode(False), isolate_rng():
             for domain in data.present("unseen"):
                 self._domain(task, data, domain)
         domains = [name.partition(".")[2] for name in self.result if name.startswith("few_shot_0.")]
@@ -85,7 +87,7 @@ class FewShot(Report):
 @torch.no_grad()
 def score(task: BaseTask, data: AudioData, domain: str) -> dict[str, float]:
     """``bits_0`` and ``bits`` of a domain's test clips, as the test counts them."""
-    metrics = task.configure_metrics(domain).to(task.device)
+    metrics = over_processes(task.configure_metrics(domain)).to(task.device)
     task.eval()
     clips = cast(CodeClips, data.get_dataset(domain, "test"))
     for rows in torch.arange(len(clips)).split(data.eval_batch_size):

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
+from moeapps.moe.ranks import alone
 from moeapps.training.callbacks.report import Report
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
@@ -81,7 +82,7 @@ class FewShot(Report):
         if not tuned_parameters(task, self.tuned):
             log.info("few-shot: no parameter is named %s; nothing is tuned", " or ".join(self.tuned))
             return
-        with torch.inference_mode(False), isolate_rng():
+        with alone(), torch.inference_mode(False), isolate_rng():
             torch.manual_seed(self.seed)
             for domain in data.present("unseen"):
                 self._domain(task, data, domain)

@@ -44,7 +44,8 @@ class GateReport(ExpertReport):
       has values) against the factor, of users with more than `TAIL` past items; ``gate_ari_tail``: of the others,
     * ``gate_spread``: mean standard deviation of an expert's weight over lists; 0: the gate says the same of all.
 
-    Networks whose gate reads no history have no explanations, those without experts no report.
+    Networks whose gate reads no history have no explanations, those without experts no report. Under several processes
+    the lists are those of the first.
 
     Args:
         lists_per_domain: test lists of each seen domain that are looked at.
