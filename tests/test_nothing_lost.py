@@ -225,8 +225,8 @@ def test_a_report_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatc
 
 def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(tmp_path: Path) -> None:
     whole = run([*FIT, f"{ADD}tests.toy.RowTape", "--trainer.max_epochs", "2"])
+    press = [f"{ADD}tests.toy.PressKeyInside", "--trainer.callbacks.step=12"]
     with pytest.raises(SystemExit):
-        press = [f"{ADD}tests.toy.PressKeyInside", "--trainer.callbacks.step=12"]
         run([*FIT, *press, f"{ADD}tests.toy.RowTape", "--trainer.max_epochs", "2"])
     interrupted = folder(tmp_path, 1) / "checkpoints" / "interrupted.ckpt"
     assert read_checkpoint(interrupted)["global_step"] == 13
