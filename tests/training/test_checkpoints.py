@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from moeapps.training.checkpoints import (
     CheckpointError,
     WholeCheckpoints,
+    check_whole,
     copy_checkpoint,
     digest_file,
     first_whole,
@@ -48,20 +50,21 @@ def test_the_digest_beside_a_checkpoint_is_the_one_that_sha256sum_reads(path: Pa
 
 
 def test_every_single_bit_flip_is_refused(path: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    loaded = []
-    for bit in range(8 * len(whole)):
-        whole[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(whole)
-        whole[bit // 8] ^= 1 << bit % 8
-        try:
-            read_checkpoint(path)
-        except CheckpointError:
-            continue
-        loaded.append(bit)
+    whole, passed = path.read_bytes(), []
+    with path.open("r+b", buffering=0) as file:
+        for bit in range(8 * len(whole)):
+            file.seek(bit // 8)
+            file.write(bytes([whole[bit // 8] ^ 1 << bit % 8]))
+            try:
+                check_whole(path)
+                passed.append(bit)
+            except CheckpointError:
+                file.seek(bit // 8)
+                file.write(whole[bit // 8 : bit // 8 + 1])
 
     assert len(whole) > 500
-    assert loaded == []
+    assert passed == []
+    assert value_of(path) == 1.0
 
 
 def test_every_length_but_the_whole_one_is_refused(path: Path) -> None:
@@ -72,23 +75,28 @@ def test_every_length_but_the_whole_one_is_refused(path: Path) -> None:
             read_checkpoint(path)
 
 
-def test_without_a_digest_what_still_loads_is_what_was_written(path: Path) -> None:
+def test_without_a_digest_the_sums_of_the_zip_entries_are_compared(path: Path) -> None:
     digest_file(path).unlink()
-    whole = bytearray(path.read_bytes())
-    refused = 0
-    for bit in range(0, 8 * len(whole), 13):
-        whole[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(whole)
-        whole[bit // 8] ^= 1 << bit % 8
-        try:
-            found = read_checkpoint(path)
-        except CheckpointError:
-            refused += 1
-            continue
-        assert torch.equal(found["state_dict"]["w"], torch.ones(8)), bit
-        assert found["epoch"] == 3, bit
+    assert value_of(path) == 1.0
+    whole, flipped = path.read_bytes(), 0
+    with zipfile.ZipFile(path) as entries:
+        held = [entries.read(info) for info in entries.infolist()]
+    with path.open("r+b", buffering=0) as file:
+        for content in (content for content in held if len(content) > 8):  # the weights and what names them
+            begin = whole.index(content)
+            for bit in range(8 * begin, 8 * (begin + len(content)), 3):
+                file.seek(bit // 8)
+                file.write(bytes([whole[bit // 8] ^ 1 << bit % 8]))
+                with pytest.raises(CheckpointError, match="is damaged at"):
+                    check_whole(path)
+                file.seek(bit // 8)
+                file.write(whole[bit // 8 : bit // 8 + 1])
+                flipped += 1
 
-    assert refused > 50
+    assert flipped > 500
+    path.write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match="is no readable checkpoint"):
+        check_whole(path)
 
 
 def test_a_crash_between_the_two_moves_leaves_the_old_checkpoint_whole(

@@ -70,7 +70,8 @@ class StopDiverged(L.Callback):
         looked_at = self.skip or loss.device.type == "cpu" or trainer.global_step % EVERY == 0
         self._bad_loss = bool(looked_at) and not _is_finite(loss)
         if self._bad_loss and not self.skip:
-            raise DivergedError(f"the loss of step {trainer.global_step} is not finite ({float(loss)}); {_ADVICE}")
+            value = float(loss.detach())
+            raise DivergedError(f"the loss of step {trainer.global_step} is not finite ({value}); {_ADVICE}")
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
