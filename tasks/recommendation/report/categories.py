@@ -92,7 +92,7 @@ def oracle_scores(scores: DomainScores, tasks: list[str]) -> Groups:
         kept = [m for m in cast(MetricCollection, metrics).values() if isinstance(m, RankingScores)]
         rows: dict[str, Tensor] = {}
         if kept:
-            with kept[0].sync_context():
+            with kept[0].sync_context(dist_sync_fn=kept[0].dist_sync_fn):
                 rows = kept[0].rows()
         if "oracle" not in rows:
             continue
