@@ -146,14 +146,13 @@ def sentence(report: Mapping[str, Any]) -> str:
         return f"{max(rows[f'{part}-{seed}']['cpu_seconds'] for seed in SEEDS) / 60:.1f}"
 
     def least(key: str) -> str:
-        return f"{min(row[key] for row in rows.values()):.{0 if BOUNDS[key][1] < 0 else 2}f}".replace(
-            "-", "\N{MINUS SIGN}"
-        )
+        value, digits = min(row[key] for row in rows.values()), 0 if BOUNDS[key][1] < 0 else 2
+        return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
     return wrapped(
         f"On one thread and from an empty cache, a training costs {minutes('generated')} CPU minutes on generated "
         f"clips, {minutes('recordings')} on recordings, the curriculum {minutes('curriculum')} (the dearer of two "
-        f"seeds). Worst of these six runs: the quietest drawn clip has {least('quietest')} dBFS, half of them more than "
+        f"seeds). Worst of these six runs: the quietest drawn clip has {least('quietest')} dBFS, the median "
         f"{least('loudness')}; the judge hears {least('domain_accuracy')} of the drawn clips as their domain, and "
         f"{least('real_domain_accuracy')} of real test clips: `{report['command']}`, "
         "[results](../../benchmarks/results/unimoe_audio_generation.json).\n"

@@ -69,7 +69,7 @@ def test_a_curriculum_may_take_twenty_five_minutes() -> None:
 def test_the_sentence_tells_the_worst_run() -> None:
     told = " ".join(generation.sentence(report_of(cpu_seconds=360.0, quietest=-33.4, domain_accuracy=0.812)).split())
     assert "costs 10.0 CPU minutes on generated clips, 10.0 on recordings, the curriculum 10.0" in told
-    assert "the quietest drawn clip has −40 dBFS, half of them more than −20" in told
+    assert "the quietest drawn clip has −40 dBFS, the median −20" in told
     assert "hears 0.80 of the drawn clips as their domain, and 0.95 of real test clips" in told
 
 
