@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make fuzz``: tests named ``..._is_read_or_told`` at many cases, in guarded processes, with a record per reader.
+
+Such a test is a hypothesis test that damages a file and reads it: anything but a sample or the one error of the reader
+fails it. Where MOEAPPS_FUZZ is a number of cases, each of them runs that many, in processes of 500: a crash, a case of
+five seconds, or memory of 256 MiB is then a loss like any other exception. What was tried is kept in
+``runs/fuzz/<reader>.json`` after every process, and the next ``make fuzz`` goes on from there with new seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from moeapps.files import write_json
+
+CASES, RECORDS = "MOEAPPS_FUZZ", "MOEAPPS_FUZZ_RECORDS"
+NAMED = "_is_read_or_told"
+CHUNK = 500
+SECONDS, WALL_SECONDS, MEMORY_MIB = 5.0, 120.0, 256.0
+"""A case may take so long of the processor, or of the clock (a file that never answers), and grow memory so much."""
+MOST_LOSSES = 3
+_COUNTS: memoryview | None = None
+
+
+def refused() -> None:
+    """Count a case whose file was refused in one sentence; the others are read."""
+    if _COUNTS is not None:
+        _COUNTS[1] += 1
+
+
+@dataclass
+class Record:
+    """What is known of one reader.
+
+    Args:
+        reader: its name.
+        test: the test that says what it promises.
+        cases: damaged files tried.
+        read: those that gave a sample.
+        refused: those that gave the reader's one error.
+        losses: those that gave anything else: kind, seed, number of the case in its process, message.
+        processes: of up to 500 cases each; the number of one is its seed.
+        cpu_seconds: all of them.
+        commits: of the code that ran.
+    """
+
+    reader: str
+    test: str
+    cases: int = 0
+    read: int = 0
+    refused: int = 0
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    processes: int = 0
+    cpu_seconds: float = 0.0
+    commits: list[str] = field(default_factory=list)
+
+    def add(self, found: Found, commit: str) -> None:
+        """Add what a process found."""
+        lost = [] if found.loss is None else [{"seed": self.processes, **found.loss}]
+        self.cases += found.cases
+        self.refused += found.refused
+        self.read += found.cases - found.refused - len(lost)
+        self.losses += lost
+        self.processes += 1
+        self.cpu_seconds = round(self.cpu_seconds + found.cpu_seconds, 2)
+        self.commits = list(dict.fromkeys([*self.commits, commit]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one process found."""
+
+    cases: int
+    refused: int
+    cpu_seconds: float
+    loss: dict[str, Any] | None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a fuzz test at the wanted number of cases in place of the few of ``make test``."""
+    test = pyfuncitem.obj
+    if not os.environ.get(CASES) or NAMED not in pyfuncitem.name or not hasattr(test, "hypothesis"):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    file = Path(os.environ.get(RECORDS) or "runs/fuzz") / f"{re.sub(r'[^a-zA-Z0-9]+', '_', pyfuncitem.name)}.json"
+    record = fuzz(test, arguments, Record(reader_name(pyfuncitem.name), pyfuncitem.nodeid), file)
+    assert not record.losses, f"{file}: {json.dumps(record.losses, indent=1)}"
+    return True
+
+
+def reader_name(test: str) -> str:
+    """``test_a_damaged_image_file_is_read_or_told[.png]`` -> ``image file .png``."""
+    words = test.replace(NAMED, "").removeprefix("test_").removeprefix("a_damaged_").replace("_", " ")
+    return words.replace("[", " ").replace("]", "").strip()
+
+
+def fuzz(test: Callable[..., Any], arguments: dict[str, Any], record: Record, file: Path) -> Record:
+    """Run a test until its record holds the wanted number of cases, or too many losses.
+
+    Args:
+        test: a hypothesis test.
+        arguments: those that hypothesis does not give.
+        record: what to begin with where there is no file.
+        file: of the record.
+    """
+    if file.is_file():
+        record = Record(**json.loads(file.read_text(encoding="utf-8")))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    while record.cases < int(os.environ[CASES]) and len(record.losses) < MOST_LOSSES:
+        most = min(CHUNK, int(os.environ[CASES]) - record.cases)
+        found = guarded(lambda most=most, seed=record.processes: _cases(test, arguments, most, seed))  # type: ignore[misc]
+        record.add(found, commit)
+        write_json(file, asdict(record))
+        if found.cases == 0:
+            break
+    return record
+
+
+def _cases(test: Any, arguments: dict[str, Any], most: int, seed: int) -> None:
+    """Run cases of a test in this process, each counted when it begins."""
+    inner = test.hypothesis.inner_test
+
+    @wraps(inner)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        assert _COUNTS is not None
+        _COUNTS[0] += 1
+        return inner(*args, **kwargs)
+
+    test.hypothesis.inner_test = counted
+    test._hypothesis_internal_use_settings = hypothesis.settings(
+        test._hypothesis_internal_use_settings,
+        max_examples=most,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.seed(seed)(test)(**arguments)
+
+
+def guarded(work: Callable[[], object]) -> Found:
+    """Do work in a forked process that is watched; return what it counted and how it failed."""
+    global _COUNTS
+    _COUNTS = memoryview(mmap.mmap(-1, 16)).cast("q")  # shared with the process: cases begun, cases refused
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # other threads only wait for their terminal
+            process = os.fork()
+        if process == 0:
+            _exit_after(work, told)
+        cause, status, cpu_seconds = _watch(process, _COUNTS)
+        message = told.read_text(encoding="utf-8") if told.is_file() else ""
+    if cause is None and os.WIFSIGNALED(status):
+        cause = f"crash ({signal.Signals(os.WTERMSIG(status)).name})"
+    elif cause is None and message:
+        cause = "exception"
+    loss = None if cause is None else {"kind": cause, "case": _COUNTS[0], "message": message[-2000:]}
+    found = Found(_COUNTS[0], _COUNTS[1], cpu_seconds, loss)
+    _COUNTS = None
+    return found
+
+
+def _exit_after(work: Callable[[], object], told: Path) -> None:
+    try:
+        work()
+    except BaseException:
+        told.write_text(traceback.format_exc(), encoding="utf-8")
+    finally:
+        os._exit(0)
+
+
+def _watch(process: int, counts: memoryview) -> tuple[str | None, int, float]:
+    """Wait for a process; kill it where a case takes too long or too much. Return why, its status, its CPU seconds."""
+    begun, at, clock, cpu = _memory_mib(process, "VmRSS"), counts[0], time.monotonic(), 0.0
+    cause = None
+    while True:
+        ended, status, usage = os.wait4(process, os.WNOHANG)
+        if ended:
+            return cause, status, usage.ru_utime + usage.ru_stime
+        if counts[0] != at:
+            at, clock, cpu = counts[0], time.monotonic(), _cpu_seconds(process)
+        elif _cpu_seconds(process) - cpu > SECONDS or time.monotonic() - clock > WALL_SECONDS:
+            cause = cause or "hang"
+        if _memory_mib(process, "VmHWM") - begun > MEMORY_MIB:
+            cause = cause or "memory"
+        if cause is not None:
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _memory_mib(process: int, name: str) -> float:
+    """A line of a process's memory; 0 where it has ended."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(f"{name}:")), 0.0)
+
+
+def _cpu_seconds(process: int) -> float:
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
