@@ -138,12 +138,20 @@ def fuzz(test: Callable[..., Any], arguments: dict[str, Any], record: Record, fi
 def _cases(test: Any, arguments: dict[str, Any], most: int, seed: int) -> None:
     """Run cases of a test in this process, each counted when it begins."""
     inner = test.hypothesis.inner_test
+    failed = False
 
     @wraps(inner)
     def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal failed
         assert _COUNTS is not None
-        _COUNTS[0] += 1
-        return inner(*args, **kwargs)
+        _COUNTS[0] += not failed  # hypothesis runs a case that fails once more, to tell of it
+        try:
+            return inner(*args, **kwargs)
+        except hypothesis.errors.HypothesisException:  # a case that was no good: not drawn on
+            raise
+        except Exception:
+            failed = True
+            raise
 
     test.hypothesis.inner_test = counted
     test._hypothesis_internal_use_settings = hypothesis.settings(

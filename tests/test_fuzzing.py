@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from tests import fuzzing
 from tests.fuzzing import CASES, Record, fuzz, reader_name, refused
 
+pytestmark = pytest.mark.medium
+
 NUMBERS = st.integers(0, 255)
-NEW = Record("reader", "test")
 
 
 def reading(act: Callable[[int], object]) -> Callable[[], None]:
@@ -38,7 +40,7 @@ def write_seen(file: Path, number: int) -> None:
 
 def run(act: Callable[[int], object], file: Path, cases: int, monkeypatch: pytest.MonkeyPatch) -> Record:
     monkeypatch.setenv(CASES, str(cases))
-    return fuzz(reading(act), {}, NEW, file)
+    return fuzz(reading(act), {}, Record("reader", "test"), file)
 
 
 def test_cases_are_counted_by_what_became_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +79,7 @@ def never(number: int) -> None:
 
 
 def crash(number: int) -> None:
-    os.abort()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def take(number: int) -> list[bytes]:
@@ -89,7 +91,7 @@ def wrong(number: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("act", "kind"), [(never, "hang"), (crash, "crash (SIGABRT)"), (take, "memory"), (wrong, "exception")]
+    ("act", "kind"), [(never, "hang"), (crash, "crash (SIGKILL)"), (take, "memory"), (wrong, "exception")]
 )
 def test_a_reader_that_fails_in_any_way_is_a_loss_and_the_next_cases_are_tried(
     act: Callable[[int], object], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

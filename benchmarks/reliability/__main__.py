@@ -33,7 +33,7 @@ class Results:
     def __init__(self, file: Path, *, again: bool = False) -> None:
         self.file = file
         self.again = again
-        self.report: Report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.report = read(file)
 
     def add(self, part: str, name: str, measure: Callable[[], Report]) -> None:
         """Measure one thing unless it is known; a failure is told and left out, and the next one is tried."""
@@ -53,6 +53,12 @@ class Results:
         """Write the file with its entries in order."""
         ordered = {part: dict(sorted(held.items())) for part, held in sorted(self.report.items())}
         write_json(self.file, {**ordered, "machine": machine()})
+
+
+def read(file: Path) -> Report:
+    """Return what a file of results holds, nothing where there is none yet."""
+    found: Report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def systems() -> list[str]:
@@ -101,10 +107,10 @@ def main(args: list[str] | None = None) -> int:
         measure_faults(results, options.only, options.seeds)
     for what in ("peak", "leak"):
         if what in wanted:
-            measure_memory(what, results, options.only)  # type: ignore[arg-type]
+            measure_memory(what, results, options.only)
     if "fuzz" in wanted:
         collect_fuzz(results, RECORDS)
-    write_page(json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}, PAGE)
+    write_page(read(RESULTS), PAGE)
     return 0
 
 

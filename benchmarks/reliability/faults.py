@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -21,10 +22,14 @@ from typing import Any
 
 from benchmarks.reliability.witness import STRIKE, TAPE, Moment, Strike
 
-WITNESS = "--trainer.callbacks+=benchmarks.reliability.witness.Witness"
+WATCHED = (
+    *("--trainer.callbacks+=moeapps.training.callbacks.RoutingMonitor", "--trainer.callbacks.figures=false"),
+    "--trainer.callbacks+=benchmarks.reliability.witness.Witness",
+)
+"""No figures of the routing, a quarter of so short a run; then the witness."""
 EPOCH, EPOCHS, STAGE_EPOCHS = 4, 4, 2
 """Steps of an epoch, epochs of a fit, and of a stage of a curriculum."""
-PATIENCE_S = 900.0
+PATIENCE_S = 1800.0
 _CONFIGS = Path("configs")
 _EPOCH_ENDS: tuple[Moment, ...] = ("epoch end", "saving", "epoch start")
 
@@ -124,7 +129,7 @@ class ChainError(RuntimeError):
 def cases() -> dict[str, Case]:
     """Return a fit of every base config and the curricula that have stages, at the sizes of configs/debug."""
     found: dict[str, Case] = {}
-    few = ("--trainer.check_val_every_n_epoch=1", f"--trainer.limit_train_batches={EPOCH}", WITNESS)
+    few = ("--trainer.check_val_every_n_epoch=1", f"--trainer.limit_train_batches={EPOCH}", *WATCHED)
     for base in sorted(_CONFIGS.glob("*.yaml")):
         files = (base, _CONFIGS / "debug" / "tiny.yaml", _CONFIGS / "debug" / base.name)
         words = (*(word for file in files for word in ("--config", str(file))), *few)
@@ -231,9 +236,10 @@ def _run(case: Case, folder: Path, words: Sequence[str], strike: Strike | None) 
     if process.exitcode is None:
         process.kill()
         process.join()
-    ended = process.exitcode or 0
-    expected = {"SIGKILL": ended == -9, "SIGINT": ended > 0, "SIGTERM": ended != 0}
-    if not (expected[strike.signal] if strike else ended == 0):
+        raise ChainError(f"{case.name}: a process was not done after {PATIENCE_S:.0f} s")
+    ended = process.exitcode
+    struck = strike is not None and (ended == -9 if strike.signal == "SIGKILL" else ended not in (0, -9))
+    if not (struck if strike else ended == 0):
         tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise ChainError(f"{case.name}: a process with the strike {strike} ended with {ended}:\n{tail}")
     return ended
@@ -250,6 +256,7 @@ def _work(words: list[str], output: str, environment: dict[str, str]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind itself ignore Ctrl-C
     sys.exit(main(words))
 
 

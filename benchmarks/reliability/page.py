@@ -41,7 +41,7 @@ def faults(report: Report) -> str:
     chains = by_case(report.get("faults", {}))
     title = "### Faults"
     if not chains:
-        return f"{title}\n\nNot measured yet."
+        return f"{title}\n\nNot measured yet; `make test-slow` holds it for one seed: `{TEST}`."
     tried = Counter(fault["signal"] for held in chains.values() for chain in held for fault in chain["faults"])
     compared = sum(chain["compared"] for held in chains.values() for chain in held)
     differing = sum(lost_of(chain) for held in chains.values() for chain in held)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reliability.__main__ import RECORDS, RESULTS, Results, collect_fuzz
+from benchmarks.reliability.__main__ import RECORDS, RESULTS, Results, collect_fuzz, read
 from benchmarks.reliability.faults import EPOCH, EPOCHS, Case, Fault, cases, compare, stages_of
 from benchmarks.reliability.memory import BOUND_MIB, BOUND_TENSORS, growth
 from benchmarks.reliability.page import measured, write_page
@@ -30,7 +30,7 @@ def test_the_section_is_computed_from_the_committed_results(tmp_path: Path) -> N
     copy = tmp_path / "reliability.md"
     shutil.copy(PAGE, copy)
 
-    write_page(json.loads(RESULTS.read_text()), copy)
+    write_page(read(RESULTS), copy)
 
     assert copy.read_text() == PAGE.read_text()
 
@@ -147,7 +147,7 @@ def test_results_go_on_where_they_stopped_and_the_page_counts_them(tmp_path: Pat
 
     again = Results(file)
     again.add("faults", "home 0", lambda: pytest.fail("it is known"))
-    text = " ".join(measured(json.loads(file.read_text())).split())
+    text = " ".join(measured(read(file)).split())
     assert "2 faults (2 SIGKILL, 0 SIGINT, 0 SIGTERM) in 2 chains" in text
     assert "2 steps and scores compared, none not equal to the bit" in text
     assert "| home | 2 | 2 | 0 | 0 | 2 | 0 | 2 |" in text
