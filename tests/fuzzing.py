@@ -71,9 +71,15 @@ class Record:
     cpu_seconds: float = 0.0
     commits: list[str] = field(default_factory=list)
 
+    @property
+    def file(self) -> Path:
+        """Where it is kept."""
+        folder = Path(os.environ.get(RECORDS) or "runs/fuzz")
+        return folder / f"{re.sub(r'[^a-zA-Z0-9]+', '_', self.test.rpartition('::')[2])}.json"
+
     def add(self, found: Found, commit: str) -> None:
         """Add what a process found."""
-        lost = [] if found.loss is None else [{"seed": self.processes, **found.loss}]
+        lost = [{"seed": self.processes, **loss} for loss in found.losses]
         self.cases += found.cases
         self.refused += found.refused
         self.read += found.cases - found.refused - len(lost)
@@ -85,12 +91,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Found:
-    """What one process found."""
+    """What one process found: cases, those refused, its CPU seconds, and losses (``kind``, ``case``, ``message``)."""
 
     cases: int
     refused: int
     cpu_seconds: float
-    loss: dict[str, Any] | None
+    losses: list[dict[str, Any]]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -101,10 +107,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    file = Path(os.environ.get(RECORDS) or "runs/fuzz") / f"{re.sub(r'[^a-zA-Z0-9]+', '_', pyfuncitem.name)}.json"
-    record = fuzz(test, arguments, Record(reader_name(pyfuncitem.name), pyfuncitem.nodeid), file)
-    assert not record.losses, f"{file}: {json.dumps(record.losses, indent=1)}"
+    record = record_of(pyfuncitem)
+    go_on(record, lambda most: guarded(lambda: _cases(test, arguments, most, record.processes)))
+    assert not record.losses, json.dumps(record.losses, indent=1)
     return True
+
+
+def record_of(item: pytest.Item, reader: str | None = None) -> Record:
+    """Return what is known of the reader of a test.
+
+    Args:
+        item: the test.
+        reader: a name that says more than the test's.
+    """
+    new = Record(reader or reader_name(item.name), item.nodeid)
+    return Record(**json.loads(new.file.read_text(encoding="utf-8"))) if new.file.is_file() else new
 
 
 def reader_name(test: str) -> str:
@@ -113,26 +130,20 @@ def reader_name(test: str) -> str:
     return words.replace("[", " ").replace("]", "").strip()
 
 
-def fuzz(test: Callable[..., Any], arguments: dict[str, Any], record: Record, file: Path) -> Record:
-    """Run a test until its record holds the wanted number of cases, or too many losses.
+def go_on(record: Record, work: Callable[[int], Found]) -> None:
+    """Run processes until a record holds the wanted number of cases, or too many losses; keep it after each.
 
     Args:
-        test: a hypothesis test.
-        arguments: those that hypothesis does not give.
-        record: what to begin with where there is no file.
-        file: of the record.
+        record: what is known.
+        work: runs the next process, of at most so many cases.
     """
-    if file.is_file():
-        record = Record(**json.loads(file.read_text(encoding="utf-8")))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     while record.cases < int(os.environ[CASES]) and len(record.losses) < MOST_LOSSES:
-        most = min(CHUNK, int(os.environ[CASES]) - record.cases)
-        found = guarded(lambda most=most, seed=record.processes: _cases(test, arguments, most, seed))  # type: ignore[misc]
+        found = work(min(CHUNK, int(os.environ[CASES]) - record.cases))
         record.add(found, commit)
-        write_json(file, asdict(record))
+        write_json(record.file, asdict(record))
         if found.cases == 0:
             break
-    return record
 
 
 def _cases(test: Any, arguments: dict[str, Any], most: int, seed: int) -> None:
@@ -183,8 +194,8 @@ def guarded(work: Callable[[], object]) -> Found:
         cause = f"crash ({signal.Signals(os.WTERMSIG(status)).name})"
     elif cause is None and message:
         cause = "exception"
-    loss = None if cause is None else {"kind": cause, "case": _COUNTS[0], "message": message[-2000:]}
-    found = Found(_COUNTS[0], _COUNTS[1], cpu_seconds, loss)
+    losses = [] if cause is None else [{"kind": cause, "case": _COUNTS[0], "message": message[-2000:]}]
+    found = Found(_COUNTS[0], _COUNTS[1], cpu_seconds, losses)
     _COUNTS = None
     return found
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import fuzzing
-from tests.fuzzing import CASES, Record, fuzz, reader_name, refused
+from tests.fuzzing import CASES, RECORDS, Record, _cases, go_on, guarded, reader_name, record_of, refused
 
 pytestmark = pytest.mark.medium
 
@@ -38,12 +38,23 @@ def write_seen(file: Path, number: int) -> None:
         seen.write(f"{number}\n")
 
 
-def run(act: Callable[[int], object], file: Path, cases: int, monkeypatch: pytest.MonkeyPatch) -> Record:
+def run(act: Callable[[int], object], item: pytest.Item, cases: int, monkeypatch: pytest.MonkeyPatch) -> Record:
     monkeypatch.setenv(CASES, str(cases))
-    return fuzz(reading(act), {}, Record("reader", "test"), file)
+    record, test = record_of(item), reading(act)
+    go_on(record, lambda most: guarded(lambda: _cases(test, {}, most, record.processes)))
+    return record
 
 
-def test_cases_are_counted_by_what_became_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def item(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Item:
+    monkeypatch.setenv(RECORDS, str(tmp_path / "records"))
+    found: pytest.Item = request.node
+    return found
+
+
+def test_cases_are_counted_by_what_became_of_them(
+    item: pytest.Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = tmp_path / "seen"
 
     def act(number: int) -> None:
@@ -51,7 +62,7 @@ def test_cases_are_counted_by_what_became_of_them(tmp_path: Path, monkeypatch: p
         if number % 2:
             refused()
 
-    record = run(act, tmp_path / "record.json", 60, monkeypatch)
+    record = run(act, item, 60, monkeypatch)
 
     numbers = [int(line) for line in seen.read_text().split()]
     assert record.cases == len(numbers) == 60
@@ -60,16 +71,18 @@ def test_cases_are_counted_by_what_became_of_them(tmp_path: Path, monkeypatch: p
     assert record.losses == []
 
 
-def test_it_goes_on_where_it_stopped_with_new_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, file = tmp_path / "seen", tmp_path / "record.json"
-    first = run(lambda number: write_seen(seen, number), file, 30, monkeypatch)
+def test_it_goes_on_where_it_stopped_with_new_cases(
+    item: pytest.Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = tmp_path / "seen"
+    first = run(lambda number: write_seen(seen, number), item, 30, monkeypatch)
     drawn = seen.read_text().split()
-    second = run(lambda number: write_seen(seen, number), file, 60, monkeypatch)
-    third = run(lambda number: write_seen(seen, number), file, 60, monkeypatch)
+    second = run(lambda number: write_seen(seen, number), item, 60, monkeypatch)
+    third = run(lambda number: write_seen(seen, number), item, 60, monkeypatch)
 
     assert (first.cases, second.cases, third.cases) == (30, 60, 60)
     assert second.processes == third.processes == 2
-    assert json.loads(file.read_text())["cases"] == 60
+    assert json.loads(first.file.read_text())["cases"] == 60
     assert seen.read_text().split()[30:] != drawn
 
 
@@ -94,11 +107,11 @@ def wrong(number: int) -> Any:
     ("act", "kind"), [(never, "hang"), (crash, "crash (SIGKILL)"), (take, "memory"), (wrong, "exception")]
 )
 def test_a_reader_that_fails_in_any_way_is_a_loss_and_the_next_cases_are_tried(
-    act: Callable[[int], object], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    act: Callable[[int], object], kind: str, item: pytest.Item, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzzing, "SECONDS", 0.3 if act is never else 5.0)
 
-    record = run(act, tmp_path / "record.json", 100, monkeypatch)
+    record = run(act, item, 100, monkeypatch)
 
     assert [loss["kind"] for loss in record.losses] == [kind] * fuzzing.MOST_LOSSES
     assert [loss["seed"] for loss in record.losses] == [0, 1, 2]
