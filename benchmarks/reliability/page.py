@@ -39,9 +39,12 @@ def measured(report: Report) -> str:
 def faults(report: Report) -> str:
     """Faults tried, and what was lost."""
     chains = by_case(report.get("faults", {}))
-    title = "### Faults"
+    title = (
+        "### Faults\n\nA training goes on after an interruption, of whatever kind, and takes every step as if there "
+        f"had been none. `make test-slow` holds it for one seed: `{TEST}`."
+    )
     if not chains:
-        return f"{title}\n\nNot measured yet; `make test-slow` holds it for one seed: `{TEST}`."
+        return f"{title}\n\nNot measured yet."
     tried = Counter(fault["signal"] for held in chains.values() for chain in held for fault in chain["faults"])
     compared = sum(chain["compared"] for held in chains.values() for chain in held)
     differing = sum(lost_of(chain) for held in chains.values() for chain in held)
@@ -50,8 +53,7 @@ def faults(report: Report) -> str:
         f"{sum(tried.values())} faults ({counts}) in {sum(map(len, chains.values()))} chains of processes, each of "
         "which went on from the newest checkpoint of the one before. Every step of every process is compared with the "
         "same step of a run without faults: weights, optimizer, schedule, random states, loss, and the scores of every "
-        f"validation and test. {compared:,} steps and scores compared, {differing or 'none'} not equal to the bit. "
-        f"`make test-slow` holds it for one seed: `{TEST}`."
+        f"validation and test. {compared:,} steps and scores compared, {differing or 'none'} not equal to the bit."
     )
     rows = [
         f"| command | chains | {' | '.join(SIGNALS)} | compared | not equal | most steps taken again |",
@@ -85,7 +87,10 @@ def lost_of(chain: Report) -> int:
 def fuzzed(report: Report) -> str:
     """Cases of ``make fuzz`` per reader."""
     held: Report = report.get("fuzz", {})
-    title = "### Damaged files"
+    title = (
+        "### Damaged files\n\nA damaged file gives a sample or is refused in one sentence, whatever its format: tests "
+        "named `..._is_read_or_told`, which `make fuzz` runs at 10,000 cases each."
+    )
     if not held:
         return f"{title}\n\nNot measured yet."
     cases, losses = sum(row["cases"] for row in held.values()), sum(len(row["losses"]) for row in held.values())

@@ -22,7 +22,7 @@ READMES = [Path("README.md"), *sorted(Path("tasks").glob("*/README.md"))]
 PROMISES = (
     *("resum", "goes on after an interruption", "goes on where", "bit-equal", "to the bit", "crash", "is lost"),
     *("half-written", "whole or not at all", "damaged", "malicious", "untrusted", "trusted", "pickle", "sandbox"),
-    *("traceback", "one sentence", "clear error", "exit code", "out of memory", "leak"),
+    *("traceback", "one sentence", "clear error", "exit code", "out of memory", "memory leak"),
 )
 
 
