@@ -214,7 +214,7 @@ def _newest_step(run: Path) -> int:
 def _step_of(checkpoint: Path) -> int:
     import torch
 
-    return int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"])
+    return int(torch.load(checkpoint, weights_only=True, mmap=True)["callbacks"]["Witness"]["steps"])
 
 
 def _run(case: Case, folder: Path, words: Sequence[str], strike: Strike | None) -> int:

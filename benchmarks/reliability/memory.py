@@ -36,20 +36,23 @@ _MIB = 2**20
 
 
 class Marks(L.Callback):
-    """Memory and live tensors after the named numbers of batches.
+    """Memory and live tensors after the named numbers of steps (batches); training ends with the last step.
 
     Args:
-        at: numbers of batches.
+        at: numbers of steps.
+        steps: of the training.
     """
 
-    def __init__(self, at: list[int]) -> None:
+    def __init__(self, at: list[int], steps: int) -> None:
         self.at = at
+        self.steps = steps
         self.seen = 0
         self.found: dict[str, dict[str, float]] = {}
 
     @override
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self.seen += 1
+        trainer.should_stop = self.seen >= self.steps
         if self.seen in self.at:
             self.found[str(self.seen)] = {**live_tensors(), "rss_mib": settled_mib()}
 
@@ -83,12 +86,12 @@ def words_of(what: What, system: str) -> list[str]:
     files = [_CONFIGS / f"{system}.yaml"]
     if what == "leak":
         files += [_CONFIGS / "debug" / "tiny.yaml", _CONFIGS / "debug" / f"{system}.yaml"]
-    steps = PEAK_STEPS if what == "peak" else LEAK_STEPS
+    most = 4 * LEAK_STEPS  # of optimizers, of which a step may move several; schedules need an end
     own = ["--trainer.limit_train_batches=1.0", f"--trainer.val_check_interval={FIRST}"]
     own += ["--trainer.check_val_every_n_epoch=null", "--trainer.log_every_n_steps=50"]
     return [
         *(word for file in files for word in ("--config", str(file))),
-        *(f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=2"),
+        *(f"--trainer.max_steps={most}", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=2"),
         *("--test_after_fit=false", "--trainer.enable_progress_bar=false"),
         *(own if what == "leak" else []),
         *(["--model.init_args.start=null"] if "    start:" in files[0].read_text(encoding="utf-8") else []),
@@ -110,7 +113,8 @@ def fit(what: What, system: str) -> dict[str, Any]:
     imported = settled_mib()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     begun = time.process_time()
-    marks = Marks([] if what == "peak" else [*range(FIRST, LEAK_STEPS + 1, FIRST)])
+    at = [*range(FIRST, LEAK_STEPS + 1, FIRST)]
+    marks = Marks([], PEAK_STEPS) if what == "peak" else Marks(at, LEAK_STEPS)
     built = Cli(words_of(what, system), run=False)
     built.trainer.callbacks.insert(0, marks)  # type: ignore[attr-defined]
     built.trainer.fit(built.model, datamodule=built.datamodule)

@@ -37,7 +37,7 @@ class Strike:
         signal: its name, such as ``SIGKILL``.
         moment: at the end of a training step, at the end of its epoch before checkpoints, when the state for one has
             been gathered and its file is about to be written, or when the next epoch begins.
-        step: optimizer steps done by then.
+        step: training steps (batches, however many optimizers each moves) done by then.
         run: name of the run (a stage of a curriculum has one of its own).
     """
 
@@ -57,9 +57,13 @@ class Strike:
 
 
 class Witness(L.Callback):
-    """Write what every step and every score is, to the bit; strike where the environment says so."""
+    """Write what every step and every score is, to the bit; strike where the environment says so.
+
+    Steps are counted here, and kept in checkpoints: Lightning counts the steps of all optimizers of a batch.
+    """
 
     def __init__(self) -> None:
+        self.steps = 0
         self._tape = Path(os.environ[TAPE])
         self._strike = Strike.of(os.environ[STRIKE]) if os.environ.get(STRIKE) else None
 
@@ -67,6 +71,7 @@ class Witness(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.steps += 1
         state = {
             "weights": pl_module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -75,6 +80,14 @@ class Witness(L.Callback):
         }
         self._write(trainer, "step", {"state": digest(state), "loss": digest(outputs)})
         self._fall(trainer, "step")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict["steps"]
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -98,19 +111,15 @@ class Witness(L.Callback):
         self._fall(trainer, "epoch start")
 
     def _write(self, trainer: L.Trainer, what: str, line: dict[str, Any]) -> None:
-        named = {"run": run_name(trainer), "what": what, "step": trainer.global_step}
+        named = {"run": run_name(trainer), "what": what, "step": self.steps}
         with open(self._tape, "a", encoding="utf-8") as tape:  # closed each time: a killed process loses no line
             tape.write(json.dumps({**named, **line}) + "\n")
 
     def _fall(self, trainer: L.Trainer, moment: Moment) -> None:
         strike = self._strike
-        if strike is None or (moment, trainer.global_step, run_name(trainer)) != (
-            *(strike.moment, strike.step),
-            strike.run,
-        ):
-            return
-        self._strike = None
-        os.kill(os.getpid(), signal.Signals[strike.signal])
+        if strike is not None and strike == Strike(strike.signal, moment, self.steps, run_name(trainer)):
+            self._strike = None
+            os.kill(os.getpid(), signal.Signals[strike.signal])
 
 
 def run_name(trainer: L.Trainer) -> str:
