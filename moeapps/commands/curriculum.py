@@ -97,11 +97,12 @@ def main(args: list[str]) -> int:
         print(USAGE)
         return 0 if args else 2
     from moeapps.commands.messages import UsageError
+    from moeapps.commands.trust import TrustError
     from moeapps.training.stages import StageError
 
     try:
         run_chain([word for word in args if word != "--redo"], redo="--redo" in args)
-    except (UsageError, StageError) as error:
+    except (UsageError, StageError, TrustError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:
@@ -232,9 +233,10 @@ def settings_digest(words: Sequence[str]) -> str:
     import yaml
 
     from moeapps.commands.messages import deep_merge
+    from moeapps.commands.trust import take_trust
 
     merged: dict[str, Any] = {}
-    files, flags = _split(words[1:])
+    files, flags = _split(take_trust(words[1:])[0])
     for file in files:
         deep_merge(merged, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
     text = json.dumps([merged, flags], sort_keys=True, default=str)

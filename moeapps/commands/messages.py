@@ -18,6 +18,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moeapps.commands.trust import may_import, refusal
+
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|"
     r"Expected a <class 'NoneType'>$|Problem with given|$)"
@@ -127,6 +129,8 @@ def _explain_one(complaint: Complaint, parser: LightningArgumentParser, raw: dic
         allowed = option_names(target) if target is not None else []
         owner = f" of {named[1].rpartition('.')[2]}" if named else ""
         return [f"{at}unknown option {match[1]!r}{owner}", *_suggest(match[1], allowed)]
+    if match := re.match(r"Importing '([^']+)' is not allowed", text):
+        return [f"{at}{refusal(match[1])}"]
     if match := re.match(r"(?:Subcommand '\w+'|Group '\w+') does not accept option '([^']+)'", text):
         return _unknown_key(match[1], parser)
     if match := re.match(r"unrecognized arguments: --([\w.+-]+)", text):
@@ -184,6 +188,8 @@ def _suggest(given: str, allowed: Sequence[str]) -> list[str]:
 
 def _suggest_class(path: str) -> list[str]:
     module_name, _, name = path.rpartition(".")
+    if not may_import(path):
+        return []
     try:
         module = import_module(module_name)
     except ImportError:
@@ -241,7 +247,7 @@ def _first_class(hint: Any) -> Any:
 
 def _class_of(node: Any) -> Any:
     path = node.get("class_path") if isinstance(node, dict) else None
-    if not isinstance(path, str) or "." not in path:
+    if not isinstance(path, str) or "." not in path or not may_import(path):
         return None
     module_name, _, name = path.rpartition(".")
     try:

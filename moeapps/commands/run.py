@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
+from moeapps.commands.trust import Trust, TrustError, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
@@ -48,6 +49,7 @@ def usage(command: str) -> str:
     if command != "fit":
         return f"""moeapps {command} --run runs/SYSTEM/NAME [--OPTION VALUE ...]
        moeapps {command} --config FILE [--config OVERLAY ...] --ckpt_path FILE
+       --trust none|PACKAGE,...  what files may import beside tasks, moeapps, lightning, torch and torchmetrics
 
   moeapps {command} --run runs/home/base                              the newest version, its best checkpoint
   moeapps {command} --run runs/home/base --data.init_args.batch_size 64    any option can be a flag"""
@@ -58,6 +60,7 @@ def usage(command: str) -> str:
   lightning fit --config configs/home.yaml --name short --trainer.max_epochs 1           any option can be a flag
   lightning fit --config configs/home.yaml --print_config                                every option and its value
   lightning fit --run runs/home/base --trainer.max_epochs 9                              go on with a run
+  lightning fit --run FOLDER --trust none                                                import no code but ours
   lightning fit --model.help tasks.recommendation.module.RankingTask                     what an option means
 
   moeapps list                                                                           systems and overlays"""
@@ -70,11 +73,19 @@ class Cli(LightningCLI):
         args: the words after the program name, the command first.
         run_folder: folder of an earlier run to continue in (``--run``), or None for a new one.
         run: False only builds trainer, model and data (for notebooks and tests).
+        trust: what may be imported.
+
+    Raises:
+        TrustError: a file names code of a run folder.
     """
 
-    def __init__(self, args: Sequence[str], *, run_folder: Path | None = None, run: bool = True) -> None:
+    def __init__(
+        self, args: Sequence[str], *, run_folder: Path | None = None, run: bool = True, trust: Trust | None = None
+    ) -> None:
         self.words = list(args)
         self.run_folder = run_folder
+        self.trust = trust or Trust(run=run_folder)
+        self.trust.admit(named_by(self.words))
         token = _SUBCOMMAND.set(args[0] if run else None)
         raw = RAW.set(merged_config(self.words))
         try:
@@ -220,6 +231,7 @@ class Cli(LightningCLI):
         if not hparams:
             return
         refuse_moved(str(path), yaml.safe_dump(hparams))
+        self.trust.admit({str(path): hparams})
         before = self.config[command].model.as_dict()
         with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             yaml.safe_dump({"model": hparams}, file)
@@ -361,9 +373,10 @@ def run(args: Sequence[str]) -> Cli:
         UsageError: wrong usage or configuration.
     """
     quiet()
-    words, folder = expand_run(located(args))
+    given, packages = take_trust(args)
+    words, folder = expand_run(located(given))
     import_tasks(words)
-    return Cli(words, run_folder=folder)
+    return Cli(words, run_folder=folder, trust=Trust(packages, given_run(given)))
 
 
 def main(args: list[str]) -> int:
@@ -371,7 +384,7 @@ def main(args: list[str]) -> int:
     debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
     try:
         run([word for word in args if word != "--debug"])
-    except (UsageError, StageError, yaml.YAMLError) as error:
+    except (UsageError, StageError, TrustError, yaml.YAMLError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

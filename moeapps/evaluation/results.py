@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moeapps.bounds import read_yaml
 from moeapps.training.run import newest_version, seeds_of, variant_hash
 
 Direction = Literal["max", "min"]
@@ -137,7 +138,5 @@ def _config_beside(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file():
         return {}
-    import yaml
-
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = read_yaml(file)
     return found if isinstance(found, dict) else {}
