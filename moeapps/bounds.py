@@ -25,8 +25,8 @@ YAML_VALUES = 200_000
 JSON_BYTES = 1_000_000_000
 DEEPEST = 200
 """Most levels of lists and mappings inside one another."""
-RATIO, FLOOR = 1100, 64_000_000
-"""Most bytes that one byte of a deflated file can give (1032 by its format), and what any archive may give in all."""
+RATIO, FLOOR = 10, 200_000_000
+"""An archive may give this many bytes for each of its own, beyond what any archive may give."""
 
 
 class BoundError(ValueError):
@@ -154,9 +154,11 @@ def check_zip(path: Path | str, *, stored: bool = False) -> None:
     total = sum(part.file_size for part in parts)
     if stored and any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise BoundError(f"{path} is compressed, which its writer does not do; it is damaged or made to fill memory")
-    most = size if stored else max(FLOOR, RATIO * size)
-    if total > most:
-        raise BoundError(f"{path} has {size:,} bytes and says that it unpacks to {total:,}; it is damaged")
+    if total > (size if stored else FLOOR + RATIO * size):
+        raise BoundError(
+            f"{path} has {size:,} bytes and unpacks to {total:,}, which may be made to fill memory; if the data are "
+            "good, write them without compression"
+        )
 
 
 def check_npz(path: Path | str, expect: Callable[[str, int], None] | None = None) -> None:

@@ -8,11 +8,13 @@ rich, Markdown or HTML. Shown, it is one line of visible characters.
 from __future__ import annotations
 
 import html
+import logging
 import re
 import unicodedata
 
 _MOST = 200
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~!$])")
+# What begins markup inside of a line: code, emphasis (an underscore inside of a word begins none), cells, formulas.
+_MARKDOWN = re.compile(r"([\\`*|$]|~~|(?<!\w)_|_(?!\w)|(?<=\])[(\[:])")
 
 
 def plain(value: object, most: int = _MOST) -> str:
@@ -28,7 +30,11 @@ def plain(value: object, most: int = _MOST) -> str:
     text = str(value)
     if len(text) > most:
         text = f"{text[: most // 2]} ... {text[len(text) - most // 2 :]}"
-    return "".join(sign if _visible(sign) else sign.encode("unicode_escape").decode("ascii") for sign in text)
+    return "".join(sign if _visible(sign) else _escape(sign) for sign in text)
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")
 
 
 def _visible(sign: str) -> bool:
@@ -36,24 +42,40 @@ def _visible(sign: str) -> bool:
     return sign == " " or unicodedata.category(sign)[0] not in "CZ"
 
 
-def markdown(value: object) -> str:
-    r"""Return text that Markdown shows as it is, also in a cell of a table.
+def lines(value: object) -> str:
+    r"""Return text whose lines are of visible characters; line breaks and tabs stay.
 
-    >>> markdown("a|b <i>*c*")
-    'a\\|b &lt;i&gt;\\*c\\*'
+    >>> lines("a\x1b[2J\nb")
+    'a\\x1b[2J\nb'
     """
-    return _MARKDOWN.sub(r"\\\1", plain(value)).replace(r"\<", "&lt;").replace(r"\>", "&gt;")
+    return "".join(sign if sign in "\n\t" or _visible(sign) else _escape(sign) for sign in str(value))
 
 
-def markup(value: object) -> str:
-    r"""Return text that rich shows as it is.
+class VisibleLines(logging.Formatter):
+    """Log lines of visible characters: they may hold names out of files."""
 
-    >>> markup("[red]a")
-    '\\[red]a'
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return lines(super().format(record))
+
+
+def markdown(value: object, most: int = _MOST) -> str:
+    r"""Return text that Markdown shows as it is inside of a line, also in a cell of a table.
+
+    >>> markdown("a|b <i>*c* [d](e)")
+    'a\\|b &lt;i&gt;\\*c\\* [d]\\(e)'
     """
-    from rich.markup import escape
+    safe = html.escape(plain(value, most), quote=False)
+    return _MARKDOWN.sub(r"\\\1", safe)
 
-    return escape(plain(value))
+
+def figure_text(value: object) -> str:
+    r"""Return text that matplotlib shows as it is: no formula begins in it.
+
+    >>> figure_text("a $x$")
+    'a \\$x\\$'
+    """
+    return plain(value).replace("$", r"\$")
 
 
 def html_text(value: object) -> str:

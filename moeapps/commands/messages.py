@@ -79,7 +79,8 @@ def explain(message: str, parser: LightningArgumentParser, raw: dict[str, Any]) 
     """
     lines: list[str] = []
     for complaint in complaints(message):
-        lines += _explain_one(complaint, parser, raw)
+        denied = re.match(r"Importing '([^']+)' is not allowed", complaint.text)
+        lines += [refusal(denied[1])] if denied else _explain_one(complaint, parser, raw)
     lines = list(dict.fromkeys(lines))
     return "\n".join(lines[:8]) if lines else message
 
@@ -129,8 +130,6 @@ def _explain_one(complaint: Complaint, parser: LightningArgumentParser, raw: dic
         allowed = option_names(target) if target is not None else []
         owner = f" of {named[1].rpartition('.')[2]}" if named else ""
         return [f"{at}unknown option {match[1]!r}{owner}", *_suggest(match[1], allowed)]
-    if match := re.match(r"Importing '([^']+)' is not allowed", text):
-        return [f"{at}{refusal(match[1])}"]
     if match := re.match(r"(?:Subcommand '\w+'|Group '\w+') does not accept option '([^']+)'", text):
         return _unknown_key(match[1], parser)
     if match := re.match(r"unrecognized arguments: --([\w.+-]+)", text):

@@ -21,11 +21,13 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, P
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from moeapps.bounds import BoundError
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.commands.trust import Trust, TrustError, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
+from moeapps.text import VisibleLines
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
 from moeapps.training.run import newest_version, next_version, runs_root
@@ -361,7 +363,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="You are using a custom batch sampler `ShardedBatches` for prediction")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(VisibleLines("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
 
@@ -384,7 +386,7 @@ def main(args: list[str]) -> int:
     debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
     try:
         run([word for word in args if word != "--debug"])
-    except (UsageError, StageError, TrustError, yaml.YAMLError) as error:
+    except (UsageError, StageError, TrustError, BoundError, yaml.YAMLError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -54,4 +54,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Put the weights of a checkpoint into a model; nothing but tensors is unpickled."""
     import torch
 
+    from moeapps.bounds import check_zip
+
+    check_zip(checkpoint, stored=True)
     model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from moeapps.bounds import check_zip
+
 
 def checkpoint_hparams(path: str | Path | None) -> dict[str, Any]:
     """Return the model options stored in a checkpoint as ``class_path`` and ``init_args``; empty if there are none.
@@ -17,6 +19,7 @@ def checkpoint_hparams(path: str | Path | None) -> dict[str, Any]:
     """
     if not path or not Path(path).is_file():
         return {}
+    check_zip(path, stored=True)
     stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
     if "_class_path" not in stored:
         return {}

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from moeapps.bounds import check_zip
 from moeapps.data.domain import DomainDataModule
 from moeapps.moe.surgery import Shared, fuse
 from moeapps.training.run import newest_version
@@ -255,6 +256,7 @@ def file_digest(file: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
+        check_zip(file, stored=True)
         held = torch.load(file, map_location="cpu", weights_only=True)
         if isinstance(held["state_dict"], dict):
             return dict(held)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeapps.bounds import check_npz
 from moeapps.data.domain import Split
 from moeapps.files import write_arrays
 from tasks.audio.data.prompt import Prompt
@@ -50,6 +51,7 @@ def load_arrays(path: Path, *names: str) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
+        check_npz(path)
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in names or file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:

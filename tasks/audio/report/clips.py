@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moeapps.files import WholeFile, write_text
 from moeapps.reporting.figures import save_figure
+from moeapps.text import figure_text
 
 FLOOR_DB = -80.0
 """What silence is shown as, below the loudest cell of a spectrogram."""
@@ -91,7 +92,7 @@ def write_spectrogram(path: Path, wave: Tensor, sample_rate: int, *, title: str 
     if kept > 0:
         axes.axvline(kept, color="white", linewidth=1.0)
     axes.set(xlabel="s", ylabel="kHz")
-    axes.set_title(title.replace("$", r"\$"), fontsize=8)
+    axes.set_title(figure_text(title), fontsize=8)
     figure.colorbar(image, ax=axes, label="dB")
     save_figure(figure, path, dpi=100)
     return path

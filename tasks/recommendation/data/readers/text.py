@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as arrow_csv
@@ -57,11 +59,17 @@ def read_header(path: Path, form: TextFormat) -> list[str]:
     delimiter, quotes = form.dialect(path)
     try:
         # Python's reader: pyarrow's would guess types from a megabyte of records only to know the header.
-        with pa.input_stream(str(path)) as raw, io.TextIOWrapper(raw, form.encoding, newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
-            names = [name.removeprefix("\ufeff") for name in next(rows)]
+        with pa.input_stream(str(path)) as raw:
+            # A part alone: a line without end, perhaps of a compressed file, would fill the memory.
+            head = codecs.getincrementaldecoder(form.encoding)().decode(raw.read(CHUNK_BYTES))
+        quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        names = [name.removeprefix("\ufeff") for name in next(rows)]
     except StopIteration:
         raise TableError(f"{path} is empty; a header line with column names is needed") from None
+    except csv.Error as error:
+        hint = "; is a quote left open? Then set text.quotes: false" if quotes else ""
+        raise TableError(f"{path}: its first line cannot be read ({error}){hint}") from error
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise TableError(f"{path}: {_explain(str(error), [], quotes)}") from error
     if len(set(names)) < len(names):
