@@ -36,7 +36,7 @@ class Outcome:
 
 
 def guarded(work: Callable[[], object], seconds: int = SECONDS) -> Outcome:
-    """Run ``work`` in a copy of this process; it has so many seconds of processor, and six times as many in all.
+    """Run ``work`` in a copy of this process; it has so many seconds of processor, and sixty times as many in all.
 
     A process that was started with pytest's caches and torch loaded is copied, not started: a case takes milliseconds.
     """
@@ -70,7 +70,7 @@ def _child(work: Callable[[], object], write: int, seconds: int) -> None:
     limit = int(used.ru_utime + used.ru_stime) + seconds + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.alarm(6 * seconds)  # for what waits and does not work, such as an open pipe
+    signal.alarm(60 * seconds)  # for what waits and does not work, such as an open pipe; other work may be in the way
     before = _resident()
     kind, text = "value", ""
     try:

@@ -273,7 +273,7 @@ def batch(form: Form, first: int, last: int) -> tuple[int, list[str]]:
         with tempfile.TemporaryDirectory() as folder:
             for case in range(first, last):
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)
+                signal.setitimer(signal.ITIMER_REAL, 60 * SECONDS)
                 told = one_case(form, case, Path(folder))
                 os.write(write, f"{case}\t{told}\n".replace("\r", " ").encode(errors="replace"))
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from moeapps.cli import main
-from moeapps.commands.trust import FREE, Trust, TrustError, class_paths, given_run, run_around, take_trust
+from moeapps.commands.tasks import extend_path, run_folder_of
+from moeapps.commands.trust import FREE, Trust, TrustError, class_paths, given_run, take_trust
 from tests.toy import FAST, TOY
 
 # Leaves a mark where it is imported; its class would be taken for a network.
@@ -253,6 +254,18 @@ def test_words_of_trust() -> None:
 
 def test_a_project_of_the_users_own_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    assert run_around(tmp_path / "mine.py") is None
+    assert run_folder_of(tmp_path / "mine.py") is None
     (tmp_path / "run.json").touch()
-    assert run_around(tmp_path / "mine.py") == tmp_path
+    assert run_folder_of(tmp_path / "mine.py") == tmp_path
+
+
+def test_a_working_directory_inside_of_a_run_is_not_imported_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "version_3"
+    run.mkdir()
+    for folder, found in ((tmp_path, True), (run, False)):
+        monkeypatch.setattr(sys, "path", ["/nowhere"])
+        monkeypatch.chdir(folder)
+        extend_path()
+        assert (str(folder) in sys.path) is found

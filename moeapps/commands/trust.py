@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -25,15 +25,13 @@ import yaml
 from jsonargparse import set_parsing_settings
 
 from moeapps.bounds import read_yaml
+from moeapps.commands.tasks import run_folder_of
 from moeapps.text import plain
-from moeapps.training.run import runs_root
 
 FREE = ("tasks", "moeapps", "lightning", "torch", "torchmetrics")
 """Packages whose classes any file may name."""
 _BASE = (*FREE, "lightning_fabric", "lightning_utilities", "pytorch_lightning")  # where some of theirs are defined
 _PATH = re.compile(r"(?<![\w./\\-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?![\w/\\-])")
-_RUN_FILES = ("run.json", "checkpoints", "metrics", "hparams.yaml")
-_VERSION = re.compile(r"version_\d+")
 log = logging.getLogger("moeapps")
 
 
@@ -69,7 +67,7 @@ class Trust:
                 if path.partition(".")[0] in FREE or (found := _locate(path)) is None:
                     continue
                 module, file = found
-                folder = run_around(file, self.run)
+                folder = run_folder_of(file, *([] if self.run is None else [self.run]))
                 if folder is not None:
                     raise TrustError(
                         f"{plain(where)} names {plain(path)}, which lies in the run folder {plain(folder)}: code of a "
@@ -189,31 +187,6 @@ def class_paths(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             yield from class_paths(item)
-
-
-def run_around(file: Path, given: Path | None = None) -> Path | None:
-    """The folder of runs that a file lies in, by its name or by where its links lead; None: it lies in none.
-
-    Args:
-        file: any file.
-        given: a folder that is known to be a run.
-    """
-    roots = [Path("runs"), runs_root(), *([] if given is None else [given])]
-    known = {form for root in roots for form in _forms(root)}
-    for form in _forms(file):
-        for folder in form.parents:
-            if folder in known or _VERSION.fullmatch(folder.name) or is_run(folder):
-                return folder
-    return None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is one that a run has made."""
-    return (folder / "config.yaml").is_file() and any((folder / name).exists() for name in _RUN_FILES)
-
-
-def _forms(path: Path) -> Iterable[Path]:
-    return dict.fromkeys((Path(os.path.abspath(path)), path.resolve()))
 
 
 def _locate(path: str) -> tuple[str, Path] | None:
