@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -134,12 +134,8 @@ def read_json(path: Path, most: int = JSON_BYTES) -> Any:
         raise BoundError(f"{path} is not JSON ({error}); write it again") from error
 
 
-def check_zip(path: Path | str, *, stored: bool = False) -> None:
-    """Refuse a zip archive (npz, checkpoint) whose parts would be larger than what its bytes can give.
-
-    Args:
-        path: the file.
-        stored: its writer does not compress: parts that are larger than the file are an attack or damage.
+def check_zip(path: Path | str) -> None:
+    """Refuse a zip archive whose parts would be larger than what its bytes can give.
 
     Raises:
         BoundError: it asks for more, or its list of parts is damaged.
@@ -152,23 +148,17 @@ def check_zip(path: Path | str, *, stored: bool = False) -> None:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, IndexError, KeyError) as error:
         raise BoundError(f"{path} is no readable archive ({error}); write it again") from error
     total = sum(part.file_size for part in parts)
-    if stored and any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-        raise BoundError(f"{path} is compressed, which its writer does not do; it is damaged or made to fill memory")
-    if total > (size if stored else FLOOR + RATIO * size):
+    if total > FLOOR + RATIO * size:
         raise BoundError(
             f"{path} has {size:,} bytes and unpacks to {total:,}, which may be made to fill memory; if the data are "
             "good, write them without compression"
         )
 
 
-def check_npz(path: Path | str, expect: Callable[[str, int], None] | None = None) -> None:
+def check_npz(path: Path | str) -> None:
     """Refuse an npz or npy file whose arrays need more memory than its bytes can hold; no array is read.
 
     numpy takes the memory that the header of an array promises before it reads a number.
-
-    Args:
-        path: the file.
-        expect: called with name and bytes of every array.
 
     Raises:
         BoundError: an array larger than its part of the file, pickled objects, or a damaged archive.

@@ -382,10 +382,10 @@ def test_checkpoints_that_are_made_to_fill_memory_are_told(tmp_path: Path) -> No
         for name, part in parts.items():
             archive.writestr(name, part)
         archive.writestr("archive/data/0", bytes(100_000_000))
-    told(checkpoint_hparams, path, "a.ckpt is compressed, which its writer does not do")
-    told(read_source, path, "a.ckpt is no readable checkpoint")
+    for read in (checkpoint_hparams, read_source):
+        told(read, path, "a.ckpt is compressed, which torch does not do")
     path.write_bytes(b"\x80\x02}q\x00.")
-    told(checkpoint_hparams, path, "a.ckpt is no readable archive")
+    told(checkpoint_hparams, path, "a.ckpt is no readable checkpoint")
 
 
 # What is no file -----------------------------------------------------------------------------------------------------

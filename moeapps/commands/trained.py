@@ -34,7 +34,8 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
     import yaml
 
     from moeapps.bounds import read_yaml
-    from moeapps.commands.run import Cli, config_of, import_tasks, quiet
+    from moeapps.commands.checkpoints import config_of
+    from moeapps.commands.run import Cli, import_tasks, quiet
     from moeapps.commands.trust import Trust
 
     quiet()
@@ -51,10 +52,11 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Put the weights of a checkpoint into a model; nothing but tensors is unpickled."""
-    import torch
+    """Put the weights of a checkpoint into a model; nothing but tensors is unpickled.
 
-    from moeapps.bounds import check_zip
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    from moeapps.training.checkpoints import read_checkpoint
 
-    check_zip(checkpoint, stored=True)
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    model.load_state_dict(read_checkpoint(checkpoint)["state_dict"])

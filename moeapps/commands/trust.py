@@ -24,9 +24,10 @@ from typing import Any
 import yaml
 from jsonargparse import set_parsing_settings
 
-from moeapps.bounds import read_yaml
+from moeapps.bounds import BoundError, read_yaml
 from moeapps.commands.tasks import run_folder_of
 from moeapps.text import plain
+from moeapps.training.run import RunError
 
 FREE = ("tasks", "moeapps", "lightning", "torch", "torchmetrics")
 """Packages whose classes any file may name."""
@@ -35,7 +36,7 @@ _PATH = re.compile(r"(?<![\w./\\-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?![\w/\\-])")
 log = logging.getLogger("moeapps")
 
 
-class TrustError(ValueError):
+class TrustError(RunError):
     """A file names code that is not to be imported."""
 
 
@@ -160,7 +161,7 @@ def named_by(words: Sequence[str]) -> dict[str, Any]:
     """Return what the words and the files they name say: source -> plain values.
 
     Raises:
-        BoundError: a file that asks for more memory or time than a config can need.
+        TrustError: a file that asks for more memory or time than a config can need.
     """
     found: dict[str, Any] = {"the command line": list(words)}
     for word in words:
@@ -170,6 +171,8 @@ def named_by(words: Sequence[str]) -> dict[str, Any]:
                 found[str(path)] = read_yaml(path)
             except yaml.YAMLError:
                 continue  # the parser will say so
+            except BoundError as error:
+                raise TrustError(str(error)) from error
     return found
 
 
