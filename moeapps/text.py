@@ -14,7 +14,7 @@ import unicodedata
 
 _MOST = 200
 # What begins markup inside of a line: code, emphasis (an underscore inside of a word begins none), cells, formulas.
-_MARKDOWN = re.compile(r"([\\`*|$]|~~|(?<!\w)_|_(?!\w)|(?<=\])[(\[:])")
+_MARKDOWN = re.compile(r"([\\`*|$]|~~|(?<![^\W_])_|_(?![^\W_])|(?<=\])[(\[:])")
 
 
 def plain(value: object, most: int = _MOST) -> str:

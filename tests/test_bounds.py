@@ -47,6 +47,7 @@ from tasks.point_cloud.data.readers.ply import read_ply
 from tasks.point_cloud.data.scans import load_scans
 from tasks.recommendation.data.readers.blocks import open_blocks
 from tasks.recommendation.data.readers.ratings import read_ratings
+from tasks.recommendation.data.readers.text import ends_in_quotes
 from tests.guarded import guarded
 
 Read = Callable[[Path], object]
@@ -231,6 +232,27 @@ def test_one_open_quote_is_told(tmp_path: Path, name: str) -> None:
     told(read, tmp_path / "a.csv", "a.csv")
     (tmp_path / "a.csv").write_text('"' + head + "3,4\n" * 50_000)
     told(read, tmp_path / "a.csv", "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (b'a,b\n1,"2\n3,4\n', True),
+        (b'"a,b\n1,2\n', True),
+        (b'a,b\n1,"x""\n', True),
+        (b'a,b\n1,"x""y"\n', False),
+        (b'a,b\n5" pipe,1\n', False),
+        (b'a,b\n"1\n2",""\n', False),
+        (b'a,b\r\n"1","2\r\n"\r\n', False),
+        (b"", False),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1 << 20])
+def test_an_open_quote_is_told_from_a_letter(
+    monkeypatch: pytest.MonkeyPatch, text: bytes, inside: bool, chunk: int
+) -> None:
+    monkeypatch.setattr("tasks.recommendation.data.readers.text.CHUNK_BYTES", chunk)
+    assert ends_in_quotes(io.BytesIO(text), b",") is inside
 
 
 @pytest.mark.parametrize("name", TABLES)

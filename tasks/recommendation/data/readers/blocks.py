@@ -17,7 +17,7 @@ import pyarrow.parquet as parquet
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.files import WholeFile
-from tasks.recommendation.data.readers.text import TextFormat, read_header, typed_batches
+from tasks.recommendation.data.readers.text import TextFormat, read_header, refuse_open_quote, typed_batches
 from tasks.recommendation.data.readers.values import TEXT, TableError
 
 BLOCK_ROWS = 16_384
@@ -108,6 +108,7 @@ def open_blocks(
             write_blocks(target, typed_batches(path, numbers, others, form, strict=True), rows)
         except TableError:
             write_blocks(target, typed_batches(path, numbers, others, form, strict=False), rows)
+        refuse_open_quote(path, form)
 
     name = f"{path.name}-{config_hash(about)}.parquet"
     return BlockFile(build_once(cache_dir("recommendation", root=cache) / name, write))
