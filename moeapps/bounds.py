@@ -89,8 +89,6 @@ def read_yaml(path: Path) -> Any:
     except BoundError as error:
         raise BoundError(f"{path}: {error}") from error
     except (ValueError, OverflowError) as error:  # PyYAML on dates and numbers that do not exist
-        if isinstance(error, yaml.YAMLError):
-            raise
         raise BoundError(f"{path}: a value that cannot be read ({error}); correct it") from error
 
 

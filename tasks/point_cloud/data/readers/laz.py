@@ -81,17 +81,13 @@ def _setup(stream: io.BufferedIOBase, records: tuple[int, int], start: int) -> _
 def _parsed(raw: bytes) -> _Setup:
     if len(raw) < 34:
         raise LazSizeError(f"the record of its compression has {len(raw)} bytes, at least 34 are needed")
-    compressor, chunk_size, number = raw[0] | raw[1] << 8, *struct.unpack_from("<I", raw, 12), *_short(raw, 32)
+    compressor, chunk_size, number = struct.unpack("<H10xI16xH", raw[:34])
     if len(raw) < 34 + 6 * number or not number:
         raise LazSizeError(f"the record of its compression tells of {number} items in {len(raw)} bytes")
     items = tuple(struct.unpack_from("<HH", raw, 34 + 6 * k) for k in range(number))
     if compressor not in (_POINTWISE, _LAYERED) or not chunk_size:
         raise LazSizeError(f"compressor {compressor} with chunks of {chunk_size} points; known are compressors 2 and 3")
     return _Setup(compressor, chunk_size, items, raw)
-
-
-def _short(raw: bytes, place: int) -> tuple[int, ...]:
-    return struct.unpack_from("<H", raw, place)
 
 
 def _chunks(stream: io.BufferedIOBase, setup: _Setup, size: int, start: int, count: int) -> Iterator[tuple[int, int]]:
