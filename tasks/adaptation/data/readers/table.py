@@ -260,7 +260,7 @@ def read_csv(path: Path, columns: set[str]) -> list[Row]:
         raise ImageFileError(f"no file {path}; set root to the folder that holds it")
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
+            reader = csv.DictReader(stream, strict=True)
             there = [name for name in reader.fieldnames or [] if name]
             missing = sorted(columns - set(there))
             if missing:
