@@ -127,8 +127,8 @@ def _weight(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         near = ", ".join(sorted(key for key in state if "gate" in key or "experts" in key)[:4])
         raise ValueError(
-            f"the state has no {name} (it has {near or 'nothing of a Mixtral block'}); give a MixtralSparseMoeBlock, or "
-            "the state of a model with prefix='model.layers.0.block_sparse_moe.' or the like."
+            f"the state has no {name} (it has {near or 'nothing of a Mixtral block'}); give a MixtralSparseMoeBlock, "
+            "or the state of a model with prefix='model.layers.0.block_sparse_moe.' or the like."
         )
     return state[name].detach()
 

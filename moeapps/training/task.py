@@ -72,6 +72,20 @@ class StepOutput:
         return self.batch_size if self.labelled is None else self.labelled
 
 
+class Program(NamedTuple):
+    """What ``torch.export`` writes of a task: a module, tensors to trace it with, and what to call them.
+
+    Args:
+        module: takes the tensors in order and returns a tensor or a tuple of them.
+        inputs: name -> example, of batch size 3; the first dimension is free.
+        covers: one sentence: what the module computes, and what remains outside.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    covers: str
+
+
 class BaseTask(L.LightningModule):
     """Base class of all task modules.
 
@@ -157,6 +171,18 @@ class BaseTask(L.LightningModule):
     def prediction_writer(self) -> L.Callback | None:
         """Return what writes the answers of ``predict``; None keeps them as they are, one ``.pt`` file per batch."""
         return None
+
+    def answer_inputs(self, batches: list[Any]) -> Any:
+        """Return what ``moeapps.load(run).predict`` gives for the batches of its inputs."""
+        (batch,) = batches
+        return self.predict_step(batch, 0, 0)
+
+    def program(self) -> Program | str:
+        """Return a part of the network as a module of tensors, for ``torch.export``; or a sentence: why there is none.
+
+        Sizes come from ``facts`` and the network alone.
+        """
+        return f"{type(self.net).__name__ if hasattr(self, 'net') else type(self).__name__} has no program of tensors."
 
     def num_tokens(self, batch: Any) -> int:
         """Return how many tokens (points, frames, pixels, rows) a batch holds: the unit of FLOPs per token."""
