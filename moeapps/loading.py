@@ -16,6 +16,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from moeapps.commands.tasks import extend_path
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
 from moeapps.training.run import newest_version
@@ -71,6 +72,7 @@ def load_run(run: str | Path, *, checkpoint: str | Path | None = None, device: s
     Raises:
         ValueError: no such run, no weights, or weights of another network.
     """
+    extend_path()
     folder = newest_version(Path(run))
     if not (folder / "config.yaml").is_file():
         what = "an empty run" if folder.is_dir() else "no such folder"
@@ -87,7 +89,7 @@ def load_run(run: str | Path, *, checkpoint: str | Path | None = None, device: s
     # What `trainer.predict` would set: answers look up their data there.
     trainer = cast(Any, built.trainer)
     trainer.datamodule, task.trainer = data, trainer
-    task.to(device).eval().requires_grad_(False)
+    task.to(device).eval()
     return Trained(folder, weights, task, data)
 
 

@@ -43,10 +43,8 @@ def parser() -> argparse.ArgumentParser:
 def main(args: list[str]) -> int:
     """Export a run and say what was written."""
     options = parser().parse_args(args)
-    from moeapps.commands.tasks import extend_path
     from moeapps.loading import load_run
 
-    extend_path()
     try:
         trained = load_run(options.run, checkpoint=options.ckpt_path)
         folder = options.out or trained.run / "export"

@@ -188,13 +188,21 @@ def _activation(given: object) -> ActivationName | nn.Module:
     if isinstance(given, nn.ELU) and given.alpha == 1.0:
         return "elu"
     known: dict[object, ActivationName] = {
-        **{nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Identity: "identity"},
-        **{F.relu: "relu", F.gelu: "gelu", F.silu: "silu", torch.relu: "relu", torch.tanh: "tanh"},
+        nn.ReLU: "relu",
+        nn.SiLU: "silu",
+        nn.Tanh: "tanh",
+        nn.Identity: "identity",
+        F.relu: "relu",
+        F.gelu: "gelu",
+        F.silu: "silu",
+        torch.tanh: "tanh",
     }
-    name = known.get(type(given)) or (known.get(given) if callable(given) else None)
-    if name is None and not isinstance(given, nn.Module):
-        raise ValueError(f"activation {given!r} is not known; make it a module.")
-    return copy.deepcopy(given) if name is None and isinstance(given, nn.Module) else name or "identity"
+    name = known.get(type(given)) or known.get(given)
+    if name is not None:
+        return name
+    if isinstance(given, nn.Module):
+        return copy.deepcopy(given)
+    raise ValueError(f"activation {given!r} is not known; make it a module.")
 
 
 @torch.no_grad()
