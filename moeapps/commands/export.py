@@ -103,31 +103,36 @@ def _write_weights(trained: Trained, folder: Path) -> str:
 
 
 def _write_program(program: Program, folder: Path) -> dict[str, Any]:
-    """Trace, write, read again, and compare with the module at another batch size; or say why not."""
+    """Trace, write, read again and compare with the module; or say why not.
+
+    The first dimension is free where the tracer allows, and compared at two sizes; else it is that of the examples.
+    """
     import torch
     from torch.export import Dim
 
     module, inputs = program.module.eval(), tuple(program.inputs.values())
-    free = Dim("batch", min=1, max=4096)
-    with torch.no_grad():
+    reasons = []
+    for batch in ("batch", None):
+        shapes = None if batch is None else _shapes(module, inputs, Dim.DYNAMIC)
+        sizes = [inputs] if batch is None else [inputs, tuple(torch.cat([part, part[:1]]) for part in inputs)]
         try:
-            # Positional shapes: one entry per tensor, the first dimension free.
-            shapes = _shapes(module, inputs, free)
-            traced = torch.export.export(module, inputs, dynamic_shapes=shapes)
+            with torch.no_grad():
+                torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), folder / PROGRAM)
+                again = torch.export.load(folder / PROGRAM).module()
+                pairs = [(module(*other), again(*other)) for other in sizes]
         except Exception as error:  # whatever the tracer meets: the card carries its first line
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            return {"why_not": f"torch.export cannot trace {type(module).__name__}: {reason.strip()[:200]}"}
-        torch.export.save(traced, folder / PROGRAM)
-        again = torch.export.load(folder / PROGRAM).module()
-        for other in (inputs, tuple(torch.cat([part, part[:1]]) for part in inputs)):
-            wanted, found = module(*other), again(*other)
+            reasons.append(next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)))
+            continue
+        for wanted, found in pairs:
             size = wanted.abs().max().clamp(min=1e-6)
             if found.shape != wanted.shape or not bool((found - wanted).abs().max() <= TOLERANCE * size):
                 raise ValueError(f"{folder / PROGRAM} answers otherwise than the network; report this")
-    described = {
-        name: {"shape": ["batch", *part.shape[1:]], "dtype": str(part.dtype)} for name, part in program.inputs.items()
-    }
-    return {"covers": program.covers, "inputs": described}
+        described = {
+            name: {"shape": [batch or len(part), *part.shape[1:]], "dtype": str(part.dtype)}
+            for name, part in program.inputs.items()
+        }
+        return {"covers": program.covers, "inputs": described}
+    return {"why_not": f"torch.export cannot trace {type(module).__name__}: {reasons[-1][:200]}"}
 
 
 def _shapes(module: Any, inputs: tuple[Any, ...], free: Any) -> Any:
@@ -138,7 +143,7 @@ def _shapes(module: Any, inputs: tuple[Any, ...], free: Any) -> Any:
     each = [{0: free} for _ in inputs]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         star = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        return (*each[:star], tuple(each[star:]))
+        return (*each[:star], tuple(each[star:])) if each[star:] else tuple(each)
     return tuple(each)
 
 

@@ -133,7 +133,7 @@ class RankingTask(BaseTask):
 
     def program(self) -> Program | str:
         """Ids and numbers to probabilities."""
-        covers = f"Ids as the source encodes them, to the probabilities of {', '.join(self.tasks)}."
+        covers = f"Ids as the source encodes them (not checked), to the probabilities of {', '.join(self.tasks)}."
         return Program(RowProgram(self.net, list(self.facts["bags"])), row_inputs(self.facts), covers)
 
 
@@ -310,7 +310,7 @@ class ListRankingTask(BaseTask):
 
     def program(self) -> Program | str:
         """Ids of items to probabilities."""
-        covers = "Ids as the source encodes them, to the probability of each candidate; first field 0 is padding."
+        covers = "Ids as the source encodes them (not checked), to the probability of each candidate; 0 is padding."
         return Program(ListProgram(self.net), list_inputs(self.facts, int(self.facts["candidates"])), covers)
 
 
