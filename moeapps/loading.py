@@ -19,6 +19,7 @@ from torch import Tensor
 from moeapps.commands.tasks import extend_path
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
+from moeapps.training.checkpoints import read_checkpoint
 from moeapps.training.run import newest_version
 from moeapps.training.task import BaseTask
 
@@ -133,6 +134,5 @@ def _read(file: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(file)
-    held = torch.load(file, map_location="cpu", weights_only=True)
-    state: dict[str, Tensor] = held["state_dict"]
+    state: dict[str, Tensor] = read_checkpoint(file)["state_dict"]
     return state

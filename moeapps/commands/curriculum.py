@@ -97,11 +97,11 @@ def main(args: list[str]) -> int:
         print(USAGE)
         return 0 if args else 2
     from moeapps.commands.messages import UsageError
-    from moeapps.training.stages import StageError
+    from moeapps.training.run import RunError
 
     try:
         run_chain([word for word in args if word != "--redo"], redo="--redo" in args)
-    except (UsageError, StageError) as error:
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:
@@ -136,7 +136,7 @@ def plan(args: Sequence[str]) -> list[Stage]:
     from moeapps.commands.listing import find_config, located
     from moeapps.commands.messages import UsageError, merged_config
     from moeapps.training.precedence import insert_config
-    from moeapps.training.run import runs_root
+    from moeapps.training.run import run_place
 
     common, parts = _cut(args)
     if not parts:
@@ -165,7 +165,7 @@ def plan(args: Sequence[str]) -> list[Stage]:
             chain = "".join([*(settings_digest(stage.words) for stage in stages), settings_digest(words)])
             own_name = f"{hashlib.sha256(chain.encode()).hexdigest()[:12]}_stage{number}"
         system = _option(words, "--system") or str(merged.get("system", "custom"))
-        folder = (root or runs_root()) / system / own_name
+        folder = run_place(system, own_name, root)
         stages.append(Stage(number, config, own_name, tuple(words), folder, last, root))
     return stages
 
@@ -242,12 +242,11 @@ def settings_digest(words: Sequence[str]) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with which the newest version of a run goes on, None where it has none."""
-    from moeapps.training.run import newest_version
+    """Return the checkpoint with which a run goes on: the newest whole one of the newest version that has any."""
+    from moeapps.training.checkpoints import first_whole
+    from moeapps.training.run import versions_of
 
-    held = newest_version(folder) / "checkpoints"
-    files = [held / name for name in ("last.ckpt", "interrupted.ckpt") if (held / name).is_file()]
-    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+    return next(filter(None, (first_whole(version / "checkpoints") for version in versions_of(folder))), None)
 
 
 def _check_unchanged(title: str, run: Path, digest: str | None) -> None:

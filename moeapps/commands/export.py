@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeapps.loading import Trained
-    from moeapps.training.task import Program
+    from moeapps.training.inputs import Program
 
 CARD, PROGRAM = "card.json", "program.pt2"
 ONNX = (

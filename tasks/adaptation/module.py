@@ -20,7 +20,8 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from moeapps.moe import MoERecorder
-from moeapps.training.task import BaseTask, Program, Stage, StepOutput
+from moeapps.training.inputs import Program
+from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageBatch
 from tasks.adaptation.metrics import adaptation_metrics
 from tasks.adaptation.model import MetaDMoE
@@ -256,6 +257,11 @@ class AdaptationTask(BaseTask):
             return self._state[2]
         return self.adapter.begin(self.net, episode.support.image, own)
 
+    @override
+    def evaluation_step(self, batch: Any, stage: Literal["val", "test"], batch_idx: int, dataloader_idx: int) -> None:
+        self._state = self._state if batch_idx else ()  # the network may have changed since the last evaluation
+        super().evaluation_step(batch, stage, batch_idx, dataloader_idx)
+
     def predict_step(self, batch: EpisodeBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
         """Answer one episode.
 
@@ -263,6 +269,7 @@ class AdaptationTask(BaseTask):
             On the CPU: ``domain`` (name), ``draw``, ``index`` and ``label`` [Q], ``logits`` [Q, K] with adaptation and
             ``before`` [Q, K] without.
         """
+        self._state = self._state if batch_idx else ()
         answer = self.answer(batch, self.data.eval_domains("predict")[dataloader_idx])
         parts = {"index": answer.query.index, "label": answer.query.label, "logits": answer.after}
         parts["before"] = answer.before
@@ -287,23 +294,6 @@ class AdaptationTask(BaseTask):
         image = torch.linspace(-1, 1, 3 * channels * size * size).view(3, channels, size, size)
         covers = "Logits of the student as it is; adaptation takes gradients and is outside."
         return Program(self.net.student, {"image": image}, covers)
-
-    def _forget(self) -> None:
-        self._state = ()
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self._forget()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        super().on_test_epoch_start()
-        self._forget()
-
-    @override
-    def on_predict_epoch_start(self) -> None:
-        self._forget()
 
 
 class StudentTask(AdaptationTask):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from moeapps.training.task import BaseTask, Factor, Program, Stage, StepOutput
+from moeapps.training.inputs import Program
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.audio.data.batch import NO_CODE, AudioBatch
 from tasks.audio.data.prompt import UNKNOWN
 from tasks.audio.losses import code_nats, codec_loss
@@ -155,7 +156,15 @@ class AudioTask(BaseTask):
         inside = torch.arange(longest, device=batch.device) < kept_B[:, None, None]
         keep = batch.codes[:, :, :longest].where(inside, NO_CODE)
         drawing = self.answers.drawing
-        codes = draw_codes(self.net, batch.prompt, rate, drawing, domain=batch.domain, keep=keep if longest else None)
+        codes = draw_codes(
+            self.net,
+            batch.prompt,
+            rate,
+            drawing,
+            domain=batch.domain,
+            keep=keep if longest else None,
+            place=batch.index,
+        )
         known = {"kept": kept_B, "prompt": batch.prompt, "domain": batch.domain, "index": batch.index}
         return {"codes": codes, **{name: value.cpu() for name, value in known.items()}}
 

@@ -13,7 +13,8 @@ from torchmetrics import MetricCollection
 
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
-from moeapps.training.task import BaseTask, Factor, Program, Stage, StepOutput
+from moeapps.training.inputs import Program
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.nets.flow import RectifiedFlow

@@ -14,7 +14,8 @@ from torch_geometric.data import Batch
 from torchmetrics import MetricCollection
 
 from moeapps.moe import MoERecorder, Record
-from moeapps.training.task import BaseTask, Factor, Program, Stage, StepOutput
+from moeapps.training.inputs import Program
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
 from tasks.point_cloud.metrics import scan_parts, segmentation_metrics

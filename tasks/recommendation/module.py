@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from moeapps.moe import MoERecorder
-from moeapps.training.task import BaseTask, Factor, Program, Stage, StepOutput
+from moeapps.training.inputs import Program
+from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.lists import Lists
 from tasks.recommendation.losses import (
