@@ -127,6 +127,26 @@ class DomainDataModule(L.LightningDataModule):
         """Plain values that the model needs, known without ``setup``; a subclass adds to this dictionary."""
         return {"domains": {role: list(names) for role, names in self.roles.items()}}
 
+    # Raw inputs ---------------------------------------------------------------------------------------------------
+
+    def batches_of(self, inputs: Any) -> list[Any]:
+        """Return batches of raw inputs, a file or arrays; a subclass says which and may take options.
+
+        Raises:
+            ValueError: inputs that cannot be read.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say how raw inputs become batches: define batches_of(inputs) there, or "
+            "use `moeapps predict --run ...` with data in its roles"
+        )
+
+    def save_parts(self, folder: Path) -> list[str]:
+        """Write what inputs need besides the network (a fitted tokenizer), and return the names of the files."""
+        return []
+
+    def load_parts(self, folder: Path) -> None:
+        """Read what ``save_parts`` wrote, if it is there."""
+
     # Domains ------------------------------------------------------------------------------------------------------
 
     @property
