@@ -46,6 +46,7 @@ from tasks.point_cloud.data.readers.las import LasError, read_las, write_las
 from tasks.point_cloud.data.scans import load_scans
 from tasks.recommendation.data.readers.blocks import open_blocks
 from tasks.recommendation.data.readers.values import TableError
+from tests.fuzzing import refused
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,7 @@ def read_or_told(form: Form, path: Path) -> str:
             warnings.simplefilter("ignore")
             form.read(path)
     except form.errors as error:
+        refused()
         return str(error).strip()
     return form.name
 
