@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps export RUN``: weights, a card, and where the network allows a program, as files for other programs."""
+"""``moeapps export RUN``: weights, a description, and where the network allows a program, as files for other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moeapps.loading import Trained
     from moeapps.training.inputs import Program
 
-CARD, PROGRAM = "card.json", "program.pt2"
+ABOUT, PROGRAM = "about.json", "program.pt2"
 ONNX = (
     "No ONNX file is written: its operators have no product per expert of rows that the data sort, so every expert "
     "would run on every row, at E / k times the work, and drawing, solvers and adaptation would be missing. Use "
@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="moeapps export",
-        description="Write a trained run for other programs: model.safetensors (all weights), card.json (what it is, "
+        description="Write a trained run for other programs: model.safetensors (all weights), about.json (what it is, "
         "its sizes, scores, versions and files), config.yaml, what inputs need besides (a tokenizer), and program.pt2 "
-        "(torch.export) where the network is a graph of operations on tensors; the card says what it covers, or why "
+        "(torch.export) where the network is a graph of operations on tensors; about.json says what it covers, or why "
         "there is none. All of it is compared with the run before the command ends. moeapps.load(DIR) reads the folder "
         "like a run.",
         epilog=ONNX,
@@ -48,12 +48,12 @@ def main(args: list[str]) -> int:
     try:
         trained = load_run(options.run, checkpoint=options.ckpt_path)
         folder = options.out or trained.run / "export"
-        card = export(trained, folder)
+        about = export(trained, folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{folder}: {', '.join(card['files'])}")
-    print(card["program"].get("covers") or f"no {PROGRAM}: {card['program']['why_not']}")
+    print(f"{folder}: {', '.join(about['files'])}")
+    print(about["program"].get("covers") or f"no {PROGRAM}: {about['program']['why_not']}")
     return 0
 
 
@@ -61,7 +61,7 @@ def export(trained: Trained, folder: Path) -> dict[str, Any]:
     """Write a loaded run into a folder and compare what was written with it.
 
     Returns:
-        The card.
+        What about.json holds.
 
     Raises:
         ValueError: the folder is the run itself, or what was written differs.
@@ -79,9 +79,9 @@ def export(trained: Trained, folder: Path) -> dict[str, Any]:
         (folder / PROGRAM).unlink(missing_ok=True)  # of an earlier export
     else:
         files.append(PROGRAM)
-    card = _card(trained, [*files, CARD], program)
-    write_text(folder / CARD, json.dumps(finite(card), indent=1, allow_nan=False, default=str) + "\n")
-    return card
+    about = _about(trained, [*files, ABOUT], program)
+    write_text(folder / ABOUT, json.dumps(finite(about), indent=1, allow_nan=False, default=str) + "\n")
+    return about
 
 
 def _write_weights(trained: Trained, folder: Path) -> str:
@@ -120,7 +120,7 @@ def _write_program(program: Program, folder: Path) -> dict[str, Any]:
                 torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), folder / PROGRAM)
                 again = torch.export.load(folder / PROGRAM).module()
                 pairs = [(module(*other), again(*other)) for other in sizes]
-        except Exception as error:  # whatever the tracer meets: the card carries its first line
+        except Exception as error:  # whatever the tracer meets: about.json carries its first line
             reasons.append(next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)))
             continue
         for wanted, found in pairs:
@@ -147,7 +147,7 @@ def _shapes(module: Any, inputs: tuple[Any, ...], free: Any) -> Any:
     return tuple(each)
 
 
-def _card(trained: Trained, files: list[str], program: dict[str, Any]) -> dict[str, Any]:
+def _about(trained: Trained, files: list[str], program: dict[str, Any]) -> dict[str, Any]:
     """What there is to know of the files without opening them."""
     import yaml
 
