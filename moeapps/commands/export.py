@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps export RUN``: weights, a description, and where the network allows a program, as files for other programs."""
+"""``moeapps export RUN``: weights, a description, and where the network allows one a program, as files."""
 
 from __future__ import annotations
 
