@@ -43,6 +43,7 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
         parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help="config files")
     if weights:
         parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: best, else last)")
+    parser.add_argument("--trust", metavar="none|PACKAGE,...", help="what configs may import (docs/reliability.md)")
     options, rest = parser.parse_known_args(args)
     configs: list[Path] = getattr(options, "config", [])
     if options.run is not None:
@@ -53,17 +54,23 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
             return 0
         print(f"error: moeapps {name} needs {ways}", file=sys.stderr)
         return 2
-    return _told(commands, rest, options.run, configs, getattr(options, "ckpt_path", None))
+    trust = [] if options.trust is None else ["--trust", options.trust]
+    return _told(commands, rest, options.run, configs, getattr(options, "ckpt_path", None), trust)
 
 
 def _told(
-    commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
+    commands: Sequence[TaskCommand],
+    rest: list[str],
+    run: Path | None,
+    configs: list[Path],
+    ckpt: Path | None,
+    trust: list[str],
 ) -> int:
     """Run it; report a wrong configuration or a damaged file without a traceback."""
     from moeapps.data.archives import ArchiveError
 
     try:
-        return _hand_over(commands, rest, run, configs, ckpt)
+        return _hand_over(commands, rest, run, configs, ckpt, trust)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,15 +102,21 @@ def has_out(words: Sequence[str]) -> bool:
 
 
 def _hand_over(
-    commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
+    commands: Sequence[TaskCommand],
+    rest: list[str],
+    run: Path | None,
+    configs: list[Path],
+    ckpt: Path | None,
+    trust: list[str],
 ) -> int:
     from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.messages import UsageError
     from moeapps.commands.trained import build, load_weights
+    from moeapps.commands.trust import take_trust
     from moeapps.training.run import newest_version
 
     run = None if run is None else newest_version(run)
-    built = build(run, configs)
+    built = build(run, configs, take_trust(trust)[1])
     kinds = [kind.__module__ + ":" + kind.__qualname__ for kind in type(built.datamodule).__mro__]
     command = next((command for command in commands if command.data in kinds), None)
     if command is None:

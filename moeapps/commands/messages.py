@@ -18,6 +18,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moeapps.commands.trust import may_import, refusal
+
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|"
     r"Expected a <class 'NoneType'>$|Problem with given|$)"
@@ -77,7 +79,8 @@ def explain(message: str, parser: LightningArgumentParser, raw: dict[str, Any]) 
     """
     lines: list[str] = []
     for complaint in complaints(message):
-        lines += _explain_one(complaint, parser, raw)
+        denied = re.match(r"Importing '([^']+)' is not allowed", complaint.text)
+        lines += [refusal(denied[1])] if denied else _explain_one(complaint, parser, raw)
     lines = list(dict.fromkeys(lines))
     return "\n".join(lines[:8]) if lines else message
 
@@ -184,6 +187,8 @@ def _suggest(given: str, allowed: Sequence[str]) -> list[str]:
 
 def _suggest_class(path: str) -> list[str]:
     module_name, _, name = path.rpartition(".")
+    if not may_import(path):
+        return []
     try:
         module = import_module(module_name)
     except ImportError:
@@ -241,7 +246,7 @@ def _first_class(hint: Any) -> Any:
 
 def _class_of(node: Any) -> Any:
     path = node.get("class_path") if isinstance(node, dict) else None
-    if not isinstance(path, str) or "." not in path:
+    if not isinstance(path, str) or "." not in path or not may_import(path):
         return None
     module_name, _, name = path.rpartition(".")
     try:

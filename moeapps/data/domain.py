@@ -25,6 +25,9 @@ from moeapps.data.mixing import DomainMixing, MixingSampler, ShardedBatches
 Role = Literal["seen", "validation", "unseen"]
 Split = Literal["train", "val", "test"]
 ROLES: tuple[Role, ...] = ("seen", "validation", "unseen")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLITS_OF: dict[Role, tuple[Split, ...]] = {"seen": SPLITS, "validation": SPLITS[1:], "unseen": SPLITS[2:]}
+"""What a run may read of a domain of each role, where nothing is ever trained on the others."""
 STAGE_ROLES: dict[str, tuple[Role, ...]] = {"val": ("seen", "validation"), "test": ROLES}
 # These words name means over domains in the metric keys, so no domain may carry them.
 RESERVED = frozenset({*ROLES, "gap", "aux"})

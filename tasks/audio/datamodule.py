@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Split
+from moeapps.data.domain import SPLITS, Split
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.source import SourceDataModule
 from moeapps.files import write_arrays
@@ -23,7 +23,7 @@ from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.prompt import Prompt, PromptVocabulary
 from tasks.audio.data.readers.audio_files import read_audio
 from tasks.audio.data.source import AudioSource, Clip
-from tasks.audio.data.store import SPLITS, load_arrays
+from tasks.audio.data.store import load_arrays
 from tasks.audio.nets.tokenizers import MelRVQ, Tokenizer
 
 CODES_VERSION = 1

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moeapps.bounds import BoundError, read_yaml
 from moeapps.files import is_clutter
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.data.readers.arrays import read_npy, read_npz, read_text, write_npy, write_npz
@@ -79,10 +80,12 @@ def read_own_labels(path: Path) -> OwnLabels:
         PointCloudFileError: missing, not YAML, an unknown key, or a value of the wrong kind.
     """
     try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, PointCloudFileError):
-            raise
+        read_text(path)  # with its own words for what cannot be read
+        content = read_yaml(path)
+    except BoundError as error:
+        given = str(error).removeprefix(f"{path}: ")
+        raise PointCloudFileError(path, given, "key: value lines", "mend or rewrite it") from None
+    except yaml.YAMLError:
         raise PointCloudFileError(path, "text that is not YAML", "key: value lines", "mend or rewrite it") from None
     if not isinstance(content, dict) or not set(content) <= set(_KEYS) or "names" not in content:
         given = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else "no keys"
