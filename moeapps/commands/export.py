@@ -37,20 +37,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or runs/<system>/<name>: its newest version")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: RUN/export)")
     parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: best, else last)")
+    parser.add_argument("--trust", metavar="none|PACKAGE,...", help="what its config may import (docs/reliability.md)")
     return parser
 
 
 def main(args: list[str]) -> int:
     """Export a run and say what was written."""
     options = parser().parse_args(args)
+    from moeapps.commands.trust import take_trust
     from moeapps.loading import load_run
+    from moeapps.text import lines
 
     try:
-        trained = load_run(options.run, checkpoint=options.ckpt_path)
+        trust = take_trust([] if options.trust is None else ["--trust", options.trust])[1]
+        trained = load_run(options.run, checkpoint=options.ckpt_path, trust=trust)
         folder = options.out or trained.run / "export"
         about = export(trained, folder)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {lines(error)}", file=sys.stderr)
         return 2
     print(f"{folder}: {', '.join(about['files'])}")
     print(about["program"].get("covers") or f"no {PROGRAM}: {about['program']['why_not']}")
