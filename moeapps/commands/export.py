@@ -153,12 +153,11 @@ def _shapes(module: Any, inputs: tuple[Any, ...], free: Any) -> Any:
 
 def _about(trained: Trained, files: list[str], program: dict[str, Any]) -> dict[str, Any]:
     """What there is to know of the files without opening them."""
-    import yaml
-
+    from moeapps.bounds import read_yaml
     from moeapps.training.run import versions
 
     task, data = trained.task, trained.data
-    config = yaml.safe_load((trained.run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(trained.run / "config.yaml")
     return {
         "format": 1,
         "system": config.get("system"),
@@ -190,7 +189,9 @@ def _scores(run: Path) -> Any:
 
 def _json(path: Path) -> Any:
     """What a file of the run holds; None where there is none."""
+    from moeapps.bounds import read_json
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
