@@ -124,8 +124,8 @@ def _hand_over(
         known = "; ".join(command.systems for command in commands)
         raise UsageError(f"{kind} has no command `{commands[0].name}`; it is for {known}")
     if command.weights:
-        named = str(ckpt) if ckpt is None or str(ckpt) in ("last", "best") else None
-        load_weights(built.model, ckpt if ckpt is not None and named is None else checkpoint_of(run, which=named))
+        which = str(ckpt) if str(ckpt) in ("last", "best") else None
+        load_weights(built.model, checkpoint_of(run, which=which) if ckpt is None or which is not None else ckpt)
         built.model.to(built.trainer.strategy.root_device)
         if not has_out(rest) and run is not None:
             rest = [*rest, "--out", str(run / command.name)]
