@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moeapps.data.gather import GatherConcat
 from moeapps.data.mixing import DomainMixing, MixingSampler, ShardedBatches
+from moeapps.data.workers import Collate
 
 Role = Literal["seen", "validation", "unseen"]
 Split = Literal["train", "val", "test"]
@@ -302,7 +303,7 @@ class DomainDataModule(L.LightningDataModule):
         return (ResumableLoader if train else DataLoader)(
             dataset,
             batch_sampler=batches,
-            collate_fn=self.collate,
+            collate_fn=Collate(self),
             num_workers=self.num_workers,
             generator=self._worker_seeds if train else torch.Generator().manual_seed(self.seed),
         )

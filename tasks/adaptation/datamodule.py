@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from moeapps.data.domain import DomainDataModule, ResumableLoader, Role, Split
 from moeapps.data.mixing import DomainMixing, ShardedBatches
+from moeapps.data.workers import Collate
 from tasks.adaptation.data.batch import EpisodeBatch, ImageBatch, ImageDataset
 from tasks.adaptation.data.digits import DigitDomains
 from tasks.adaptation.data.episodes import (
@@ -221,7 +222,7 @@ class AdaptationData(DomainDataModule):
         return ResumableLoader(
             EpisodeConcat(parts, shares, measured=self.measured),
             batch_sampler=self._sampler,
-            collate_fn=self.collate,
+            collate_fn=Collate(self),
             num_workers=self.num_workers,
             generator=self._worker_seeds,
         )
@@ -254,7 +255,7 @@ class AdaptationData(DomainDataModule):
                 DataLoader(
                     episodes,
                     batch_sampler=self._shard(episodes),
-                    collate_fn=self.collate,
+                    collate_fn=Collate(self),
                     num_workers=self.num_workers,
                     generator=torch.Generator().manual_seed(self.seed),
                 )
