@@ -51,29 +51,13 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
             return 0
         print(f"error: moeapps {name} needs {ways}", file=sys.stderr)
         return 2
-    return _told(commands, rest, options.run, configs, getattr(options, "ckpt_path", None))
-
-
-def _told(
-    commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
-) -> int:
-    """Run it; report a wrong configuration or a damaged file without a traceback."""
-    from moeapps.data.archives import ArchiveError
-
-    try:
-        return _hand_over(commands, rest, run, configs, ckpt)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ArchiveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return _hand_over(commands, rest, options.run, configs, getattr(options, "ckpt_path", None))
 
 
 def _hand_over(
     commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
 ) -> int:
-    from moeapps.commands.messages import UsageError
+    from moeapps.commands.boundary import UsageError
     from moeapps.commands.run import checkpoint_of
     from moeapps.commands.trained import build, load_weights
     from moeapps.training.run import newest_version

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -21,14 +20,14 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, P
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from moeapps.commands.boundary import UsageError, guarded, without_debug
 from moeapps.commands.listing import located
-from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
+from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
 from moeapps.training.run import newest_version, next_version, runs_root
-from moeapps.training.stages import StageError
 from moeapps.training.task import BaseTask
 
 _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
@@ -367,15 +366,11 @@ def run(args: Sequence[str]) -> Cli:
 
 
 def main(args: list[str]) -> int:
-    """Run one training command; report a wrong configuration in a few lines (--debug: with its traceback)."""
-    debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
-    try:
-        run([word for word in args if word != "--debug"])
-    except (UsageError, StageError, yaml.YAMLError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+    """Run one training command; report what a user can cause in a line or two (--debug: with its traceback)."""
+    words, debug = without_debug(args)
+
+    def work() -> int:
+        run(words)
+        return 0
+
+    return guarded(work, debug=debug)
