@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -238,6 +240,17 @@ class PressCtrlC(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.step:
             raise KeyboardInterrupt
+
+
+class SendSigterm(L.Callback):
+    """Ask this process to end after the given number of steps."""
+
+    def __init__(self, step: int = 13) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def biased_moe(*, num_experts: int = 4) -> LayerFactory:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moeapps.commands.boundary import UsageError, guarded, without_debug
-from moeapps.commands.names import split
+from moeapps.commands.names import check, split
 
 USAGE = """usage: moeapps curriculum --config FILE [--config FILE ...] [options of fit] [--redo]
                           --stage FILE [options of this stage] --stage FILE [options of this stage] ...
@@ -132,13 +132,16 @@ def plan(args: Sequence[str]) -> list[Stage]:
         UsageError: no stage, a file that is not there, or a later stage that does not say how it starts.
     """
     from moeapps.commands.listing import find_config, located
-    from moeapps.commands.messages import merged_config
-    from moeapps.training.precedence import insert_config
-    from moeapps.training.run import runs_root
 
     common, parts = _cut(args)
     if not parts:
         raise UsageError("give the stages in order, each with --stage FILE; `moeapps curriculum --help` shows how")
+    for config, own in parts:
+        check(["fit", *common, "--config", config, *own])
+    from moeapps.commands.messages import merged_config
+    from moeapps.training.precedence import insert_config
+    from moeapps.training.run import runs_root
+
     name, shared = _option(common, "--name") or "curriculum", _option(common, "--shared")
     common = located(_without(_without(common, "--name"), "--shared"))
     stages: list[Stage] = []

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-from moeapps.commands.boundary import UsageError
+from moeapps.commands.boundary import UsageError as UsageError
 from moeapps.commands.names import suggestions
 
 _NOISE = re.compile(

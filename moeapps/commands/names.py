@@ -66,7 +66,8 @@ def check(words: Sequence[str]) -> None:
     if {"-h", "--help"} & set(rest):
         return
     reader = _Reader(KEYS[command])
-    read = [(file, read_config(find_config(file))) for file in files if not _is_text(file)]
+    # One that is missing is told elsewhere, with the nearest that is there.
+    read = [(file, read_config(find_config(file))) for file in files if find_config(file).exists()]
     for file, config in read:
         try:
             reader.mapping(config)
@@ -96,11 +97,6 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             flags.append(word)
     return files, flags
-
-
-def _is_text(typed: str) -> bool:
-    """Whether it is YAML in place of a file, which the parser takes as well."""
-    return any(sign in typed for sign in "\n{:") and not Path(typed).is_file()
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -258,7 +254,7 @@ class _Reader:
     def flag(self, name: str, value: str | None) -> None:
         """Check a flag: every key on its way, then the class or the word it gives."""
         keys = name.rstrip("+").split(".")
-        if keys[0] in ("help", "print_config", "run", "debug", "trust", "untrained") or "-" in keys[0]:
+        if keys[0] in ("help", "print_config", "run", "debug", "trust", "untrained", "shared") or "-" in keys[0]:
             return
         self._key(keys[0])
         if keys[0] == "trainer" and len(keys) > 1 and keys[1] != "help":

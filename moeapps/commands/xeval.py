@@ -34,13 +34,9 @@ def main(args: list[str]) -> int:
     from moeapps.evaluation.xeval import build_matrix
     from moeapps.reporting.matrix import closing_lines, markdown, rich_tables
 
-    try:
-        runs = [read_results(path) for path in options.runs]
-        baseline = [read_results(path) for path in options.baseline]
-        matrix = build_matrix(runs, baseline, options.metric)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = [read_results(path) for path in options.runs]
+    baseline = [read_results(path) for path in options.baseline]
+    matrix = build_matrix(runs, baseline, options.metric)
     console = Console()
     for table in rich_tables(matrix, console.width):
         console.print(table)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import CatMetric, Metric, MetricCollection, SumMetric
 
+from moeapps.training.contract import check_metrics, scalar
+
 Direction = Literal["max", "min"]
 
 
@@ -98,16 +100,18 @@ class DomainScores(nn.Module):
         super().__init__()
         self.domains = dict(domains)
         self.index = {name: i for i, name in enumerate(domains)}
-        self.metrics = nn.ModuleList([configure_metrics(name) for name in domains])
+        made = {name: configure_metrics(name) for name in domains}
+        for name, metrics in made.items():
+            check_metrics(name, metrics)
+            if "loss" in metrics:
+                raise ValueError(f"the metrics of domain {name!r} hold a 'loss'; choose another name for it")
+        self.metrics = nn.ModuleList(made.values())
         # Sums and counts, not MeanMetric: with nan_strategy="disable" that one forgets the weights (torchmetrics 1.9).
         self.losses = nn.ModuleList([SumMetric(nan_strategy="disable") for _ in domains])
         self.weights = nn.ModuleList([SumMetric() for _ in domains])
         self.counts = nn.ModuleList([SumMetric() for _ in domains])
         self.units: dict[str, dict[str, CatMetric]] = {name: {} for name in domains}
         self.parts: dict[str, dict[str, UnitParts]] = {name: {} for name in domains}
-        for name, metrics in zip(domains, self.metrics, strict=True):
-            if "loss" in cast(MetricCollection, metrics):
-                raise ValueError(f"the metrics of domain {name!r} hold a 'loss'; choose another name for it")
 
     def reset(self) -> None:
         """Forget everything."""
@@ -152,6 +156,14 @@ class DomainScores(nn.Module):
             metric = self.units[domain].setdefault(name, CatMetric(nan_strategy="disable").to(loss.device))
             metric.update(values.detach().float())
 
+    def not_updated(self, domain: str) -> list[str]:
+        """Return the metrics of a domain that nothing was given to, although this process has seen labelled items."""
+        i = self.index[domain]
+        if not float(cast(Any, self.weights[i]).sum_value):
+            return []
+        collection = cast(MetricCollection, self.metrics[i])
+        return [name for name, metric in collection.items() if not cast(Metric, metric).update_called]
+
     def compute(self, domains: list[str]) -> ScoreTable:
         """Return the scores of the given domains over all processes; a collective, to be called by each of them."""
         with warnings.catch_warnings():
@@ -190,7 +202,7 @@ class DomainScores(nn.Module):
             values = collection.compute() if len(collection) else {}
             for name, value in values.items():
                 direction: Direction = "min" if _larger_is_better(collection, name) is False else "max"
-                scores.append(ScoreRow(domain, role, name, float(torch.as_tensor(value)), n, direction))
+                scores.append(ScoreRow(domain, role, name, scalar(domain, name, value), n, direction))
             if self.units[domain]:
                 units[domain] = {
                     name: torch.as_tensor(metric.compute()).flatten().tolist()
