@@ -55,6 +55,10 @@ def load_of_another_network() -> int:
     return 0
 
 
+def label_beyond() -> int:
+    return int(torch.nn.functional.cross_entropy(torch.zeros(1, 2), torch.tensor([9])))
+
+
 def shapes() -> int:
     return int((torch.zeros(2, 3) @ torch.zeros(2, 3)).sum())
 
@@ -86,6 +90,7 @@ def test_what_was_written_for_people_is_told_alone_with_code_2(
     [
         (load_damaged, "", "load_damaged"),
         (load_of_another_network, "the weights are of another network: ", "load_of_another_network"),
+        (label_beyond, "Target 9 is out of bounds", "label_beyond"),
         (shapes, "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", "shapes"),
         (lambda: int("four"), "invalid literal for int() with base 10: 'four'", "<lambda>"),
         (lambda: len(b"\xff".decode()), "'utf-8' codec can't decode byte 0xff", "<lambda>"),

@@ -78,7 +78,7 @@ def explain(message: str, parser: LightningArgumentParser, raw: dict[str, Any]) 
     for complaint in complaints(message):
         lines.append("\n".join(_explain_one(complaint, parser, raw)).replace("\ndid you mean", "; did you mean", 1))
     lines = list(dict.fromkeys(lines))
-    return "\n".join("\n".join(lines).splitlines()[:8]) if lines else message
+    return "\n".join("\n".join(lines).splitlines()[:2]) if lines else message
 
 
 def complaints(message: str) -> list[Complaint]:

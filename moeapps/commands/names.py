@@ -16,6 +16,7 @@ from typing import Any
 
 from moeapps.commands.boundary import UsageError
 from moeapps.commands.listing import find_config, systems
+from moeapps.commands.overlays import PARTS, has_base, owners_of
 from moeapps.commands.signatures import (
     Definition,
     Missing,
@@ -26,13 +27,14 @@ from moeapps.commands.signatures import (
     trainer_options,
 )
 from moeapps.commands.tasks import moved_prefix, task_names
+from moeapps.training.run import newest_version
 
 _OWN = ("config", "seed_everything", "trainer", "model", "data", "system", "name", "test_after_fit", "ckpt_path")
 KEYS: dict[str, tuple[str, ...]] = {
     "fit": (*_OWN, "weights_only"),
-    "validate": (*_OWN, "verbose", "weights_only"),
-    "test": (*_OWN, "verbose", "weights_only"),
-    "predict": (*_OWN, "return_predictions", "weights_only"),
+    "validate": (*_OWN, "verbose", "weights_only", "untrained"),
+    "test": (*_OWN, "verbose", "weights_only", "untrained"),
+    "predict": (*_OWN, "return_predictions", "weights_only", "untrained"),
 }
 _INNER = ("class_path", "init_args", "dict_kwargs")
 _MOST_VALUES = 200_000
@@ -65,14 +67,21 @@ def check(words: Sequence[str]) -> None:
     _no_stray_file(command, rest)
     if {"-h", "--help"} & set(rest):
         return
+    asked = any(re.match(r"--(run|ckpt_path|model|print_config)\b", word) for word in flags)
+    if not files and not asked:
+        raise UsageError(
+            f"missing: model, data; give a config: moeapps {command} --config configs/<system>.yaml (`moeapps list` "
+            "shows them)"
+        )
     reader = _Reader(KEYS[command])
+    reader.learn(rest)
     # One that is missing is told elsewhere, with the nearest that is there.
     read = [(file, read_config(find_config(file))) for file in files if find_config(file).exists()]
     for file, config in read:
         try:
             reader.mapping(config)
         except WrongWordError as error:
-            _has_base(command, read, flags)
+            has_base(command, read, flags)
             meant = [] if file == read[0][0] else _fitting(command, file, config)
             if meant:
                 raise UsageError(
@@ -80,7 +89,7 @@ def check(words: Sequence[str]) -> None:
                 ) from error
             raise UsageError(f"{file}{_line_of(error.word, find_config(file))}: {error}") from error
     if not any(word.partition("=")[0] in ("--run", "--ckpt_path") for word in rest):
-        _has_base(command, read, flags)
+        has_base(command, read, flags)
     for name, value in _pairs(flags):
         reader.flag(name, value)
 
@@ -135,66 +144,6 @@ def _no_stray_file(command: str, words: Sequence[str]) -> None:
             )
 
 
-def _has_base(command: str, read: Sequence[tuple[str, dict[str, Any]]], flags: Sequence[str]) -> None:
-    """Refuse overlays without their base config, and those of another system."""
-    given = [word.partition("=")[0] for word in flags]
-    named = {part: f"--{part}" in given or any(_names_class(config.get(part)) for _, config in read) for part in _PARTS}
-    lacking = " and ".join(part for part, there in named.items() if not there)
-    bases = {system.name: system.config for system in systems()}
-    if read and lacking:
-        file, meant = next(((file, owners) for file, _ in read if (owners := _owners(file, bases))), (read[0][0], []))
-        of = f" of {' or '.join(meant)}" if meant else ""
-        base = bases[meant[0]] if meant else "configs/SYSTEM.yaml"
-        raise UsageError(
-            f"{file} is an overlay{of} without its base: nothing names the class of {lacking}; give the base first: "
-            f"moeapps {command} --config {base} --config {file}"
-        )
-    system = next((str(config.get("system")) for _, config in read if _names_class(config.get("model"))), "")
-    for file, _ in read if system in bases else ():
-        meant = _owners(file, bases)
-        if meant and system not in meant:
-            raise UsageError(
-                f"{file} is an overlay for {' or '.join(meant)}, the base config is of {system}; "
-                f"`moeapps list {system}` shows the overlays of {system}"
-            )
-
-
-_PARTS = ("model", "data")
-# Folders of our configs whose files belong to the base whose name they begin with.
-_OWNED = ("baselines", "paper", "stages", "debug")
-
-
-def _owners(file: str, bases: dict[str, str]) -> list[str]:
-    """Return the systems that an overlay of ours is for, by its name or the tasks it names; none where for all."""
-    path = Path(file)
-    if path.parts[:1] != ("configs",) or file in bases.values():
-        return []
-    if path.parent.name in _OWNED:
-        found = [name for name in bases if path.stem == name or path.stem.startswith(f"{name}_")]
-        return [max(found, key=len)] if found else []
-    tasks = _tasks_of(file)
-    return [name for name, base in bases.items() if tasks and tasks <= _tasks_of(base)]
-
-
-def _tasks_of(file: str) -> set[str]:
-    """Return the task packages whose classes a config names."""
-    text = find_config(file).read_text(encoding="utf-8")
-    return set(re.findall(r"class_path:\s*tasks\.(\w+)", text))
-
-
-def _names_class(part: Any) -> bool:
-    return isinstance(part, str) or (isinstance(part, dict) and "class_path" in part)
-
-
-def _owner(file: str, bases: dict[str, str]) -> str | None:
-    """Return the system that an overlay of ours is for."""
-    path = Path(file)
-    if path.parent.name not in _OWNED or path.parent.parent.name != "configs":
-        return None
-    owners = [name for name in bases if path.stem == name or path.stem.startswith(f"{name}_")]
-    return max(owners, key=len, default=None)
-
-
 def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """Yield option (without dashes) and value of ``--a.b=c``, ``--a.b c`` and ``--a.b``."""
     for word, following in itertools.zip_longest(flags, flags[1:], fillvalue="--"):
@@ -207,7 +156,7 @@ def _fitting(command: str, file: str, config: dict[str, Any]) -> list[str]:
     """Return the systems whose base config an overlay of ours fits; none for files of the user."""
     found = []
     bases = {system.name: system.config for system in systems()}
-    owners = _owners(file, bases) or bases
+    owners = owners_of(file, bases) or bases
     for system in systems() if Path(file).parts[:1] == ("configs",) else ():
         if system.name not in owners:
             continue
@@ -240,6 +189,17 @@ class _Reader:
         self.classes: dict[str, str] = {}  # dotted place, without init_args -> class path
         self.values = 0
 
+    def learn(self, words: Sequence[str]) -> None:
+        """Take the classes of the run that words name; what its config says is not complained of here."""
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+            option, equals, value = word.partition("=")
+            file = newest_version(Path(value if equals else following)) / "config.yaml"
+            if option == "--run" and file.is_file():
+                try:
+                    self.mapping(read_config(file))
+                except UsageError:
+                    self.classes.clear()
+
     def mapping(self, config: dict[str, Any]) -> None:
         """Check what a whole file says."""
         for key, value in config.items():
@@ -248,7 +208,7 @@ class _Reader:
                 for word, inner in value.items():
                     self._trainer(str(word))
                     self._any(inner, f"trainer.{word}")
-            elif key in _PARTS:
+            elif key in PARTS:
                 self._value(value, key, None)
 
     def flag(self, name: str, value: str | None) -> None:
@@ -259,7 +219,7 @@ class _Reader:
         self._key(keys[0])
         if keys[0] == "trainer" and len(keys) > 1 and keys[1] != "help":
             self._trainer(keys[1])
-        if keys[0] not in _PARTS or name.endswith("+") or "help" in keys or "dict_kwargs" in keys:
+        if keys[0] not in PARTS or name.endswith("+") or "help" in keys or "dict_kwargs" in keys:
             return
         keys = [key for key in keys if key != "init_args"]
         named = len(keys) == 1 or keys[-1] == "class_path"
@@ -343,7 +303,7 @@ class _Reader:
             self._table(value, place, annotation)
         elif annotation is not None:
             self._word(value, place, annotation)
-        elif isinstance(value, str) and place in _PARTS:
+        elif isinstance(value, str) and place in PARTS:
             self._class(value, place)
 
     def _table(self, value: dict[Any, Any], place: str, annotation: tuple[Any, Definition] | None) -> None:

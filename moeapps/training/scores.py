@@ -162,7 +162,8 @@ class DomainScores(nn.Module):
         if not float(cast(Any, self.weights[i]).sum_value):
             return []
         collection = cast(MetricCollection, self.metrics[i])
-        return [name for name, metric in collection.items() if not cast(Metric, metric).update_called]
+        metrics = collection.items(keep_base=True, copy_state=False)
+        return [name for name, metric in metrics if not cast(Metric, metric).update_called]
 
     def compute(self, domains: list[str]) -> ScoreTable:
         """Return the scores of the given domains over all processes; a collective, to be called by each of them."""
