@@ -196,7 +196,7 @@ class BrokenStep(ToyTask):
          "file 7 is damaged (item); fetch it again (in DataLoader worker process 0)"),
         (["--data.where", "none", "--model", "tests.test_boundary.BrokenStep"],
          "label 9 is none of 2 classes; correct the labels"),
-        (["--data.where", "none", "--trainer.accelerator", "cuda"], "No supported gpu backend found!"),
+        (["--data.where", "none", "--trainer.accelerator", "cuda"], "`CUDAAccelerator` can not run on your system"),
         (["--data.where", "none", "--trainer.devices", "0"], ""),
         (["--data.where", "none", "--trainer.precision", "bf17"], ""),
     ],

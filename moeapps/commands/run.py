@@ -26,6 +26,7 @@ from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_con
 from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
+from moeapps.training.contract import check_predicts
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
 from moeapps.training.run import newest_version, next_version, runs_root
 from moeapps.training.task import BaseTask
@@ -140,6 +141,8 @@ class Cli(LightningCLI):
         """Build data, model and trainer; report their ValueErrors as a wrong configuration, without a traceback."""
         try:
             super().instantiate_classes()
+            if self.subcommand == "predict":
+                check_predicts(cast(BaseTask, self.model))
         except ValueError as error:
             raise UsageError(explain(str(error), self.parser, RAW.get() or {})) from error
 

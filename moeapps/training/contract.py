@@ -58,20 +58,27 @@ def check_facts(task: str, facts: Any, where: str = "facts") -> None:
         )
 
 
-def check_methods(task: BaseTask, stage: str) -> None:
-    """Check that the methods a stage needs are there, and what can be said of the monitor without data.
+def check_mode(task: BaseTask) -> None:
+    """Check in which direction the monitor improves.
 
     Raises:
-        ContractError: one is missing.
+        ContractError: in none.
     """
-    kind = type(task)
-    answers = kind.predict_step is not L.LightningModule.predict_step or kind.forward is not L.LightningModule.forward
-    if stage == "predict" and not answers:
+    if task.monitor_mode not in ("min", "max"):
+        raise ContractError(f"{type(task).__name__}.monitor_mode is {task.monitor_mode!r}; allowed: 'min' and 'max'")
+
+
+def check_predicts(task: BaseTask) -> None:
+    """Check that there is something to predict with; Lightning would ask for ``forward`` alone.
+
+    Raises:
+        ContractError: there is not.
+    """
+    kind, base = type(task), L.LightningModule
+    if kind.predict_step is base.predict_step and kind.forward is base.forward:
         raise ContractError(
             f"{kind.__name__} has neither predict_step nor forward, so there is nothing to predict; define one of them"
         )
-    if task.monitor_mode not in ("min", "max"):
-        raise ContractError(f"{kind.__name__}.monitor_mode is {task.monitor_mode!r}; allowed are 'min' and 'max'")
 
 
 def check_output(task: BaseTask, out: Any, output: type) -> None:

@@ -25,7 +25,7 @@ from moeapps.moe.record import Kept, MoERecorder, Record
 from moeapps.training.contract import (
     ContractError,
     check_facts,
-    check_methods,
+    check_mode,
     check_output,
     check_scores,
     tell_idle_layers,
@@ -136,6 +136,7 @@ class BaseTask(L.LightningModule):
                 f"{self.facts_from}"
             )
         check_facts(type(self).__name__, facts)
+        check_mode(self)
         names = [loss.name for loss in aux_losses or []]
         if len(set(names)) < len(names):
             raise ValueError(f"auxiliary losses {names} share a name; give each its own")
@@ -302,7 +303,6 @@ class BaseTask(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Build the metrics of every configured domain, once, and agree with the other processes on the run folder."""
         run_dir(self.trainer)
-        check_methods(self, stage)
         if stage == "fit" and self.trained is not None:  # before an optimizer or a strategy asks what has gradients
             freeze_all_but(self, self.trained)
         roles = cast(dict[str, list[str]], self.facts["domains"])

@@ -139,12 +139,12 @@ class IdleTask(ToyTask):
 
 BROKEN: list[tuple[str, str, str]] = [
     ("data", "NumpyFacts", "ToyTask: facts['num_classes'] is a numpy.int64; facts of the data must be plain values"),
-    ("data", "StreamedData", "StreamedData.dataset('a', 'val') gave Streamed, which has no length; give a data set"),
-    ("data", "EmptyData", "domain 'a' has no val item; give it data or take it out of the roles"),
+    ("data", "StreamedData", "StreamedData.dataset('a', 'train') gave Streamed, which has no length; give a data set"),
+    ("data", "EmptyData", "domain 'a' has no train item; give it data or take it out of the roles"),
     ("model", "BadMonitor", "BadMonitor.monitor, which chooses best.ckpt, is 'val/validation/acc' (did you mean "
      "'val/validation/accuracy'?), but the scores are "),
     ("model", "BadMain", "BadMain.main_metric is 'acuracy' (did you mean 'accuracy'?), but the scores are loss, accur"),
-    ("model", "BadMode", "BadMode.monitor_mode is 'maximum'; allowed are 'min' and 'max'"),
+    ("model", "BadMode", "BadMode.monitor_mode is 'maximum'; allowed: 'min' and 'max'"),
     ("model", "NeverUpdated", "the metrics accuracy of domain 'a' were never updated; NeverUpdated.shared_step must"),
     ("model", "ManyNumbers", "metric 'accuracy' of domain 'a' gave [2] numbers; a metric must give one"),
     ("model", "PlainMetrics", "configure_metrics('a') returned dict; it must return a MetricCollection"),
