@@ -19,7 +19,7 @@ from pathlib import Path
 import moeapps
 from moeapps.commands.boundary import guarded, without_debug
 from moeapps.commands.hooks import run_hook, summary_of
-from moeapps.commands.listing import all_configs, find_config, systems
+from moeapps.commands.listing import all_configs, find_config, is_config_text, systems
 from moeapps.commands.tasks import extend_path, foreign_tasks, task_commands
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
@@ -102,8 +102,7 @@ def _missing_config(words: Sequence[str]) -> str | None:
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         path = value if equals else following
-        # Anything with a line break or a brace is YAML in place of a file, which the parser takes as well.
-        if name not in ("-c", "--config") or find_config(path).is_file() or any(sign in path for sign in "\n{:"):
+        if name not in ("-c", "--config") or is_config_text(path) or find_config(path).is_file():
             continue
         known = {Path(config).name: config for config in reversed(all_configs())}  # base configs win
         close = difflib.get_close_matches(Path(path).name, known, n=1)

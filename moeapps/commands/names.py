@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeapps.commands.boundary import UsageError
-from moeapps.commands.listing import find_config, systems
+from moeapps.commands.listing import find_config, is_config_text, systems
 from moeapps.commands.overlays import PARTS, has_base, owners_of
 from moeapps.commands.signatures import (
     Definition,
@@ -76,7 +76,7 @@ def check(words: Sequence[str]) -> None:
     reader = _Reader(KEYS[command])
     reader.learn(rest)
     # One that is missing is told elsewhere, with the nearest that is there.
-    read = [(file, read_config(find_config(file))) for file in files if find_config(file).exists()]
+    read = [(file, read_config(find_config(file))) for file in files if _is_there(file)]
     for file, config in read:
         try:
             reader.mapping(config)
@@ -106,6 +106,10 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             flags.append(word)
     return files, flags
+
+
+def _is_there(file: str) -> bool:
+    return not is_config_text(file) and find_config(file).exists()
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Only what the source says plainly is known; None stands for everything else, and
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -101,33 +100,35 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _file(module: str) -> Path | None:
-    """Return the file of a module without importing its packages; None where there is none, or it is installed."""
+    """Return the file of a module of this project or the user without importing it; None where there is none."""
     first, *rest = module.split(".")
-    place = Path(first)
-    # Not `find_spec`, which would take an installed package for that of the same name here.
-    for root in (Path(entry or ".") for entry in sys.path):
-        place = root / first
-        if (place / "__init__.py").is_file() or place.with_suffix(".py").is_file():
-            break
-    else:
-        return None
-    for part in rest:
-        place = place / part
-    file = place / "__init__.py" if place.is_dir() else place.with_name(place.name + ".py")
-    return file if file.is_file() else None
+    for place in _roots(first):
+        for part in rest:
+            place = place / part
+        file = place / "__init__.py" if place.is_dir() else place.with_name(place.name + ".py")
+        if file.is_file():
+            return file
+    return None
 
 
 @cache
-def is_ours(module: str) -> bool:
-    """Whether the top package of a module lies here in source, not among the installed ones of others."""
-    first = module.partition(".")[0]
-    if first in ("moeapps", "tasks"):
-        return True
+def _roots(package: str) -> tuple[Path, ...]:
+    """Return the folders (or the file without its ending) of a top-level package; none where others installed it."""
     try:
-        spec = find_spec(first)
+        spec = find_spec(package)
     except (ImportError, ValueError):
-        return False
-    return spec is not None and spec.origin is not None and Path(spec.origin).is_relative_to(Path.cwd().resolve())
+        return ()
+    if spec is None:
+        return ()
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    found = folders or ([Path(spec.origin).with_suffix("")] if spec.origin and spec.origin.endswith(".py") else [])
+    ours = package in ("moeapps", "tasks")
+    return tuple(p for p in found if ours or ("site-packages" not in p.parts and p.is_relative_to(Path.cwd())))
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module lies here in source, not among the installed ones of others."""
+    return bool(_roots(module.partition(".")[0]))
 
 
 def resolve(path: str) -> Definition | Missing | None:
@@ -165,7 +166,8 @@ def options(found: Definition) -> dict[str, ast.expr | None] | None:
     if own is not None and own.args.kwarg is None:
         return _arguments(own, skip=1)
     taken = {} if own is None else _arguments(own, skip=1)
-    if own is not None and not _passes_on(own):
+    fixed = set() if own is None else _fixed(own)
+    if fixed is None:
         return None
     fields = {}
     if own is None and found.is_dataclass:
@@ -185,7 +187,7 @@ def options(found: Definition) -> dict[str, ast.expr | None] | None:
         inherited = options(above) if isinstance(above, Definition) else None
         if inherited is None:
             return None
-        taken = {**inherited, **taken}
+        taken = {**{key: kind for key, kind in inherited.items() if key not in fixed}, **taken}
     return {**taken, **fields}
 
 
@@ -194,15 +196,13 @@ def _arguments(node: ast.FunctionDef, skip: int = 0) -> dict[str, ast.expr | Non
     return {arg.arg: arg.annotation for arg in [*listed, *node.args.kwonlyargs] if arg.arg != "facts"}
 
 
-def _passes_on(init: ast.FunctionDef) -> bool:
-    """Whether ``super().__init__`` gets the ``**options``."""
-    calls = (node for node in ast.walk(init) if isinstance(node, ast.Call))
-    return any(
-        "super" in ast.dump(call.func)
-        and "__init__" in ast.dump(call.func)
-        and any(k.arg is None for k in call.keywords)
-        for call in calls
-    )
+def _fixed(init: ast.FunctionDef) -> set[str] | None:
+    """Return the options that ``super().__init__`` is given by name beside ``**options``; None if it gets no such."""
+    for call in (node for node in ast.walk(init) if isinstance(node, ast.Call)):
+        words = ast.dump(call.func)
+        if "super" in words and "__init__" in words and any(keyword.arg is None for keyword in call.keywords):
+            return {keyword.arg for keyword in call.keywords if keyword.arg is not None}
+    return None
 
 
 def dataclass_in(annotation: ast.expr | None, where: Source) -> Definition | None:
