@@ -21,6 +21,7 @@ from torch._utils import ExceptionWrapper
 
 from moeapps.cli import main
 from moeapps.commands.boundary import UsageError, guarded
+from moeapps.data.archives import ArchiveError
 from tests.toy import TOY, ToyData, ToyTask
 
 ONE_EPOCH = [*TOY, "--trainer.max_epochs", "1", "--test_after_fit", "false", "--trainer.callbacks"]
@@ -226,6 +227,18 @@ def _restored_signals() -> Iterator[None]:
 @pytest.mark.parametrize(("callback", "code"), [("PressCtrlC", 130), ("SendSigterm", 143)])
 def test_a_training_that_a_signal_stops_has_the_code_of_a_shell(callback: str, code: int) -> None:
     assert main(["fit", *ONE_EPOCH, f"{{class_path: tests.toy.{callback}, init_args: {{step: 2}}}}"]) == code
+
+
+@pytest.mark.parametrize("error", [ValueError("a.wav is damaged"), ArchiveError("a.wav is damaged")])
+def test_commands_of_tasks_tell_in_a_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("moeapps.commands.hooks._hand_over", broken)
+    assert main(["sample", "--run", "anywhere"]) == 2
+    assert capsys.readouterr().err == "error: a.wav is damaged\n"
 
 
 @pytest.mark.parametrize("words", [["list", "x"], ["xeval", "nowhere"], ["data", "prepare", "nothing"]])
