@@ -22,7 +22,7 @@ from types import FrameType
 
 # The codes of a shell for a program that a signal has ended: 128 + its number.
 INTERRUPTED, TERMINATED = 130, 143
-_ROOTS = (ValueError, OSError, RuntimeError, ImportError, EOFError, MemoryError, OverflowError)
+_ROOTS = (ValueError, OSError, RuntimeError, ImportError, EOFError, MemoryError, OverflowError, IndexError)
 # Errors of libraries that derive from Exception alone: looked up where the library is loaded, never imported for it.
 _OF_LIBRARIES = (
     ("yaml", "YAMLError"),
@@ -72,7 +72,7 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (*told_kinds(), IndexError) as error:
+    except told_kinds() as error:
         # A label or id beyond a table is found by torch; an index that is wrong in our own code is a defect.
         if debug or (isinstance(error, IndexError) and not _of_library(_frames(error)[-1][0])):
             raise

@@ -166,10 +166,10 @@ def options(found: Definition) -> dict[str, ast.expr | None] | None:
     if own is not None and own.args.kwarg is None:
         return _arguments(own, skip=1)
     taken = {} if own is None else _arguments(own, skip=1)
-    fixed = set() if own is None else _fixed(own)
+    fixed: set[str] | None = set() if own is None else _fixed(own)
     if fixed is None:
         return None
-    fields = {}
+    fields: dict[str, ast.expr | None] = {}
     if own is None and found.is_dataclass:
         fields = {
             item.target.id: item.annotation
