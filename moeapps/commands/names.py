@@ -130,7 +130,8 @@ def read_config(file: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
-        raise UsageError(f"{file}{line}: {' '.join((error.context or '').split())}: {error.problem}") from error
+        told = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+        raise UsageError(f"{file}{line}: {told}") from error
     except (yaml.YAMLError, ValueError) as error:  # a character that YAML has not, a date that does not exist
         raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict | None):
