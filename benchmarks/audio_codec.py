@@ -87,7 +87,8 @@ def judge(tokenizer: Tokenizer, source: AudioSource, books: Sequence[int], most:
 
 def measure(source: AudioSource, tokenizers: Sequence[Tokenizer], most: int | None = None) -> dict[str, Any]:
     """Judge tokenizers in turn and return the report; ``most`` bounds the clips of each kind."""
-    source.prepare([name for role in ROLES for name in source.default_roles[role]], None)
+    source.bind(source.default_roles)
+    source.prepare(None)
     found = [judge(tokenizer, source, BOOKS, most) for tokenizer in track(tokenizers, "tokenizers", transient=True)]
     for report in found:
         if report["tokenizer"] == "MelRVQ":

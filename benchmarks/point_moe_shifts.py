@@ -139,8 +139,8 @@ def load_run(path: Path) -> Trained:
     Raises:
         ShiftError: no such run, no checkpoint, or another task.
     """
+    from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.messages import UsageError
-    from moeapps.commands.run import checkpoint_of
     from moeapps.commands.trained import build, load_weights
 
     folder = newest_version(path)

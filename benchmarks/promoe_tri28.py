@@ -112,7 +112,7 @@ def draw(run: Path) -> list[dict[str, Any]]:
     """Draw the images of a run again with every sampler, and have them judged; the first of each class in a picture."""
     import torch
 
-    from moeapps.commands.run import checkpoint_of
+    from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.trained import build, load_weights
     from tasks.image_diffusion.nets.samplers import sample
     from tasks.image_diffusion.report.judge import get_judge, training_images

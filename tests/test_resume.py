@@ -36,8 +36,9 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
         ["--data.mixing", "balanced", "--trainer.check_val_every_n_epoch", "2"],
         ["--data.mixing", "one_domain", "--trainer.limit_train_batches", "5"],
         ["--data.num_workers", "1"],
+        ["--trainer.precision", "64-true"],
     ],
-    ids=["concat", "balanced, rare validation", "one_domain, limited", "workers"],
+    ids=["concat", "balanced, rare validation", "one_domain, limited", "workers", "double precision"],
 )
 def test_resume_at_an_epoch_end_is_bit_equal(tmp_path: Path, flags: list[str]) -> None:
     keep = "--trainer.callbacks+=tests.toy.KeepEpochs"

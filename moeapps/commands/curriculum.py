@@ -140,7 +140,7 @@ def plan(args: Sequence[str]) -> list[Stage]:
         check(["fit", *common, "--config", config, *own])
     from moeapps.commands.messages import merged_config
     from moeapps.training.precedence import insert_config
-    from moeapps.training.run import runs_root
+    from moeapps.training.run import run_place
 
     name, shared = _option(common, "--name") or "curriculum", _option(common, "--shared")
     common = located(_without(_without(common, "--name"), "--shared"))
@@ -166,7 +166,7 @@ def plan(args: Sequence[str]) -> list[Stage]:
             chain = "".join([*(settings_digest(stage.words) for stage in stages), settings_digest(words)])
             own_name = f"{hashlib.sha256(chain.encode()).hexdigest()[:12]}_stage{number}"
         system = _option(words, "--system") or str(merged.get("system", "custom"))
-        folder = (root or runs_root()) / system / own_name
+        folder = run_place(system, own_name, root)
         stages.append(Stage(number, config, own_name, tuple(words), folder, last, root))
     return stages
 
@@ -242,12 +242,11 @@ def settings_digest(words: Sequence[str]) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with which the newest version of a run goes on, None where it has none."""
-    from moeapps.training.run import newest_version
+    """Return the checkpoint with which a run goes on: the newest whole one of the newest version that has any."""
+    from moeapps.training.checkpoints import first_whole
+    from moeapps.training.run import versions_of
 
-    held = newest_version(folder) / "checkpoints"
-    files = [held / name for name in ("last.ckpt", "interrupted.ckpt") if (held / name).is_file()]
-    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+    return next(filter(None, (first_whole(version / "checkpoints") for version in versions_of(folder))), None)
 
 
 def _check_unchanged(title: str, run: Path, digest: str | None) -> None:

@@ -45,6 +45,8 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
         parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: best, else last)")
     options, rest = parser.parse_known_args(args)
     configs: list[Path] = getattr(options, "config", [])
+    if options.run is not None:
+        check_words(commands, rest, options.run)
     if options.run is None and not configs:
         if {"-h", "--help"} & set(rest):
             print(parser.format_help())
@@ -54,11 +56,33 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
     return _hand_over(commands, rest, options.run, configs, getattr(options, "ckpt_path", None))
 
 
+def check_words(commands: Sequence[TaskCommand], rest: list[str], run: Path) -> None:
+    """Let the parser of a run's task read the words, if its config says whose they are; the building tells the rest."""
+    import yaml
+
+    from moeapps.training.run import newest_version
+
+    try:
+        held = yaml.safe_load((newest_version(run) / "config.yaml").read_text(encoding="utf-8"))
+        data = ":".join(str(held["data"]["class_path"]).rsplit(".", 1))
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return
+    for command in commands:
+        if command.options is not None and command.data == data:
+            parser = cast(Callable[[], argparse.ArgumentParser], load(command.options))()
+            parser.parse_args(rest if has_out(rest) else [*rest, "--out", str(run)])
+
+
+def has_out(words: Sequence[str]) -> bool:
+    """Whether the user says where to write."""
+    return "--out" in [word.split("=")[0] for word in words]
+
+
 def _hand_over(
     commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
 ) -> int:
     from moeapps.commands.boundary import UsageError
-    from moeapps.commands.run import checkpoint_of
+    from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.trained import build, load_weights
     from moeapps.training.run import newest_version
 
@@ -71,9 +95,10 @@ def _hand_over(
         known = "; ".join(command.systems for command in commands)
         raise UsageError(f"{kind} has no command `{commands[0].name}`; it is for {known}")
     if command.weights:
-        load_weights(built.model, ckpt or checkpoint_of(run))
+        named = str(ckpt) if ckpt is None or str(ckpt) in ("last", "best") else None
+        load_weights(built.model, ckpt if ckpt is not None and named is None else checkpoint_of(run, which=named))
         built.model.to(built.trainer.strategy.root_device)
-        if "--out" not in [word.split("=")[0] for word in rest] and run is not None:
+        if not has_out(rest) and run is not None:
             rest = [*rest, "--out", str(run / command.name)]
     function = cast(Callable[[list[str], Any, Any], int], load(command.function))
     return function(rest, built.model, built.datamodule)

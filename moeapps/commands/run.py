@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
@@ -16,19 +17,22 @@ from typing import Any, cast
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from moeapps.commands.boundary import UsageError, guarded, without_debug
+from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_first, refuse_taken_names
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.data.domain import DomainDataModule
 from moeapps.training import callbacks as ours
+from moeapps.training.checkpoints import WholeCheckpoints
 from moeapps.training.contract import check_predicts
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
-from moeapps.training.run import newest_version, next_version, runs_root
+from moeapps.training.run import RunError, claim_version, next_version, run_place, runs_root
 from moeapps.training.task import BaseTask
 
 _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
@@ -47,7 +51,7 @@ def usage(command: str) -> str:
     """Return the first lines of a command's help: the most common uses, before the list of all options."""
     if command != "fit":
         return f"""moeapps {command} --run runs/SYSTEM/NAME [--OPTION VALUE ...]
-       moeapps {command} --config FILE [--config OVERLAY ...] --ckpt_path FILE
+       moeapps {command} --config FILE [--config OVERLAY ...] (--ckpt_path FILE|last|best | --untrained)
 
   moeapps {command} --run runs/home/base                              the newest version, its best checkpoint
   moeapps {command} --run runs/home/base --data.init_args.batch_size 64    any option can be a flag"""
@@ -75,6 +79,8 @@ class Cli(LightningCLI):
     def __init__(self, args: Sequence[str], *, run_folder: Path | None = None, run: bool = True) -> None:
         self.words = list(args)
         self.run_folder = run_folder
+        self._claimed: Path | None = None
+        self._own_loggers: list[Logger] = []
         token = _SUBCOMMAND.set(args[0] if run else None)
         raw = RAW.set(merged_config(self.words))
         try:
@@ -100,6 +106,9 @@ class Cli(LightningCLI):
         finally:
             _SUBCOMMAND.reset(token)
             RAW.reset(raw)
+            if self._claimed is not None:
+                with suppress(OSError):  # it holds a run, unless nothing began
+                    self._claimed.rmdir()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -129,6 +138,10 @@ class Cli(LightningCLI):
             default=True,
             help="After fit, test with the best checkpoint (with fast_dev_run: with the current weights).",
         )
+        if command not in (None, "fit"):
+            parser.add_argument(
+                "--untrained", action="store_true", help="Work with weights as they are drawn, without a checkpoint."
+            )
         parser.link_arguments("data.facts", "model.init_args.facts", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -149,21 +162,30 @@ class Cli(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with our loggers and callbacks beside the configured ones."""
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if config.get("default_root_dir"):
+            raise RunError(
+                f"trainer.default_root_dir: {str(config['default_root_dir'])!r} is not used, since runs lie in "
+                f"{runs_root()}/SYSTEM/NAME/version_k; leave it out and set MOEAPPS_RUNS=FOLDER to keep them elsewhere"
+            )
         if config.get("barebones"):
             self.save_config_callback = None  # it would fall into the working directory
         else:
             given = config.get("callbacks") or []
             given = given if isinstance(given, list) else [given]
-            config["callbacks"] = [*given, *self._default_callbacks(config, given)]
+            refuse_taken_names(given)
+            config["callbacks"] = ours_first([*given, *self._default_callbacks(config, given)])
             config["logger"] = self._loggers(config.get("logger"))
             config["enable_model_summary"] = False  # MoESummary is the summary
-            config["default_root_dir"] = config.get("default_root_dir") or self._folder()
-        return self._instantiate_trainer(config, [])
+            config["default_root_dir"] = self._folder()
+        trainer = self._instantiate_trainer(config, [])
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def _folder(self) -> Path:
         if self.run_folder is not None:
             return self.run_folder
-        return runs_root() / str(self._get(self.config, "system")) / str(self._get(self.config, "name"))
+        return run_place(str(self._get(self.config, "system")), str(self._get(self.config, "name")))
 
     def _loggers(self, configured: Any) -> list[Logger]:
         """CSV and TensorBoard in the run folder unless other loggers are configured; CSV is never off.
@@ -174,11 +196,12 @@ class Cli(LightningCLI):
             return []
         parent = self._folder()
         place: dict[str, Any] = {"save_dir": parent.parent, "name": parent.name, "version": next_version(parent)}
-        csv = CSVLogger(**place)
+        self._own_loggers = [CSVLogger(**place)]
         if configured is None or configured is True:
-            return [csv, TensorBoardLogger(**place, default_hp_metric=False)]
+            self._own_loggers.append(TensorBoardLogger(**place, default_hp_metric=False))
+            return self._own_loggers
         extra = configured if isinstance(configured, list) else [configured] if configured else []
-        return [csv, *extra]
+        return [*self._own_loggers, *extra]
 
     def _default_callbacks(self, config: dict[str, Any], given: list[Callback]) -> list[Callback]:
         """Our default callbacks, without those that the configuration gives itself or switches off."""
@@ -187,13 +210,14 @@ class Cli(LightningCLI):
         wanted: list[tuple[type[Callback], Callable[[], Callback], bool]] = [
             (ours.RandomState, ours.RandomState, True),
             (ours.InterruptCheckpoint, ours.InterruptCheckpoint, True),
+            (ours.StopDiverged, ours.StopDiverged, True),
             (ours.RoutingMonitor, ours.RoutingMonitor, True),
             (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
             (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
             (ours.EndTable, ours.EndTable, True),
             (type(writer), lambda: writer, self.subcommand == "predict"),
             (
-                Checkpoint,
+                ours.BestCheckpoint,
                 lambda: ours.BestCheckpoint(task.monitor, task.monitor_mode),
                 config.get("enable_checkpointing") is not False,
             ),
@@ -217,7 +241,10 @@ class Cli(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Merge the checkpoint's model options: explicit flag > checkpoint > YAML, and print what differs."""
         command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
+        if not command:
+            return
+        path = named_checkpoint(command, self.config[command])
+        self.config[command].ckpt_path = path
         hparams = checkpoint_hparams(path)
         if not hparams:
             return
@@ -227,6 +254,7 @@ class Cli(LightningCLI):
             yaml.safe_dump({"model": hparams}, file)
             file.flush()
             self.config = self.parser.parse_args(insert_config(self.words, file.name))
+        self.config[command].ckpt_path = path  # as a file, where `last` or `best` was said
         for line in differences(before, hparams, self.config[command].model.as_dict()):
             log.info(line)
 
@@ -237,6 +265,18 @@ class Cli(LightningCLI):
         start = cast(BaseTask, self.model).start
         if start is not None and not self._get(self.config, "ckpt_path"):
             start.check()
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Take a version for this run alone, before data are made; other processes are told it by the first."""
+        trainer = self.trainer
+        if not self._own_loggers or trainer.fast_dev_run or trainer.barebones or not trainer.is_global_zero:
+            return
+        self._claimed = claim_version(self._folder())
+        for logger in self._own_loggers:
+            cast(Any, logger)._version = int(self._claimed.name.removeprefix("version_"))
+
+    before_validate = before_test = before_predict = _claim_folder
 
     def after_fit(self) -> None:
         """Test with the best checkpoint (under fast_dev_run, which saves none, with the weights as they are)."""
@@ -246,56 +286,6 @@ class Cli(LightningCLI):
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         log.info("testing %s", best or "the weights as they are")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
-
-
-def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
-    """Replace ``--run DIR`` by DIR's config and checkpoint; runs/<system>/<name> stands for its newest version.
-
-    ``fit`` goes on from last.ckpt in a new run folder; the other commands take best.ckpt and write into DIR.
-
-    Returns:
-        The words without ``--run``, and the folder to write into (None: a new one).
-
-    Raises:
-        UsageError: DIR is no run folder, or holds no checkpoint.
-    """
-    words, folder = list(args), None
-    for i, word in enumerate(args):
-        if word == "--run" or word.startswith("--run="):
-            name = word[6:] if word.startswith("--run=") else (args[i + 1] if i + 1 < len(args) else "")
-            folder = newest_version(Path(name))
-            words = [*args[:i], *args[i + (1 if "=" in word else 2) :]]
-            break
-    if folder is None:
-        return words, None
-    head = [words[0], "--config", str(config_of(folder))]
-    if not any(word == "--ckpt_path" or word.startswith("--ckpt_path=") for word in words):
-        head += ["--ckpt_path", str(checkpoint_of(folder, *(["last.ckpt"] if words[0] == "fit" else [])))]
-    return [*head, *words[1:]], None if words[0] == "fit" else folder
-
-
-def config_of(run: Path) -> Path:
-    """The config of a run.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"--run {run}: no config.yaml there; give a run folder such as runs/promoe/base/version_0")
-    return run / "config.yaml"
-
-
-def checkpoint_of(run: Path | None, *names: str) -> Path:
-    """The best checkpoint of a run, else its last; or the first of other ``names`` that is there.
-
-    Raises:
-        UsageError: there is none of them.
-    """
-    names = names or ("best.ckpt", "last.ckpt")
-    for name in names:
-        if run is not None and (run / "checkpoints" / name).is_file():
-            return run / "checkpoints" / name
-    raise UsageError(f"--run {run}: no checkpoints/{names[0]} there; name a file with --ckpt_path")
 
 
 def import_tasks(args: Sequence[str]) -> None:

@@ -29,6 +29,8 @@ class TaskCommand:
         data: ``module:Class`` of the data modules that it works on.
         systems: which systems those are, for people.
         weights: it needs trained weights, hence a run.
+        options: ``module:function`` that gives the parser of the user's words: wrong ones are then told, and ``--help``
+            answered, before the run is built.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TaskCommand:
     data: str
     systems: str
     weights: bool = False
+    options: str | None = None
 
 
 def load(path: str) -> object:

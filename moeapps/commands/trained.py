@@ -31,7 +31,8 @@ def build(run: Path | None, configs: Sequence[Path] = ()) -> Cli:
     """
     import yaml
 
-    from moeapps.commands.run import Cli, config_of, import_tasks, quiet
+    from moeapps.commands.checkpoints import config_of
+    from moeapps.commands.run import Cli, import_tasks, quiet
 
     quiet()
     configs = [find_config(str(path)) for path in configs]
@@ -47,7 +48,11 @@ def build(run: Path | None, configs: Sequence[Path] = ()) -> Cli:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Put the weights of a checkpoint into a model; nothing but tensors is unpickled."""
-    import torch
+    """Put the weights of a checkpoint into a model; nothing but tensors is unpickled.
 
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    from moeapps.training.checkpoints import read_checkpoint
+
+    model.load_state_dict(read_checkpoint(checkpoint)["state_dict"])

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a file once, under a lock; and the folder for such files."""
+"""Build a file once, under a lock, and again if it is damaged; and the folder for such files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from moeapps.files import WholeFile
+from moeapps.files import WholeFile, sha256_of
 
+log = logging.getLogger("moeapps")
 _ENV = "MOEAPPS_CACHE"
 
 
@@ -60,26 +63,65 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} in a configuration cannot be hashed; use numbers, text, lists, dicts")
 
 
-def build_once(path: Path | str, writer: Callable[[Path], None]) -> Path:
-    """Return ``path``, calling ``writer`` to make it if it is not there.
+def build_once(
+    path: Path | str, writer: Callable[[Path], None], beside: Callable[[], Iterable[Path]] | None = None
+) -> Path:
+    """Return ``path``, calling ``writer`` to make it unless it is there and whole.
 
     ``writer`` receives the temporary name of a `WholeFile`: a crash leaves no half-written ``path``. A second process
-    that wants the same file waits and then finds it.
+    that wants the same file waits and then finds it. A digest in a hidden file beside it says that it is whole; one
+    that is damaged, or has no digest, is made again.
 
     Args:
         path: file to return.
         writer: function that writes a whole file to the path given to it.
+        beside: further files, in the folder of ``path`` or below, that the writer has made at their places; they are
+            whole or made again together with it.
 
     Raises:
         RuntimeError: ``writer`` returned without writing.
     """
     path = Path(path)
-    if path.exists():
+    if _is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        if path.exists():
+        if _is_whole(path):
             return path
+        if path.exists():
+            log.warning("%s is damaged, or was not finished: it is made again", path)
         with WholeFile(path) as temporary:
             writer(temporary)
+            if temporary.exists():
+                files = {path.name: temporary, **{_below(path, file): file for file in (beside() if beside else ())}}
+                lines = [f"{sha256_of(file)}  {name}\n" for name, file in files.items()]
+                _digests(temporary).write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def _digests(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
+
+
+def _below(path: Path, file: Path) -> str:
+    return file.relative_to(path.parent).as_posix()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file, and what was made beside it, is what its digests say; a file that did not change is read once."""
+    try:
+        lines = _digests(path).read_text(encoding="utf-8").splitlines()
+        named = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        return path.name in named and all(_known(path.parent / name) == digest for name, digest in named.items())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _known(file: Path) -> str:
+    status = file.stat()
+    return _digest(file, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=10_000)
+def _digest(file: Path, state: tuple[int, int, int]) -> str:
+    return sha256_of(file)

@@ -284,23 +284,22 @@ class DomainDataModule(L.LightningDataModule):
 
     def is_padding(self, stage: str, loader_idx: int, batch_idx: int) -> bool:
         """Return whether an evaluation batch is padding, which keeps processes in step."""
-        rank, world_size = self._place()
-        if world_size == 1:
+        if self._place()[1] == 1:
             return False
-        split: Split = "val" if stage == "val" else "test"
-        dataset = self.get_dataset(self.eval_domains(stage)[loader_idx], split)
-        shard = ShardedBatches(len(cast(Sized, dataset)), self.eval_batch_size, rank=rank, world_size=world_size)
-        return shard.is_padding(batch_idx)
+        name = self.eval_domains(stage)[loader_idx]
+        return self._shard(*self.evaluated(name, "val" if stage == "val" else "test")).is_padding(batch_idx)
 
-    def _eval_loaders(self, stage: Literal["val", "test", "predict"]) -> list[DataLoader[Any]]:
+    def evaluated(self, domain: str, split: Split) -> tuple[Dataset[Any], int]:
+        """Return what a domain is evaluated by, and how many of its items make a batch; some read episodes."""
+        return self.get_dataset(domain, split), self.eval_batch_size
+
+    def _eval_loaders(self, stage: str) -> list[DataLoader[Any]]:
+        parts = [self.evaluated(name, "val" if stage == "val" else "test") for name in self.eval_domains(stage)]
+        return [self._loader(dataset, self._shard(dataset, size)) for dataset, size in parts]
+
+    def _shard(self, dataset: Dataset[Any], batch_size: int) -> ShardedBatches:
         rank, world_size = self._place()
-        loaders = []
-        split: Split = "val" if stage == "val" else "test"
-        for name in self.eval_domains(stage):
-            dataset = self.get_dataset(name, split)
-            batches = ShardedBatches(len(cast(Sized, dataset)), self.eval_batch_size, rank=rank, world_size=world_size)
-            loaders.append(self._loader(dataset, batches))
-        return loaders
+        return ShardedBatches(len(cast(Sized, dataset)), batch_size, rank=rank, world_size=world_size)
 
     def _loader(self, dataset: Dataset[Any], batches: MixingSampler | ShardedBatches) -> DataLoader[Any]:
         train = isinstance(batches, MixingSampler)

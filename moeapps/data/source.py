@@ -20,11 +20,18 @@ class DomainSource(ABC):
         domains: names of all domains it can give.
         default_roles: domains per role where the data module names none.
         roles: domains per role of this run, from `bind`.
+        role_of: the role of each of them.
     """
 
     domains: Collection[str]
     default_roles: ClassVar[dict[Role, list[str]]] = {}
     roles: dict[Role, list[str]]
+    role_of: dict[str, Role]
+
+    @property
+    def title(self) -> str:
+        """What errors call this source."""
+        return type(self).__name__
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Take note of the roles of this run's domains.
@@ -32,10 +39,15 @@ class DomainSource(ABC):
         Raises:
             ValueError: a domain this source does not have.
         """
-        for name in (name for names in roles.values() for name in names):
-            if name not in self.domains:
-                raise ValueError(f"unknown domain {name!r}; allowed: {', '.join(self.domains)}")
+        self.role_of = {name: role for role, names in roles.items() for name in names}
+        self.check(self.role_of)
         self.roles = roles
+
+    def check(self, domains: Collection[str]) -> None:
+        """Raise ValueError where a name is not one of `domains`."""
+        for name in domains:
+            if name not in self.domains:
+                raise ValueError(f"{self.title} has no domain {name!r}; allowed: {', '.join(self.domains)}")
 
     def missing(self, domain: str, cache: Path | None) -> str | None:
         """Return why an OPTIONAL domain cannot be had, or None."""

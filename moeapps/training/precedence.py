@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from moeapps.training.checkpoints import read_checkpoint
 
 
 def checkpoint_hparams(path: str | Path | None) -> dict[str, Any]:
     """Return the model options stored in a checkpoint as ``class_path`` and ``init_args``; empty if there are none.
 
     The data module's facts are left out: they come from the data of this run.
+
+    Raises:
+        CheckpointError: the file is damaged.
     """
     if not path or not Path(path).is_file():
         return {}
-    stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    stored = read_checkpoint(path, weights=False).get("hyper_parameters", {})
     if "_class_path" not in stored:
         return {}
     options = {key: value for key, value in stored.items() if key not in ("_class_path", "_instantiator", "facts")}

@@ -7,15 +7,30 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import CatMetric, Metric, MetricCollection, SumMetric
 
+from moeapps.moe.ranks import is_spread, objects_of_all_ranks, rows_by_rank
 from moeapps.training.contract import check_metrics, scalar
 
 Direction = Literal["max", "min"]
+Metrics = TypeVar("Metrics", bound=nn.Module)
+
+
+def over_processes(metrics: Metrics) -> Metrics:
+    """Let metrics join their states over processes, of which any may have no row; within `alone` they join nothing.
+
+    Args:
+        metrics: a metric or a module with metrics inside; one that brings a way of its own keeps it.
+    """
+    for metric in metrics.modules():
+        if isinstance(metric, Metric):
+            metric.dist_sync_fn = metric.dist_sync_fn or rows_by_rank
+            metric.distributed_available_fn = is_spread
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ class DomainScores(nn.Module):
         self.counts = nn.ModuleList([SumMetric() for _ in domains])
         self.units: dict[str, dict[str, CatMetric]] = {name: {} for name in domains}
         self.parts: dict[str, dict[str, UnitParts]] = {name: {} for name in domains}
+        over_processes(self)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -151,10 +167,9 @@ class DomainScores(nn.Module):
         cast(SumMetric, self.weights[i]).update(weight)
         cast(SumMetric, self.counts[i]).update(batch_size)
         for name, (unit, added) in (parts or {}).items():
-            self.parts[domain].setdefault(name, UnitParts(added.shape[1]).to(loss.device)).update(unit, added)
+            self._parts_of(domain, name, added.shape[1], loss.device).update(unit, added)
         for name, values in units.items():
-            metric = self.units[domain].setdefault(name, CatMetric(nan_strategy="disable").to(loss.device))
-            metric.update(values.detach().float())
+            self._units_of(domain, name, loss.device).update(values.detach().float())
 
     def not_updated(self, domain: str) -> list[str]:
         """Return the metrics of a domain that nothing was given to, although this process has seen labelled items."""
@@ -173,19 +188,21 @@ class DomainScores(nn.Module):
             return self._compute(domains)
 
     def _agree_on_units(self, domains: list[str]) -> None:
-        """Give a process that had padding batches alone the unit metrics of process 0, which always has a batch."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return
-        names = [{domain: sorted(self.units[domain]) for domain in domains}]
-        groups = [{domain: {n: m.groups for n, m in sorted(self.parts[domain].items())} for domain in domains}]
-        torch.distributed.broadcast_object_list(names)
-        torch.distributed.broadcast_object_list(groups)
-        for domain, wanted in names[0].items():
-            device = cast(SumMetric, self.counts[self.index[domain]]).device
-            for name in wanted:
-                self.units[domain].setdefault(name, CatMetric(nan_strategy="disable").to(device))
-            for name, number in groups[0][domain].items():
-                self.parts[domain].setdefault(name, UnitParts(number).to(device))
+        """Give a process that had padding batches alone the unit metrics of the others."""
+        own = {d: (list(self.units[d]), {n: m.groups for n, m in self.parts[d].items()}) for d in domains}
+        for told in objects_of_all_ranks(own):
+            for domain, (names, groups) in told.items():
+                device = cast(SumMetric, self.counts[self.index[domain]]).device
+                for name in names:
+                    self._units_of(domain, name, device)
+                for name, number in groups.items():
+                    self._parts_of(domain, name, number, device)
+
+    def _units_of(self, domain: str, name: str, device: torch.device) -> CatMetric:
+        return self.units[domain].setdefault(name, over_processes(CatMetric(nan_strategy="disable")).to(device))
+
+    def _parts_of(self, domain: str, name: str, groups: int, device: torch.device) -> UnitParts:
+        return self.parts[domain].setdefault(name, over_processes(UnitParts(groups)).to(device))
 
     def _compute(self, domains: list[str]) -> ScoreTable:
         self._agree_on_units(domains)
@@ -226,7 +243,6 @@ class UnitParts(nn.Module):
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        # Flat: a process without a batch sends an empty list to the others, which has one dimension.
         self.rows = CatMetric(nan_strategy="disable")
 
     def update(self, unit: Tensor, added: Tensor) -> None:

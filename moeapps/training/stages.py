@@ -15,27 +15,27 @@ curriculum. YAML::
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from moeapps.data.domain import DomainDataModule
+from moeapps.files import sha256_of
 from moeapps.moe.surgery import Shared, fuse
-from moeapps.training.run import newest_version
+from moeapps.training.checkpoints import CheckpointError, read_checkpoint
+from moeapps.training.run import RunError, newest_version
 
 Which = Literal["last", "best"]
 # Of the source's task, not of its networks: a stage has losses (and counters of their schedules) of its own.
 _OWN = ("aux_losses.",)
 
 
-class StageError(ValueError):
+class StageError(RunError):
     """A run that cannot start as it was told; the command line prints the text alone."""
 
 
@@ -249,18 +249,14 @@ def checkpoint_file(path: str | Path, which: Which = "last") -> Path:
 
 def file_digest(file: Path) -> str:
     """Return the first 16 hexadecimal digits of a file's sha256."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return sha256_of(file)[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        if isinstance(held["state_dict"], dict):
-            return dict(held)
-    except Exception as error:  # zip, pickle and key errors of a damaged file have no common class
-        raise StageError(f"{file} is no readable checkpoint ({type(error).__name__}); train that run again") from error
-    raise StageError(f"{file} is no checkpoint of a run; give one that `fit` wrote")
+        return read_checkpoint(file)
+    except CheckpointError as error:
+        raise StageError(f"{error}, or train that run again") from error
 
 
 def _train_flops(held: dict[str, Any]) -> int | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
@@ -21,6 +20,7 @@ from typing_extensions import override
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
+from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
 from moeapps.training.contract import (
     ContractError,
@@ -36,51 +36,12 @@ from moeapps.training.scores import DomainScores, ScoreTable
 from moeapps.training.selection import select
 from moeapps.training.sparse import build_optimizer, clip_gradients
 from moeapps.training.stages import Origin, Start, freeze_all_but, hold_statistics
+from moeapps.training.step import Factor as Factor
+from moeapps.training.step import Stage as Stage
+from moeapps.training.step import StepOutput as StepOutput
 
-Stage = Literal["train", "val", "test"]
 PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
-
-
-class Factor(NamedTuple):
-    """Something that rows differ in: its label of each row, int64 [N], -1 for none, and how many labels there are."""
-
-    label_N: Tensor
-    num_labels: int
-
-
-@dataclass
-class StepOutput:
-    """What one batch gave.
-
-    Args:
-        loss: scalar; the task's own loss without auxiliary losses.
-        batch_size: items in the batch (scans, clips, rows); the weight of this batch in means.
-        metric_args: arguments of the metrics' ``update``, in order.
-        logs: further scalars, logged as ``train/<name>`` while training.
-        units: values per test unit, metric name -> (units,), for intervals within a run; optional.
-        parts: metric -> int64 [n] numbers of test units (below 2^32; parts of one unit, in any batch, share it) and
-            [n, G, 3] what each adds to the score, see `moeapps.evaluation.units`; for scores that are no mean over
-            units.
-        labelled: items of the batch with a label (with anything that can be scored), over which ``loss`` is a mean and
-            with which it weighs in means; None for all. With 0 the loss is not defined: in evaluation it is left out,
-            while training it is a zero that carries a graph.
-        answer: gives, from this pass, what ``predict_step`` would return for the batch; for figures of a test.
-    """
-
-    loss: Tensor
-    batch_size: int
-    metric_args: tuple[Any, ...] = ()
-    logs: dict[str, Tensor] = field(default_factory=dict)
-    units: dict[str, Tensor] = field(default_factory=dict)
-    labelled: int | None = None
-    parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    answer: Callable[[], Any] | None = None
-
-    @property
-    def weight(self) -> int:
-        """Items over which the loss is a mean."""
-        return self.batch_size if self.labelled is None else self.labelled
 
 
 class BaseTask(L.LightningModule):
@@ -152,12 +113,13 @@ class BaseTask(L.LightningModule):
         self.last_domain: str | None = None
         self.record_keeps: Collection[Kept] = ()  # what callbacks want of the next test batch's records
         self._last_step = 0
-        self._label_seen = False
+        self._label_seen = self._labels_told = False
         self._steps_without = 0
         self._trained: dict[str, int] = {}
         self._begun = False
         self._ran: set[str] | None = set()  # MoE layers so far; None once they were looked at
         self._checked: set[str] = set()
+        self.stop_asked = False  # by Ctrl-C inside a step, see InterruptCheckpoint
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
@@ -255,9 +217,12 @@ class BaseTask(L.LightningModule):
         Raises:
             ValueError: there was none so far.
         """
+        if self._labels_told:
+            return
         self._label_seen = self._label_seen or labelled > 0
         self._steps_without += 1
-        if not self._label_seen and (self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch):
+        self._labels_told = self._steps_without >= PATIENCE or cast(Any, self.trainer).is_last_batch
+        if self._labels_told and not sum_over_ranks(torch.tensor(int(self._label_seen), device=self.device)):
             raise ValueError(
                 f"no item of the first {self._steps_without} training batches has a known label, so nothing can be "
                 f"learned; look at the labels of the seen domains {self.facts['domains']['seen']} (names of classes, "
@@ -285,7 +250,7 @@ class BaseTask(L.LightningModule):
         self.last_domain = self.data.eval_domains(stage)[dataloader_idx]
         out = self.recorded_step(batch, stage)
         if self.data.is_padding(stage, dataloader_idx, batch_idx):
-            self.last_records = []
+            self.last_records, self.last_answer = [], None
             return
         self.scores[stage].update(
             *(self.last_domain, out.loss, out.batch_size, out.metric_args, out.units),
@@ -311,6 +276,8 @@ class BaseTask(L.LightningModule):
                 domains: dict[str, str] = {domain: role for role in wanted for domain in roles[role]}
                 self.scores[name] = DomainScores(domains, self.configure_metrics)
                 self.add_module(f"{name}_scores", self.scores[name])
+        # A checkpoint is loaded before Lightning converts the module: double weights would be rounded to single ones.
+        self.trainer.precision_plugin.convert_module(self)
 
     def on_fit_start(self) -> None:
         """Begin with the weights of an earlier run, where there is one to start from."""
@@ -366,6 +333,10 @@ class BaseTask(L.LightningModule):
         if write and folder is not None and self.trainer.is_global_zero:
             results = {"header": self.header(), **table.as_dict()}
             results["summary"] |= self._told_by_callbacks("describe_results")
+            failed = {
+                type(c).__name__: c.failure for c in cast(Any, self.trainer).callbacks if getattr(c, "failure", 0)
+            }
+            results["header"] |= {"failed_reports": failed} if failed else {}
             write_json(folder / "metrics" / f"{stage}.json", results)
 
     def header(self) -> dict[str, Any]:
@@ -410,7 +381,13 @@ class BaseTask(L.LightningModule):
             hold_statistics(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped."""
+        """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped.
+
+        This is the last that hears of a step: if Ctrl-C came in it, training stops here.
+
+        Raises:
+            KeyboardInterrupt: it did.
+        """
         self.last_records = []
         if self._ran is not None:
             tell_idle_layers(self, self._ran)
@@ -419,6 +396,8 @@ class BaseTask(L.LightningModule):
             self._last_step = self.trainer.global_step
             for aux in cast(list[AuxLoss], list(self.aux_losses)):
                 aux.on_optimizer_step()
+        if self.stop_asked:
+            raise KeyboardInterrupt
 
     @override
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -8,12 +8,12 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from moeapps.data.domain import DomainDataModule, ResumableLoader, Role, Split
-from moeapps.data.mixing import DomainMixing, ShardedBatches
-from moeapps.data.workers import Collate
+from moeapps.data.domain import Split
+from moeapps.data.mixing import DomainMixing
+from moeapps.data.source import SourceDataModule
 from tasks.adaptation.data.batch import EpisodeBatch, ImageBatch, ImageDataset
 from tasks.adaptation.data.digits import DigitDomains
 from tasks.adaptation.data.episodes import (
@@ -24,15 +24,14 @@ from tasks.adaptation.data.episodes import (
     episode_sizes,
     make_episode,
 )
-from tasks.adaptation.data.source import DomainSource
+from tasks.adaptation.data.source import AdaptationSource
 
 log = logging.getLogger("moeapps")
 
 Mode = Literal["rows", "episodes"]
-Stage = Literal["val", "test", "predict"]
 
 
-class AdaptationData(DomainDataModule):
+class AdaptationData(SourceDataModule):
     """Labelled images of many domains.
 
     A training step holds ``batch_size`` rows (`ImageBatch`), or ``episodes_per_step`` episodes (`EpisodeBatch`). An
@@ -40,9 +39,6 @@ class AdaptationData(DomainDataModule):
 
     Args:
         source: the images; None means the generated ones of `DigitDomains`.
-        seen: domains that are trained on; None means the source's own.
-        validation: domains never trained on where every choice is made; None means the source's own.
-        unseen: domains that only ``test`` touches; None means the source's own.
         mode: what training steps hold: rows or episodes.
         evaluation: what validation, tests and predictions go through: rows or episodes; None means as ``mode``.
         batch_size: rows per training step and process.
@@ -56,20 +52,19 @@ class AdaptationData(DomainDataModule):
         protocol: disjoint, where the support is not answered; official: the first images are the support, once, and all
             images are answered.
         num_experts: groups of seen domains that get an expert each; None means one for each seen domain.
-        options: further arguments of `DomainDataModule`.
+        options: further arguments of `SourceDataModule`.
 
     Raises:
         ValueError: a domain the source does not have, roles that overlap, fewer than two classes, more experts than
             seen domains, an unknown word, or a number below 1.
     """
 
+    source: AdaptationSource
+
     def __init__(
         self,
         *,
-        source: DomainSource | None = None,
-        seen: list[str] | None = None,
-        validation: list[str] | None = None,
-        unseen: list[str] | None = None,
+        source: AdaptationSource | None = None,
         mode: Mode = "rows",
         evaluation: Mode | None = None,
         batch_size: int = 64,
@@ -84,13 +79,8 @@ class AdaptationData(DomainDataModule):
         num_experts: int | None = None,
         **options: Any,
     ) -> None:
-        self.source = source or DigitDomains()
-        given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
-        roles = {
-            role: self.source.default_roles.get(role, []) if names is None else names for role, names in given.items()
-        }
         super().__init__(
-            **cast(dict[str, Any], roles),
+            source=source or DigitDomains(),
             batch_size=batch_size,
             mixing=mixing,
             eval_batch_size=eval_batch_size,
@@ -107,13 +97,11 @@ class AdaptationData(DomainDataModule):
         self.support, self.query, self.draws = support, query, draws
         self.episodes_per_step, self.steps_per_epoch = episodes_per_step, steps_per_epoch
         self.groups = expert_groups(len(self.roles["seen"]), num_experts, self.seed)
-        self.source.bind(self.roles)
         if self.source.target == "classification" and len(self.source.class_names) < 2:
             raise ValueError(
                 f"the domains {self.domain_names} hold {len(self.source.class_names)} class "
                 f"{self.source.class_names}; there is nothing to tell apart: give two classes or more"
             )
-        self.sources = {name: self.source.describe(name) for name in self.domain_names}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -139,14 +127,6 @@ class AdaptationData(DomainDataModule):
     def measured(self) -> bool:
         """Whether labels are measured values."""
         return self.source.target == "regression"
-
-    @override
-    def available(self, domain: str) -> str | None:
-        return self.source.missing(domain, self.cache_dir)
-
-    @override
-    def prepare_data(self) -> None:
-        self.source.prepare(self.cache_dir)
 
     @override
     def dataset(self, domain: str, split: Split) -> ImageDataset:
@@ -219,13 +199,7 @@ class AdaptationData(DomainDataModule):
         )
         if self._sampler_state is not None:
             self._sampler.load_state_dict(self._sampler_state)
-        return ResumableLoader(
-            EpisodeConcat(parts, shares, measured=self.measured),
-            batch_sampler=self._sampler,
-            collate_fn=Collate(self),
-            num_workers=self.num_workers,
-            generator=self._worker_seeds,
-        )
+        return self._loader(EpisodeConcat(parts, shares, measured=self.measured), self._sampler)
 
     def episodes(self, domain: str, split: Split) -> EvaluationEpisodes:
         """Return the episodes that a domain is evaluated by.
@@ -245,33 +219,8 @@ class AdaptationData(DomainDataModule):
         )
 
     @override
-    def _eval_loaders(self, stage: Stage) -> list[DataLoader[Any]]:
-        if self.evaluation == "rows":
-            return super()._eval_loaders(stage)
-        loaders: list[DataLoader[Any]] = []
-        for name in self.eval_domains(stage):
-            episodes = self.episodes(name, "val" if stage == "val" else "test")
-            loaders.append(
-                DataLoader(
-                    episodes,
-                    batch_sampler=self._shard(episodes),
-                    collate_fn=Collate(self),
-                    num_workers=self.num_workers,
-                    generator=torch.Generator().manual_seed(self.seed),
-                )
-            )
-        return loaders
-
-    @override
-    def is_padding(self, stage: str, loader_idx: int, batch_idx: int) -> bool:
-        if self.evaluation == "rows" or self._place()[1] == 1:
-            return super().is_padding(stage, loader_idx, batch_idx)
-        name = self.eval_domains(stage)[loader_idx]
-        return self._shard(self.episodes(name, "val" if stage == "val" else "test")).is_padding(batch_idx)
-
-    def _shard(self, episodes: EvaluationEpisodes) -> ShardedBatches:
-        rank, world_size = self._place()
-        return ShardedBatches(len(episodes), 1, rank=rank, world_size=world_size)
+    def evaluated(self, domain: str, split: Split) -> tuple[Dataset[Any], int]:
+        return super().evaluated(domain, split) if self.evaluation == "rows" else (self.episodes(domain, split), 1)
 
 
 def expert_groups(domains: int, experts: int | None, seed: int) -> list[int]:

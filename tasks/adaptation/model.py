@@ -168,7 +168,7 @@ class MetaDMoE(nn.Module):
 
 
 def _fast(image: Tensor) -> Tensor:
-    """The layout in which convolution and pooling take half the time on a CPU; second derivatives gain nothing by it."""
+    """The layout in which convolution and pooling take half the time on a CPU; second derivatives gain nothing."""
     return image.contiguous(memory_format=torch.channels_last)
 
 

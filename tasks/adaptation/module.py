@@ -256,6 +256,11 @@ class AdaptationTask(BaseTask):
             return self._state[2]
         return self.adapter.begin(self.net, episode.support.image, own)
 
+    @override
+    def evaluation_step(self, batch: Any, stage: Literal["val", "test"], batch_idx: int, dataloader_idx: int) -> None:
+        self._state = self._state if batch_idx else ()  # the network may have changed since the last evaluation
+        super().evaluation_step(batch, stage, batch_idx, dataloader_idx)
+
     def predict_step(self, batch: EpisodeBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Any]:
         """Answer one episode.
 
@@ -263,27 +268,11 @@ class AdaptationTask(BaseTask):
             On the CPU: ``domain`` (name), ``draw``, ``index`` and ``label`` [Q], ``logits`` [Q, K] with adaptation and
             ``before`` [Q, K] without.
         """
+        self._state = self._state if batch_idx else ()
         answer = self.answer(batch, self.data.eval_domains("predict")[dataloader_idx])
         parts = {"index": answer.query.index, "label": answer.query.label, "logits": answer.after}
         parts["before"] = answer.before
         return {"domain": answer.domain, "draw": answer.draw, **{name: value.cpu() for name, value in parts.items()}}
-
-    def _forget(self) -> None:
-        self._state = ()
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self._forget()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        super().on_test_epoch_start()
-        self._forget()
-
-    @override
-    def on_predict_epoch_start(self) -> None:
-        self._forget()
 
 
 class StudentTask(AdaptationTask):

@@ -13,5 +13,6 @@ COMMANDS: tuple[TaskCommand, ...] = (
         data="tasks.audio.datamodule:AudioData",
         systems="systems that draw clips, such as configs/unimoe_audio.yaml",
         weights=True,
+        options="tasks.audio.report.sample:parser",
     ),
 )

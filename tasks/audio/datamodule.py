@@ -14,8 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import DomainDataModule, Role, Split
+from moeapps.data.domain import Split
 from moeapps.data.mixing import DomainMixing, MixingSampler
+from moeapps.data.source import SourceDataModule
 from moeapps.files import write_arrays
 from tasks.audio.data.batch import AudioBatch, CodeClips, right_aligned
 from tasks.audio.data.generated import GeneratedAudio
@@ -29,7 +30,7 @@ CODES_VERSION = 1
 log = logging.getLogger("moeapps")
 
 
-class AudioData(DomainDataModule):
+class AudioData(SourceDataModule):
     """Clips as codes, with prompts.
 
     The first `prepare_data` makes or reads the waves, fits the tokenizer to training clips and keeps its codes; later
@@ -38,9 +39,6 @@ class AudioData(DomainDataModule):
     Args:
         source: the clips; None means the generated ones of `GeneratedAudio`.
         tokenizer: what makes codes of waves, not fitted yet; None means `MelRVQ` with its defaults.
-        seen: domains that are trained on; None means the source's own.
-        validation: domains never trained on where every choice is made; None means the source's own.
-        unseen: domains that only ``test`` touches; None means the source's own.
         tokenizer_domains: domains whose training clips the tokenizer is fitted to, none of them held out; None means
             the seen ones. Name them to compare runs that see different domains on one and the same tokenizer.
         batch_size: clips per training step and process.
@@ -50,22 +48,21 @@ class AudioData(DomainDataModule):
         prompt_symbols: symbols of a prompt, labels first; what does not fit of the text is cut off.
         label_dropout: probability with which training replaces a label by the unknown one.
         music_share: share of the training clips of each music domain that is used; a larger share contains a smaller.
-        eval_batch_size: clips per evaluation batch; None means 2 * batch_size.
-        options: further arguments of `DomainDataModule`.
+        options: further arguments of `SourceDataModule`.
 
     Raises:
         ValueError: a domain the source does not have, roles that overlap, another sample rate than the tokenizer's, a
             tokenizer fitted to held-out domains, or a number out of its range.
     """
 
+    eval_factor = 2
+    source: AudioSource
+
     def __init__(
         self,
         *,
         source: AudioSource | None = None,
         tokenizer: Tokenizer | None = None,
-        seen: list[str] | None = None,
-        validation: list[str] | None = None,
-        unseen: list[str] | None = None,
         tokenizer_domains: list[str] | None = None,
         batch_size: int = 16,
         max_frames: int = 96,
@@ -73,31 +70,18 @@ class AudioData(DomainDataModule):
         prompt_symbols: int = 48,
         label_dropout: float = 0.05,
         music_share: float = 1.0,
-        eval_batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        self.source = source or GeneratedAudio()
-        given: dict[Role, list[str] | None] = {"seen": seen, "validation": validation, "unseen": unseen}
-        roles = {
-            role: self.source.default_roles.get(role, []) if names is None else names for role, names in given.items()
-        }
-        super().__init__(
-            **cast(dict[str, Any], roles),
-            batch_size=batch_size,
-            mixing=mixing,
-            eval_batch_size=eval_batch_size or 2 * batch_size,
-            **options,
-        )
+        super().__init__(source=source or GeneratedAudio(), batch_size=batch_size, mixing=mixing, **options)
         self._tokenizer = MelRVQ(sample_rate=self.source.sample_rate) if tokenizer is None else tokenizer
         self.tokenizer_domains = list(self.roles["seen"] if tokenizer_domains is None else tokenizer_domains)
         self.max_frames, self.prompt_symbols = max_frames, prompt_symbols
         self.label_dropout, self.music_share = label_dropout, music_share
         self._check()
         self.vocabulary = PromptVocabulary(self.source.labels(self.roles["seen"]))
-        self.sources = {name: self.source.describe(name) for name in self.domain_names}
 
     def _check(self) -> None:
-        self.source.check([*self.domain_names, *self.tokenizer_domains])
+        self.source.check(self.tokenizer_domains)
         for name in ("max_frames", "prompt_symbols"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; use 1 or more")
@@ -163,14 +147,9 @@ class AudioData(DomainDataModule):
         return self._tokenizer
 
     @override
-    def available(self, domain: str) -> str | None:
-        return self.source.missing(domain, self.cache_dir)
-
-    @override
     def prepare_data(self) -> None:
-        wanted = [name for name in self.domain_names if name not in self.missing]
-        self.source.prepare([*wanted, *(name for name in self.tokenizer_domains if name not in wanted)], self.cache_dir)
-        for name in wanted:
+        super().prepare_data()
+        for name in self.eval_domains("test"):
             self._arrays(name)
 
     @override

@@ -45,6 +45,9 @@ class CodeBits(Metric):
 
     Args:
         num_codebooks: K.
+
+    Attributes:
+        scorable: after `compute`, clips with a code.
     """
 
     full_state_update = False
@@ -55,6 +58,7 @@ class CodeBits(Metric):
 
     def __init__(self, num_codebooks: int) -> None:
         super().__init__()
+        self.scorable = 0
         self.larger_is_better = dict.fromkeys(["bits", *(f"bits_{book}" for book in range(num_codebooks))], False)
         self.add_state("bits", torch.zeros(num_codebooks, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(num_codebooks, dtype=torch.float64), dist_reduce_fx="sum")
@@ -69,12 +73,8 @@ class CodeBits(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the scores; not a number without codes."""
         per_book = self.bits / self.counts
+        self.scorable = int(self.clips)  # now, while the counts are those of all processes
         return {"bits": per_book.mean(), **{f"bits_{book}": value for book, value in enumerate(per_book.unbind())}}
-
-    @property
-    def scorable(self) -> int:
-        """Clips with a code."""
-        return int(self.clips)
 
 
 def audio_metrics(num_codebooks: int) -> MetricCollection:

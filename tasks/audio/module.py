@@ -154,7 +154,15 @@ class AudioTask(BaseTask):
         inside = torch.arange(longest, device=batch.device) < kept_B[:, None, None]
         keep = batch.codes[:, :, :longest].where(inside, NO_CODE)
         drawing = self.answers.drawing
-        codes = draw_codes(self.net, batch.prompt, rate, drawing, domain=batch.domain, keep=keep if longest else None)
+        codes = draw_codes(
+            self.net,
+            batch.prompt,
+            rate,
+            drawing,
+            domain=batch.domain,
+            keep=keep if longest else None,
+            place=batch.index,
+        )
         known = {"kept": kept_B, "prompt": batch.prompt, "domain": batch.domain, "index": batch.index}
         return {"codes": codes, **{name: value.cpu() for name, value in known.items()}}
 

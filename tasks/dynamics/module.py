@@ -209,9 +209,10 @@ class DynamicsTask(BaseTask):
         # Not backward(): each phase wants the gradient of its own parameters alone, and pays for no other.
         found = torch.autograd.grad(total, params, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
-        self._average(grads)
+        told = total.detach().clone()
+        self._average([*grads, told])  # the loss, too: a step is skipped on all processes or on none
         norm = torch.stack([g.norm() for g in grads]).norm()
-        if not bool(norm.isfinite() & total.detach().isfinite()):
+        if not bool(norm.isfinite() & told.isfinite()):
             self._skip()
             return
         self._skipped_in_a_row = 0
@@ -224,7 +225,7 @@ class DynamicsTask(BaseTask):
             p.grad = None
 
     def _average(self, grads: list[Tensor]) -> None:
-        """Average gradients over processes; a value that is not finite on one is so on all."""
+        """Average over processes, in place; a value that is not finite on one is so on all."""
         if self.trainer.world_size > 1:
             for g in grads:
                 torch.distributed.all_reduce(g)

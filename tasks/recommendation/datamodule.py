@@ -8,10 +8,11 @@ from typing import Any, cast
 from torch.utils.data import Dataset
 
 from moeapps.data.domain import Split
+from moeapps.data.gather import TableDataset
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.source import SourceDataModule
 from moeapps.data.windows import WindowSampler
-from tasks.recommendation.data.lists import ListDataset, ListSchema
+from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.data.readers.block_rows import BlockDataset
 from tasks.recommendation.data.source import LogSource
@@ -105,6 +106,6 @@ class ListData(RecommendationData):
             ValueError: a source of one's own gave what is no list, e.g. a candidate that lies in its own history.
         """
         found = super().dataset(domain, split)
-        if isinstance(found, ListDataset):
+        if isinstance(found, TableDataset) and isinstance(found.table, Lists):
             cast(ListSchema, self.source.schema).check(found.table, f"{domain}, {split}")
         return found

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -135,3 +136,120 @@ print(build_once(folder / "x", write).read_text())
 
     assert read == ["whole\n"] * 2
     assert len(list(tmp_path.glob("built by *"))) == 1
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+def counted(path: Path, calls: list[str], text: str = "whole") -> str:
+    """Build a small file and read it, noting whether it was written."""
+
+    def write(target: Path) -> None:
+        calls.append(path.name)
+        target.write_text(text)
+
+    return build_once(path, write).read_text(errors="replace")
+
+
+def test_a_file_with_any_single_bit_flipped_is_made_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    counted(tmp_path / "x", calls)
+    for bit in range(8 * len("whole")):
+        content = bytearray(b"whole")
+        content[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "x").write_bytes(content)
+        assert counted(tmp_path / "x", calls) == "whole"
+    assert len(calls) == 1 + 8 * len("whole")
+
+
+@pytest.mark.parametrize("damage", [b"", b"whol", b"whole ", b"another text of another length"])
+def test_a_file_of_another_length_is_made_again_and_a_line_says_so(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[str] = []
+    counted(tmp_path / "x", calls)
+    (tmp_path / "x").write_bytes(damage)
+
+    assert [counted(tmp_path / "x", calls) for _ in range(3)] == ["whole"] * 3
+    assert calls == ["x"] * 2
+    assert caplog.messages == [f"{tmp_path / 'x'} is damaged, or was not finished: it is made again"]
+
+
+@pytest.mark.parametrize("digest", [None, "", "0" * 64 + "  x\n", "no digest", "\x00\xff"])
+def test_existence_alone_does_not_say_that_a_file_is_whole(tmp_path: Path, digest: str | None) -> None:
+    calls: list[str] = []
+    counted(tmp_path / "x", calls)
+    beside = tmp_path / ".x.sha256"
+    if digest is None:
+        beside.unlink()
+    else:
+        beside.write_text(digest, encoding="latin-1")
+
+    assert counted(tmp_path / "x", calls) == "whole"
+    assert len(calls) == 2
+    assert beside.read_text() == f"{hashlib.sha256(b'whole').hexdigest()}  x\n"
+
+
+def test_what_is_made_beside_a_file_is_whole_or_made_again_with_it(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "log", []
+
+    def write(path: Path) -> None:
+        calls.append(1)
+        for part in ("train", "test"):
+            (folder / part).mkdir(exist_ok=True)
+            (folder / part / "a.parquet").write_text(part)
+        path.write_text("{}")
+
+    def build() -> None:
+        build_once(folder / "rows.json", write, beside=lambda: folder.glob("*/*.parquet"))
+
+    for spoil in (lambda path: path.write_text("tesT"), Path.unlink):
+        build()
+        before = len(calls)
+        build()
+        assert len(calls) == before
+        spoil(folder / "test" / "a.parquet")
+        build()
+        assert len(calls) == before + 1
+        assert (folder / "test" / "a.parquet").read_text() == "test"
+
+
+def test_a_crash_between_the_moves_of_file_and_digest_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    counted(tmp_path / "x", calls)
+    (tmp_path / "x").write_text("wHole")
+    replace = Path.replace
+
+    def crash(self: Path, target: Path) -> Path:
+        if Path(target).name == "x":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        counted(tmp_path / "x", calls, "other")
+    monkeypatch.undo()
+
+    assert counted(tmp_path / "x", calls) == "whole"
+
+
+def test_a_file_that_is_whole_is_read_through_once_by_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    counted(tmp_path / "x", calls)
+    counted(tmp_path / "x", calls)
+    monkeypatch.setattr("moeapps.data.cache.sha256_of", lambda path: pytest.fail(f"{path} is read again"))
+
+    assert counted(tmp_path / "x", calls) == "whole"
+    assert calls == ["x"]
+
+
+def test_every_cache_of_every_task_is_built_in_this_way() -> None:
+    found = {path: path.read_text(encoding="utf-8") for path in Path("tasks").rglob("*.py")}
+    users = [path for path, text in found.items() if "cache_dir(" in text]
+
+    assert len({path.parts[1] for path in users}) == 6  # all tasks
+    assert [path for path in users if "build_once(" not in found[path]] == []

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import LinearScore, Router, RouterBase, Threshold, TopP
-from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
+from moeapps.moe.ranks import (
+    alone,
+    objects_of_all_ranks,
+    rows_by_rank,
+    rows_of_all_ranks,
+    sum_over_ranks,
+    sums_of_all_ranks,
+)
 from tasks.image_diffusion.rivals import routers
 
 D, E, STEPS = 6, 4, 3
@@ -51,6 +58,23 @@ def _process(rank: int, path: str, fresh: dict[str, nn.Module], joint: dict[str,
     assert rows_of_all_ranks(rows).tolist() == [[0, 1], [0, 1], [2, 3], [4, 5]]
     assert rows_of_all_ranks(rows[: 2 * rank]).tolist() == [[0, 1], [2, 3]]
     assert int(sum_over_ranks(torch.tensor(rank + 3))) == 7
+    for empty in (torch.tensor([]), rows.new_empty(0, 2)):
+        for dtype in (torch.bool, torch.int64, torch.float64, torch.bfloat16):
+            parts = rows_by_rank(rows.to(dtype) if rank else empty)
+            assert [tuple(part.shape) for part in parts] == [(0, 2), (3, 2)]
+            assert torch.equal(parts[1], torch.arange(6.0).view(3, 2).to(dtype))
+    assert [part.tolist() for part in rows_by_rank(rows[:, : 2 - rank])] == [[[0.0, 1.0]], [[0.0], [2.0], [4.0]]]
+    assert [part.shape for part in rows_by_rank(torch.tensor([]))] == [(0,), (0,)]
+    assert [float(part) for part in rows_by_rank(torch.tensor(float(rank)))] == [0.0, 1.0]
+    with pytest.raises(ValueError, match="cannot be joined"):
+        rows_by_rank(rows if rank else rows.flatten())
+    found = sums_of_all_ranks({"a": rows.sum(0), ("b", 1): torch.tensor(5)} if rank else {})
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [6.0, 9.0], ("b", 1): 5}
+    assert objects_of_all_ranks(rank) == [0, 1]
+    if rank == 0:  # the other one does not take part
+        with alone():
+            assert rows_of_all_ranks(rows) is rows
+            assert sum_over_ranks(rows) is rows
     for name, shared in fresh.items():
         router = copy.deepcopy(shared)  # what is handed to a process lies in memory that both write to
         for key, value in trained(router, rank).items():

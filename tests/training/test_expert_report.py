@@ -61,7 +61,7 @@ def run_of(folder: Path, task: BaseTask, *callbacks: L.Callback) -> L.Trainer:
 
 
 def test_numbers_are_those_of_all_rows_and_the_network_runs_once(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("moeapps.training.callbacks.experts.run_dir", lambda trainer: tmp_path)
+    monkeypatch.setattr("moeapps.training.callbacks.report.run_dir", lambda trainer: tmp_path)
     report, tape, net = ExpertReport(), Tape(), CountingNet(point_moe())
     task = FactorTask(net=net, facts=ToyData().facts)
     run_of(tmp_path, task, report, tape)

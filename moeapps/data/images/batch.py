@@ -6,19 +6,17 @@ Shape legend: B images, C channels, H x W pixels (or places of a latent).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moeapps.data.gather import BatchDataset
+from moeapps.data.gather import BatchDataset, Rows
 
 
 @dataclass(frozen=True)
-class ImageBatch:
+class ImageBatch(Rows):
     """Images with their labels.
 
     Attributes:
@@ -33,23 +31,6 @@ class ImageBatch:
     label: Tensor
     domain: Tensor
     index: Tensor
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
-        """Return the batch on a device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return replace(self, **moved)
-
-    def take(self, rows: Tensor) -> ImageBatch:
-        """Return the images at int64 positions [n], in that order."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-    @staticmethod
-    def cat(parts: Sequence[ImageBatch]) -> ImageBatch:
-        """Join batches."""
-        return ImageBatch(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(ImageBatch)))
 
 
 class ImageDataset(BatchDataset):
@@ -82,10 +63,6 @@ class ImageDataset(BatchDataset):
         """Return the images of int64 rows [n] without reading a label: all are -1, or nan where a value is measured."""
         label = torch.full((len(rows),), torch.nan) if measured else torch.full_like(rows, -1)
         return ImageBatch(self.fetch(rows), label, torch.full_like(rows, self.domain), rows)
-
-    @override
-    def join(self, parts: list[Any], order: Tensor) -> ImageBatch:
-        return ImageBatch.cat(parts).take(order)
 
 
 class PixelImages(ImageDataset):

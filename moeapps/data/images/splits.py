@@ -1,22 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits of labelled images, class by class, and the check of domains' names."""
+"""Splits of labelled images, class by class."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moeapps.data.domain import Role, Split
-
-
-def check_domains(roles: dict[Role, list[str]], known: Sequence[str], what: str) -> None:
-    """Raise ValueError where a role names a domain that is not known."""
-    for names in roles.values():
-        for name in names:
-            if name not in known:
-                raise ValueError(f"{what} has no domain {name!r}; allowed: {', '.join(known)}")
+from moeapps.data.domain import Split
 
 
 def split_rows(label: Tensor, parts: dict[Split, float], seed: int) -> dict[Split, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from typing_extensions import override
 
 
 class AveragedWeights(WeightAveraging):
@@ -33,6 +34,11 @@ class AveragedWeights(WeightAveraging):
             raise ValueError(f"decay={decay} is not allowed; use 0 (no averaging) to below 1")
         self.decay, self.warmup = decay, warmup
         super().__init__(multi_avg_fn=self.average)
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.precision_plugin.convert_module(pl_module)  # what is copied here: the average has the weights' type
+        super().setup(trainer, pl_module, stage)
 
     def average(self, mean: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
         """Move the averages towards the weights in place; ``count`` averages were taken before."""

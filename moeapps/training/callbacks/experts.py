@@ -18,12 +18,11 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe.metrics import contingency, load, mutual_information
 from moeapps.moe.objectives import routed
+from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Groups, Report
 from moeapps.training.task import BaseTask, Factor
-
-Groups = dict[str, dict[str, float]]
 
 
 @dataclass
@@ -43,7 +42,7 @@ class LayerWork:
     alike: dict[str, float] = field(default_factory=dict)
 
 
-class ExpertReport(L.Callback):
+class ExpertReport(Report):
     """After a test, say what each layer's choice of routed experts tells about a row.
 
     Over the test batches of the seen domains, each row spread evenly over the experts that took it (by weight where all
@@ -63,19 +62,20 @@ class ExpertReport(L.Callback):
     overrides `numbers`, `count` or `finish`.
     """
 
+    joins_processes = True
     keep: ClassVar[tuple[Kept, ...]] = ()
     """What records must hold besides the routing, see `MoERecorder`."""
     by_stage: ClassVar[bool] = False
     """Whether the only stage of a network keeps its name, too."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.layers: dict[Place, LayerWork] = {}
         self.domains: list[str] = []
-        self.result: Groups = {}
 
     @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.layers, self.result, self.domains = {}, {}, cast(BaseTask, pl_module).data.present("seen")
+    def start(self, task: BaseTask) -> None:
+        self.layers, self.domains = {}, task.data.present("seen")
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -86,29 +86,9 @@ class ExpertReport(L.Callback):
             task.record_keeps = {*task.record_keeps, *self.keep}
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        task = cast(BaseTask, pl_module)
-        if task.last_records and self.wants(str(task.last_domain)):
-            self.count(task, batch, task.last_records, self.domains.index(str(task.last_domain)))
-
-    @override
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
-            self._sum_over_processes()
-        folder = run_dir(trainer)
-        self.finish(cast(BaseTask, pl_module), folder if trainer.is_global_zero else None)
-
-    def describe_results(self) -> Groups:
-        """Return the numbers for the summary of the results file."""
-        return self.result
+    def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
+        if task.last_records and self.wants(domain):
+            self.count(task, batch, task.last_records, self.domains.index(domain))
 
     # What a task may replace --------------------------------------------------------------------------------------
 
@@ -139,6 +119,7 @@ class ExpertReport(L.Callback):
 
     def finish(self, task: BaseTask, folder: Path | None) -> None:
         """Set ``result`` and, where there is a folder, write metrics/experts.json."""
+        self._sum_over_processes(task.device)
         names = group_names(list(self.layers), by_stage=self.by_stage)
         self.result = with_means({names[place]: self.numbers(layer) for place, layer in self.layers.items()})
         if self.layers and folder is not None:
@@ -164,10 +145,19 @@ class ExpertReport(L.Callback):
                 layer.tables[name] = work_NE.new_zeros(len(self.domains), num_labels, num_experts)
             layer.tables[name][domain] += contingency(work_NE, label_N, num_labels)
 
-    def _sum_over_processes(self) -> None:
-        for layer in self.layers.values():
-            for value in (layer.work_DE, layer.sums, *layer.tables.values()):
-                torch.distributed.all_reduce(value)
+    def _sum_over_processes(self, device: torch.device) -> None:
+        """Join the layers of all processes; one that had no batch of a seen domain has none of its own."""
+        own: dict[tuple[Place, str, str], Tensor] = {}
+        for place, layer in self.layers.items():
+            own |= {(place, "sums", "work"): layer.work_DE, (place, "sums", "sums"): layer.sums}
+            own |= {(place, "table", factor): table for factor, table in layer.tables.items()}
+        found = sums_of_all_ranks(own, device)
+        for place, kind, name in found:
+            if (kind, name) == ("sums", "work"):
+                layer = LayerWork(found[place, "sums", "work"], found[place, "sums", "sums"])
+                layer.alike = self.layers[place].alike if place in self.layers else {}
+                layer.tables = {n: found[p, k, n] for p, k, n in found if (p, k) == (place, "table")}
+                self.layers[place] = layer
 
 
 def information(table_LE: Tensor) -> float:

@@ -15,8 +15,10 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information, token_entropy
 from moeapps.moe.objectives import counted_rows
+from moeapps.moe.ranks import sum_over_ranks, sums_of_all_ranks
 from moeapps.moe.record import Record
 from moeapps.moe.routing import Routing
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
@@ -49,7 +51,7 @@ def routing_entropy(record: Record) -> tuple[float | Tensor, int]:
     return token_entropy(probs_NE), len(probs_NE)
 
 
-class RoutingMonitor(L.Callback):
+class RoutingMonitor(SideReport):
     """Watch the routing of every MoE layer.
 
     At every evaluation it logs ``moe/<layer>/load_cv``, ``/entropy`` (nats), ``/dead`` (fraction of experts below
@@ -61,6 +63,8 @@ class RoutingMonitor(L.Callback):
         figures: write the heat maps, and show them in TensorBoard where that is on.
         min_mean_load: work per expert and evaluation below which nothing is said about collapse.
     """
+
+    joins_processes = True
 
     def __init__(self, figures: bool = True, min_mean_load: float = 20.0) -> None:
         self.figures = figures
@@ -81,7 +85,8 @@ class RoutingMonitor(L.Callback):
             earlier_E = self._train.get(record.name)
             self._train[record.name] = work_E if earlier_E is None else earlier_E + work_E
         if self._train and (trainer.fit_loop.epoch_loop.batch_idx + 1) % cast(Any, trainer).log_every_n_steps == 0:
-            for name, work_E in self._train.items():
+            for name, own_E in self._train.items():
+                work_E = sum_over_ranks(own_E)  # a mean of the processes' own would be larger
                 pl_module.log(f"moe/{name}/train_load_cv", load_cv(work_E).float(), batch_size=1, sync_dist=True)
             self._train = {}
 
@@ -123,15 +128,11 @@ class RoutingMonitor(L.Callback):
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = run_dir(trainer)
-        if trainer.world_size > 1:
-            self._agree(trainer, pl_module)
+        self._join(pl_module.device)
         if not self._layers:
             return
         result: dict[str, dict[str, Any]] = {}
         for name, layer in self._layers.items():
-            if trainer.world_size > 1:
-                for value in (layer.table_SE, layer.entropy, layer.rows):
-                    torch.distributed.all_reduce(value)
             result[name] = layer_report(layer.table_SE, layer.entropy / layer.rows.clamp_min(1.0))
             for key in ("load_cv", "entropy", "dead", "mi_domain"):
                 prefix = "moe" if stage == "val" else "moe_test"
@@ -144,14 +145,15 @@ class RoutingMonitor(L.Callback):
                 if self.figures and last:
                     self._draw(trainer, result, stage)
 
-    def _agree(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give a process that had padding batches alone the layers of process 0, which always has a batch."""
-        sizes = trainer.strategy.broadcast({name: layer.table_SE.shape for name, layer in self._layers.items()})
-        zero = torch.zeros((), dtype=torch.float64, device=pl_module.device)
-        for name, size in sizes.items():
-            if name not in self._layers:
-                self._layers[name] = _Layer(zero.expand(size).clone(), zero.clone(), zero.clone())
-        self._layers = {name: self._layers[name] for name in sizes}  # one order of collectives for all
+    def _join(self, device: torch.device) -> None:
+        """Sum over processes; one that had padding batches alone has no layer of its own."""
+        parts = {(name, part): value for name, layer in self._layers.items() for part, value in vars(layer).items()}
+        found = sums_of_all_ranks(parts, device)
+        self._layers = {
+            name: _Layer(value, found[name, "entropy"], found[name, "rows"])
+            for (name, part), value in found.items()
+            if part == "table_SE"
+        }
 
     def _warn(self, result: dict[str, dict[str, Any]]) -> None:
         """Say once that experts have collapsed: below 1 percent of the mean load."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 import sys
+import threading
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -24,10 +27,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from moeapps.data.mixing import fold
 from moeapps.files import write_json
+from moeapps.training.callbacks.finite import DivergedError
+from moeapps.training.checkpoints import CheckpointError, check_whole, copy_checkpoint, first_whole
 from moeapps.training.run import config_hash, git_commit, machine, run_dir, seeds_of, variant_hash, versions
 from moeapps.training.scores import ScoreTable
 from moeapps.training.selection import select
+from moeapps.training.task import BaseTask
 
 log = logging.getLogger("moeapps")
 
@@ -51,7 +58,9 @@ class TipFilter(logging.Filter):
 class RandomState(L.Callback):
     """Keep the global random states (python, numpy, torch, CUDA) of every process in the checkpoint.
 
-    They are put back when training starts again, after everything that draws numbers while setting up.
+    They are put back when training starts again, after everything that draws numbers while setting up. A training that
+    begins gives every process but the first a seed of its own: with one seed for all, dropout, noise and drawn times
+    would be the same in each, and n processes would draw no more of them than one.
     """
 
     def __init__(self) -> None:
@@ -76,17 +85,61 @@ class RandomState(L.Callback):
         self._restored = state_dict["states"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the stored state of this process back; a process that had none keeps its own."""
+        """Put the stored state of this process back; one that had none begins with a seed of its own."""
         if self._restored is not None and trainer.global_rank < len(self._restored):
             _set_random_state(self._restored[trainer.global_rank])
+        elif trainer.global_rank:
+            seed = fold(torch.initial_seed(), trainer.global_rank)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - the state others draw from
+            torch.manual_seed(seed)
         self._restored = None
 
 
 class InterruptCheckpoint(L.Callback):
-    """Write checkpoints/interrupted.ckpt when training is stopped by Ctrl-C, a signal or, alone, an error."""
+    """Write checkpoints/interrupted.ckpt when training is stopped by Ctrl-C, a signal or, alone, an error.
+
+    Ctrl-C waits for the end of the training step that it meets, so that whatever counts steps counts alike; a second
+    one stops at once. Of a model that has diverged nothing is written: the checkpoints before it are what is left.
+    """
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._asked = False
+        self._in_validation = False
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
+            return
+        # Of several processes one could end its step while another waits in the next: they stop at once, as before.
+        if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._asked = pl_module.stop_asked = False
+            self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer))
+
+    def _ask(self, trainer: L.Trainer) -> None:
+        """Let the step end, if it is the first time and a step can be under way."""
+        if self._asked or not trainer.training:
+            raise KeyboardInterrupt
+        self._asked = True
+        cast(BaseTask, trainer.lightning_module).stop_asked = True
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # a logger may be in use just now
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop also where no step came any more."""
+        self._give_back()
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _give_back(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        self._before = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the state of the run and say how to go on."""
+        if not isinstance(exception, KeyboardInterrupt):  # then Lightning lets nothing interrupt the end
+            self._give_back()
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
             return
         if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt | SIGTERMException):
@@ -94,10 +147,29 @@ class InterruptCheckpoint(L.Callback):
         folder = run_dir(trainer)
         if folder is None or not trainer.checkpoint_callbacks:
             return
-        path = folder / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path)
-        config = folder / "config.yaml"
-        log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), config, path)
+        path: Path | None = folder / "checkpoints" / "interrupted.ckpt"
+        try:
+            if isinstance(exception, DivergedError | CheckpointError):
+                path = first_whole(folder / "checkpoints")
+            else:
+                self._in_validation = trainer.validating
+                trainer.save_checkpoint(cast(Path, path))
+        except CheckpointError as error:
+            log.error("%s", error)
+            path = first_whole(folder / "checkpoints")
+        if path is None:
+            log.info("interrupted; there is no checkpoint yet")
+        elif trainer.is_global_zero:
+            config = folder / "config.yaml"
+            told = str(config) if config.is_file() else "FILE"  # the run folder was deleted
+            log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), told, path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have a validation that was interrupted made anew: Lightning would leave it out, or score its rest alone."""
+        if self._in_validation:
+            done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -118,6 +190,12 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, monitor: str, mode: Literal["min", "max"]) -> None:
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
         self._said: set[str] = set()
+        self._resumes = True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note whether a training will go on: a test takes nothing along."""
+        self._resumes = trainer.state.fn == "fit"
+        super().setup(trainer, pl_module, stage)
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         """Store the score that chooses under the monitor's name, where Lightning looks for it."""
@@ -159,11 +237,16 @@ class BestCheckpoint(ModelCheckpoint):
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
         state = dict(state_dict)
         old = Path(state["best_model_path"])
-        if self.dirpath is not None and state["dirpath"] != self.dirpath and old.is_file():
+        moved = self._resumes and self.dirpath is not None and state["dirpath"] != self.dirpath
+        if moved and not (state["best_model_path"] and _is_whole(old)):
+            if state["best_model_path"]:
+                log.warning("%s is damaged or gone; the best of the epochs from here on is kept instead", old)
+            fresh = type(self)(cast(str, self.monitor), cast(Any, self.mode)).state_dict()
+            state |= {key: fresh[key] for key in fresh if key != "monitor"}
+        elif self.dirpath is not None and moved:
             new = Path(self.dirpath) / old.name
             if getattr(rank_zero_only, "rank", 0) == 0:
-                new.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(old, new)
+                copy_checkpoint(old, new)
             state["best_k_models"] = {str(new): score for score in state["best_k_models"].values()}
             state["best_model_path"] = state["kth_best_model_path"] = str(new)
             state["last_model_path"] = ""
@@ -238,6 +321,14 @@ def program() -> str:
     if called.name not in ("moeapps", "lightning"):
         return "python -m moeapps"
     return called.name if shutil.which(called.name) else str(called)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_whole(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _has_run(folder: Path) -> bool:

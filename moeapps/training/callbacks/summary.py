@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from moeapps.moe import MoELayer
+from moeapps.moe.ranks import alone
 from moeapps.moe.routers.chooser import Pool
 from moeapps.training.cost import Cost, TrainingCost, measure_cost, measure_training
 from moeapps.training.task import BaseTask
@@ -56,6 +57,8 @@ class MoESummary(L.Callback):
         task.begin()  # what is measured are the weights that training begins with
         self.training, self._task = self._measure_training(trainer, task), task
         self._measure(trainer, task, show=True)
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            tell_of_batch_statistics(task)
 
     @override
     def on_train_batch_end(
@@ -106,14 +109,35 @@ class MoESummary(L.Callback):
         if not trainer.is_global_zero or not math.isfinite(batches):
             return None
         first = task.data.first_training_batch()
-        return measure_training(task, first, int(batches), trainer.precision_plugin, trainer.world_size)
+        with alone():  # the other processes train on: what routers and losses ask of them must not be waited for
+            return measure_training(task, first, int(batches), trainer.precision_plugin, trainer.world_size)
 
     def _measure(self, trainer: L.Trainer, task: BaseTask, *, show: bool) -> None:
         if self.cost is None and trainer.is_global_zero:
-            self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
+            with alone():
+                self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
             if show:
                 warn_of_twin(self.cost)
                 Console().print(summary_table(task, self.cost, self.depth, self.training))
+
+
+def tell_of_batch_statistics(task: nn.Module) -> None:
+    """Say once that each process normalises by its own rows, what that means and what can be done."""
+    kinds: dict[str, bool] = {}
+    for module in task.modules():
+        own = dict(module.named_buffers(recurse=False))
+        if hasattr(module, "momentum") and own and not isinstance(module, nn.SyncBatchNorm):
+            kinds[type(module).__name__] = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if not kinds:
+        return
+    torch_own = [name for name, known in kinds.items() if known]
+    joined = f"--trainer.sync_batchnorm true joins those of {', '.join(torch_own)} (on GPUs)" if torch_own else ""
+    log.info(
+        "batch statistics (%s) are of the rows of each process, and those of the first are saved, so that n processes "
+        "do not equal one with n times the batch; %s",
+        ", ".join(sorted(kinds)),
+        joined or "larger batches bring both closer",
+    )
 
 
 def warn_of_twin(cost: Cost) -> None:

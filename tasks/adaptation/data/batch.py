@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
+from typing_extensions import override
 
+from moeapps.data.gather import Rows
 from moeapps.data.images.batch import ImageBatch, ImageDataset, PixelImages
 
 __all__ = ["Episode", "EpisodeBatch", "ImageBatch", "ImageDataset", "PixelImages"]
 
 
 @dataclass(frozen=True)
-class Episode:
+class Episode(Rows):
     """Images of ONE domain in two disjoint parts (`EpisodeBatch` says where they may overlap).
 
     Attributes:
@@ -33,14 +34,9 @@ class Episode:
     domain: int
     draw: int = 0
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Episode:
-        """Return the episode on a device."""
-        support, query = (part.to(device, non_blocking) for part in (self.support, self.query))
-        return Episode(support, query, self.domain, self.draw)
-
 
 @dataclass(frozen=True)
-class EpisodeBatch:
+class EpisodeBatch(Rows):
     """The B episodes of one step.
 
     Support and query of an episode are disjoint, but for the evaluation of the published code
@@ -61,11 +57,7 @@ class EpisodeBatch:
         """All query images, episode by episode."""
         return ImageBatch.cat([episode.query for episode in self.episodes])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> EpisodeBatch:
-        """Return the batch on a device."""
-        return EpisodeBatch(tuple(episode.to(device, non_blocking) for episode in self.episodes))
-
-    @staticmethod
-    def cat(parts: Sequence[EpisodeBatch]) -> EpisodeBatch:
-        """Join batches."""
+    @classmethod
+    @override
+    def cat(cls, parts: Sequence[EpisodeBatch]) -> EpisodeBatch:
         return EpisodeBatch(tuple(episode for part in parts for episode in part))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,6 +98,8 @@ class DigitDomains(DressedDigits):
         ValueError: a count or size below 1, or a negative distance.
     """
 
+    default_roles: ClassVar[dict[Role, list[str]]] = ROLES
+
     def __init__(
         self,
         *,
@@ -109,7 +111,7 @@ class DigitDomains(DressedDigits):
         seed: int = 0,
     ) -> None:
         counts = {"train": 10 * train_per_class, "held": 10 * held_per_class, "unseen": 10 * unseen_per_class}
-        super().__init__(ROLES, counts, distance=distance, image_size=image_size, seed=seed)
+        super().__init__(counts, distance=distance, image_size=image_size, seed=seed)
 
     @override
     def describe(self, domain: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,8 @@ class RealDigits(DressedDigits):
         ValueError: a count below 1, or more images than the smallest part of MNIST holds; a negative distance.
     """
 
+    default_roles: ClassVar[dict[Role, list[str]]] = ROLES
+
     def __init__(
         self,
         *,
@@ -89,7 +91,7 @@ class RealDigits(DressedDigits):
         for name, most in {"train": 2800, "held": 350, "unseen": 1000, "validation": 250}.items():
             if counts[name] > most:
                 raise ValueError(f"{name}={counts[name]} is too much; MNIST's part for it holds {most} digits")
-        super().__init__(ROLES, counts, distance=distance, image_size=digit_files.SIZE, seed=seed)
+        super().__init__(counts, distance=distance, image_size=digit_files.SIZE, seed=seed)
 
     @override
     def describe(self, domain: str) -> str:
@@ -104,7 +106,7 @@ class RealDigits(DressedDigits):
 
     @override
     def count(self, domain: str, split: Split) -> int:
-        return self.counts["validation"] if self._roles[domain] == "validation" else super().count(domain, split)
+        return self.counts["validation"] if self.role_of[domain] == "validation" else super().count(domain, split)
 
     def prepare(self, cache: Path | None) -> None:
         """Fetch the packages and dress the digits: about 10 seconds of work.
@@ -127,7 +129,7 @@ class RealDigits(DressedDigits):
         Returns:
             int64 [N], all different.
         """
-        first, last = (round(share * size) for share in SHARES[self._roles[domain], split])
+        first, last = (round(share * size) for share in SHARES[self.role_of[domain], split])
         whole = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
         own = torch.randperm(last - first, generator=self.generator(domain, split, "rows"))
         return whole[first:last][own[: self.count(domain, split)]]

@@ -13,19 +13,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import Split
 from moeapps.data.images.batch import PixelImages
-from moeapps.data.images.splits import check_domains
 from moeapps.files import write_arrays
 from tasks.adaptation.data.looks import Look, dressed
-from tasks.adaptation.data.source import DomainSource, check_split, splits_of
+from tasks.adaptation.data.source import AdaptationSource, check_split, splits_of
 
 
-class DressedDigits(DomainSource):
+class DressedDigits(AdaptationSource):
     """Ten digits, 3 x H x H, white on black until each domain dresses them in its own way.
 
     Args:
-        roles: all domains, by the role that they have by default.
         counts: images of a domain: ``train`` of a seen one; ``held`` of a seen one for validation, and for tests;
             ``unseen`` of the test split of an unseen one, and of either split of a validation domain.
         distance: how far the domains lie apart: 1 as listed, 0 as alike as their writers are.
@@ -36,19 +34,16 @@ class DressedDigits(DomainSource):
         ValueError: a count or size below 1, or a negative distance.
     """
 
-    def __init__(
-        self, roles: dict[Role, list[str]], counts: dict[str, int], *, distance: float, image_size: int, seed: int
-    ) -> None:
+    def __init__(self, counts: dict[str, int], *, distance: float, image_size: int, seed: int) -> None:
         for name, count in (*counts.items(), ("image_size", image_size)):
             if count < 1:
                 raise ValueError(f"{name}: {count} is not allowed; use 1 or more")
         if not distance >= 0:
             raise ValueError(f"distance={distance} is not allowed; use 0 or more, 1 for the domains as listed")
-        self.default_roles = {role: list(names) for role, names in roles.items()}
+        self.domains = [name for names in self.default_roles.values() for name in names]
         self.counts, self.distance, self.seed = counts, distance, seed
         self.channels, self.image_size = 3, image_size
         self.class_names = [f"digit_{number}" for number in range(10)]
-        self._roles: dict[str, Role] = {}
 
     @abstractmethod
     def base(self, domain: str, split: Split, cache: Path | None) -> tuple[Tensor, Tensor]:
@@ -66,21 +61,11 @@ class DressedDigits(DomainSource):
     def key(self) -> Any:
         """Return a plain value that changes with whatever else the images depend on."""
 
-    @property
-    def domains(self) -> list[str]:
-        """All names a role may hold."""
-        return [name for names in self.default_roles.values() for name in names]
-
-    @override
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        check_domains(roles, self.domains, type(self).__name__)
-        self._roles = {name: role for role, names in roles.items() for name in names}
-
     def prepare(self, cache: Path | None) -> None:
         """Make what is not in the cache yet."""
         from rich.progress import track
 
-        every = [(name, split) for name, role in self._roles.items() for split in splits_of(role)]
+        every = [(name, split) for name, role in self.role_of.items() for split in splits_of(role)]
         wanted = [(name, split) for name, split in every if not self._path(name, split, cache).exists()]
         for name, split in track(wanted, "drawing digits", transient=True, disable=not wanted):
             self._load(name, split, cache)
@@ -92,7 +77,7 @@ class DressedDigits(DomainSource):
 
     def count(self, domain: str, split: Split) -> int:
         """Return the images of a domain and split."""
-        if self._roles[domain] != "seen":
+        if self.role_of[domain] != "seen":
             return self.counts["unseen"]
         return self.counts["train" if split == "train" else "held"]
 
@@ -101,12 +86,12 @@ class DressedDigits(DomainSource):
         return torch.Generator().manual_seed(int(config_hash([self.seed, domain, split, part]), 16))
 
     def _path(self, domain: str, split: Split, cache: Path | None) -> Path:
-        sizes = [self.count(domain, split), self.image_size, self.distance, self.seed, self._roles[domain]]
+        sizes = [self.count(domain, split), self.image_size, self.distance, self.seed, self.role_of[domain]]
         key = config_hash([type(self).__name__, self.key(), domain, split, *sizes])
         return cache_dir("adaptation", root=cache) / f"{domain}-{split}-{key}.npz"
 
     def _load(self, domain: str, split: Split, cache: Path | None) -> dict[str, Any]:
-        check_split(domain, split, self._roles[domain])
+        check_split(domain, split, self.role_of[domain])
 
         def write(path: Path) -> None:
             grey, label = self.base(domain, split, cache)

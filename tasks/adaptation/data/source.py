@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import Literal
 
 from moeapps.data.domain import Role, Split
 from moeapps.data.images.batch import ImageDataset
+from moeapps.data.source import DomainSource
 
 Target = Literal["classification", "regression"]
 
 
-class DomainSource(ABC):
+class AdaptationSource(DomainSource):
     """Base class of the sets of images that `AdaptationData` can read.
 
     A seen domain has images in all three splits; a validation domain in ``val`` and ``test``; an unseen one in
     ``test`` alone: nothing of it is ever trained on.
 
     Attributes:
-        default_roles: domains per role where the data module names none.
         target: whether a label is a class or a measured value.
         class_names: one name per label, known once the roles are bound; none in regression.
         channels: C.
@@ -28,7 +28,6 @@ class DomainSource(ABC):
         augmented: training images differ from one reading to the next, so that features of them cannot be kept.
     """
 
-    default_roles: dict[Role, list[str]]
     target: Target = "classification"
     class_names: list[str]
     channels: int
@@ -36,27 +35,8 @@ class DomainSource(ABC):
     augmented: bool = False
 
     @abstractmethod
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        """Take note of the roles of this run's domains.
-
-        Raises:
-            ValueError: a domain this set does not have.
-        """
-
-    def missing(self, domain: str, cache: Path | None) -> str | None:
-        """Return why an OPTIONAL domain cannot be had, or None."""
-        return None
-
-    def prepare(self, cache: Path | None) -> None:  # noqa: B027 - files of a user need no preparing
-        """Fetch or generate what is not in the cache yet; called once, by one process."""
-
-    @abstractmethod
     def dataset(self, domain: str, split: Split, cache: Path | None) -> ImageDataset:
         """Return the images of one domain and split."""
-
-    @abstractmethod
-    def describe(self, domain: str) -> str:
-        """Say where a domain's images come from, for results files."""
 
 
 def splits_of(role: Role) -> tuple[Split, ...]:

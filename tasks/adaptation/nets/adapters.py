@@ -48,7 +48,7 @@ class Adapter(nn.Module):
         self.form, self.size = form, size
 
     def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> Any:
-        """Return the state after looking at images.
+        """Return the state after looking at images; None where the method is blind.
 
         Args:
             net: the network; it stays as it is.
@@ -56,7 +56,9 @@ class Adapter(nn.Module):
             state: the one before, ``online``; None at the start of a domain.
             own: the expert of the domain where it is one of those trained on, else -1.
         """
-        raise TypeError(f"{type(self).__name__} must define adapt(net, image, state, own)")
+        if not self.blind:
+            raise TypeError(f"{type(self).__name__} must define adapt(net, image, state, own)")
+        return None
 
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
         """Return logits [B, K] of images; labels [B] come to oracles alone."""
@@ -85,10 +87,6 @@ class Unadapted(Adapter):
 
     blind: ClassVar[bool] = True
     measures: ClassVar[bool] = True
-
-    @override
-    def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> None:
-        return None
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:

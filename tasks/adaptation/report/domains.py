@@ -17,9 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
+from moeapps.moe.ranks import objects_of_all_ranks
 from moeapps.reporting.figures import save_figure
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.scores import ScoreTable
+from moeapps.training.task import BaseTask
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.module import AdaptationTask, Answer, WithExperts
 from tasks.adaptation.report.figures import attention_figure, changed_figure, gain_figure
@@ -27,20 +29,22 @@ from tasks.adaptation.report.figures import attention_figure, changed_figure, ga
 log = logging.getLogger("moeapps")
 
 
-class DomainReport(L.Callback):
+class DomainReport(Report):
     """Write metrics/adaptation.json and figures/{attention,gain,changed}.png after a test.
 
     Per domain: scores with and without adaptation, images whose answer adaptation made right and wrong, passes and
     seconds of the processor per target, and how much the aggregator attends to each expert (mean over the support
-    images of all draws). ``worst`` of the summary of metrics/test.json is the lowest score of a domain, by role. In a
-    run of several processes the report is of the share of the first one.
+    images of all draws). ``worst`` of the summary of metrics/test.json is the lowest score of a domain, by role.
 
     Args:
         shown: changed images in the picture, of each kind.
         figures: draw the pictures.
     """
 
+    joins_processes = True
+
     def __init__(self, shown: int = 12, *, figures: bool = True) -> None:
+        super().__init__()
         self.shown, self.figures = shown, figures
         self._task: AdaptationTask | None = None
         self._forget()
@@ -51,22 +55,14 @@ class DomainReport(L.Callback):
         self._changed: dict[str, list[tuple[str, Tensor, int, int, int]]] = {"mended": [], "spoilt": []}
 
     @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._task = cast(AdaptationTask, pl_module)
+    def start(self, task: BaseTask) -> None:
+        self._task = cast(AdaptationTask, task)
         self._forget()
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        task = cast(AdaptationTask, pl_module)
-        if task.last_answer is None or task.data.is_padding("test", dataloader_idx, batch_idx):
+    def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
+        task = cast(AdaptationTask, task)
+        if task.last_answer is None:
             return
         answer = cast(Answer, task.last_answer())
         sums = self._sums[answer.domain]
@@ -88,6 +84,23 @@ class DomainReport(L.Callback):
             z_SED, present_SE = task.net.tokens(answer.support.image)
             attention_E = attention_of(task.net, z_SED, present_SE).cpu()
             self._attention[answer.domain] = self._attention.get(answer.domain, torch.zeros(())) + attention_E
+
+    @override
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        """Join what all processes have seen; what is shown are the first process's images, then the next one's."""
+        parts = objects_of_all_ranks(
+            ({name: dict(sums) for name, sums in self._sums.items()}, self._attention, self._changed)
+        )
+        self._forget()
+        for sums, attention, changed in parts:
+            for domain, numbers in sums.items():
+                own = self._sums[domain]
+                for name, value in numbers.items():
+                    own[name] = max(own[name], value) if name == "draws" else own[name] + value
+            for domain, share_E in attention.items():
+                self._attention[domain] = self._attention.get(domain, torch.zeros(())) + share_E
+            for kind, images in changed.items():
+                self._changed[kind] += images
 
     def _note_changes(self, answer: Answer, unseen: bool) -> None:
         label, after, before = answer.query.label, answer.after.argmax(1), answer.before.argmax(1)
@@ -113,8 +126,8 @@ class DomainReport(L.Callback):
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_dir(trainer)
-        if folder is None or not trainer.is_global_zero or not self._sums:
+        folder = writing_dir(trainer)
+        if folder is None or not self._sums:
             return
         write_json(folder / "metrics" / "adaptation.json", self.table(cast(AdaptationTask, pl_module)))
         if self.figures:

@@ -186,10 +186,6 @@ class Memo(Adapter):
         self.rate, self.augmentations, self.shift, self.seed, self.chunk = rate, augmentations, shift, seed, chunk
 
     @override
-    def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> None:
-        return None
-
-    @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
         with torch.inference_mode(False):
             start = Weights.of(net.student.backbone)

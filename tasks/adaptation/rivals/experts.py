@@ -30,10 +30,6 @@ class Ensemble(Adapter):
     measures: ClassVar[bool] = True
 
     @override
-    def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> None:
-        return None
-
-    @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
         return expert_logits(net, image).mean(0)
 
@@ -43,10 +39,6 @@ class BestExpert(Adapter):
 
     oracle: ClassVar[bool] = True
     blind: ClassVar[bool] = True
-
-    @override
-    def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> None:
-        return None
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
@@ -79,10 +71,6 @@ class Teacher(Adapter):
 
     blind: ClassVar[bool] = True
     measures: ClassVar[bool] = True
-
-    @override
-    def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> None:
-        return None
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:

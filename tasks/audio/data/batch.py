@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from moeapps.data.gather import BatchDataset
+from moeapps.data.gather import BatchDataset, Rows
 from moeapps.data.mixing import MixingSampler
 from tasks.audio.data.prompt import PADDING, UNKNOWN
 from tasks.audio.nets.delay import NO_CODE as NO_CODE
 
 
 @dataclass(frozen=True)
-class AudioBatch:
+class AudioBatch(Rows):
     """Clips as codes, with their prompts.
 
     Attributes:
@@ -40,9 +39,6 @@ class AudioBatch:
     domain: Tensor
     index: Tensor
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
     @property
     def lengths(self) -> Tensor:
         """Frames of each clip, int64 [B]."""
@@ -53,23 +49,13 @@ class AudioBatch:
         """Where the batch lies."""
         return self.codes.device
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> AudioBatch:
-        """Return the batch on a device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return replace(self, **moved)
-
-    def take(self, rows: Tensor) -> AudioBatch:
-        """Return the clips at int64 positions [n], in that order."""
-        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-    @staticmethod
-    def cat(parts: Sequence[AudioBatch]) -> AudioBatch:
+    @classmethod
+    @override
+    def cat(cls, parts: Sequence[AudioBatch]) -> AudioBatch:
         """Join batches; shorter ones are padded to the longest clip."""
         longest = max(part.codes.shape[2] for part in parts)
-        wide = [
-            replace(part, codes=F.pad(part.codes, (0, longest - part.codes.shape[2]), value=NO_CODE)) for part in parts
-        ]
-        return AudioBatch(*(torch.cat([getattr(part, f.name) for part in wide]) for f in fields(AudioBatch)))
+        wide = [F.pad(part.codes, (0, longest - part.codes.shape[2]), value=NO_CODE) for part in parts]
+        return super().cat([replace(part, codes=codes) for part, codes in zip(parts, wide, strict=True)])
 
 
 class CodeClips(BatchDataset):
@@ -139,10 +125,6 @@ class CodeClips(BatchDataset):
             dropped = self._chance(rows, prompt.shape[1] + 1)[:, 1:] < self.label_dropout
             prompt = torch.where(is_label & dropped, UNKNOWN, prompt)
         return AudioBatch(codes, prompt, self.ends[rows] & (first == spare), torch.full_like(rows, self.domain), rows)
-
-    @override
-    def join(self, parts: list[Any], order: Tensor) -> AudioBatch:
-        return AudioBatch.cat(parts).take(order)
 
     def _chance(self, rows: Tensor, count: int) -> Tensor:
         """Numbers in [0, 1), float64 [n, count], of seed, epoch, row and (in training) place in the batch."""

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moeapps.data.cache import build_once, cache_dir, config_hash
+from moeapps.data.cache import config_hash
 from moeapps.data.domain import Role, Split
 from tasks.audio.data.chords import PROGRESSIONS, TEMPI, TIMBRES, draw_prompt, play
 from tasks.audio.data.prompt import Kind, Prompt
-from tasks.audio.data.source import AudioSource, Clip
-from tasks.audio.data.store import SPLITS, load_clips, save_clips
+from tasks.audio.data.source import Clip
+from tasks.audio.data.store import SPLITS, KeptAudio
 from tasks.audio.data.voices import RATE, VOICES, draw_text, speak
 
 GENERATOR_VERSION = 2
 _CHUNK = 64  # clips made at once: as much as fits the processor's cache
 
 
-class GeneratedAudio(AudioSource):
+class GeneratedAudio(KeptAudio):
     """Voices (``low_voice``, ...) and instruments (``organ``, ...), clips of 1 to 2.5 s at 8 kHz.
 
     There is four times as much speech as music to train on, as real collections have it. No two clips are the same.
@@ -45,26 +45,18 @@ class GeneratedAudio(AudioSource):
         "unseen": ["child_voice", "bell"],
     }
     sample_rate = RATE
+    domains = (*(f"{name}_voice" for name in VOICES), *TIMBRES)
 
     def __init__(
         self, *, train_speech: int = 600, train_music: int = 150, val: int = 32, test: int = 64, seed: int = 0
     ) -> None:
-        for name, count in (
-            ("train_speech", train_speech),
-            ("train_music", train_music),
-            ("val", val),
-            ("test", test),
-        ):
+        counts = {"train_speech": train_speech, "train_music": train_music, "val": val, "test": test}
+        for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}={count} is not allowed; use 1 or more")
         self.train: dict[Kind, int] = {"speech": train_speech, "music": train_music}
         self.held: dict[Split, int] = {"val": val, "test": test}
         self.seed = seed
-
-    @property
-    @override
-    def domains(self) -> list[str]:
-        return [*(f"{name}_voice" for name in VOICES), *TIMBRES]
 
     @override
     def kind(self, domain: str) -> Kind:
@@ -85,27 +77,13 @@ class GeneratedAudio(AudioSource):
         return ["GeneratedAudio", GENERATOR_VERSION, domain, self.train[self.kind(domain)], self.held, self.seed]
 
     @override
-    def prepare(self, domains: Sequence[str], cache: Path | None) -> None:
-        from rich.progress import track
-
-        wanted = [name for name in domains if not self._path(name, cache).exists()]
-        for name in track(wanted, "making clips", transient=True, disable=not wanted):
-            build_once(self._path(name, cache), lambda path, name=name: self._write(name, path))  # type: ignore[misc]
-
-    @override
-    def clips(self, domain: str, split: Split, cache: Path | None) -> list[Clip]:
-        return load_clips(build_once(self._path(domain, cache), lambda path: self._write(domain, path)), split)
-
-    @override
     def describe(self, domain: str) -> str:
         count = self.train[self.kind(domain)]
         return f"generated, version {GENERATOR_VERSION}, seed {self.seed}, {count} training clips"
 
-    def _path(self, domain: str, cache: Path | None) -> Path:
-        return cache_dir("audio", root=cache) / f"{domain}-{config_hash(self.identity(domain))}.npz"
-
-    def _write(self, domain: str, path: Path) -> None:
-        save_clips(path, {split: self.render(domain, split) for split in SPLITS})
+    @override
+    def read(self, domain: str, cache: Path | None) -> dict[Split, list[Clip]]:
+        return {split: self.render(domain, split) for split in SPLITS}
 
     def render(self, domain: str, split: Split) -> list[Clip]:
         """Make the clips of one domain and split anew."""

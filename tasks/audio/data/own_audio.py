@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Split
+from moeapps.data.cache import config_hash
+from moeapps.data.domain import Role, Split
 from tasks.audio.data.prompt import Kind
 from tasks.audio.data.readers.audio_files import AudioFileError, cut_at_pauses, read_audio, remark
 from tasks.audio.data.readers.clip_table import ClipRow, read_clip_table
 from tasks.audio.data.source import AudioSource, Clip
-from tasks.audio.data.store import SPLITS, load_clips, save_clips
+from tasks.audio.data.store import SPLITS, KeptAudio
 
 log = logging.getLogger("moeapps")
 
 
-class OwnAudio(AudioSource):
+class OwnAudio(KeptAudio):
     """Files below ``root``, listed in ``root/clips.csv`` (docs/audio_data.md): file, domain, kind, text, split, labels.
 
     Files of any rate and any number of channels become one channel at ``sample_rate``. A file longer than ``seconds``
@@ -73,11 +73,7 @@ class OwnAudio(AudioSource):
             gone = [row.file for row in rows if not (self.root / row.file).is_file()]
             if gone:
                 raise AudioFileError(f"{self.root} holds no {gone[0]} ({len(gone)} missing of domain {domain!r})")
-
-    @property
-    @override
-    def domains(self) -> list[str]:
-        return list(self.rows)
+        self.domains = list(self.rows)
 
     @override
     def kind(self, domain: str) -> Kind:
@@ -95,15 +91,6 @@ class OwnAudio(AudioSource):
         files = [[row.file, row.split, vars(row.prompt), stat.st_size, stat.st_mtime_ns] for row, stat in stats]
         root = str(self.root.resolve())
         return ["OwnAudio", 1, root, files, self.sample_rate, self.seconds, self.shares, self.seed, self.split]
-
-    @override
-    def prepare(self, domains: Sequence[str], cache: Path | None) -> None:
-        for domain in domains:
-            self._file(domain, cache)
-
-    @override
-    def clips(self, domain: str, split: Split, cache: Path | None) -> list[Clip]:
-        return load_clips(self._file(domain, cache), split)
 
     @override
     def describe(self, domain: str) -> str:
@@ -124,11 +111,8 @@ class OwnAudio(AudioSource):
             order = order[count:]
         return chosen | dict.fromkeys(order, "train")
 
-    def _file(self, domain: str, cache: Path | None) -> Path:
-        path = cache_dir("audio", root=cache) / f"{domain}-{config_hash(self.identity(domain))}.npz"
-        return build_once(path, lambda path: save_clips(path, self._read(domain)))
-
-    def _read(self, domain: str) -> dict[Split, list[Clip]]:
+    @override
+    def read(self, domain: str, cache: Path | None) -> dict[Split, list[Clip]]:
         found: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
         splits, odd = self.splits(domain), dict[str, list[str]]()
         for row in self.rows[domain]:
@@ -161,6 +145,8 @@ class JoinedAudio(AudioSource):
         ValueError: no collection, two with a domain of the same name, or with different sample rates.
     """
 
+    domains: list[str]
+
     def __init__(self, *, sources: list[AudioSource]) -> None:
         self.sources = list(sources)
         rates = {source.sample_rate for source in self.sources}
@@ -168,17 +154,17 @@ class JoinedAudio(AudioSource):
             raise ValueError(f"collections with sample rates {sorted(rates)}; give one or more of the same rate")
         self.sample_rate = rates.pop()
         self._of = {domain: source for source in reversed(self.sources) for domain in source.domains}
-        total = sum(len(source.domains) for source in self.sources)
-        if len(self._of) < total:
-            names = [domain for source in self.sources for domain in source.domains]
-            twice = sorted({name for name in names if names.count(name) > 1})
+        self.domains = [domain for source in self.sources for domain in source.domains]
+        if len(self._of) < len(self.domains):
+            twice = sorted({name for name in self.domains if self.domains.count(name) > 1})
             raise ValueError(f"two collections have domains named {', '.join(twice)}; rename one")
         self.default_roles = self.sources[0].default_roles  # type: ignore[misc]
 
-    @property
     @override
-    def domains(self) -> list[str]:
-        return [domain for source in self.sources for domain in source.domains]
+    def bind(self, roles: dict[Role, list[str]]) -> None:
+        super().bind(roles)
+        for source in self.sources:
+            source.bind({role: [n for n in names if self._of[n] is source] for role, names in roles.items()})
 
     @override
     def kind(self, domain: str) -> Kind:
@@ -204,9 +190,9 @@ class JoinedAudio(AudioSource):
         return self._of[domain].missing(domain, cache)
 
     @override
-    def prepare(self, domains: Sequence[str], cache: Path | None) -> None:
-        for domain in domains:
-            self._of[domain].prepare([domain], cache)
+    def prepare(self, cache: Path | None) -> None:
+        for source in self.sources:
+            source.prepare(cache)
 
     @override
     def clips(self, domain: str, split: Split, cache: Path | None) -> list[Clip]:

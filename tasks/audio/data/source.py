@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import Split
+from moeapps.data.source import DomainSource
 from tasks.audio.data.prompt import Kind, Prompt
 
 
@@ -32,21 +34,14 @@ class Clip:
     ends: bool = True
 
 
-class AudioSource(ABC):
+class AudioSource(DomainSource):
     """Base class of the collections of clips that `AudioData` can read.
 
     Attributes:
-        default_roles: domains per role where the data module names none.
         sample_rate: samples per second of every clip.
     """
 
-    default_roles: ClassVar[dict[Role, list[str]]] = {}
     sample_rate: int
-
-    @property
-    @abstractmethod
-    def domains(self) -> list[str]:
-        """All names a role may hold."""
 
     @abstractmethod
     def kind(self, domain: str) -> Kind:
@@ -67,23 +62,10 @@ class AudioSource(ABC):
         Domains of every role have a ``train`` split: that of an unseen one is what a few steps of tuning are given.
         """
 
-    @abstractmethod
-    def describe(self, domain: str) -> str:
-        """Say where a domain's clips come from, for results files."""
+    @override
+    def dataset(self, domain: str, split: Split, cache: Path | None) -> Any:
+        return self.clips(domain, split, cache)
 
     def parts(self, domain: str) -> Sequence[str]:
         """Return the collections a domain is made of; domains that share one may not have different roles."""
         return [domain]
-
-    def missing(self, domain: str, cache: Path | None) -> str | None:
-        """Return why an OPTIONAL domain cannot be had, or None."""
-        return None
-
-    def prepare(self, domains: Sequence[str], cache: Path | None) -> None:  # noqa: B027 - a user's files need none
-        """Fetch or generate what is not in the cache yet; called once, by one process."""
-
-    def check(self, domains: Sequence[str]) -> None:
-        """Raise ValueError where a name is not one of `domains`."""
-        for name in domains:
-            if name not in self.domains:
-                raise ValueError(f"{type(self).__name__} has no domain {name!r}; allowed: {', '.join(self.domains)}")

@@ -1,22 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of a domain kept in one file of the cache: 16-bit waves, prompts, names."""
+"""Clips of a domain kept in one file of the cache: 16-bit waves, prompts, names; and the sources that keep them so."""
 
 from __future__ import annotations
 
 import json
 import zipfile
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
+from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
 from moeapps.files import write_arrays
 from tasks.audio.data.prompt import Prompt
-from tasks.audio.data.source import Clip
+from tasks.audio.data.source import AudioSource, Clip
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class KeptAudio(AudioSource):
+    """Base class of collections whose clips are read or made once; a file of the cache keeps those of a domain."""
+
+    @abstractmethod
+    def read(self, domain: str, cache: Path | None) -> dict[Split, list[Clip]]:
+        """Return the clips of all splits of a domain anew."""
+
+    @override
+    def prepare(self, cache: Path | None) -> None:
+        from rich.progress import track
+
+        wanted = [name for name in self.role_of if not self._path(name, cache).exists()]
+        for name in track(wanted, "keeping clips", transient=True, disable=not wanted):
+            self._file(name, cache)
+
+    @override
+    def clips(self, domain: str, split: Split, cache: Path | None) -> list[Clip]:
+        return load_clips(self._file(domain, cache), split)
+
+    def _path(self, domain: str, cache: Path | None) -> Path:
+        return cache_dir("audio", root=cache) / f"{domain}-{config_hash(self.identity(domain))}.npz"
+
+    def _file(self, domain: str, cache: Path | None) -> Path:
+        return build_once(self._path(domain, cache), lambda path: save_clips(path, self.read(domain, cache)))
 
 
 def save_clips(path: Path, splits: dict[Split, list[Clip]]) -> None:

@@ -29,14 +29,15 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = 45,
     top_p: float = 1.0,
-    min_frames: int = 0,
-    max_frames: int = 96,
+    min_frames: int | Tensor = 0,
+    max_frames: int | Tensor = 96,
     end_if_best: bool = False,
     seed: int = 0,
+    place: Tensor | None = None,
 ) -> list[Tensor]:
     """Codes of new clips.
 
-    Clip i draws by numbers of its own that depend on the seed and i alone, so that it is the same in any batch.
+    A clip draws by numbers of its own that depend on the seed and its place alone, so that it is the same in any batch.
 
     Args:
         net: in training mode, it is put into evaluation mode meanwhile.
@@ -47,28 +48,35 @@ def generate(
         temperature: of the draws; 0 takes the best token.
         top_k: only the k best tokens can be drawn; None means all.
         top_p: only the fewest tokens that hold this probability can be drawn.
-        min_frames: new frames before a clip may end.
-        max_frames: new frames after which it ends in any case.
+        min_frames: new frames before a clip may end, one number or int64 [B]; with 0 it may have none.
+        max_frames: new frames after which it ends in any case, one number or int64 [B].
         end_if_best: end only where that is the first book's best token (as released), not whenever it is drawn.
         seed: of the draws.
+        place: int64 [B], number of each clip among all that share the seed; None counts those given.
 
     Returns:
         One int64 [K, T_b] per clip: the frames given and the new ones, real codes only.
 
     Raises:
-        ValueError: a negative scale, frames that do not fit each other, codes or domains for another number of clips,
-            clips with holes, or a network whose logits are not finite.
+        ValueError: a negative scale, frames that do not fit each other, codes, domains or places for another number of
+            clips, clips with holes, or a network whose logits are not finite.
 
     Source: UniMoE-Audio (docs/papers/unimoe_audio.md, equations 12 to 14). Differs: the logit of the end is not
         multiplied by 0.6 for music, which raises it where it is negative.
     """
-    if not 0 <= cfg_scale < float("inf") or not 0 <= min_frames <= max_frames or max_frames < 1:
+    least_B, most_B = (_of_each(frames, prompt_BS, "frames") for frames in (min_frames, max_frames))
+    if not 0 <= cfg_scale < float("inf") or not bool(((least_B >= 0) & (least_B <= most_B) & (most_B >= 1)).all()):
         raise ValueError(
             f"cfg_scale={cfg_scale}, min_frames={min_frames}, max_frames={max_frames}: use a scale of 0 or more, and "
             "0 <= min_frames <= max_frames with at least 1"
         )
+    if not len(prompt_BS):
+        return []
     given_BKT = _given(continue_codes, prompt_BS, net.delay)
-    draws = Draws(net.delay, given_BKT, Sampling(temperature, top_k, top_p), min_frames, max_frames, end_if_best, seed)
+    place_B = torch.arange(len(prompt_BS)) if place is None else _of_each(place, prompt_BS, "place")
+    draws = Draws(
+        net.delay, given_BKT, Sampling(temperature, top_k, top_p), least_B, most_B, end_if_best, seed, place_B.tolist()
+    )
     with _evaluating(net):
         guided = Guided(net, prompt_BS, draws.known(), draws.num_steps, cfg_scale, domain)
         if not guided.logits.isfinite().all():
@@ -131,10 +139,11 @@ class Draws:
         delay: the pattern.
         given_BKT: codes to go on with.
         sampling: how tokens are drawn.
-        min_frames: new frames before a clip may end.
-        max_frames: new frames after which it ends.
+        least_B: new frames before a clip may end.
+        most_B: new frames after which it ends.
         end_if_best: whether the end must be the best token.
         seed: of the draws.
+        place: number of each clip among all that share the seed.
 
     Source: docs/papers/unimoe_audio.md, equation 14.
     """
@@ -144,28 +153,28 @@ class Draws:
         delay: DelayPattern,
         given_BKT: Tensor,
         sampling: Sampling,
-        min_frames: int,
-        max_frames: int,
+        least_B: Tensor,
+        most_B: Tensor,
         end_if_best: bool,
         seed: int,
+        place: list[int],
     ) -> None:
         self.delay, self.sampling, self.end_if_best = delay, sampling, end_if_best
         device = given_BKT.device
         self.length_B = (given_BKT[:, 0] != NO_CODE).sum(-1)
-        self.first_end_B, self.end_B = self.length_B + min_frames, self.length_B + max_frames
-        room = F.pad(given_BKT, (0, max_frames), value=NO_CODE)
+        self.first_end_B, self.end_B = self.length_B + least_B, self.length_B + most_B
+        room = F.pad(given_BKT, (0, max(0, int(self.end_B.max()) - given_BKT.shape[-1])), value=NO_CODE)
         self.given_BKL = delay.apply(room, torch.zeros(len(given_BKT), dtype=torch.bool, device=device))
         self.num_steps = self.given_BKL.shape[-1]
         self.frame_KL = delay.frames(self.num_steps, device)
-        self.uniform_BLK = _uniform(len(given_BKT), self.num_steps, len(delay.delays), seed).to(device)
+        self.uniform_BLK = _uniform(place, self.num_steps, len(delay.delays), seed).to(device)
         self.never_KX = torch.ones(len(delay.delays), delay.num_tokens, dtype=torch.bool, device=device)
         self.never_KX[:, : delay.num_codes] = self.never_KX[0, delay.end] = False
         self.steps: list[Tensor] = list(self.known().unbind(-1))
 
     def known(self) -> Tensor:
         """The first steps, all books of which are given: [B, K, L]."""
-        shortest = int(self.length_B.min()) if len(self.length_B) else 0
-        return self.given_BKL[..., : shortest + 1]
+        return self.given_BKL[..., : int(self.length_B.min()) + 1]
 
     @property
     def last(self) -> Tensor:
@@ -225,13 +234,18 @@ def _given(codes: Tensor | None, prompt_BS: Tensor, delay: DelayPattern) -> Tens
     return codes
 
 
-def _uniform(num_clips: int, num_steps: int, num_books: int, seed: int) -> Tensor:
-    """Numbers in [0, 1), [B, L, K]; those of a clip depend on the seed and its place alone."""
-    rows = [
-        torch.rand(num_steps, num_books, generator=torch.Generator().manual_seed(1_000_003 * seed + i))
-        for i in range(num_clips)
-    ]
-    return torch.stack(rows) if rows else torch.zeros(0, num_steps, num_books)
+def _of_each(values: int | Tensor, prompt_BS: Tensor, name: str) -> Tensor:
+    """One number for each clip, int64 [B]."""
+    found = torch.as_tensor(values, device=prompt_BS.device)
+    if found.ndim > 1 or (found.ndim == 1 and len(found) != len(prompt_BS)):
+        raise ValueError(f"{name}: {tuple(found.shape)} numbers for {len(prompt_BS)} prompts; give one for each")
+    return found.expand(len(prompt_BS))
+
+
+def _uniform(place: list[int], num_steps: int, num_books: int, seed: int) -> Tensor:
+    """Numbers in [0, 1), [B, L, K]; those of a clip depend on the seed and its place alone, however many steps."""
+    generators = [torch.Generator().manual_seed(1_000_003 * seed + number) for number in place]
+    return torch.stack([torch.rand(num_steps, num_books, generator=generator) for generator in generators])
 
 
 @contextmanager

@@ -7,26 +7,27 @@ real expert.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
 from moeapps.moe.objectives import routed
+from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Place, Record
 from moeapps.moe.routing import Routing
 from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.experts import group_names
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report
 from moeapps.training.task import BaseTask
 
 SUMS = ("rows", "real", "null", "none")
 
 
-class CapacityReport(L.Callback):
+class CapacityReport(Report):
     """After a test, count real and null experts of the steps of the clips (rows of prompts are left out).
 
     Of each layer, and (group ``capacity``) as means over the layers:
@@ -40,31 +41,22 @@ class CapacityReport(L.Callback):
     whose layers all run all experts.
     """
 
+    joins_processes = True
+
     def __init__(self) -> None:
+        super().__init__()
         self.sums: dict[Place, Tensor] = {}
         self.domains: list[str] = []
         self.seen: list[int] = []
-        self.result: dict[str, dict[str, float]] = {}
 
     @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = cast(BaseTask, pl_module).data
-        self.sums, self.result = {}, {}
-        self.domains = data.eval_domains("test")
-        self.seen = [place for place, name in enumerate(self.domains) if data.role_of(name) == "seen"]
+    def start(self, task: BaseTask) -> None:
+        self.sums, self.domains = {}, task.data.eval_domains("test")
+        self.seen = [place for place, name in enumerate(self.domains) if task.data.role_of(name) == "seen"]
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        task = cast(BaseTask, pl_module)
-        if not task.last_records:  # a padding batch of a run in several processes
+    def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
+        if not task.last_records:
             return
         time = task.routing_factors(batch)["time"]
         for record in task.last_records:
@@ -75,13 +67,11 @@ class CapacityReport(L.Callback):
                         len(self.domains), time.num_labels, len(SUMS), dtype=torch.float64, device=batch.device
                     ),
                 )
-                sums_ST[dataloader_idx] += count_rows(record, time.label_N, time.num_labels)
+                sums_ST[self.domains.index(domain)] += count_rows(record, time.label_N, time.num_labels)
 
     @override
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
-            for value in self.sums.values():
-                torch.distributed.all_reduce(value)
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        self.sums = sums_of_all_ranks(self.sums, task.device)
         names = group_names(list(self.sums))
         layers = {names[place].replace("experts", "capacity", 1): value.cpu() for place, value in self.sums.items()}
         numbers = {name: shares(value[self.seen].sum((0, 1))) for name, value in layers.items()}
@@ -89,8 +79,7 @@ class CapacityReport(L.Callback):
             return
         means = {key: sum(found[key] for found in numbers.values()) / len(numbers) for key in SUMS[1:]}
         self.result = {"capacity": means, **numbers}
-        folder = run_dir(trainer)
-        if folder is not None and trainer.is_global_zero:
+        if folder is not None:
             tables = {
                 name: {
                     domain: {
@@ -103,10 +92,6 @@ class CapacityReport(L.Callback):
             }
             write_json(folder / "metrics" / "capacity.json", {**self.result, "layers": tables})
             save_figure(self._figure(torch.stack(list(layers.values()))), folder / "figures" / "capacity.png", dpi=120)
-
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the numbers for the summary of the results file."""
-        return self.result
 
     def _figure(self, sums_ALL: Tensor) -> Any:
         """Real experts and rows without one, over the clip; a line for each domain."""

@@ -7,6 +7,7 @@ Shape legend: n samples.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from moeapps.reporting.figures import save_figure
 
 FLOOR_DB = -80.0
 """What silence is shown as, below the loudest cell of a spectrogram."""
+
+
+MARK = '<meta name="generator" content="moeapps">'
+"""In pages of ours: what they play may be removed."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,25 @@ def write_spectrogram(path: Path, wave: Tensor, sample_rate: int, *, title: str 
     if kept > 0:
         axes.axvline(kept, color="white", linewidth=1.0)
     axes.set(xlabel="s", ylabel="kHz")
-    axes.set_title(title.replace("$", r"\$"), fontsize=8)
+    axes.set_title(drawable(title), fontsize=8)
     figure.colorbar(image, ax=axes, label="dB")
     save_figure(figure, path, dpi=100)
     return path
 
 
+def drawable(text: str) -> str:
+    """Text as one line of a figure: characters that its font lacks are squares, a dollar sign begins no formula."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    line = "".join(sign if ord(sign) in known else "\N{WHITE SQUARE}" for sign in " ".join(text.split()))
+    return line.replace("$", r"\$")
+
+
 def write_clips(folder: Path, clips: Sequence[Heard], sample_rate: int, *, title: str) -> None:
     """Write WAV, PNG and TXT of every clip, and index.html, where a browser shows and plays them all.
+
+    Files of clips that are on an earlier page of the folder, and not written now, are removed; other files stay.
 
     Args:
         folder: where to.
@@ -106,19 +122,32 @@ def write_clips(folder: Path, clips: Sequence[Heard], sample_rate: int, *, title
         sample_rate: samples per second.
         title: of the page.
     """
-    rows = []
+    page = folder / "index.html"
+    rows: list[str] = []
+    earlier, written = _clips_of(page), set[str]()
     for clip in clips:
         write_text(folder / f"{clip.name}.txt", clip.prompt + "\n")
+        written.add(f"{clip.name}.txt")
         if not len(clip.wave):
             rows.append(f"<h3>{html.escape(clip.name)}</h3><p>{html.escape(clip.prompt)}</p><p>nothing was drawn</p>")
             continue
         write_wave(folder / f"{clip.name}.wav", clip.wave, sample_rate)
         shown = clip.prompt if len(clip.prompt) <= 70 else clip.prompt[:67] + "..."
         write_spectrogram(folder / f"{clip.name}.png", clip.wave, sample_rate, title=shown, kept=clip.kept)
+        written |= {f"{clip.name}.wav", f"{clip.name}.png"}
         name = html.escape(clip.name, quote=True)
         rows.append(
             f'<h3>{name}</h3><p>{html.escape(clip.prompt)}</p><audio controls src="{name}.wav"></audio><br>'
             f'<img src="{name}.png" alt="spectrogram of {name}">'
         )
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    write_text(folder / "index.html", f"{head}\n<h1>{html.escape(title)}</h1>\n" + "\n".join(rows) + "\n</html>\n")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8">{MARK}<title>{html.escape(title)}</title>'
+    write_text(page, f"{head}\n<h1>{html.escape(title)}</h1>\n" + "\n".join(rows) + "\n</html>\n")
+    for file in {f"{name}{ending}" for name in earlier for ending in (".wav", ".png", ".txt")} - written:
+        (folder / file).unlink(missing_ok=True)
+
+
+def _clips_of(page: Path) -> list[str]:
+    """Names of the clips on a page that `write_clips` wrote; none on any other page."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    names = re.findall(r"^<h3>(.*?)</h3><p>", text, flags=re.MULTILINE) if MARK in text else []
+    return [name for name in map(html.unescape, names) if Path(name).name == name]

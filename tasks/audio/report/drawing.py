@@ -31,7 +31,7 @@ class Drawing:
         temperature: divides the logits; 0 takes the likeliest code.
         top_k: likeliest codes that are drawn among (UniMoE-Audio: 45); None is all.
         top_p: smallest set of that probability that is drawn among; 1 is all.
-        min_seconds: no clip ends before.
+        min_seconds: no clip ends before; each has one frame at least.
         max_seconds: every clip ends then.
         seed: seed of the draws.
 
@@ -64,9 +64,10 @@ def draw_codes(
     *,
     domain: Tensor | None = None,
     keep: Tensor | None = None,
+    place: Tensor | None = None,
     batch_size: int = 64,
 ) -> list[Tensor]:
-    """Draw the codes of a clip for every prompt.
+    """Draw the codes of a clip for every prompt; what is drawn with a clip does not change it.
 
     Args:
         net: an `AudioLM` or a rival of it.
@@ -75,17 +76,19 @@ def draw_codes(
         how: how they are drawn.
         domain: int64 [B], for networks with parts of their own for each domain.
         keep: int64 [B, K, T], frames that the clips begin with, `NO_CODE` behind the last.
+        place: int64 [B], number of each clip among all that share the seed; None counts the prompts.
         batch_size: clips at a time.
 
     Returns:
-        int64 [K, T] of each clip on the CPU, the kept frames included.
+        int64 [K, T] of each clip on the CPU, the kept frames included; at least one frame.
     """
-    longest = max(1, round(how.max_seconds * frame_rate))
+    place_B = torch.arange(len(prompt_BS), device=prompt_BS.device) if place is None else place
+    kept_B = torch.zeros_like(place_B) if keep is None else (keep[:, 0] != NO_CODE).sum(1)
+    longest, shortest = max(1, round(how.max_seconds * frame_rate)), max(1, round(how.min_seconds * frame_rate))
+    new_B = (longest - kept_B).clamp(min=1)
     found: list[Tensor] = []
     for start in range(0, len(prompt_BS), batch_size):
         rows = slice(start, start + batch_size)
-        kept = 0 if keep is None else int((keep[rows, 0] != NO_CODE).sum(1).min())
-        new = max(1, longest - kept)
         found += generate(
             net,
             prompt_BS[rows],
@@ -95,11 +98,12 @@ def draw_codes(
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
-            min_frames=min(new, max(0, round(how.min_seconds * frame_rate) - kept)),
-            max_frames=new,
-            seed=how.seed * 1009 + start,
+            min_frames=(shortest - kept_B).clamp(min=0).minimum(new_B)[rows],
+            max_frames=new_B[rows],
+            seed=how.seed,
+            place=place_B[rows],
         )
-    return [codes[:, : max(longest, 1)].cpu() for codes in found]
+    return [codes[:, :longest].cpu() for codes in found]
 
 
 def sounds(tokenizer: Tokenizer, codes: Sequence[Tensor]) -> list[Tensor]:

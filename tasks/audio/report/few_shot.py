@@ -5,21 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from moeapps.training.run import run_dir
+from moeapps.moe.ranks import alone
+from moeapps.training.callbacks.report import Report
+from moeapps.training.scores import over_processes
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
 from tasks.audio.data.batch import CodeClips
 from tasks.audio.datamodule import AudioData
 
 
-class FewShot(L.Callback):
+class FewShot(Report):
     """After a test, tune on training clips of every unseen domain, score its test clips, and forget it again.
 
     Adds a group ``few_shot_<k>.<domain>`` to the summary of metrics/test.json for every number of steps k, and
@@ -47,6 +49,7 @@ class FewShot(L.Callback):
         tuned: Sequence[str] = ("*",),
         seed: int = 0,
     ) -> None:
+        super().__init__()
         if not steps or min(steps) < 0 or batch_size < 1 or not tuned:
             raise ValueError(
                 f"steps={list(steps)}, batch_size={batch_size}, tuned={list(tuned)}; steps are 0 or more, clips of a "
@@ -54,19 +57,13 @@ class FewShot(L.Callback):
             )
         self.steps, self.batch_size, self.lr = sorted({0, *steps}), batch_size, lr
         self.tuned, self.seed = list(tuned), seed
-        self.result: dict[str, dict[str, float]] = {}
 
     @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = {}
-
-    @override
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = cast(AudioData, cast(Any, trainer).datamodule)
-        task = cast(BaseTask, pl_module)
-        if run_dir(trainer) is None or not trainer.is_global_zero or not tuned_parameters(task, self.tuned):
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        data = cast(AudioData, task.data)
+        if folder is None or not tuned_parameters(task, self.tuned):
             return
-        with torch.inference_mode(False), isolate_rng():
+        with alone(), torch.inference_mode(False), isolate_rng():
             for domain in data.present("unseen"):
                 self._domain(task, data, domain)
         domains = [name.partition(".")[2] for name in self.result if name.startswith("few_shot_0.")]
@@ -86,15 +83,11 @@ class FewShot(L.Callback):
             gain = scores[0]["bits_0"] - found["bits_0"]
             self.result[f"few_shot_{count}.{domain}"] = {**found, "gain": gain}
 
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the numbers for the summary of the results file."""
-        return self.result
-
 
 @torch.no_grad()
 def score(task: BaseTask, data: AudioData, domain: str) -> dict[str, float]:
     """``bits_0`` and ``bits`` of a domain's test clips, as the test counts them."""
-    metrics = task.configure_metrics(domain).to(task.device)
+    metrics = over_processes(task.configure_metrics(domain)).to(task.device)
     task.eval()
     clips = cast(CodeClips, data.get_dataset(domain, "test"))
     for rows in torch.arange(len(clips)).split(data.eval_batch_size):

@@ -20,7 +20,9 @@ from typing_extensions import override
 
 from moeapps.data.domain import Split
 from moeapps.files import write_json
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report, writing_dir
+from moeapps.training.callbacks.side import SideReport
+from moeapps.training.task import BaseTask
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.datamodule import AudioData
 from tasks.audio.report.clips import Heard, write_clips
@@ -77,7 +79,7 @@ def draw_like(task: Any, data: AudioData, split: Split, per_domain: int, how: Dr
     return Drawn(codes, waves, prompts, [n for n, _, _ in chosen], [clip.wave for _, _, clip in chosen], seconds)
 
 
-class AudioSamples(L.Callback):
+class AudioSamples(SideReport):
     """Write clips to samples/epoch_<k>/ while training and to samples/test/ after a test, and to TensorBoard.
 
     Each has a WAV, a spectrogram and its prompt; index.html plays them all. While training the prompts are those of
@@ -115,8 +117,8 @@ class AudioSamples(L.Callback):
         self._write(trainer, pl_module, "test", "test")
 
     def _write(self, trainer: L.Trainer, task: L.LightningModule, split: Split, name: str) -> None:
-        folder = run_dir(trainer)
-        if folder is None or not trainer.is_global_zero:
+        folder = writing_dir(trainer)
+        if folder is None:
             return
         data = cast(AudioData, cast(Any, trainer).datamodule)
         drawn = draw_like(task, data, split, self.per_domain, self.drawing)
@@ -144,7 +146,7 @@ def add_to_boards(trainer: L.Trainer, tag: str, wave: Tensor, sample_rate: int) 
             add(tag, wave.clamp(-1, 1).unsqueeze(0), trainer.global_step, sample_rate=sample_rate)
 
 
-class GenerationQuality(L.Callback):
+class GenerationQuality(Report):
     """Draw clips at the end of a test and judge them beside real ones.
 
     Adds the groups ``generation`` and ``generation.<domain>`` of `judge_clips` to the summary of metrics/test.json and
@@ -161,22 +163,17 @@ class GenerationQuality(L.Callback):
     """
 
     def __init__(self, *, per_domain: int = 40, drawing: Drawing | None = None, judging: Judging | None = None) -> None:
+        super().__init__()
         if per_domain < 1:
             raise ValueError(f"per_domain={per_domain} is not allowed; use 1 or more")
         self.per_domain, self.drawing, self.judging = per_domain, drawing or Drawing(), judging
-        self.result: dict[str, dict[str, float]] = {}
 
     @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = {}
-
-    @override
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_dir(trainer)
-        if folder is None or not trainer.is_global_zero:
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        if folder is None:
             return
-        data = cast(AudioData, cast(Any, trainer).datamodule)
-        drawn = draw_like(pl_module, data, "test", self.per_domain, self.drawing)
+        data = cast(AudioData, task.data)
+        drawn = draw_like(task, data, "test", self.per_domain, self.drawing)
         judge = get_judge(data, self.judging)
         real = Real.of(data)
         self.result = judge_clips(drawn.codes, drawn.waves, drawn.prompts, drawn.domain, real, judge)
@@ -193,10 +190,6 @@ class GenerationQuality(L.Callback):
             ", ".join(f"{name} {told[name]:.3f}" for name in HEADLINE if name in told),
             folder / "metrics" / "generation.json",
         )
-
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the numbers for the summary of the results file."""
-        return self.result
 
 
 HEADLINE: Sequence[str] = ("loudness", "silent", "domain_accuracy", "real_domain_accuracy", "frechet", "frechet_floor")

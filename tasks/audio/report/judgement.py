@@ -94,7 +94,8 @@ def judge_clips(
         ``generation``: numbers over all clips, distances as means over the domains; ``generation.<domain>``: over one
         domain. In each:
 
-        - ``loudness``: median RMS in dBFS; ``real_loudness``; ``silent``: share of the clips below -40 dBFS.
+        - ``loudness``: median RMS in dBFS; ``quietest``: the lowest; ``real_loudness``; ``silent``: share of the clips
+          below -40 dBFS.
         - ``seconds``, ``real_seconds``: mean duration.
         - ``domain_accuracy``: share of the clips that the judge hears as the domain asked for;
           ``real_domain_accuracy`` of real test clips, ``coded_domain_accuracy`` of those through the tokenizer.
@@ -132,6 +133,7 @@ def judge_clips(
         levels = [loudness(wave) for wave in clips]
         found = {
             "loudness": statistics.median(levels),
+            "quietest": min(levels),
             "real_loudness": statistics.median(map(loudness, truth)),
             "silent": sum(level < QUIET for level in levels) / len(levels),
             "seconds": sum(map(len, clips)) / len(clips) / real.sample_rate,

@@ -24,7 +24,7 @@ def main(words: Sequence[str], task: Any, data: Any) -> int:
     Raises:
         ValueError: a prompt that is not understood, a number that is not allowed, an unknown domain.
     """
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     if options.count < 1:
         raise ValueError(f"--count {options.count}: use 1 or more")
     if not options.seconds > 0:
@@ -82,22 +82,30 @@ def wanted_prompts(lines: Sequence[str], domains: Sequence[str], count: int, dat
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="moeapps sample --run DIR",
-        description="Draw clips: a WAV, a spectrogram and the prompt of each, and index.html to hear them all.",
+        description="Draw clips: a WAV, a spectrogram and the prompt of each, and index.html to hear them all. Clips "
+        "that an earlier page of the folder played are removed.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="'speech voice=low: la mo ti' (repeat for more)"
     )
-    parser.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="take prompts of their test clips")
-    parser.add_argument("--count", type=int, default=4, help="clips of each prompt or domain")
-    parser.add_argument("--cfg", type=float, default=Drawing.cfg, help="strength of guidance; 0 is none")
-    parser.add_argument("--temperature", type=float, default=Drawing.temperature, help="0 takes the likeliest code")
-    parser.add_argument("--top_k", type=int, default=Drawing.top_k, help="draw among so many codes; 0 is all")
-    parser.add_argument("--top_p", type=float, default=Drawing.top_p, help="draw among the likeliest of this sum")
-    parser.add_argument("--seconds", type=float, default=Drawing.max_seconds, help="longest clip")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument(
+        "--domains", nargs="+", default=[], metavar="NAME", help="take prompts of their test clips (default: seen ones)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into (default: sample/ of the run)")
+    numbers: dict[str, tuple[type, float | None, str]] = {
+        "count": (int, 4, "clips of each prompt or domain"),
+        "cfg": (float, Drawing.cfg, "strength of guidance; 0 is none"),
+        "temperature": (float, Drawing.temperature, "0 takes the likeliest code"),
+        "top_k": (int, Drawing.top_k, "draw among so many codes; 0 is all"),
+        "top_p": (float, Drawing.top_p, "draw among the likeliest of this sum"),
+        "seconds": (float, Drawing.max_seconds, "longest clip"),
+        "seed": (int, 0, "seed of the draws"),
+    }
+    for name, (kind, value, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=kind, default=value, help=f"{text} (default: %(default)s)")
     return parser

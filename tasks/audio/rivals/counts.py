@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moeapps.moe.ranks import sum_over_ranks
 from tasks.audio.nets.delay import DelayPattern, audiocraft
 from tasks.audio.nets.language_model import IGNORED, CodecLM
 
@@ -171,9 +172,9 @@ def _known(domain: Tensor | None, net: nn.Module) -> Tensor:
 
 
 def _add(counts: Tensor, *index: Tensor, where: Tensor) -> None:
-    """Count the places, in place."""
+    """Count the places of all processes, in place."""
     flat = torch.zeros_like(where, dtype=torch.int64)
     for size, part in zip(counts.shape, index, strict=True):
         flat = flat * size + part
     found = torch.bincount(flat[where], minlength=counts.numel())
-    counts += found.view_as(counts).to(counts.dtype)
+    counts += sum_over_ranks(found).view_as(counts).to(counts.dtype)

@@ -6,16 +6,17 @@ S environments, N trajectories per environment, T samples, D state size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeapps.data.gather import Rows
+
 
 @dataclass
-class Trajectories:
+class Trajectories(Rows):
     """Trajectories of S environments; rows stand in the order of ``env``.
 
     Attributes:
@@ -48,11 +49,6 @@ class Trajectories:
     def query(self) -> Trajectories:
         """The trajectories that are scored: all of a trained environment, those after the support of a new one."""
         return self._trajectories(slice(self.num_support, None))
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Trajectories:
-        """Apply a function to every tensor."""
-        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
 
     def environments(self, rows: Tensor) -> Trajectories:
         """Keep some environments.

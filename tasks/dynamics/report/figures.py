@@ -16,7 +16,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from moeapps.reporting.figures import COLOURS, FAINT, INK, colour, save_figure
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.task import BaseTask
 
 Floats = npt.NDArray[np.floating]
@@ -240,46 +240,34 @@ def _limits(set_limits: Any, truth: Floats) -> None:
 # --- callback ---------------------------------------------------------------------------------------------------------
 
 
-class SystemFigures(L.Callback):
+class SystemFigures(Report):
     """Write pictures into ``<run>/figures``: trajectories and phase portraits of a domain, and the map of contexts.
 
     ``test`` draws the seen domains, whose contexts are known; ``predict`` draws all, new environments too.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._contexts: list[dict[str, Any]] = []
 
     @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, task: BaseTask) -> None:
         self._contexts = []
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        data = cast(Any, trainer).datamodule
-        domain, answer = data.eval_domains("test")[dataloader_idx], cast(BaseTask, pl_module).last_answer
-        if run_dir(trainer) is None or not trainer.is_global_zero or batch_idx or data.role_of(domain) != "seen":
+    def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
+        folder = writing_dir(task.trainer)
+        if folder is None or batch_idx or task.last_answer is None or task.data.role_of(domain) != "seen":
             return
-        if answer is None:
-            return
-        answers = answer()
-        self._contexts.append(answers)
-        self._draw(trainer, answers, batch.num_given)
+        self._contexts.append(task.last_answer())
+        self._draw(folder, task.data, self._contexts[-1], batch.num_given)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the contexts of all trained environments."""
-        folder = run_dir(trainer)
+    @override
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
         if folder is None or not self._contexts:
             return
         parts = {k: np.concatenate([a[k].numpy() for a in self._contexts]) for k in ("context", "family", "expert")}
-        families = cast(Any, trainer).datamodule.facts["families"]
+        families = task.data.facts["families"]
         figure = context_figure("contexts of the trained environments", **parts, families=families)
         save_figure(figure, folder / "figures" / "contexts.png")
 
@@ -293,11 +281,12 @@ class SystemFigures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if run_dir(trainer) is not None and trainer.is_global_zero and not batch_idx:
-            self._draw(trainer, outputs, batch.num_given)
+        folder = writing_dir(trainer)
+        if folder is not None and not batch_idx:
+            self._draw(folder, cast(Any, trainer).datamodule, outputs, batch.num_given)
 
-    def _draw(self, trainer: L.Trainer, answers: dict[str, Any], given: int) -> None:
-        folder, data, domain = cast(Path, run_dir(trainer)), cast(Any, trainer).datamodule, answers["domain"]
+    def _draw(self, folder: Path, data: Any, answers: dict[str, Any], given: int) -> None:
+        domain = answers["domain"]
         truth, pred, dt = (answers[key].numpy() for key in ("truth", "x", "dt"))
         names = [
             f"{n}, expert {k}" for n, k in zip(data.names_of(answers["env"], domain), answers["expert"], strict=True)

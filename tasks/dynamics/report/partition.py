@@ -14,8 +14,9 @@ from typing_extensions import override
 from moeapps.files import write_json
 from moeapps.moe import MoERecorder
 from moeapps.reporting.figures import save_figure
+from moeapps.training.callbacks.report import writing_dir
 from moeapps.training.callbacks.router_fit import RouterFit, fitted_routers
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.side import SideReport
 from tasks.dynamics.data.fields import ODEBENCH_ALIKE
 from tasks.dynamics.metrics import adjusted_rand_index, merged, purity
 from tasks.dynamics.report.figures import gate_figure
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tasks.dynamics.module import DynamicsTask
 
 
-class PartitionReport(L.Callback):
+class PartitionReport(SideReport):
     """Log ``moe/partition/ari``, ``/purity`` and ``/experts`` at every validation; write metrics/partition.json.
 
     Results files get a group ``partition`` with these, ``ari_identifiable`` (families of one field count as one), the
@@ -60,8 +61,8 @@ class PartitionReport(L.Callback):
         """Measure, for the results file, and write the history."""
         task = cast("DynamicsTask", pl_module)
         self._last = self.measure(trainer, task)
-        folder = run_dir(trainer)
-        if folder is not None and trainer.is_global_zero:
+        folder = writing_dir(trainer)
+        if folder is not None:
             data = task.training_data()
             names = cast(list[str], task.facts.get("families", []))
             content = {
@@ -107,14 +108,14 @@ class PartitionReport(L.Callback):
         return fits[0].seconds / (fits[0].steps // fits[0].every) if fits else None
 
 
-class GatePicture(L.Callback):
+class GatePicture(SideReport):
     """Draw figures/gate.png after a test: the expert of every trained environment over training."""
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what the partition report remembers."""
-        task, folder = cast("DynamicsTask", pl_module), run_dir(trainer)
+        task, folder = cast("DynamicsTask", pl_module), writing_dir(trainer)
         history = [c.history for c in cast(Any, trainer).callbacks if isinstance(c, PartitionReport)]
-        if folder is None or not trainer.is_global_zero or not history or not history[0]:
+        if folder is None or not history or not history[0]:
             return
         steps, experts = (np.array([entry[key] for entry in history[0]]) for key in ("step", "expert"))
         names = cast(list[str], task.facts.get("families", []))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
-from moeapps.training.run import run_dir
+from moeapps.moe.ranks import alone
+from moeapps.training.callbacks.report import Report
 from moeapps.training.task import BaseTask
 from moeapps.training.tuning import restored, tuned_parameters
 from tasks.image_diffusion.datamodule import ImageData
@@ -29,7 +30,7 @@ log = logging.getLogger("moeapps")
 PATTERNS = ("*router*", "*proto*", "*experts*")
 
 
-class FewShot(L.Callback):
+class FewShot(Report):
     """After a test, tune routers and experts on a few training images of every unseen domain, and forget it again.
 
     Adds a group ``few_shot_<images>.<domain>`` to the summary of metrics/test.json: ``null_before``, ``null_after``
@@ -64,6 +65,7 @@ class FewShot(L.Callback):
         test_images: int = 500,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         if min([*images, steps, batch_size, test_images]) < 1 or not images or not tuned:
             raise ValueError(
                 f"images={list(images)}, steps={steps}, batch_size={batch_size}, test_images={test_images}, "
@@ -71,22 +73,16 @@ class FewShot(L.Callback):
             )
         self.images, self.steps, self.batch_size, self.lr = list(images), steps, batch_size, lr
         self.tuned, self.test_images, self.seed = list(tuned), test_images, seed
-        self.result: dict[str, dict[str, float]] = {}
 
     @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = {}
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tune and score, domain by domain, on the first process."""
-        data = cast(ImageData, cast(Any, trainer).datamodule)
-        if run_dir(trainer) is None or not trainer.is_global_zero:
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        data = cast(ImageData, task.data)
+        if folder is None:
             return
-        task = cast(BaseTask, pl_module)
         if not tuned_parameters(task, self.tuned):
             log.info("few-shot: no parameter is named %s; nothing is tuned", " or ".join(self.tuned))
             return
-        with torch.inference_mode(False), isolate_rng():
+        with alone(), torch.inference_mode(False), isolate_rng():
             torch.manual_seed(self.seed)
             for domain in data.present("unseen"):
                 self._domain(task, data, domain)
@@ -114,10 +110,6 @@ class FewShot(L.Callback):
                 "images": float(len(few)),
                 "tuned": share,
             }
-
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the numbers for the summary of the results file."""
-        return self.result
 
 
 @torch.no_grad()

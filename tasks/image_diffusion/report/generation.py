@@ -13,7 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_json
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report, writing_dir
+from moeapps.training.callbacks.side import SideReport
+from moeapps.training.task import BaseTask
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.samplers import sample
 from tasks.image_diffusion.report.inception import InceptionFeatures
@@ -24,7 +26,7 @@ from tasks.image_diffusion.report.pictures import grid, spread, write_png
 log = logging.getLogger("moeapps")
 
 
-class SampleGrid(L.Callback):
+class SampleGrid(SideReport):
     """Write figures/samples-epoch_<k>.png while training: a row per class, the same noise every time.
 
     The images are drawn by the weights that validation uses, averaged ones where they are averaged.
@@ -65,8 +67,8 @@ class SampleGrid(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw before the first batch: averaged weights are in place by then, whatever the order of callbacks."""
-        folder = run_dir(trainer)
-        if batch_idx or dataloader_idx or trainer.sanity_checking or folder is None or not trainer.is_global_zero:
+        folder = writing_dir(trainer)
+        if batch_idx or dataloader_idx or trainer.sanity_checking or folder is None:
             return
         epoch = trainer.current_epoch
         last = trainer.max_epochs is not None and epoch + 1 == trainer.max_epochs
@@ -81,7 +83,7 @@ class SampleGrid(L.Callback):
         write_png(folder / "figures" / f"samples-epoch_{epoch}.png", grid(image, columns))
 
 
-class GenerationQuality(L.Callback):
+class GenerationQuality(Report):
     """Draw images at the end of a test and judge them beside real ones.
 
     Adds the groups ``generation`` and ``generation.<domain>`` of `judge_images` to the summary of metrics/test.json and
@@ -115,6 +117,7 @@ class GenerationQuality(L.Callback):
         judging: Judging | None = None,
         inception: Path | None = None,
     ) -> None:
+        super().__init__()
         if num_images < 2 or steps < 1 or batch_size < 1:
             raise ValueError(
                 f"num_images={num_images}, steps={steps}, batch_size={batch_size}; at least 2 images, else 1 or more"
@@ -122,22 +125,16 @@ class GenerationQuality(L.Callback):
         self.num_images, self.cfg, self.steps, self.solver, self.seed = num_images, cfg, steps, solver, seed
         self.batch_size, self.judging = batch_size, judging
         self.inception = None if inception is None else InceptionFeatures(inception)
-        self.result: dict[str, dict[str, float]] = {}
 
     @override
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.result = {}
-
-    @override
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = run_dir(trainer)
-        if folder is None or not trainer.is_global_zero:
+    def finish(self, task: BaseTask, folder: Path | None) -> None:
+        if folder is None:
             return
-        data = cast(ImageData, cast(Any, trainer).datamodule)
+        data = cast(ImageData, task.data)
         real = RealImages(training_images(data), training_images(data, "test"), data.domain_names)
         label = real.labels(self.num_images)
         image = sample(
-            pl_module,
+            task,
             label,
             cfg=self.cfg,
             steps=self.steps,
@@ -166,7 +163,3 @@ class GenerationQuality(L.Callback):
         names = ("class_accuracy", "real_class_accuracy", "domain_accuracy", "nearest_ratio")
         shares = ", ".join(f"{name} {all_of_it[name]:.3f}" for name in names if name in all_of_it)
         log.info("samples: %s; see %s", shares, folder / "metrics" / "generation.json")
-
-    def describe_results(self) -> dict[str, dict[str, float]]:
-        """Return the numbers for the summary of the results file."""
-        return self.result

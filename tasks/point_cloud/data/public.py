@@ -216,7 +216,8 @@ class StreamedScans(ScanDataset):
     def _counts(self, cache: Path | None) -> list[int]:
         files = [(ref.name, *_stamp(ref.points)) for ref in self.refs]
         reader = self.source.reader
-        key = config_hash([str(reader.root.resolve()), files, self.voxel, self.max_voxels, reader.fingerprint()])
+        made_by = [type(reader).__name__, reader.fingerprint()]
+        key = config_hash([str(reader.root.resolve()), files, self.voxel, self.max_voxels, made_by])
         path = cache_dir("point_cloud", root=cache) / f"tiles-{self.domain}-{key}.json"
 
         def write(target: Path) -> None:

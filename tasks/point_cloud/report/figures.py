@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import lightning as L
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from moeapps.reporting.figures import COLOURS, INK, save_figure
-from moeapps.training.run import run_dir
+from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.nets.text import normalise_name, taxonomy
@@ -212,29 +212,20 @@ def scan_figure(scan: ScanPicture) -> Any:
     return figure
 
 
-class ScanFigures(L.Callback):
+class ScanFigures(Report):
     """Write ``<run>/figures/<domain>.png`` in ``test``: the first scan of every domain, put together from its tiles.
 
     Only the first batch of a domain is looked at, so a scan of many tiles may be shown in part.
     """
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw the first scan of the first batch of a domain."""
-        folder, answer = run_dir(trainer), cast(BaseTask, pl_module).last_answer
-        if folder is None or batch_idx or not trainer.is_global_zero or answer is None:
+    @override
+    def gather(self, task: BaseTask, batch: Any, domain: str, batch_idx: int) -> None:
+        folder = writing_dir(task.trainer)
+        if folder is None or batch_idx or task.last_answer is None:
             return
-        answers = answer()
-        picture = picture_of(answers, cast(Any, trainer).datamodule.role_of(answers[0]["domain"]))
+        picture = picture_of(task.last_answer(), task.data.role_of(domain))
         if (picture.truth_R != IGNORE).any():
-            save_figure(scan_figure(picture), folder / "figures" / f"{answers[0]['domain']}.png")
+            save_figure(scan_figure(picture), folder / "figures" / f"{domain}.png")
 
 
 def picture_of(answers: list[dict[str, Any]], role: str) -> ScanPicture:

@@ -76,10 +76,6 @@ def domain_guided_router(
         top_k: experts per voxel.
         num_domains: seen domains.
         domain_dim: length of a domain's vector.
-
-    Example:
-        >>> domain_guided_router(num_domains=2)(8)(torch.zeros(3, 8), group=torch.tensor([0, 1, 5])).num_rows
-        3
     """
     return lambda dim: Router(DomainGuidedScore(dim, num_experts, num_domains, domain_dim), TopK(top_k))
 

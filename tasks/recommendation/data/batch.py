@@ -6,17 +6,20 @@ B rows (impressions: one user was shown one item once), F dense features, J sing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+from moeapps.data.gather import Rows
 
 
 @dataclass
-class Interactions:
-    """Some impressions, a batch or a whole table. Lightning moves it between devices field by field.
+class Interactions(Rows):
+    """Some impressions, a batch or a whole table.
 
     Attributes:
         dense: float32 [B, F] features that are numbers; F may be 0.
@@ -40,26 +43,9 @@ class Interactions:
     row: Tensor
     oracle: Tensor | None = None
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.label)
-
-    def take(self, rows: Tensor) -> Interactions:
-        """Return the rows at int64 positions [n], in that order; one gather per column."""
-        return self._map(lambda part: part.index_select(0, rows))
-
-    def pin_memory(self) -> Interactions:
-        """Return a copy in page-locked memory (what a loader with ``pin_memory`` asks for)."""
-        return self._map(lambda part: part.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Interactions:
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        bags = {name: (change(ids), change(weight)) for name, (ids, weight) in columns.pop("bags").items()}
-        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in columns.items()}
-        return Interactions(bags=bags, **changed)
-
-    @staticmethod
-    def cat(parts: Sequence[Interactions]) -> Interactions:
+    @classmethod
+    @override
+    def cat(cls, parts: Sequence[Interactions]) -> Interactions:
         """Return the rows of all parts, one part after another; bags are padded to the longest.
 
         Raises:

@@ -6,20 +6,18 @@ B lists, N candidates per list, H past items, F fields of an item, Q fields of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from moeapps.data.gather import BatchDataset
+from moeapps.data.gather import Rows
 from tasks.recommendation.data.batch import check_ids
 
 
 @dataclass
-class Lists:
-    """Some lists, a batch or a whole table. Lightning moves it between devices field by field.
+class Lists(Rows):
+    """Some lists, a batch or a whole table.
 
     Attributes:
         history: int64 [B, H, F], fields of the user's past items, latest first; 0 is unknown and padding.
@@ -51,60 +49,6 @@ class Lists:
     row: Tensor
     factor: Tensor
     oracle: Tensor | None = None
-
-    def __len__(self) -> int:
-        """Return the number of lists."""
-        return len(self.label)
-
-    def take(self, rows: Tensor) -> Lists:
-        """Return the lists at int64 positions [n], in that order."""
-        return self._map(lambda part: part.index_select(0, rows))
-
-    def pin_memory(self) -> Lists:
-        """Return a copy in page-locked memory (what a loader with ``pin_memory`` asks for)."""
-        return self._map(lambda part: part.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Lists:
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in columns.items()}
-        return Lists(**changed)
-
-    @staticmethod
-    def cat(parts: Sequence[Lists]) -> Lists:
-        """Return the lists of all parts, one part after another.
-
-        Raises:
-            ValueError: no part, or parts with and without an oracle.
-        """
-        if not parts:
-            raise ValueError("nothing to join: give at least one part")
-        if len({part.oracle is None for part in parts}) > 1:
-            raise ValueError("parts with and without an oracle do not fit together; take them from one source")
-        names = [field.name for field in fields(parts[0]) if getattr(parts[0], field.name) is not None]
-        return Lists(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
-class ListDataset(BatchDataset):
-    """Lists in memory; a batch is one gather per column.
-
-    Args:
-        table: the lists.
-    """
-
-    def __init__(self, table: Lists) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        """Return the number of lists."""
-        return len(self.table)
-
-    def batch(self, rows: Tensor) -> Lists:
-        """Return the lists at int64 positions [n]."""
-        return self.table.take(rows)
-
-    def join(self, parts: list[Any], order: Tensor) -> Lists:
-        """Return one batch of several."""
-        return Lists.cat(parts).take(order)
 
 
 def truncated(batch: Lists, keep: int) -> Lists:

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeapps.data.domain import Role, Split
+from moeapps.data.gather import TableDataset
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.factors import (
     REFERENCE,
@@ -38,7 +39,7 @@ from tasks.recommendation.data.factors import (
     sigmoid,
     stream,
 )
-from tasks.recommendation.data.source import GeneratedLog, TableDataset
+from tasks.recommendation.data.source import GeneratedLog
 
 GENERATOR_VERSION = 1
 CONTEXT_NOISE = 0.1  # standard deviation of the noise on the two context numbers

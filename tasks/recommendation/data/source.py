@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
 from moeapps.data.gather import BatchDataset
 from moeapps.data.source import DomainSource
-from tasks.recommendation.data.batch import Interactions, Schema
+from tasks.recommendation.data.batch import Schema
 from tasks.recommendation.data.lists import ListSchema
 
 
@@ -95,26 +94,3 @@ def touched(roles: dict[Role, list[str]]) -> Iterator[tuple[Role, str, Split]]:
     }
     for role, names in roles.items():
         yield from ((role, name, split) for name in names for split in splits[role])
-
-
-class TableDataset(BatchDataset):
-    """A table in memory; a batch is one gather per column.
-
-    Args:
-        table: the rows.
-    """
-
-    def __init__(self, table: Interactions) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.table)
-
-    def batch(self, rows: Tensor) -> Interactions:
-        """Return the rows at int64 positions [n]."""
-        return self.table.take(rows)
-
-    def join(self, parts: list[Any], order: Tensor) -> Interactions:
-        """Return one batch of several."""
-        return Interactions.cat(parts).take(order)

@@ -31,8 +31,9 @@ import torch
 from numpy.typing import NDArray
 
 from moeapps.data.domain import Role, Split
+from moeapps.data.gather import TableDataset
 from tasks.recommendation.data.factors import Floats, stream
-from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema
+from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.source import GeneratedLog
 
 Ints = NDArray[np.int64]
@@ -173,9 +174,9 @@ class TasteTypes(GeneratedLog):
         style = int(self.item_ids[item, 2]) - 1
         return f"{item}: style {style} of taste {style // STYLES}"
 
-    def dataset(self, domain: str, split: Split, cache: Path | None) -> ListDataset:
+    def dataset(self, domain: str, split: Split, cache: Path | None) -> TableDataset:
         """Return the lists of one domain and split."""
-        return ListDataset(self._table(self.drawn(domain, split, cache)))
+        return TableDataset(self._table(self.drawn(domain, split, cache)))
 
     def made_of(self, domain: str, split: Split) -> list[Any]:
         """Return what lists depend on."""

@@ -24,11 +24,6 @@ class Dice(nn.Module):
         x [..., F], mask bool [...] or None -> [..., F].
 
     Source: G. Zhou et al., "Deep Interest Network", KDD 2018.
-
-    Example:
-        >>> Dice(3).eval()(torch.zeros(2, 3))
-        tensor([[0., 0., 0.],
-                [0., 0., 0.]], grad_fn=<AddBackward0>)
     """
 
     reads_mask: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from torch.sparse import check_sparse_tensor_invariants
 from torchmetrics.functional.clustering import adjusted_rand_score
 
+from moeapps.data.gather import Rows
 from moeapps.moe.routers import AttentionScore
 from tasks.recommendation.data.lists import Lists
 from tasks.recommendation.model import ListRanker
@@ -24,7 +25,7 @@ from tasks.recommendation.nets.list_banks import ListScores
 
 
 @dataclass(frozen=True)
-class GateSample:
+class GateSample(Rows):
     """Gates of some lists, each for the first candidate that the user took (the first of all where none was).
 
     Attributes:
@@ -46,18 +47,6 @@ class GateSample:
     item: Tensor
     user: Tensor
     row: Tensor
-
-    def take(self, rows: Tensor) -> GateSample:
-        """Return the lists at int64 positions [n] or where a bool [B] is True."""
-        taken: dict[str, Any] = {name: None if part is None else part[rows] for name, part in vars(self).items()}
-        return GateSample(**taken)
-
-    @staticmethod
-    def cat(samples: list[GateSample]) -> GateSample:
-        """Return the lists of all samples."""
-        names = [name for name, part in vars(samples[0]).items() if part is not None]
-        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in samples]) for name in names}
-        return GateSample(**{"parts": None, **joined})
 
 
 def gate_sample(net: ListRanker, batch: Lists) -> GateSample | None:

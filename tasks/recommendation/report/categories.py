@@ -10,7 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
+from moeapps.training.callbacks.side import SideReport
 from moeapps.training.scores import DomainScores
 from moeapps.training.task import BaseTask
 from tasks.recommendation.metrics import RankingScores, gauc
@@ -18,7 +20,7 @@ from tasks.recommendation.metrics import RankingScores, gauc
 Groups = dict[str, dict[str, float]]
 
 
-class CategoryScores(L.Callback):
+class CategoryScores(SideReport):
     """Add means over tasks to the summary of metrics/test.json.
 
     * ``<role>.<category>``: every kind of score, mean over the role's domains and the category's tasks; only for logs
@@ -32,10 +34,21 @@ class CategoryScores(L.Callback):
 
     def __init__(self) -> None:
         self._trainer: L.Trainer | None = None
+        self._oracle: Groups = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remember whose results these are."""
         self._trainer = trainer
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        task = cast(BaseTask, pl_module)
+        self._oracle = oracle_scores(task.scores["test" if trainer.testing else "val"], task.facts["tasks"])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ask for the truth where results are written, not while training."""
+        if trainer.state.fn == "validate":
+            self.on_test_epoch_end(trainer, pl_module)
 
     def describe_results(self) -> Groups:
         """Return the groups."""
@@ -43,10 +56,8 @@ class CategoryScores(L.Callback):
         if trainer is None:
             return {}
         task = cast(BaseTask, trainer.lightning_module)
-        groups = category_means(task.results.as_dict()["rows"], task.facts["tasks"], task.facts["categories"])
-        if trainer.world_size == 1:  # with several processes each holds a part of the rows
-            groups |= oracle_scores(task.scores["test" if trainer.testing else "val"], task.facts["tasks"])
-        return groups
+        means = category_means(task.results.as_dict()["rows"], task.facts["tasks"], task.facts["categories"])
+        return means | self._oracle
 
 
 def category_means(rows: list[dict[str, Any]], tasks: list[str], categories: list[str]) -> Groups:
@@ -71,12 +82,18 @@ def category_means(rows: list[dict[str, Any]], tasks: list[str], categories: lis
 
 
 def oracle_scores(scores: DomainScores, tasks: list[str]) -> Groups:
-    """The scores of the true probabilities and the model's distance to them; empty for logs without them."""
+    """The scores of the true probabilities and the model's distance to them; empty for logs without them.
+
+    To be called by all processes, each of which holds a part of the rows.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     margins = []
     for (_, role), metrics in zip(scores.domains.items(), scores.metrics, strict=True):
         kept = [m for m in cast(MetricCollection, metrics).values() if isinstance(m, RankingScores)]
-        rows = kept[0].rows() if kept else {}
+        rows: dict[str, Tensor] = {}
+        if kept:
+            with kept[0].sync_context(dist_sync_fn=kept[0].dist_sync_fn):
+                rows = kept[0].rows()
         if "oracle" not in rows:
             continue
         for t in range(len(tasks)):

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, cast
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -66,9 +65,9 @@ class ExpertDiagnostics(ExpertReport):
         self._batch: Interactions | None = None
         self.levels: list[LevelReport] = []
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, task: BaseTask) -> None:
         """Start anew."""
-        super().on_test_epoch_start(trainer, pl_module)
+        super().start(task)
         self._taken = dict.fromkeys(self.domains, 0)
         self._parts, self._labels, self._batch, self.levels = [], [], None, []
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -45,7 +44,8 @@ class GateReport(ExpertReport):
       has values) against the factor, of users with more than `TAIL` past items; ``gate_ari_tail``: of the others,
     * ``gate_spread``: mean standard deviation of an expert's weight over lists; 0: the gate says the same of all.
 
-    Networks whose gate reads no history have no explanations, those without experts no report.
+    Networks whose gate reads no history have no explanations, those without experts no report. Under several processes
+    the lists are those of the first.
 
     Args:
         lists_per_domain: test lists of each seen domain that are looked at.
@@ -70,9 +70,9 @@ class GateReport(ExpertReport):
         self._taken: dict[str, int] = {}
         self._samples: list[GateSample] = []
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def start(self, task: BaseTask) -> None:
         """Start anew."""
-        super().on_test_epoch_start(trainer, pl_module)
+        super().start(task)
         self._taken, self._samples = dict.fromkeys(self.domains, 0), []
 
     def wants(self, domain: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeapps.moe.ranks import sum_over_ranks
 from tasks.recommendation.data.lists import Lists
 from tasks.recommendation.nets.list_banks import ListScores
 
@@ -41,5 +42,5 @@ class Popularity(nn.Module):
         count_BN = self.counts[item_BN].where(item_BN > 0, 0)
         if self.training:
             taken = item_BN[(batch.label > 0) & batch.candidate_mask]
-            self.counts += torch.bincount(taken, minlength=len(self.counts))
+            self.counts += sum_over_ranks(torch.bincount(taken, minlength=len(self.counts)))
         return ListScores(self.scale.abs() * torch.log1p(count_BN.float()) + self.shift)

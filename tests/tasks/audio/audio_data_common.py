@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tasks.audio.data.generated import GeneratedAudio
+from tasks.audio.data.source import AudioSource
 from tasks.audio.datamodule import AudioData
 from tasks.audio.nets.tokenizers import MelRVQ
 
@@ -28,6 +29,12 @@ def small_data(cache: Path, **options: Any) -> AudioData:
     """Six clips of each voice and three of each instrument; two books of eight codes."""
     given = {"source": GeneratedAudio(**FEW), "tokenizer": small_tokenizer(), "batch_size": 4, **options}
     return AudioData(cache_dir=cache, **given)
+
+
+def prepare(source: AudioSource, domain: str, cache: Path) -> None:
+    """Prepare one domain as a run does that trains on it."""
+    source.bind({"seen": [domain]})
+    source.prepare(cache)
 
 
 def tone(hertz: float, seconds: float, rate: int = 8000, gain: float = 0.3) -> Tensor:

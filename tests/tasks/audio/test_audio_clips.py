@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tasks.audio.report.clips import FLOOR_DB, Heard, decibels, write_clips, write_spectrogram, write_wave
+from tasks.audio.report.clips import FLOOR_DB, Heard, decibels, drawable, write_clips, write_spectrogram, write_wave
 
 RATE = 8000
 
@@ -80,3 +80,33 @@ def test_the_page_plays_every_clip_and_leads_to_every_file(tmp_path: Path) -> No
     assert "clips &amp; more" in page
     assert (tmp_path / "samples" / "b-0.txt").read_text() == "music tempo=fast\n"
     assert not (tmp_path / "samples" / "b-0.wav").exists()
+
+
+def test_clips_of_an_earlier_page_go_and_other_files_stay(tmp_path: Path) -> None:
+    def names() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    write_clips(
+        tmp_path, [Heard("a&b", sine(200), "x"), Heard("c", sine(300), "y"), Heard("d", sine(9), "z")], RATE, title="1"
+    )
+    (tmp_path / "mine.wav").write_bytes(b"RIFF")
+    write_clips(tmp_path, [Heard("c", torch.zeros(0), "y"), Heard("e", sine(300), "z")], RATE, title="2")
+    assert names() == {"index.html", "mine.wav", "c.txt", "e.wav", "e.png", "e.txt"}
+
+    (tmp_path / "index.html").write_text("<h1>my page</h1>\n<h3>mine</h3><p>a clip</p>\n")
+    write_clips(tmp_path, [Heard("f", sine(300), "z")], RATE, title="3")
+    assert {"mine.wav", "e.wav", "f.wav"} <= names()
+    (tmp_path / "index.html").write_text((tmp_path / "index.html").read_text() + "<h3>../outside</h3><p>x</p>\n")
+    (tmp_path.parent / "outside.wav").write_bytes(b"RIFF")
+    write_clips(tmp_path, [], RATE, title="4")
+    assert (tmp_path.parent / "outside.wav").exists()
+
+
+def test_a_title_in_any_script_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    """Warnings are errors here; matplotlib gives one for every character that its font lacks."""
+    path = write_spectrogram(tmp_path / "s.png", sine(300), RATE, title="ни хао \u4f60\u597d $5 \U0001f3b5\tend\nline")
+
+    assert path.is_file()
+    assert drawable("ни хао \u4f60\u597d $5 \tend\nline") == r"ни хао \u25a1\u25a1 \$5 end line".replace(
+        r"\u25a1", "\u25a1"
+    )

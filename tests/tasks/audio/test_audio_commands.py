@@ -119,6 +119,24 @@ def config_of_a_run(folder: Path, cache: Path) -> Path:
     return folder
 
 
+def test_words_are_read_before_the_run_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trained, "build", lambda *_, **__: pytest.fail("built"))
+    (tmp_path / "version_0").mkdir()
+    config = {"data": {"class_path": "tasks.audio.datamodule.AudioData"}}
+    (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    assert main(["sample", "--run", str(tmp_path), "--cuont", "3"]) == 2
+    assert "unrecognized arguments: --cuont 3" in capsys.readouterr().err
+    assert main(["sample", "--run", str(tmp_path), "--count", "three"]) == 2
+    assert "invalid int value: 'three'" in capsys.readouterr().err
+    assert main(["sample", "--run", str(tmp_path), "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for text in ("(default: 45)", "longest clip (default: 3.0)", "(default: sample/ of the run)", "are removed"):
+        assert text in told
+
+
 def test_the_data_of_a_run_decides_whose_command_is_meant(
     data: AudioData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audio_data_common import FEW, loudest_hertz, own_folder, small_tokenizer, tone, write_sound, write_table
+from audio_data_common import FEW, loudest_hertz, own_folder, prepare, small_tokenizer, tone, write_sound, write_table
 
 from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.own_audio import JoinedAudio, OwnAudio
@@ -136,7 +136,7 @@ def test_files_that_cannot_be_used_are_told(spoil: Any, message: str, tmp_path: 
     if spoil is not no_file:
         write_table(tmp_path, ["a.wav,x,speech,hello"])
         with pytest.raises(AudioFileError, match=message):
-            OwnAudio(root=tmp_path, **ALL).prepare(["x"], tmp_path / "cache")
+            prepare(OwnAudio(root=tmp_path, **ALL), "x", tmp_path / "cache")
 
 
 def test_a_wave_that_is_written_is_read_and_a_bad_one_is_told(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_silent_clips_are_left_out_and_clipped_ones_are_named(tmp_path: Path, ca
     assert "domain x: 1 clipped clips are used as they are, the first of c.wav" in caplog.text
     write_table(tmp_path, ["b.wav,x,music,"])
     with pytest.raises(AudioFileError, match=r"domain 'x' .* has no clip that is not silent"):
-        OwnAudio(root=tmp_path, **ALL).prepare(["x"], tmp_path / "cache")
+        prepare(OwnAudio(root=tmp_path, **ALL), "x", tmp_path / "cache")
 
 
 GOOD = "a.wav,x,speech,hello"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from audio_data_common import small_tokenizer, tone, write_sound
+from audio_data_common import prepare, small_tokenizer, tone, write_sound
 from torch import Tensor
 
 from moeapps.commands import data as data_command
@@ -228,9 +228,9 @@ def test_damaged_transcripts_are_told(change: Any, packages: Path, tmp_path: Pat
 def test_packages_that_lack_their_files_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recordings, "fetch_package", lambda package, root=None: tmp_path)
     with pytest.raises(ArchiveError, match=r"holds no macroform-cold_day\.wav"):
-        Recordings().prepare(["music"], tmp_path)
+        prepare(Recordings(), "music", tmp_path)
     with pytest.raises(ArchiveError, match="holds no recording; delete the folder and fetch"):
-        Recordings().prepare(["speech_it_menardi"], tmp_path)
+        prepare(Recordings(), "speech_it_menardi", tmp_path)
 
 
 def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tasks.audio.nets.delay import DelayPattern
 from tasks.audio.nets.generation import Guided, generate
 from tasks.audio.nets.language_model import CodecLM, empty_prompts
 from tasks.audio.nets.sampling import Sampling
+from tasks.audio.report.drawing import Drawing, draw_codes
 
 # --- draws ------------------------------------------------------------------------------------------------------------
 
@@ -191,6 +192,34 @@ def test_clips_are_the_same_in_any_batch_and_depend_on_the_seed() -> None:
     assert all(0 <= int(codes.min()) <= int(codes.max()) < V for codes in together)
 
 
+def test_a_clip_does_not_depend_on_what_is_drawn_with_it() -> None:
+    """Neither on how many are drawn at once, nor on the order, nor on how much of the others is given."""
+    net, prompt = network(), prompts([3, 2, 1, 3, 0, 2, 3], 3)
+    keep = torch.full((7, K, 5), NO_CODE)
+    for clip, length in enumerate([0, 5, 2, 0, 1, 3, 5]):
+        keep[clip, :, :length] = clip
+    how, order = Drawing(temperature=5, min_seconds=2, max_seconds=20, seed=2), torch.tensor([6, 2, 4, 0, 3, 5, 1])
+    for given in (None, keep):
+        alone = [
+            draw_codes(net, prompt[[i]], 1.0, how, keep=given if given is None else given[[i]], place=torch.tensor([i]))
+            for i in range(7)
+        ]
+        assert len({codes.numel() for (codes,) in alone}) > 1  # they end where they like
+        for size in (1, 2, 3, 64):
+            found = draw_codes(net, prompt, 1.0, how, keep=given, batch_size=size)
+            assert all(torch.equal(a, b) for a, (b,) in zip(found, alone, strict=True))
+        mixed = draw_codes(net, prompt[order], 1.0, how, keep=given if given is None else given[order], place=order)
+        assert all(torch.equal(a, alone[i][0]) for a, i in zip(mixed, order.tolist(), strict=True))
+
+
+def test_a_drawn_clip_has_a_frame_and_one_that_goes_on_need_not_grow() -> None:
+    how, given = Drawing(cfg=0.0, min_seconds=0, max_seconds=4), torch.full((2, K, 3), NO_CODE)
+    given[1] = 5
+    (new, old) = draw_codes(Counting([0, 1, 2], wish=0), prompts([2, 2], 2), 1.0, how, keep=given)
+    assert new.tolist() == [[k] for k in range(K)]
+    assert torch.equal(old, given[1])
+
+
 def test_a_network_in_training_generates_as_in_evaluation_and_stays_in_training() -> None:
     net = network(unimoe_audio(num_experts=4, jitter=0.5), prompt_dropout=1.0)
     prompt = prompts([3], 3)
@@ -206,6 +235,8 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         ({"min_frames": 5, "max_frames": 4}, "min_frames <= max_frames"),
         ({"continue_codes": torch.zeros(1, K + 1, 2, dtype=torch.int64)}, "3 codebooks"),
         ({"continue_codes": torch.full((1, K, 2), V)}, "encode with the tokenizer it was trained on"),
+        ({"max_frames": torch.tensor([3, 3])}, "give one for each"),
+        ({"place": torch.tensor([0, 1])}, "give one for each"),
     ):
         with pytest.raises(ValueError, match=text):
             generate(net, prompt, **options)

@@ -155,6 +155,14 @@ def test_predict_without_a_beginning_draws_for_the_prompt_alone(data: AudioData)
         assert torch.equal(a, b)
 
 
+def test_a_clip_is_answered_alike_in_any_batch(data: AudioData) -> None:
+    task = small_task(data, answers=Answers(keep=0.3, drawing=SHORT)).double().eval()
+    together = task.predict_step(batch_of(data))["codes"]
+    for row, codes in enumerate(together):
+        (alone,) = task.predict_step(data.codes("organ", "test", torch.tensor([row])))["codes"]
+        assert torch.equal(alone, codes)
+
+
 @pytest.mark.filterwarnings("ignore:.*custom batch sampler `ShardedBatches` for prediction")
 def test_predictions_are_sounds_pictures_and_prompts_of_a_users_clips(data: AudioData, tmp_path: Path) -> None:
     task = small_task(data, answers=Answers(keep=0.2, drawing=SHORT))

@@ -107,6 +107,7 @@ def test_real_clips_are_judged_as_real(data: AudioData) -> None:
     assert told["domain_accuracy"] >= 0.9
     assert told["silent"] == 0.0
     assert told["loudness"] == pytest.approx(-20.0, abs=1.5)  # clips have an RMS of 0.1
+    assert told["quietest"] <= told["loudness"]
     assert told["frechet"] < told["frechet_floor"]  # they are training clips
     assert told["code_divergence"] < told["code_divergence_floor"]
     assert told["chroma"] > told["chroma_shuffled"]
@@ -132,7 +133,10 @@ def test_a_clip_without_frames_counts_as_silent(data: AudioData) -> None:
     judge, real, drawn = get_judge(data, QUICK), Real.of(data), real_as_drawn(data)
     drawn["codes"][0], drawn["waves"][0] = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0)
 
-    assert judge_clips(**drawn, real=real, judge=judge)["generation.low_voice"]["silent"] == pytest.approx(1 / 3)
+    found = judge_clips(**drawn, real=real, judge=judge)
+    assert found["generation.low_voice"]["silent"] == pytest.approx(1 / 3)
+    assert found["generation"]["quietest"] == found["generation.low_voice"]["quietest"] == -120.0
+    assert found["generation.organ"]["quietest"] > -40
 
 
 def test_the_judge_is_kept_for_clips_and_settings(data: AudioData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def test_one_domain_is_enough(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seen": ["glyph"]}, "unknown domain 'glyph'; allowed: glyphs, clothes"),
+        ({"seen": ["glyph"]}, "has no domain 'glyph'; allowed: glyphs, clothes"),
         ({"seen": ["glyphs"], "unseen": ["glyphs"]}, "exactly one role"),
         ({"seen": []}, "nothing to train on"),
         ({"batch_size": 0}, "batch_size=0"),

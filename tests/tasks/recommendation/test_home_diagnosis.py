@@ -230,7 +230,7 @@ def test_networks_without_experts_of_a_tasks_own_have_no_such_gradients(batch: A
 
 def test_a_test_run_writes_a_report_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: dict[str, Any] = {}
-    monkeypatch.setattr("moeapps.training.callbacks.experts.run_dir", lambda trainer: tmp_path)
+    monkeypatch.setattr("moeapps.training.callbacks.report.run_dir", lambda trainer: tmp_path)
     monkeypatch.setattr(
         "tasks.recommendation.report.experts.write_json", lambda path, content: written.update({path.name: content})
     )

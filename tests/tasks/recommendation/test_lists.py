@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema, truncated
+from moeapps.data.gather import TableDataset
+from tasks.recommendation.data.lists import Lists, ListSchema, truncated
 from tasks.recommendation.datamodule import ListData
 from tests.tasks.recommendation.list_common import make_lists, small_tastes
 from tests.tasks.recommendation.rec_common import small_log
@@ -125,7 +126,7 @@ def test_a_source_whose_candidate_lies_in_its_own_history_is_told_by_domain_and_
     data = ListData(source=small_tastes(), cache_dir=tmp_path)
     table = data.get_dataset(data.roles["unseen"][0], "test").table  # type: ignore[attr-defined]
     table.candidate_item[7, 1] = table.history_item[7, 0]
-    monkeypatch.setattr(data.source, "dataset", lambda *_: ListDataset(table))
+    monkeypatch.setattr(data.source, "dataset", lambda *_: TableDataset(table))
 
     with pytest.raises(ValueError, match=r", test: list 7 has a candidate that lies in its own history"):
         data.dataset(data.roles["unseen"][0], "test")

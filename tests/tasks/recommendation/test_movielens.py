@@ -239,7 +239,7 @@ def test_missing_folder_and_wrong_settings_are_told(tmp_path: Path) -> None:
         MovieLens100K(tasks=("click",))
     with pytest.raises(ValueError, match="split='random'"):
         MovieLens100K(split="random")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown domain 'genre_western'"):
+    with pytest.raises(ValueError, match="has no domain 'genre_western'"):
         bound(tmp_path, {**REST, "seen": ["genre_western"]})
 
 

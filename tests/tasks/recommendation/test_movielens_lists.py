@@ -190,7 +190,7 @@ def test_names_are_titles_and_wrong_settings_are_told(folder: Path) -> None:
         MovieLensLists(negatives=1682)
     with pytest.raises(ValueError, match="split='random'"):
         MovieLensLists(split="random")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown domain 'genre_western'"):
+    with pytest.raises(ValueError, match="has no domain 'genre_western'"):
         bound(folder, {**REST, "seen": ["genre_western"]})
 
 

@@ -187,5 +187,5 @@ def test_wrong_settings_are_told(options: dict[str, Any], text: str) -> None:
 
 
 def test_unknown_domain_is_told() -> None:
-    with pytest.raises(ValueError, match=r"unknown domain 'angle_99'; allowed: angle_00"):
+    with pytest.raises(ValueError, match=r"MultitaskLog has no domain 'angle_99'; allowed: angle_00"):
         RecommendationData(seen=["angle_99"])

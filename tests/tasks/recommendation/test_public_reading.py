@@ -55,7 +55,7 @@ def test_a_domain_without_rows_is_told_with_those_that_have_some(tmp_path: Path)
 
     with pytest.raises(TableError, match=r"domain 'tab_14' has no test rows; domains with some: tab_0, tab_1"):
         source.prepare(tmp_path / "cache")
-    with pytest.raises(ValueError, match="unknown domain 'tab_15'"):
+    with pytest.raises(ValueError, match="has no domain 'tab_15'"):
         source.bind({"seen": ["tab_15"], "validation": [], "unseen": []})
 
 

@@ -423,7 +423,7 @@ def test_lists_are_the_same_again_and_a_choice_of_them_where_they_are_many(tmp_p
         (lambda r: AmazonReviews(root=r, categories=("B",), edition="2020"), "editions are 2014, 2018, 2023"),
         (lambda r: RatingLists(reader=RatingReader(r), negatives=0), "negatives=0 must be 1 or more"),
         (lambda r: RatingLists(reader=RatingReader(r), cuts=(0.9, 0.8)), "0 < validation < test < 1 is needed"),
-        (lambda r: RatingLists(reader=MovieLens25M(root=r)).bind({"seen": ["x"]}), "unknown domain 'x'; allowed"),
+        (lambda r: RatingLists(reader=MovieLens25M(root=r)).bind({"seen": ["x"]}), "Lists has no domain 'x'; allowed"),
         (lambda r: MovieLens25M(root=r).files(), "no file .*ratings.csv; root must be .* Download ml-25m.zip"),
         (lambda r: Watched(log=KuaiRand(root=r), task="whole"), "one of its tasks, click, long_view"),
     ],

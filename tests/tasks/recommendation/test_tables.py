@@ -224,7 +224,7 @@ def test_missing_columns_files_and_domains_are_told(tmp_path: Path) -> None:
         module(tmp_path, columns=lacking).train_dataloader()
     with pytest.raises(TableError, match=r"no file .*other.csv"):
         module(tmp_path, domains={k: TableDomain(*[TableSplit(["other.csv"])] * 3) for k in "ab"}).train_dataloader()
-    with pytest.raises(ValueError, match="unknown domain 'c'; described are: a, b, all"):
+    with pytest.raises(ValueError, match="has no domain 'c'; allowed: a, b, all"):
         module(tmp_path, roles={**ROLES, "unseen": ["c"]})
     with pytest.raises(ValueError, match="seen domain 'a' has no train files"):
         module(tmp_path, domains={**domains("csv"), "a": TableDomain(test=TableSplit(["test.csv"]))})

@@ -194,5 +194,5 @@ def test_wrong_settings_are_told(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_unknown_domain_is_told() -> None:
-    with pytest.raises(ValueError, match="unknown domain 'odd'; allowed: mostly_0"):
+    with pytest.raises(ValueError, match="has no domain 'odd'; allowed: mostly_0"):
         ListData(source=small_tastes(), seen=["odd"])

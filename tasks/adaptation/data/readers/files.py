@@ -25,8 +25,8 @@ from moeapps.data.domain import Role, Split
 from moeapps.data.images.arrays import ImageFileError, read_arrays
 from moeapps.data.images.batch import ImageDataset, from_uint8
 from moeapps.data.images.pictures import BACKGROUNDS, read_image
-from moeapps.data.images.splits import check_domains, split_rows
-from tasks.adaptation.data.source import DomainSource, check_split
+from moeapps.data.images.splits import split_rows
+from tasks.adaptation.data.source import AdaptationSource, check_split
 
 log = logging.getLogger("moeapps")
 
@@ -148,7 +148,7 @@ class DomainFiles:
     splits: dict[Split, Tensor] | None = None
 
 
-class FileDomains(DomainSource):
+class FileDomains(AdaptationSource):
     """Base class of readers of files: splits that the data does not give are drawn class by class, by the role.
 
     A seen domain is cut by the shares; the halves of a validation domain are its ``val`` and ``test``; all of an unseen
@@ -177,22 +177,16 @@ class FileDomains(DomainSource):
         self.shares: dict[Split, float] = {"test": test_share, "val": val_share}
         self.channels, self.image_size = self.form.channels, self.form.size
         self.augmented = self.form.mirror > 0
-        self.default_roles = {}
-        self._roles: dict[str, Role] = {}
         self._packs: dict[str, NDArray[np.uint8]] = {}
 
-    @abstractmethod
-    def known(self) -> list[str]:
-        """Return the domains of the data."""
+    @property
+    @override
+    def title(self) -> str:
+        return str(self.root)
 
     @abstractmethod
     def of(self, domain: str) -> DomainFiles:
         """Return the files of a domain, with splits only if they hold for its role."""
-
-    @override
-    def bind(self, roles: dict[Role, list[str]]) -> None:
-        check_domains(roles, self.known(), str(self.root))
-        self._roles = {name: role for role, names in roles.items() for name in names}
 
     def prepare(self, cache: Path | None) -> None:
         """Look whether the files are there, one of each end of each domain, and pack them where that is asked for.
@@ -200,7 +194,7 @@ class FileDomains(DomainSource):
         Raises:
             ImageFileError: a missing or damaged file.
         """
-        for domain in self._roles:
+        for domain in self.role_of:
             files = self.of(domain).files
             for file in (files[0], files[-1]):
                 self.form.read(file)
@@ -209,9 +203,9 @@ class FileDomains(DomainSource):
 
     @override
     def dataset(self, domain: str, split: Split, cache: Path | None) -> FileImages:
-        check_split(domain, split, self._roles[domain])
+        check_split(domain, split, self.role_of[domain])
         own = self.of(domain)
-        rows = (own.splits or self._drawn(own, self._roles[domain])).get(split, torch.empty(0, dtype=torch.int64))
+        rows = (own.splits or self._drawn(own, self.role_of[domain])).get(split, torch.empty(0, dtype=torch.int64))
         packed = self.form.packed and self.form.array is None
         return FileImages(
             [own.files[row] for row in rows.tolist()],

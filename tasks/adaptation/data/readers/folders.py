@@ -14,7 +14,6 @@ from moeapps.data.domain import Role
 from moeapps.data.images.arrays import ImageFileError
 from moeapps.data.images.folders import class_files, found_table
 from moeapps.data.images.pictures import ENDINGS
-from moeapps.data.images.splits import check_domains
 from moeapps.files import is_clutter
 from tasks.adaptation.data.readers.files import DomainFiles, FileDomains, ImageForm, domain_name
 
@@ -50,15 +49,11 @@ class DomainFolders(FileDomains):
                 if name in self._folders:
                     raise ImageFileError(f"{path} and {self._folders[name]} both give the domain {name!r}; rename one")
                 self._folders[name] = path
+        self.domains = list(self._folders)
         self._files: dict[str, dict[str, list[Path]]] = {}
 
     @override
-    def known(self) -> list[str]:
-        return list(self._folders)
-
-    @override
     def bind(self, roles: dict[Role, list[str]]) -> None:
-        check_domains(roles, self.known(), str(self.root))
         super().bind(roles)
         self._files = {name: class_files(self._folders[name], ENDINGS) for names in roles.values() for name in names}
         self.class_names = sorted({name for classes in self._files.values() for name in classes})

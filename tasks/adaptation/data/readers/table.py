@@ -166,19 +166,15 @@ class TableDomains(FileDomains):
         if few:
             log.info("%s: %d domains of fewer than %d images are left out", self.path.name, len(few), least)
             self._domains = {name: found for name, found in self._domains.items() if name not in few}
-        for role in ROLES:
-            names = [name for name, (given, _) in self._domains.items() if given == role]
-            if names:
-                self.default_roles[role] = _in_order(set(names))
-
-    @override
-    def known(self) -> list[str]:
-        return _in_order(set(self._domains))
+        self.domains = _in_order(set(self._domains))
+        self.default_roles = {  # type: ignore[misc]  # the base class' are of the class
+            role: [name for name in self.domains if self._domains[name][0] == role] for role in ROLES
+        }
 
     @override
     def of(self, domain: str) -> DomainFiles:
         role, own = self._domains[domain]
-        return own if role == self._roles[domain] else DomainFiles(own.files, own.label)
+        return own if role == self.role_of[domain] else DomainFiles(own.files, own.label)
 
     @override
     def describe(self, domain: str) -> str:

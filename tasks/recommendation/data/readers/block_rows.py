@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -95,10 +94,6 @@ class BlockDataset(BatchDataset):
         """Return the rows at int64 positions [n]."""
         found: Interactions = gather(rows, self._ends, self._part, self.join)
         return found
-
-    def join(self, parts: list[Any], order: Tensor) -> Interactions:
-        """Return one batch of several."""
-        return Interactions.cat(parts).take(order)
 
     def _part(self, number: int, rows: Tensor) -> Interactions:
         return self.held.get((self.name, number), lambda: self.read(self.blocks[number])).take(rows)

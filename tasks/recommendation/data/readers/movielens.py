@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from moeapps.data.archives import ArchiveError, fetch_package
 from moeapps.data.domain import Role, Split
+from moeapps.data.gather import TableDataset
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.causal import Past, look_back
 from tasks.recommendation.data.readers.ratings import GENRES, NUM_ITEMS, OCCUPATIONS, Ratings, read_ratings
-from tasks.recommendation.data.source import LogSource, TableDataset
+from tasks.recommendation.data.source import LogSource
 from tasks.recommendation.packages import ML100K, ML100K_TERMS
 
 log = logging.getLogger("moeapps")

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from moeapps.data.domain import Role, Split
+from moeapps.data.gather import TableDataset
 from tasks.recommendation.data.factors import stream
-from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema
+from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.rating_lists import make_lists
 from tasks.recommendation.data.readers.movielens import AGE_CUTS, FIRST_YEAR, GENRE_GROUPS, HISTORY, Cut, MovieLens100K
 from tasks.recommendation.data.readers.ratings import GENRES, NUM_ITEMS, OCCUPATIONS, read_titles
@@ -124,7 +125,7 @@ class MovieLensLists(LogSource):
 
     # Lists --------------------------------------------------------------------------------------------------------
 
-    def dataset(self, domain: str, split: Split, cache: Path | None) -> ListDataset:
+    def dataset(self, domain: str, split: Split, cache: Path | None) -> TableDataset:
         """Return the lists of one domain and split.
 
         Raises:
@@ -133,7 +134,7 @@ class MovieLensLists(LogSource):
         self._cache = cache
         self.log.read(cache)
         inside = self.log.period == ("train", "val", "test").index(split)
-        return ListDataset(self.table(domain).take(torch.from_numpy(np.flatnonzero(inside[self.positives(domain)]))))
+        return TableDataset(self.table(domain).take(torch.from_numpy(np.flatnonzero(inside[self.positives(domain)]))))
 
     def positives(self, domain: str) -> Ints:
         """Numbers [L] of the ratings that give a list of a domain."""

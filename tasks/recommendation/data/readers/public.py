@@ -144,7 +144,7 @@ class PublicLog(Published, LogSource):
             counts = write_parts(self.parts(), folder)
             path.write_text(json.dumps(counts, indent=1, sort_keys=True), encoding="utf-8")
 
-        build_once(folder / "rows.json", write)
+        build_once(folder / "rows.json", write, beside=lambda: sorted(folder.glob("*/*.parquet")))
         return folder
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
-from tasks.recommendation.data.lists import ListDataset, Lists, ListSchema
+from moeapps.data.gather import TableDataset
+from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.rating_lists import RatingLog, first_liked, rating_lists
 from tasks.recommendation.data.readers.arrow_text import Lookup, hash_text
 from tasks.recommendation.data.readers.blocks import block_writer
@@ -224,7 +225,7 @@ class RatingLists(LogSource):
         """Items that training ratings of seen domains show."""
         return np.asarray(np.bincount(self.log.item[self.training_ratings()], minlength=len(self.log.group)) > 0)
 
-    def dataset(self, domain: str, split: Split, cache: Path | None) -> ListDataset:
+    def dataset(self, domain: str, split: Split, cache: Path | None) -> TableDataset:
         """Return the lists of one domain and split.
 
         Raises:
@@ -242,7 +243,7 @@ class RatingLists(LogSource):
             )
         if self.max_lists is not None and len(rows) > self.max_lists:
             rows = np.sort(np.random.default_rng(self.data_seed).choice(rows, self.max_lists, replace=False))
-        return ListDataset(self.lists(rows, domain))
+        return TableDataset(self.lists(rows, domain))
 
     @cached_property
     def positives(self) -> NDArray[np.int64]:

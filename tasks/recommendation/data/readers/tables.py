@@ -122,10 +122,8 @@ class TableFiles(LogSource):
 
     def bind(self, roles: dict[Role, list[str]]) -> None:
         """Check that every domain is described and has the splits of its role."""
-        self.roles = roles
+        super().bind(roles)
         for role, name, split in touched(roles):
-            if name not in self.domains:
-                raise ValueError(f"unknown domain {name!r}; described are: {', '.join(self.domains)}")
             if getattr(self.domains[name], split) is None:
                 raise ValueError(f"{role} domain {name!r} has no {split} files; give it at least one")
 
