@@ -173,7 +173,9 @@ def test_the_same_is_told_where_the_sanity_check_is_off(capsys: pytest.CaptureFi
 
 
 def test_a_task_that_cannot_predict_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", *TOY, "--untrained", "--model.class_path=tests.training.test_contract.NothingToPredict"]) == 2
+    assert (
+        main(["predict", *TOY, "--untrained", "--model.class_path=tests.training.test_contract.NothingToPredict"]) == 2
+    )
     told = capsys.readouterr().err.split("error: ")[-1].splitlines()
     assert told == [
         "NothingToPredict has neither predict_step nor forward, so there is nothing to predict; define one of them"
