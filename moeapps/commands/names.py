@@ -38,6 +38,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 _INNER = ("class_path", "init_args", "dict_kwargs")
 _MOST_VALUES = 200_000
+_CLASS_PATH = re.compile(r"(?:tasks|moeapps)(?:\.\w+)+")
 
 
 class WrongWordError(UsageError):
@@ -238,7 +239,7 @@ class _Reader:
             self._option(key, known, kind, place)
             place, annotation = f"{place}.{key}", (known.get(key), kind)
             kind = self._class_at(place, annotation)
-        if value is not None and (named or re.fullmatch(r"(?:tasks|moeapps)(?:\.\w+)+", value)):
+        if value is not None and (named or place in self.classes or _CLASS_PATH.fullmatch(value)):
             self._class(value, place)
         elif value is not None and annotation is not None:
             self._word(value, place, annotation)
@@ -287,12 +288,12 @@ class _Reader:
     def _word(self, value: Any, place: str, annotation: tuple[Any, Definition]) -> None:
         allowed = literals_in(annotation[0], annotation[1].source)
         # Numbers and truth values are the parser's to read; null is a word where None is allowed.
-        read = value not in ("null", "None", "true", "false")
-        if allowed and isinstance(value, str) and read and value not in allowed:
-            words = [word for word in allowed if isinstance(word, str)]
+        words = [word for word in allowed or () if isinstance(word, str)]
+        told = isinstance(value, str) and value not in ("null", "None", "true", "false")
+        if words and len(words) == len(allowed or ()) and told and value not in words:
             close = difflib.get_close_matches(value, words, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise WrongWordError(f"{place}: given {value!r}, allowed: {', '.join(map(repr, allowed))}{hint}", value)
+            raise WrongWordError(f"{place}: given {value!r}, allowed: {', '.join(map(repr, words))}{hint}", value)
 
     def _value(self, value: Any, place: str, annotation: tuple[Any, Definition] | None) -> None:
         """Check a value of a file and what is inside it."""
@@ -306,10 +307,10 @@ class _Reader:
                     del self.classes[key]
         elif isinstance(value, dict):
             self._table(value, place, annotation)
+        elif place in self.classes or place in PARTS:  # another class, by its path or its short name, or none
+            self._class(str(value), place)
         elif annotation is not None:
             self._word(value, place, annotation)
-        elif isinstance(value, str) and place in PARTS:
-            self._class(value, place)
 
     def _table(self, value: dict[Any, Any], place: str, annotation: tuple[Any, Definition] | None) -> None:
         path = value.get("class_path")
