@@ -20,6 +20,7 @@ from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
+from moeapps.training.inputs import AnswersInputs
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores
@@ -33,7 +34,7 @@ PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
 
 
-class BaseTask(L.LightningModule):
+class BaseTask(AnswersInputs, L.LightningModule):
     """Base class of all task modules.
 
     A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes

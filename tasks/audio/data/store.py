@@ -21,8 +21,6 @@ from moeapps.files import write_arrays
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.data.source import AudioSource, Clip
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
 
 class KeptAudio(AudioSource):
     """Base class of collections whose clips are read or made once; a file of the cache keeps those of a domain."""

@@ -203,8 +203,8 @@ class OwnScans(ScanReader):
         return repr(self.labels)
 
 
-def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
-    """Read one .npy, .npz, .ply, .las or .laz file as ``labels`` says.
+def read_own_scan(path: Path, labels: OwnLabels, *, labelled: bool = True) -> RawScan:
+    """Read one .npy, .npz, .ply, .las or .laz file as ``labels`` says, without its labels if ``labelled`` is False.
 
     Raises:
         PointCloudFileError: damaged, of another format, or not as ``labels`` says.
@@ -221,7 +221,7 @@ def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
         case suffix:
             raise PointCloudFileError(path, f"a {suffix or 'nameless'} file", ", ".join(FORMATS), "convert it")
     raw, withheld = arrays.pop("label", None), arrays.pop("withheld", None)
-    label = None if raw is None else _indices(path, raw, labels)
+    label = None if raw is None or not labelled else _indices(path, raw, labels)
     if label is not None and withheld is not None:
         label = np.where(withheld, IGNORE, label)
     scaling = _scaling(labels, _LAS_FULL_SCALE if path.suffix.lower() in (".las", ".laz") else 1.0)
