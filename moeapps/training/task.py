@@ -18,7 +18,6 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from moeapps.data.domain import STAGE_ROLES, DomainDataModule
-from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
@@ -32,6 +31,7 @@ from moeapps.training.contract import (
 )
 from moeapps.training.inputs import AnswersInputs
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
+from moeapps.training.results import write_results
 from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores, ScoreTable
 from moeapps.training.selection import select
@@ -332,26 +332,7 @@ class BaseTask(AnswersInputs, L.LightningModule):
         self.results = table
         folder = run_dir(self.trainer)
         if write and folder is not None and self.trainer.is_global_zero:
-            results = {"header": self.header(), **table.as_dict()}
-            results["summary"] |= self._told_by_callbacks("describe_results")
-            failed = {
-                type(c).__name__: c.failure for c in cast(Any, self.trainer).callbacks if getattr(c, "failure", 0)
-            }
-            results["header"] |= {"failed_reports": failed} if failed else {}
-            write_json(folder / "metrics" / f"{stage}.json", results)
-
-    def header(self) -> dict[str, Any]:
-        """Return what a results file says about its run: the parts that callbacks and the command line know."""
-        kind = type(self)
-        parts: dict[str, Any] = {"task": f"{kind.__module__}.{kind.__qualname__}", "main_metric": self.main_metric}
-        parts |= self._told_by_callbacks("describe_run")
-        parts["sources"] = dict(self.data.sources)
-        parts["missing_domains"] = dict(self.data.missing)
-        if self.origin is not None:
-            parts["started_from"] = self.origin.as_dict()
-        now = {"epoch": self.current_epoch, "global_step": self.global_step}
-        # A test of a checkpoint does not train: how far its training had come stands in the checkpoint.
-        return parts | (now if self.global_step else now | self._trained)
+            write_results(self, stage, table, folder, self._trained)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the run started from."""
@@ -363,17 +344,6 @@ class BaseTask(AnswersInputs, L.LightningModule):
         self._trained = {name: int(checkpoint[name]) for name in ("epoch", "global_step") if name in checkpoint}
         if "started_from" in checkpoint:
             self.origin = Origin.of(checkpoint["started_from"])
-
-    def _told_by_callbacks(self, method: str) -> dict[str, Any]:
-        """Join what callbacks add to a results file.
-
-        ``describe_run`` gives parts of the header, ``describe_results`` groups of numbers beside the means over roles.
-        """
-        parts: dict[str, Any] = {}
-        for callback in cast(Any, self.trainer).callbacks:
-            describe: Callable[[], dict[str, Any]] | None = getattr(callback, method, None)
-            parts |= {} if describe is None else describe()
-        return parts
 
     def on_train_start(self) -> None:
         """Remember where the optimizer stands (a resumed run does not start at 0); hold what is frozen."""
