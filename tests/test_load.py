@@ -116,7 +116,7 @@ def test_a_new_system_is_adapted_to_and_rolled_out(tmp_path: Path) -> None:
     data, task = built.datamodule, built.model
     data.prepare_data()
     new = data.trajectories(data.present("unseen")[0], "test")
-    new = new.environments(torch.tensor([0]))
+    new = new.take(torch.tensor([0]))
     with torch.no_grad():
         wanted, found = task.predict_trajectories(new)
     answer = loaded.predict(new.support.x[0].numpy(), dt=float(new.dt), start=new.query.x[0, :, :1].numpy(),
