@@ -19,7 +19,7 @@ CASES  ?= 10000
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audio-curriculum adaptation test test-fast test-slow fuzz check format bench evidence mutate gpu-check clean
+.PHONY: help setup demo audio-curriculum adaptation test test-fast test-slow fuzz check format bench evidence reliability mutate gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,7 +53,7 @@ test-fast: setup  ## the laws only, while you work (under 3 minutes)
 test-slow: setup  ## processes, faults, resume, notebooks
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests
 
-fuzz: setup  ## damage files of every format at random, CASES=10000 of each: read, or told in one sentence
+fuzz: setup  ## damage files of every format at random, CASES=10000 of each: read, or told; goes on (rm -r runs/fuzz: anew)
 	MOEAPPS_FUZZ=$(CASES) $(PYTEST) -m '' -k is_read_or_told tests
 
 check: setup  ## ruff and mypy
@@ -70,6 +70,9 @@ bench: setup  ## the core against the dense roof, PEERS=1: and other projects (4
 
 evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)
+
+reliability: setup  ## faults, memory and leaks for docs/reliability.md; measures what its results lack (about 30 minutes)
+	$(BIN)/python -m benchmarks.reliability
 
 mutate: setup  ## break the core and the training on purpose; fails when a mutation survives its tests
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate

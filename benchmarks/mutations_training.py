@@ -67,10 +67,12 @@ TASK = (
     _training(
         "task.py",
         "training keeps the records of a step",
-        '''tell the losses if the optimizer has stepped."""
+        '''            KeyboardInterrupt: it did.
+        """
         self.last_records = []
 ''',
-        '''tell the losses if the optimizer has stepped."""
+        '''            KeyboardInterrupt: it did.
+        """
 ''',
         "test_records.py",
         "two graphs are in memory at once",

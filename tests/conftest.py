@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["tests.skips"]
+pytest_plugins = ["tests.skips", "tests.fuzzing"]
 
 # The same cases in every `make test`, so that a failure is the change's; `make fuzz` draws new ones each time.
 settings.register_profile("fixed", derandomize="MOEAPPS_FUZZ" not in os.environ)

@@ -85,7 +85,9 @@ def test_barebones_runs() -> None:
 @pytest.mark.parametrize("words", [["test", "--run", "nowhere"], ["test", "--run=nowhere"], ["fit", "--run"]])
 def test_a_folder_that_is_no_run_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    assert "no config.yaml there" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no config.yaml there" in told
+    assert f"such as {os.environ['MOEAPPS_RUNS']}/promoe" in told  # where runs are kept
 
 
 def test_run_adds_config_and_best_checkpoint(tmp_path: Path) -> None:

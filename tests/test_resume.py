@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.reliability.faults import EPOCH, Case, cases, chain
 from moeapps.commands.run import run
 from tests.systems import BASES, name, tiny
 
@@ -107,3 +108,19 @@ def test_resume_of_a_system_is_bit_equal(tmp_path: Path, base: Path) -> None:
 
     assert resumed.trainer.global_step == whole.trainer.global_step
     assert_equal(resumed.model, whole.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases().values(), ids=cases())
+def test_a_chain_of_killed_and_interrupted_processes_takes_every_step_to_the_bit(tmp_path: Path, case: Case) -> None:
+    """SIGKILL at drawn steps and at an end of an epoch, Ctrl-C, SIGTERM; each process goes on where one was struck."""
+    outcome = chain(case, tmp_path)
+
+    assert outcome.differing == []
+    assert outcome.missing == []
+    assert outcome.compared > len(case.runs) * EPOCH
+    signals = [fault.signal for fault in outcome.faults]
+    assert signals.count("SIGKILL") >= 4
+    assert "SIGINT" in signals
+    # A signal that can be caught loses nothing, a kill at most the epoch that it falls into.
+    assert all(fault.repeated <= (EPOCH if fault.signal == "SIGKILL" else 0) for fault in outcome.faults)

@@ -76,7 +76,9 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
         # A label or id beyond a table is found by torch; an index that is wrong in our own code is a defect.
         if debug or (isinstance(error, IndexError) and not _of_library(_frames(error)[-1][0])):
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        from moeapps.text import lines
+
+        print(f"error: {lines(sentence(error))}", file=sys.stderr)  # names out of files give a terminal no commands
         return 2
     finally:
         _GUARDED.reset(token)

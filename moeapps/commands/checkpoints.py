@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from moeapps.commands.messages import UsageError
 from moeapps.training.callbacks import BestCheckpoint
 from moeapps.training.checkpoints import RESUMED, first_whole
-from moeapps.training.run import newest_version, run_place, versions_of
+from moeapps.training.run import newest_version, run_place, runs_root, versions_of
 
 log = logging.getLogger("moeapps")
 
@@ -125,7 +125,8 @@ def config_of(run: Path) -> Path:
         UsageError: there is none.
     """
     if not (run / "config.yaml").is_file():
-        raise UsageError(f"--run {run}: no config.yaml there; give a run folder such as runs/promoe/base/version_0")
+        example = runs_root() / "promoe" / "base" / "version_0"  # where $MOEAPPS_RUNS leads
+        raise UsageError(f"--run {run}: no config.yaml there; give a run folder such as {example}")
     return run / "config.yaml"
 
 

@@ -232,9 +232,10 @@ def settings_digest(words: Sequence[str]) -> str:
     import yaml
 
     from moeapps.commands.messages import deep_merge
+    from moeapps.commands.trust import take_trust
 
     merged: dict[str, Any] = {}
-    files, flags = split(words[1:])
+    files, flags = split(take_trust(words[1:])[0])
     for file in files:
         deep_merge(merged, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
     text = json.dumps([merged, flags], sort_keys=True, default=str)

@@ -43,6 +43,7 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
         parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help="config files")
     if weights:
         parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: best, else last)")
+    parser.add_argument("--trust", metavar="none|PACKAGE,...", help="what configs may import (docs/reliability.md)")
     options, rest = parser.parse_known_args(args)
     configs: list[Path] = getattr(options, "config", [])
     if options.run is not None:
@@ -53,7 +54,8 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
             return 0
         print(f"error: moeapps {name} needs {ways}", file=sys.stderr)
         return 2
-    return _hand_over(commands, rest, options.run, configs, getattr(options, "ckpt_path", None))
+    trust = [] if options.trust is None else ["--trust", options.trust]
+    return _hand_over(commands, rest, options.run, configs, getattr(options, "ckpt_path", None), trust)
 
 
 def check_words(commands: Sequence[TaskCommand], rest: list[str], run: Path) -> None:
@@ -79,15 +81,21 @@ def has_out(words: Sequence[str]) -> bool:
 
 
 def _hand_over(
-    commands: Sequence[TaskCommand], rest: list[str], run: Path | None, configs: list[Path], ckpt: Path | None
+    commands: Sequence[TaskCommand],
+    rest: list[str],
+    run: Path | None,
+    configs: list[Path],
+    ckpt: Path | None,
+    trust: list[str],
 ) -> int:
     from moeapps.commands.boundary import UsageError
     from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.trained import build, load_weights
+    from moeapps.commands.trust import take_trust
     from moeapps.training.run import newest_version
 
     run = None if run is None else newest_version(run)
-    built = build(run, configs)
+    built = build(run, configs, take_trust(trust)[1])
     kinds = [kind.__module__ + ":" + kind.__qualname__ for kind in type(built.datamodule).__mro__]
     command = next((command for command in commands if command.data in kinds), None)
     if command is None:
@@ -95,8 +103,8 @@ def _hand_over(
         known = "; ".join(command.systems for command in commands)
         raise UsageError(f"{kind} has no command `{commands[0].name}`; it is for {known}")
     if command.weights:
-        named = str(ckpt) if ckpt is None or str(ckpt) in ("last", "best") else None
-        load_weights(built.model, ckpt if ckpt is not None and named is None else checkpoint_of(run, which=named))
+        which = str(ckpt) if str(ckpt) in ("last", "best") else None
+        load_weights(built.model, checkpoint_of(run, which=which) if ckpt is None or which is not None else ckpt)
         built.model.to(built.trainer.strategy.root_device)
         if not has_out(rest) and run is not None:
             rest = [*rest, "--out", str(run / command.name)]

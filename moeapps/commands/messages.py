@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from moeapps.commands.boundary import UsageError as UsageError
 from moeapps.commands.names import suggestions
+from moeapps.commands.trust import may_import, refusal
 
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|"
@@ -76,7 +77,9 @@ def explain(message: str, parser: LightningArgumentParser, raw: dict[str, Any]) 
     """
     lines: list[str] = []
     for complaint in complaints(message):
-        lines.append("\n".join(_explain_one(complaint, parser, raw)).replace("\ndid you mean", "; did you mean", 1))
+        denied = re.match(r"Importing '([^']+)' is not allowed", complaint.text)
+        told = [refusal(denied[1])] if denied else _explain_one(complaint, parser, raw)
+        lines.append("\n".join(told).replace("\ndid you mean", "; did you mean", 1))
     lines = list(dict.fromkeys(lines))
     return "\n".join("\n".join(lines).splitlines()[:2]) if lines else message
 
@@ -175,6 +178,8 @@ def _actions(parser: LightningArgumentParser) -> Iterator[Any]:
 
 def _suggest_class(path: str) -> list[str]:
     module_name, _, name = path.rpartition(".")
+    if not may_import(path):
+        return []
     try:
         module = import_module(module_name)
     except ImportError:
@@ -232,7 +237,7 @@ def _first_class(hint: Any) -> Any:
 
 def _class_of(node: Any) -> Any:
     path = node.get("class_path") if isinstance(node, dict) else None
-    if not isinstance(path, str) or "." not in path:
+    if not isinstance(path, str) or "." not in path or not may_import(path):
         return None
     module_name, _, name = path.rpartition(".")
     try:

@@ -27,7 +27,9 @@ from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_firs
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
+from moeapps.commands.trust import Trust, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
+from moeapps.text import VisibleLines
 from moeapps.training import callbacks as ours
 from moeapps.training.checkpoints import WholeCheckpoints
 from moeapps.training.contract import check_predicts
@@ -52,6 +54,7 @@ def usage(command: str) -> str:
     if command != "fit":
         return f"""moeapps {command} --run runs/SYSTEM/NAME [--OPTION VALUE ...]
        moeapps {command} --config FILE [--config OVERLAY ...] (--ckpt_path FILE|last|best | --untrained)
+       --trust none|PACKAGE,...  what files may import beside tasks, moeapps, lightning, torch and torchmetrics
 
   moeapps {command} --run runs/home/base                              the newest version, its best checkpoint
   moeapps {command} --run runs/home/base --data.init_args.batch_size 64    any option can be a flag"""
@@ -62,6 +65,7 @@ def usage(command: str) -> str:
   lightning fit --config configs/home.yaml --name short --trainer.max_epochs 1           any option can be a flag
   lightning fit --config configs/home.yaml --print_config                                every option and its value
   lightning fit --run runs/home/base --trainer.max_epochs 9                              go on with a run
+  lightning fit --run FOLDER --trust none                                                import no code but ours
   lightning fit --model.help tasks.recommendation.module.RankingTask                     what an option means
 
   moeapps list                                                                           systems and overlays"""
@@ -74,11 +78,19 @@ class Cli(LightningCLI):
         args: the words after the program name, the command first.
         run_folder: folder of an earlier run to continue in (``--run``), or None for a new one.
         run: False only builds trainer, model and data (for notebooks and tests).
+        trust: what may be imported.
+
+    Raises:
+        TrustError: a file names code of a run folder.
     """
 
-    def __init__(self, args: Sequence[str], *, run_folder: Path | None = None, run: bool = True) -> None:
+    def __init__(
+        self, args: Sequence[str], *, run_folder: Path | None = None, run: bool = True, trust: Trust | None = None
+    ) -> None:
         self.words = list(args)
         self.run_folder = run_folder
+        self.trust = trust or Trust(run=run_folder)
+        self.trust.admit(named_by(self.words))
         self._claimed: Path | None = None
         self._own_loggers: list[Logger] = []
         token = _SUBCOMMAND.set(args[0] if run else None)
@@ -249,6 +261,7 @@ class Cli(LightningCLI):
         if not hparams:
             return
         refuse_moved(str(path), yaml.safe_dump(hparams))
+        self.trust.admit({str(path): hparams})
         before = self.config[command].model.as_dict()
         with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             yaml.safe_dump({"model": hparams}, file)
@@ -341,7 +354,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="You are using a custom batch sampler `ShardedBatches` for prediction")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(VisibleLines("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
 
@@ -353,9 +366,10 @@ def run(args: Sequence[str]) -> Cli:
         UsageError: wrong usage or configuration.
     """
     quiet()
-    words, folder = expand_run(located(args))
+    given, packages = take_trust(args)
+    words, folder = expand_run(located(given))
     import_tasks(words)
-    return Cli(words, run_folder=folder)
+    return Cli(words, run_folder=folder, trust=Trust(packages, given_run(given)))
 
 
 def main(args: list[str]) -> int:

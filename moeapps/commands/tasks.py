@@ -52,11 +52,38 @@ def load(path: str) -> object:
 def extend_path() -> None:
     """Make task packages importable: those of the working directory and those beside this package.
 
-    A console script, unlike ``python -m``, does not put the working directory on the import path.
+    A console script, unlike ``python -m``, does not put the working directory on the import path. Inside of a run it is
+    left out: code of a run is never imported.
     """
-    for folder in (str(_home()) if (_home() / "tasks").is_dir() else None, os.getcwd()):
+    here = None if run_folder_of(Path.cwd() / "code.py") else os.getcwd()
+    for folder in (str(_home()) if (_home() / "tasks").is_dir() else None, here):
         if folder is not None and folder not in sys.path and "" not in sys.path:
             sys.path.insert(0, folder)
+
+
+def run_folder_of(file: Path, *others: Path) -> Path | None:
+    """The run folder, or folder of runs, that a file lies in, by its name or by where its links lead; None: in none.
+
+    Args:
+        file: any file, there or not.
+        others: folders that are known to be of runs.
+    """
+    roots = (Path("runs"), Path(os.environ.get("MOEAPPS_RUNS") or "runs"), *others)
+    known = {form for root in roots for form in _forms(root)}
+    for form in _forms(file):
+        for folder in form.parents:
+            if folder in known or re.fullmatch(r"version_\d+", folder.name) or _is_run(folder):
+                return folder
+    return None
+
+
+def _is_run(folder: Path) -> bool:
+    written = ("run.json", "checkpoints", "metrics", "hparams.yaml")
+    return (folder / "config.yaml").is_file() and any((folder / name).exists() for name in written)
+
+
+def _forms(path: Path) -> tuple[Path, Path]:
+    return Path(os.path.abspath(path)), path.resolve()
 
 
 def foreign_tasks() -> str | None:

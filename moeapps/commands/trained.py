@@ -19,32 +19,36 @@ if TYPE_CHECKING:
 _KEPT = ("seed_everything", "system", "name", "model", "data")
 
 
-def build(run: Path | None, configs: Sequence[Path] = ()) -> Cli:
+def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[str] | None = None) -> Cli:
     """Build task and data from a run's config, from config files, or from both, the files on top.
 
     Args:
         run: a run's own folder, runs/<system>/<name>/version_k; None for the files alone.
         configs: config files.
+        packages: what may be imported beside our own packages (``--trust``).
 
     Raises:
         UsageError: the folder has no config.yaml, or a config is wrong.
+        TrustError: a config names code of a run folder.
     """
     import yaml
 
+    from moeapps.bounds import read_yaml
     from moeapps.commands.checkpoints import config_of
     from moeapps.commands.run import Cli, import_tasks, quiet
+    from moeapps.commands.trust import Trust
 
     quiet()
     configs = [find_config(str(path)) for path in configs]
     with TemporaryDirectory() as folder:
         words = [word for path in configs for word in ("--config", str(path))]
         if run is not None:
-            held = yaml.safe_load(config_of(run).read_text(encoding="utf-8"))
+            held = read_yaml(config_of(run))
             part = Path(folder) / "config.yaml"
             part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
             words = ["--config", str(part), *words]
         import_tasks(words)
-        return Cli([*words, "--trainer.logger", "false"], run=False)
+        return Cli([*words, "--trainer.logger", "false"], run=False, trust=Trust(packages, run))
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

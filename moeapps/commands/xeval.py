@@ -33,6 +33,7 @@ def main(args: list[str]) -> int:
     from moeapps.evaluation.results import read_results
     from moeapps.evaluation.xeval import build_matrix
     from moeapps.reporting.matrix import closing_lines, markdown, rich_tables
+    from moeapps.text import lines
 
     runs = [read_results(path) for path in options.runs]
     baseline = [read_results(path) for path in options.baseline]
@@ -41,16 +42,18 @@ def main(args: list[str]) -> int:
     for table in rich_tables(matrix, console.width):
         console.print(table)
     for line in cost_lines(runs, baseline):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(lines(line), soft_wrap=True, highlight=False, markup=False)
     for line in cost_warnings(runs, baseline):
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {lines(line)}", file=sys.stderr)
     for line in closing_lines(matrix):
-        console.print(line, highlight=False)
+        console.print(lines(line), highlight=False, markup=False)
     if options.out is not None:
         from moeapps.files import finite, write_text
 
         text = json.dumps(finite(matrix.as_dict()), indent=1, allow_nan=False) + "\n"
         write_text(options.out / "xeval.json", text)
         write_text(options.out / "xeval.md", markdown(matrix))
-        console.print(f"written: {options.out / 'xeval.json'}, {options.out / 'xeval.md'}", soft_wrap=True)
+        console.print(
+            f"written: {options.out / 'xeval.json'}, {options.out / 'xeval.md'}", soft_wrap=True, markup=False
+        )
     return 0

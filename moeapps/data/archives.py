@@ -26,8 +26,9 @@ from typing import Literal
 
 from filelock import FileLock
 
-from moeapps.data.cache import cache_dir
+from moeapps.data.cache import cache_dir, digest_lines, digests_of, is_whole
 from moeapps.data.unpacking import ArchiveError, ArchiveKind, safe_extract
+from moeapps.files import write_text
 
 __all__ = [
     "ArchiveError",
@@ -145,7 +146,8 @@ def is_fetched(package: Package, *, root: Path | None = None) -> bool:
 def fetch_package(package: Package, *, root: Path | None = None, archive: Path | None = None) -> Path:
     """Return the folder with the members of ``package``, fetching it first if need be.
 
-    Two processes that want the same package wait for each other. A failure leaves nothing behind.
+    Two processes that want the same package wait for each other. A failure leaves nothing behind. A folder whose files
+    are not what was unpacked is fetched again; one that was unpacked before there were digests is taken as it is.
 
     Args:
         package: what to fetch.
@@ -157,11 +159,13 @@ def fetch_package(package: Package, *, root: Path | None = None, archive: Path |
     """
     folder = cache_dir("packages", root=root)
     target = folder / package.key
-    if target.is_dir():
+    if _is_unpacked(target):
         return target
     with FileLock(folder / f".{package.key}.lock"):
-        if target.is_dir():
+        if _is_unpacked(target):
             return target
+        if target.is_dir():
+            log.warning("%s is damaged: it is fetched again", target)
         work = Path(tempfile.mkdtemp(dir=folder, prefix=f".{package.name}-"))
         try:
             path = _find_archive(package, archive, folder / archive_name(package)) or _download(package, work)
@@ -169,11 +173,20 @@ def fetch_package(package: Package, *, root: Path | None = None, archive: Path |
             unpacked = work / "members"
             unpacked.mkdir()
             safe_extract(path, unpacked, package.members, kind=_FORM[package.kind], max_bytes=package.max_bytes)
+            files = sorted(path for path in unpacked.rglob("*") if path.is_file())
+            names = [f"{package.key}/{path.relative_to(unpacked).as_posix()}" for path in files]
+            write_text(digests_of(target), digest_lines(dict(zip(names, files, strict=True))))
+            if target.is_dir():
+                os.replace(target, work / "damaged")
             os.replace(unpacked, target)
             log.info("%s lies in %s", package.name, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _is_unpacked(target: Path) -> bool:
+    return target.is_dir() and (is_whole(target) or not digests_of(target).is_file())
 
 
 def _find_archive(package: Package, given: Path | None, by_hand: Path) -> Path | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,37 +82,43 @@ def build_once(
         RuntimeError: ``writer`` returned without writing.
     """
     path = Path(path)
-    if _is_whole(path):
+    if is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        if _is_whole(path):
+        if is_whole(path):
             return path
         if path.exists():
             log.warning("%s is damaged, or was not finished: it is made again", path)
         with WholeFile(path) as temporary:
             writer(temporary)
             if temporary.exists():
-                files = {path.name: temporary, **{_below(path, file): file for file in (beside() if beside else ())}}
-                lines = [f"{sha256_of(file)}  {name}\n" for name, file in files.items()]
-                _digests(temporary).write_text("".join(lines), encoding="utf-8")
+                further = beside() if beside else ()
+                files = {path.name: temporary, **{file.relative_to(path.parent).as_posix(): file for file in further}}
+                digests_of(temporary).write_text(digest_lines(files), encoding="utf-8")
     return path
 
 
-def _digests(path: Path) -> Path:
+def digests_of(path: Path) -> Path:
+    """Return where the digests of a file or folder of the cache are."""
     return path.with_name(f".{path.name}.sha256")
 
 
-def _below(path: Path, file: Path) -> str:
-    return file.relative_to(path.parent).as_posix()
+def digest_lines(files: Mapping[str, Path]) -> str:
+    """Return the digests of files by their names, in the form of `sha256sum`."""
+    return "".join(f"{sha256_of(file)}  {name}\n" for name, file in files.items())
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file, and what was made beside it, is what its digests say; a file that did not change is read once."""
+def is_whole(path: Path) -> bool:
+    """Whether a file (and what was made beside it) or a folder is what its digests say.
+
+    A process reads a file through once, unless it changes.
+    """
     try:
-        lines = _digests(path).read_text(encoding="utf-8").splitlines()
+        lines = digests_of(path).read_text(encoding="utf-8").splitlines()
         named = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        return path.name in named and all(_known(path.parent / name) == digest for name, digest in named.items())
+        own = path.name in named or any(name.startswith(f"{path.name}/") for name in named)
+        return own and all(_known(path.parent / name) == digest for name, digest in named.items())
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -122,6 +128,6 @@ def _known(file: Path) -> str:
     return _digest(file, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=100_000)
 def _digest(file: Path, state: tuple[int, int, int]) -> str:
     return sha256_of(file)

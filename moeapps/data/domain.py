@@ -26,6 +26,9 @@ from moeapps.data.workers import Collate
 Role = Literal["seen", "validation", "unseen"]
 Split = Literal["train", "val", "test"]
 ROLES: tuple[Role, ...] = ("seen", "validation", "unseen")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLITS_OF: dict[Role, tuple[Split, ...]] = {"seen": SPLITS, "validation": SPLITS[1:], "unseen": SPLITS[2:]}
+"""What a run may read of a domain of each role, where nothing is ever trained on the others."""
 STAGE_ROLES: dict[str, tuple[Role, ...]] = {"val": ("seen", "validation"), "test": ROLES}
 # These words name means over domains in the metric keys, so no domain may carry them.
 RESERVED = frozenset({*ROLES, "gap", "aux"})
@@ -124,6 +127,26 @@ class DomainDataModule(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """Plain values that the model needs, known without ``setup``; a subclass adds to this dictionary."""
         return {"domains": {role: list(names) for role, names in self.roles.items()}}
+
+    # Raw inputs ---------------------------------------------------------------------------------------------------
+
+    def batches_of(self, inputs: Any) -> list[Any]:
+        """Return batches of raw inputs, a file or arrays; a subclass says which and may take options.
+
+        Raises:
+            ValueError: inputs that cannot be read.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say how raw inputs become batches: define batches_of(inputs) there, or "
+            "use `moeapps predict --run ...` with data in its roles"
+        )
+
+    def save_parts(self, folder: Path) -> list[str]:
+        """Write what inputs need besides the network (a fitted tokenizer), and return the names of the files."""
+        return []
+
+    def load_parts(self, folder: Path) -> None:
+        """Read what ``save_parts`` wrote, if it is there."""
 
     # Domains ------------------------------------------------------------------------------------------------------
 

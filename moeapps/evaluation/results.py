@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from yaml import YAMLError
+
+from moeapps.bounds import read_json, read_yaml
 from moeapps.training.run import newest_version, seeds_of, variant_hash
 
+_ROLES = ("seen", "validation", "unseen")
 Direction = Literal["max", "min"]
 
 
@@ -102,25 +105,51 @@ def read_results(path: Path, stage: str = "test") -> RunResults:
             )
         raise ValueError(f"{folder} has no metrics/{stage}.json; make it with: moeapps test --run {folder}")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        rows = raw["rows"]
+        raw = read_json(file)
+        _check(raw)
         values: dict[str, dict[str, float]] = {}
-        for row in rows:
+        for row in raw["rows"]:
             value = math.nan if row["value"] is None else float(row["value"])
             values.setdefault(row["metric"], {})[row["domain"]] = value
         return RunResults(
             folder,
             raw["header"],
-            {row["domain"]: row["role"] for row in rows},
+            {row["domain"]: row["role"] for row in raw["rows"]},
             values,
-            {row["domain"]: int(row["n"]) for row in rows},
-            {row["metric"]: row["direction"] for row in rows},
+            {row["domain"]: int(row["n"]) for row in raw["rows"]},
+            {row["metric"]: row["direction"] for row in raw["rows"]},
             _by_metric(raw.get("units", {}), lambda numbers: [math.nan if x is None else float(x) for x in numbers]),
             _by_metric(raw.get("parts", {}), lambda rows_of_units: rows_of_units),
             _config_beside(folder),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    # What is no results file lacks keys or has other kinds of values; YAML is of the config beside it.
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, YAMLError) as error:
         raise ValueError(f"{file} is not a results file of moeapps ({error!r}); run the test again") from error
+
+
+def _check(raw: Any) -> None:
+    """Refuse values of other kinds than what `BaseTask` writes, before anything is computed with them.
+
+    Raises:
+        TypeError: one is of another kind; the text names it.
+    """
+    header, rows = raw["header"], raw["rows"]
+    kinds: list[tuple[str, Any, type | tuple[type, ...]]] = [
+        *(("header", header, dict), ("rows", rows, list)),
+        *((key, raw.get(key, {}), dict) for key in ("units", "parts")),
+        *((f"header.{key}", header.get(key, {}), dict) for key in ("seeds", "sources") if header.get(key) is not None),
+        *((f"header.{key}", header.get(key, ""), str) for key in ("system", "name") if header.get(key) is not None),
+        *((f"header.seeds.{key}", seed, int) for key, seed in dict(header.get("seeds") or {}).items()),
+        *((f"{key}.{name}", table, dict) for key in ("units", "parts") for name, table in raw.get(key, {}).items()),
+    ]
+    for row in rows:
+        kinds += [(key, row[key], str) for key in ("domain", "metric", "role", "direction")]
+        kinds += [("value", row["value"], (int, float, type(None))), ("n", row["n"], int)]
+        if row["role"] not in _ROLES or row["direction"] not in ("max", "min"):
+            raise TypeError(f"role {row['role']!r:.80}, direction {row['direction']!r:.80}")
+    for name, value, kind in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r:.80}")
 
 
 def _by_metric(table: dict[str, dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
@@ -137,7 +166,5 @@ def _config_beside(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.is_file():
         return {}
-    import yaml
-
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = read_yaml(file)
     return found if isinstance(found, dict) else {}

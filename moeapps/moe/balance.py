@@ -2,19 +2,22 @@
 """Balance without a loss: move a selection bias against the load, once per optimizer step.
 
 The bias is added to the scores for the *selection* only; it never enters a weight and never gets a gradient. Counts are
-gathered over the micro-batches of a step and over ranks, used once, and reset. The callback that calls this lives in
-``moeapps.training``.
+gathered over the micro-batches of a step and over ranks, used once, and reset. A plain loop uses `BiasBalancer`; the
+callback ``BiasBalancing`` of ``moeapps.training`` does the same under Lightning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moeapps.moe.layer import MoELayer
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Record
+from moeapps.moe.routers.choose import TopK
 from moeapps.moe.routing import Routing
 
 
@@ -95,3 +98,60 @@ class CountAccumulator:
     def reset(self) -> None:
         """Forget all counts; call after each optimizer step."""
         self._counts.clear()
+
+
+class BiasBalancer:
+    """The biases of a network's layers: ``add`` the records of each micro-batch, ``step`` after the optimizer's step.
+
+    Args:
+        module: the network, the same that the recorder was given, so that names agree.
+        rate: step of the bias in units of the score, above 0.
+        layers: shell-style pattern on the names of the layers.
+
+    Raises:
+        ValueError: a rate that is not above 0, or no layer with a bias.
+
+    Source: as `update_bias`.
+
+    Example:
+        >>> from moeapps.moe import MoERecorder
+        >>> from moeapps.moe.presets import deepseek_v3
+        >>> layer = deepseek_v3(num_experts=4, top_k=2, num_groups=1, keep_groups=1)(14)
+        >>> balancer = BiasBalancer(layer)
+        >>> with MoERecorder(layer) as recorder:
+        ...     _ = layer(torch.randn(9, 14))
+        >>> balancer.add(recorder.records), balancer.step()
+        (None, None)
+    """
+
+    def __init__(self, module: nn.Module, rate: float = 1e-3, layers: str = "*") -> None:
+        if not rate > 0:
+            raise ValueError(f"rate={rate} does not balance; use a number above 0 or leave balancing out")
+        self.rate = rate
+        self.choosers: dict[str, TopK] = {}  # not the biases: ``module.to`` puts others in their place
+        for name, layer in module.named_modules():
+            # A recorder calls the network itself by its class where it is the layer.
+            where = name or type(layer).__name__
+            if isinstance(layer, MoELayer) and fnmatchcase(where, layers):
+                for chooser in layer.router.modules():
+                    if isinstance(chooser, TopK) and chooser.bias is not None:
+                        self.choosers[where] = chooser
+        if not self.choosers:
+            raise ValueError(
+                f"balancing finds no layer like {layers!r} with a bias; set balance_bias: true in its router"
+            )
+        self._counts = CountAccumulator()
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Count what the layers chose in one micro-batch."""
+        self._counts.add(record for record in records if record.name in self.choosers)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the biases by what was counted since the last step, over all ranks."""
+        for name, counts_E in self._counts.totals().items():
+            bias_E = self.choosers[name].bias
+            assert bias_E is not None
+            # Experts that are not chosen but given (fixed groups) come after the chosen ones and have no bias.
+            bias_E.copy_(update_bias(bias_E, counts_E[: len(bias_E)], self.rate))
+        self._counts.reset()

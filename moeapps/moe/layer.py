@@ -13,7 +13,8 @@ from typing_extensions import override
 from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Combiner, Sum, Work
 from moeapps.moe.experts import Experts
-from moeapps.moe.record import record_call, record_output
+from moeapps.moe.losses import AuxLoss, SwitchBalance
+from moeapps.moe.record import Record, record_call, record_output
 from moeapps.moe.routers.router import RouterBase, check_rows, only_rows, read_rows
 from moeapps.moe.routers.score import Features
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
@@ -195,6 +196,42 @@ class MoELayer(nn.Module):
             y = parts if isinstance(y, tuple) else parts[0]
         record_output(routing, y)
         return y
+
+    def with_aux(
+        self,
+        x: Tensor,
+        features: Features | None = None,
+        *,
+        losses: Sequence[AuxLoss] | None = None,
+        side: Sequence[Tensor] = (),
+        token_mask: Tensor | None = None,
+        group: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Apply the layer and give what is to be added to the loss: ``y, aux = layer.with_aux(x)``.
+
+        For a network of several layers open a :class:`MoERecorder` around its call instead; ``losses`` take its
+        records.
+
+        Args:
+            x: what is processed, (..., d).
+            features: what is routed on; None means x.
+            losses: what aux adds up, weights included; None means ``SwitchBalance(0.01)`` where rows choose their
+                experts, and nothing where the load is even by construction.
+            side: as in ``forward``, and so the others.
+            token_mask: bool, shaped like the rows.
+            group: int64, shaped like the rows, or flat.
+            state: memory of a recurrent router.
+
+        Returns:
+            What ``forward`` gives, and a 0-dim tensor.
+        """
+        routing = self.route(x if features is None else features, state=state, token_mask=token_mask, group=group)
+        y = self(x, routing=routing, side=side, token_mask=token_mask)
+        if losses is None:
+            losses = [SwitchBalance(0.01)] if isinstance(routing, Routing) and routing.top_k is not None else []
+        record = Record(type(self).__name__, routing, self, _flat(token_mask), _flat(group))
+        return y, sum((loss([record]) for loss in losses), x.new_zeros(()))
 
     @property
     def _row_dims(self) -> int:

@@ -7,11 +7,16 @@ import math
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from moeapps.evaluation.remarks import conclusion
 from moeapps.evaluation.statistics import Interval
 from moeapps.evaluation.xeval import Matrix
+from moeapps.text import markdown as as_markdown
+from moeapps.text import plain
 
+_MOST = 2000
+"""Characters of a sentence about runs, most of them their names."""
 Cells = tuple[list[str], list[list[str]]]
 
 
@@ -71,14 +76,15 @@ def rich_tables(matrix: Matrix, width: int = 80) -> list[Table]:
     tables = []
     for title, (head, rows) in zip(_titles(matrix), _all_cells(matrix), strict=True):
         if rows:
-            lines = [head, *rows]
+            lines = [[plain(cell) for cell in line] for line in (head, *rows)]
             if _width(lines) > width and len(rows) < len(head):
                 lines = [list(line) for line in zip(*lines, strict=True)]
-            table = Table(title=title)
+            # Text, not str: names in brackets are no markup.
+            table = Table(title=Text(plain(title), style="table.title"))
             for i, name in enumerate(lines[0]):
-                table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+                table.add_column(Text(name), justify="left" if i == 0 else "right", overflow="fold")
             for row in lines[1:]:
-                table.add_row(*row)
+                table.add_row(*map(Text, row))
             tables.append(table)
     return tables
 
@@ -92,9 +98,10 @@ def markdown(matrix: Matrix) -> str:
     parts: list[str] = []
     for title, (head, rows) in zip(_titles(matrix), _all_cells(matrix), strict=True):
         if rows:
-            parts.append(f"{'##' if parts else '#'} {title}\n\n{_markdown_table(head, rows)}")
+            parts.append(f"{'##' if parts else '#'} {as_markdown(title)}\n\n{_markdown_table(head, rows)}")
     notes = "`gap`: how much worse unseen domains are than seen ones. `worst unseen`: the worst unseen domain."
-    return "\n\n".join([*parts, *closing_lines(matrix), notes]) + "\n"
+    closing = [as_markdown(line, _MOST) for text in closing_lines(matrix) for line in text.split("\n")]
+    return "\n\n".join([*parts, *closing, notes]) + "\n"
 
 
 def closing_lines(matrix: Matrix) -> list[str]:
@@ -108,6 +115,7 @@ def _all_cells(matrix: Matrix) -> list[Cells]:
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head, rows = [as_markdown(cell) for cell in head], [[as_markdown(cell) for cell in row] for row in rows]
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 

@@ -119,16 +119,25 @@ def check_whole(path: Path) -> None:
             raise CheckpointError(
                 f"{path} is damaged: it is not what {beside.name} says was written; use another checkpoint of the run"
             )
-        return
     try:
         with zipfile.ZipFile(path) as entries:
-            damaged = entries.testzip()
+            _refuse_compressed(entries, path)
+            damaged = None if beside.is_file() else entries.testzip()
+    except CheckpointError:
+        raise
     except _ZIP_ERRORS as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); use another checkpoint of the run"
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged at {damaged}; use another checkpoint of the run")
+
+
+def _refuse_compressed(entries: zipfile.ZipFile, path: Path) -> None:
+    """Refuse what would unpack to more than the file's bytes: torch takes the memory before it reads."""
+    size = path.stat().st_size
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in entries.infolist()):
+        raise CheckpointError(f"{path} is compressed, which torch does not do: it is damaged, or made to fill memory")
 
 
 def first_whole(folder: Path, names: Sequence[str] = RESUMED) -> Path | None:

@@ -30,6 +30,7 @@ from moeapps.training.contract import (
     check_scores,
     tell_idle_layers,
 )
+from moeapps.training.inputs import AnswersInputs
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores, ScoreTable
@@ -44,7 +45,7 @@ PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
 
 
-class BaseTask(L.LightningModule):
+class BaseTask(AnswersInputs, L.LightningModule):
     """Base class of all task modules.
 
     A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes

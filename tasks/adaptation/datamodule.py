@@ -14,7 +14,7 @@ from typing_extensions import override
 from moeapps.data.domain import Split
 from moeapps.data.mixing import DomainMixing
 from moeapps.data.source import SourceDataModule
-from tasks.adaptation.data.batch import EpisodeBatch, ImageBatch, ImageDataset
+from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageBatch, ImageDataset
 from tasks.adaptation.data.digits import DigitDomains
 from tasks.adaptation.data.episodes import (
     EpisodeConcat,
@@ -24,6 +24,7 @@ from tasks.adaptation.data.episodes import (
     episode_sizes,
     make_episode,
 )
+from tasks.adaptation.data.inputs import images_of, unlabelled
 from tasks.adaptation.data.source import AdaptationSource
 
 log = logging.getLogger("moeapps")
@@ -138,6 +139,22 @@ class AdaptationData(SourceDataModule):
         """Return images of one domain and split as one batch; all of them where ``rows`` (int64) are not named."""
         dataset = cast(ImageDataset, self.get_dataset(domain, split))
         return dataset.batch(torch.arange(len(dataset)) if rows is None else rows)
+
+    def batches_of(self, inputs: Any, *, support: Any = None) -> list[EpisodeBatch]:
+        """Return an episode of a new domain: all images are answered; see `images_of`.
+
+        Args:
+            inputs: images of one domain, files or arrays.
+            support: unlabelled images of it to adapt to; None means the first ones of ``inputs``, as many as in tests.
+
+        Raises:
+            ValueError: images that cannot be read.
+        """
+        size, channels, form = self.source.image_size, self.source.channels, getattr(self.source, "form", None)
+        query = images_of(inputs, size, channels, form)
+        seen = query[: self.support] if support is None else images_of(support, size, channels, form)
+        parts = (unlabelled(part, -1, measured=self.measured) for part in (seen, query))
+        return [EpisodeBatch((Episode(*parts, domain=-1),))]
 
     def collate(self, items: Any) -> ImageBatch | EpisodeBatch:
         """Return the batch: rows and episodes come whole, except for single ones asked for one by one."""

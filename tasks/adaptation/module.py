@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from moeapps.moe import MoERecorder
+from moeapps.training.inputs import Program
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageBatch
 from tasks.adaptation.metrics import adaptation_metrics
@@ -273,6 +274,26 @@ class AdaptationTask(BaseTask):
         parts = {"index": answer.query.index, "label": answer.query.label, "logits": answer.after}
         parts["before"] = answer.before
         return {"domain": answer.domain, "draw": answer.draw, **{name: value.cpu() for name, value in parts.items()}}
+
+    def answer_inputs(self, batches: list[EpisodeBatch]) -> dict[str, Any]:
+        """Adapt to images and answer them: ``logits`` [Q, K], ``before`` [Q, K] without adaptation, ``class_names``."""
+        ((episode,),) = batches
+        if self.adapter.oracle:
+            raise ValueError(
+                f"{type(self.adapter).__name__} looks at labels and is a bound, no method; load another run"
+            )
+        image = episode.query.image
+        state = self.adapter.begin(self.net, episode.support.image, -1)
+        logits, _ = self.adapter.answer(self.net, state, image, -1)
+        names = list(self.facts.get("class_names", []))
+        return {"logits": logits.cpu(), "before": self.net(image).cpu(), "class_names": names}
+
+    def program(self) -> Program | str:
+        """The student; adaptation takes gradients, which a graph of operations does not hold."""
+        size, channels = int(self.facts["image_size"]), int(self.facts["channels"])
+        image = torch.linspace(-1, 1, 3 * channels * size * size).view(3, channels, size, size)
+        covers = "Logits of the student as it is; adaptation takes gradients and is outside."
+        return Program(self.net.student, {"image": image}, covers)
 
 
 class StudentTask(AdaptationTask):

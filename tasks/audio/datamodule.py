@@ -14,18 +14,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Split
+from moeapps.data.domain import SPLITS, Split
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.source import SourceDataModule
 from moeapps.files import write_arrays
 from tasks.audio.data.batch import AudioBatch, CodeClips, right_aligned
 from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.prompt import Prompt, PromptVocabulary
+from tasks.audio.data.readers.audio_files import read_audio
 from tasks.audio.data.source import AudioSource, Clip
-from tasks.audio.data.store import SPLITS, load_arrays
+from tasks.audio.data.store import load_arrays
 from tasks.audio.nets.tokenizers import MelRVQ, Tokenizer
 
 CODES_VERSION = 1
+
+TOKENIZER = "tokenizer.safetensors"
 
 log = logging.getLogger("moeapps")
 
@@ -190,6 +193,53 @@ class AudioData(SourceDataModule):
         """Return clips of one domain and split as one batch; all of them where ``rows`` (int64) are not named."""
         dataset = cast(CodeClips, self.get_dataset(domain, split))
         return dataset.batch(torch.arange(len(dataset)) if rows is None else rows)
+
+    def batches_of(self, inputs: Any, *, clips: Any = None) -> list[AudioBatch]:
+        """Return a batch of prompts, each with the clip to go on with, if any.
+
+        Args:
+            inputs: a prompt or a list of them, as ``'speech voice=low: la mo ti'``.
+            clips: for each prompt an audio file, or a wave float32 [n] at the sample rate of the codes; None for none.
+
+        Raises:
+            ValueError: a prompt that is not understood or names a label that the network does not know, another number
+                of clips, or a clip that cannot be read.
+        """
+        prompts = [Prompt.parse(line) for line in ([inputs] if isinstance(inputs, str) else inputs)]
+        unknown = {label for prompt in prompts for label in prompt.label_names} - set(self.vocabulary.labels)
+        if unknown or not prompts:
+            known = ", ".join(self.vocabulary.labels)
+            raise ValueError(f"{len(prompts)} prompts, unknown labels {sorted(unknown)}; known are {known}")
+        given = [None] * len(prompts) if clips is None else [clips] if isinstance(clips, str | Path) else list(clips)
+        if len(given) != len(prompts):
+            raise ValueError(f"{len(given)} clips for {len(prompts)} prompts; give one for each, or None")
+        symbols = right_aligned([self.vocabulary.encode(prompt) for prompt in prompts], self.prompt_symbols)
+        rows = torch.arange(1)
+        parts = [
+            AudioBatch(self._codes_of(clip)[None], symbols[i : i + 1], rows < 0, rows, rows + i)
+            for i, clip in enumerate(given)
+        ]
+        return [AudioBatch.cat(parts)]
+
+    def _codes_of(self, clip: Any) -> Tensor:
+        """Codes int64 [K, T] of a file or a wave; none of no clip."""
+        if clip is None:
+            return torch.empty(self._tokenizer.num_codebooks, 0, dtype=torch.int64)
+        rate = self._tokenizer.sample_rate
+        wave = read_audio(Path(clip), rate) if isinstance(clip, str | Path) else torch.as_tensor(clip).float()
+        if wave.ndim != 1 or not len(wave):
+            raise ValueError(f"a clip of shape {tuple(wave.shape)}; give a wave [n] at {rate} samples per second")
+        return self.tokenizer.encode(wave[None])[0]
+
+    @override
+    def save_parts(self, folder: Path) -> list[str]:
+        self.tokenizer.save(folder / TOKENIZER)
+        return [TOKENIZER]
+
+    @override
+    def load_parts(self, folder: Path) -> None:
+        if (folder / TOKENIZER).is_file():
+            self._tokenizer.load(folder / TOKENIZER)
 
     def collate(self, items: AudioBatch | list[AudioBatch]) -> AudioBatch:
         """Return the batch: clips come whole, except for single ones asked for one by one."""

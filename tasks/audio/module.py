@@ -5,20 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from moeapps.training.inputs import Program
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.audio.data.batch import NO_CODE, AudioBatch
 from tasks.audio.data.prompt import UNKNOWN
 from tasks.audio.losses import code_nats, codec_loss
 from tasks.audio.metrics import audio_metrics, code_bits, unit_parts
+from tasks.audio.model import AudioLM
 from tasks.audio.nets.language_model import CodecLM
-from tasks.audio.report.drawing import Drawing, draw_codes
+from tasks.audio.report.drawing import Drawing, draw_codes, sounds
 from tasks.audio.report.writer import ClipWriter
 
 TIME_BINS = 8
@@ -165,6 +167,24 @@ class AudioTask(BaseTask):
         )
         known = {"kept": kept_B, "prompt": batch.prompt, "domain": batch.domain, "index": batch.index}
         return {"codes": codes, **{name: value.cpu() for name, value in known.items()}}
+
+    def answer_inputs(self, batches: list[AudioBatch]) -> dict[str, Any]:
+        """Draw a clip for each prompt, behind the frames given: ``wave`` float32 [n] and ``codes`` [K, T] of each."""
+        (batch,) = batches
+        keep = batch.codes if batch.codes.shape[2] else None
+        rate = float(self.facts["frame_rate"])
+        codes = draw_codes(self.net, batch.prompt, rate, self.answers.drawing, domain=batch.domain, keep=keep)
+        waves = sounds(cast(Any, self.data).tokenizer, codes)
+        return {"wave": waves, "codes": codes, "sample_rate": int(self.facts["sample_rate"])}
+
+    def program(self) -> Program | str:
+        """Prompts and steps to logits; drawing and the tokenizer are outside."""
+        if not isinstance(self.net, AudioLM):
+            return f"{type(self.net).__name__} is a rival without a graph of its own; load the run with moeapps.load."
+        steps = torch.full((3, int(self.facts["num_codebooks"]), 6), self.net.delay.begin)
+        prompt = torch.tensor([[0, 1, 2]]).repeat(3, 1)
+        covers = "Logits of the step after each of those given; drawing of codes and their sound are outside."
+        return Program(self.net, {"prompt": prompt, "steps": steps}, covers)
 
 
 def label_ids(labels: Sequence[str]) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ from moeapps.data.domain import DomainDataModule, Split
 from moeapps.data.mixing import MixingSampler
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.data.families import OdeFamilies
+from tasks.dynamics.data.inputs import environment_of
 from tasks.dynamics.data.source import DynamicsSource
 
 
@@ -135,6 +136,12 @@ class DynamicsData(DomainDataModule):
                 data = data.require_initial_conditions()
             self._tensors[domain, split] = data.trajectories(self._numbers_of(domain), self.source.families(seen))
         return self._tensors[domain, split]
+
+    def batches_of(
+        self, inputs: Any, *, dt: float | None = None, start: Any = None, steps: int | None = None
+    ) -> list[tuple[Trajectories, int]]:
+        """Return a new environment to adapt to and to roll out, and the samples wanted; see `environment_of`."""
+        return [environment_of(inputs, int(self.source.state_dim), dt=dt, start=start, steps=steps)]
 
     def dataset(self, domain: str, split: Split) -> Dataset[Trajectories]:
         """Return the environments of one domain and split, one per item."""

@@ -20,6 +20,7 @@ from typing_extensions import override
 from moeapps.moe.record import record_call
 from moeapps.training.callbacks import RouterFit
 from moeapps.training.callbacks.router_fit import fitted_routers
+from moeapps.training.inputs import Program
 from moeapps.training.optim import build_adamw
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
@@ -28,6 +29,7 @@ from tasks.dynamics.metrics import environment_errors, trajectory_metrics
 from tasks.dynamics.model import FieldMixER, MixER
 from tasks.dynamics.nets.adaptation import Adaptation, Adapted, TryExperts
 from tasks.dynamics.nets.alternation import Alternation, Phase
+from tasks.dynamics.nets.programs import StateProgram
 from tasks.dynamics.report.partition import PartitionReport
 from tasks.dynamics.report.predictions import TrajectoryWriter
 
@@ -337,6 +339,25 @@ class DynamicsTask(BaseTask):
             int64 [S], ``context`` [S, c], ``support_loss`` [S] and ``gate_agrees`` bool [S].
         """
         return self._answer(self.data.eval_domains("predict")[dataloader_idx], batch, *self.predict_trajectories(batch))
+
+    def answer_inputs(self, batches: list[Any]) -> dict[str, Any]:
+        """Adapt to a new environment, roll out: ``x`` [M, steps, D], ``expert``, ``context`` [c], ``support_loss``."""
+        ((batch, steps),) = batches
+        pred, found = self.predict_trajectories(batch)
+        answer = {"x": pred[0, :, :steps], "context": found.context[0], "support_loss": found.support_loss[0]}
+        return {"expert": int(found.expert[0]), **{name: value.detach().cpu() for name, value in answer.items()}}
+
+    def program(self) -> Program | str:
+        """The right-hand side; solver and adaptation are outside."""
+        field = self.net.kind == "field"
+        width = self.net.state_dim * (1 if field else 2)
+        state = torch.linspace(-1, 1, 6 * width).view(3, 2, width)
+        what = "dx/dt" if field else "The next state, of [model state, observed state],"
+        return Program(
+            StateProgram(self.net),
+            {"context": self.net.contexts.detach()[:1].repeat(3, 1), "state": state},
+            f"{what} for contexts and states; the solver and the search for a context are outside.",
+        )
 
     def _answer(self, domain: str, batch: Trajectories, pred: Tensor, found: Adapted) -> dict[str, Any]:
         truth = batch.query.x

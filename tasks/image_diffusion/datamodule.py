@@ -13,6 +13,7 @@ from moeapps.data.domain import Split
 from moeapps.data.images.batch import ImageBatch, ImageDataset
 from moeapps.data.mixing import DomainMixing
 from moeapps.data.source import SourceDataModule
+from tasks.image_diffusion.data.classes import class_numbers
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
 
@@ -69,6 +70,25 @@ class ImageData(SourceDataModule):
         """Return images of one domain and split as one batch; all of them where ``rows`` (int64) are not named."""
         dataset = cast(ImageDataset, self.get_dataset(domain, split))
         return dataset.batch(torch.arange(len(dataset)) if rows is None else rows)
+
+    def batches_of(self, inputs: Any, *, count: int = 1) -> list[ImageBatch]:
+        """Return a batch of classes to draw.
+
+        Args:
+            inputs: a class, or a list of classes: names or numbers.
+            count: images of each.
+
+        Raises:
+            ValueError: no such class, or a count below 1.
+        """
+        words = [inputs] if isinstance(inputs, str | int) else list(inputs)
+        if count < 1 or not words:
+            raise ValueError(f"{len(words)} classes and count={count}; name a class or more, and a count of 1 or more")
+        label = torch.tensor(class_numbers([str(word) for word in words], self.source.class_names))
+        label = label.repeat_interleave(count)
+        size, channels = self.source.image_size, self.source.channels
+        image = torch.zeros(len(label), channels, size, size)
+        return [ImageBatch(image, label, torch.zeros_like(label), torch.arange(len(label)))]
 
     def collate(self, items: ImageBatch | list[ImageBatch]) -> ImageBatch:
         """Return the batch: images come whole, except for single ones asked for one by one."""

@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
+from moeapps.training.inputs import Program
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
@@ -169,6 +170,13 @@ class ImageDiffusionTask(BaseTask):
             for layer, value in aux.per_layer.items():
                 self.log_train(f"aux/{aux.name}/{layer}", value, len(batch.label))
         return total
+
+    def program(self) -> Program | str:
+        """The denoiser; the steps of the solver and guidance are outside."""
+        size, null = self.net.image_size, self.net.num_classes
+        inputs = {"image": torch.zeros(3, self.net.channels, size, size), "time": torch.linspace(0.1, 0.9, 3)}
+        covers = f"One pass of the denoiser; time as the network is told it, label {null} is none. Solver and guidance "
+        return Program(self.net, inputs | {"label": torch.tensor([0, 0, null])}, f"{covers}are outside.")
 
     def predict_step(self, batch: ImageBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Draw an image for every label of the batch.

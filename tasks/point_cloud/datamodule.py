@@ -27,6 +27,7 @@ from tasks.point_cloud.data.domains import (
     generate_split,
 )
 from tasks.point_cloud.data.features import IN_DIM, Features
+from tasks.point_cloud.data.inputs import scan_of
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays, load_scans, save_scans
 from tasks.point_cloud.data.sources import PointSource
@@ -181,9 +182,32 @@ class PointCloudData(DomainDataModule):
 
     def dataset(self, domain: str, split: Split) -> ScanDataset:
         """Return the crops (train) or tiles (val, test) of one domain."""
+        view = self._view(domain, split)
         source = self.own.get(domain)
-        about = source or DOMAINS[domain]
-        view: dict[str, Any] = {
+        if source is not None:
+            return source.dataset(split, self.cache_dir, **view)
+        return ScanDataset(self.scans(domain, split), **view)
+
+    def batches_of(self, inputs: Any, *, like: str | None = None) -> list[Batch]:
+        """Return the tiles of one scan, a batch each; see `scan_of`.
+
+        Args:
+            inputs: a file or arrays, in metres.
+            like: the domain whose class names and voxels are used; None means the first seen one.
+
+        Raises:
+            ValueError: inputs that cannot be read, or an unknown domain.
+        """
+        domain = self.roles["seen"][0] if like is None else like
+        self.role_of(domain)
+        scan = scan_of(inputs, (self.own.get(domain) or DOMAINS[domain]).voxel)
+        tiles = ScanDataset([scan], **self._view(domain, "test") | {"voting": None})
+        return [self.collate([tiles[i]]) for i in range(len(tiles))]
+
+    def _view(self, domain: str, split: Split) -> dict[str, Any]:
+        """How scans of a domain become items."""
+        about = self.own.get(domain) or DOMAINS[domain]
+        return {
             "domain": domain,
             "label_set": self.facts["label_sets"][domain],
             "domain_index": self.domain_names.index(domain),
@@ -197,9 +221,6 @@ class PointCloudData(DomainDataModule):
             "seed": self.seed,
             "voting": self.voting if split == "test" else None,
         }
-        if source is not None:
-            return source.dataset(split, self.cache_dir, **view)
-        return ScanDataset(self.scans(domain, split), **view)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the mixed training loader, if there is anything to learn."""

@@ -14,6 +14,7 @@ from torch_geometric.data import Batch
 from torchmetrics import MetricCollection
 
 from moeapps.moe import MoERecorder, Record
+from moeapps.training.inputs import Program
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
@@ -179,6 +180,24 @@ class PointCloudTask(BaseTask):
         with MoERecorder(self.net) as recorder:
             pred = most_likely(self(batch), batch.y)
         return self._scans(batch, self.raw_labels(batch, pred), recorder.records)
+
+    def answer_inputs(self, batches: list[Batch]) -> dict[str, Any]:
+        """Label a scan: ``label`` int64 [R] into ``names``, row by row, and ``expert`` (see `predict_step`)."""
+        tiles = [tile for batch in batches for tile in self.predict_step(batch)]
+        row = torch.cat([tile["raw_row"] for tile in tiles])
+        whole: dict[str, Any] = {"names": tiles[0]["names"], "expert": None}
+        for name in ("label", "expert"):
+            if tiles[0][name] is not None:
+                values = torch.cat([tile[name] for tile in tiles])
+                whole[name] = torch.full((int(tiles[0]["scan_points"]),), -1).index_put((row,), values)
+        return whole
+
+    def program(self) -> Program | str:
+        """There is none: voxels, curves and pools depend on the coordinates."""
+        return (
+            "Which voxels a scan fills decides the sizes of every stage of PointMoE, so there is no graph of fixed "
+            "operations on tensors; load the run with moeapps.load."
+        )
 
     def _scans(self, batch: Batch, label: Tensor, records: Sequence[Record]) -> list[dict[str, Any]]:
         """The answer of ``predict_step`` from the labels of the raw points and the records of the pass."""

@@ -12,6 +12,8 @@ from moeapps.data.gather import TableDataset
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.source import SourceDataModule
 from moeapps.data.windows import WindowSampler
+from tasks.recommendation.data.batch import Schema
+from tasks.recommendation.data.inputs import interactions_of, lists_of
 from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.multitask_log import MultitaskLog
 from tasks.recommendation.data.readers.block_rows import BlockDataset
@@ -54,6 +56,10 @@ class RecommendationData(SourceDataModule):
     def facts(self) -> dict[str, Any]:
         """Domain names per role, and the sizes of the columns: dense_dim, fields, bags, tasks, categories."""
         return {**super().facts, **self.source.schema.facts()}
+
+    def batches_of(self, inputs: Any) -> list[Any]:
+        """Return a batch of rows of one's own, see `interactions_of`."""
+        return [interactions_of(inputs, cast(Schema, self.source.schema))]
 
     def collate(self, items: Any) -> Any:
         """Return the batch: rows come whole, except for single rows asked for one by one."""
@@ -98,6 +104,10 @@ class ListData(RecommendationData):
                 "MovieLensLists, impressions go to RecommendationData"
             )
         super().__init__(source=source, batch_size=batch_size, **options)
+
+    def batches_of(self, inputs: Any) -> list[Any]:
+        """Return a batch of lists of one's own, see `lists_of`."""
+        return [lists_of(inputs, cast(ListSchema, self.source.schema))]
 
     def dataset(self, domain: str, split: Split) -> Dataset[Any]:
         """Return the lists of one domain.

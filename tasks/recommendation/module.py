@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from moeapps.moe import MoERecorder
+from moeapps.training.inputs import Program
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.lists import Lists
@@ -31,6 +32,7 @@ from tasks.recommendation.losses import (
 from tasks.recommendation.metrics import DEFAULT_KINDS, Kind, ranking_metrics
 from tasks.recommendation.model import ListRanker, Ranker
 from tasks.recommendation.nets.list_banks import ListScores
+from tasks.recommendation.nets.programs import ListProgram, RowProgram, list_inputs, row_inputs
 from tasks.recommendation.report.list_metrics import KEEP, gate_stability, list_auc, list_metrics, user_parts
 from tasks.recommendation.report.score_writer import ListWriter, ScoreWriter
 
@@ -129,6 +131,11 @@ class RankingTask(BaseTask):
         """
         probability = self(batch).sigmoid()
         return {"probability": probability.float().cpu(), "row": batch.row.cpu(), "user": batch.user.cpu()}
+
+    def program(self) -> Program | str:
+        """Ids and numbers to probabilities."""
+        covers = f"Ids as the source encodes them (not checked), to the probabilities of {', '.join(self.tasks)}."
+        return Program(RowProgram(self.net, list(self.facts["bags"])), row_inputs(self.facts), covers)
 
 
 class ListRankingTask(BaseTask):
@@ -301,6 +308,11 @@ class ListRankingTask(BaseTask):
             real_BN1 = batch.candidate_mask[:, : out.gate.shape[1], None]
             answer["gate"] = (out.gate * real_BN1).sum(1) / real_BN1.sum(1).clamp(min=1)
         return {name: value.detach().cpu() for name, value in answer.items()}
+
+    def program(self) -> Program | str:
+        """Ids of items to probabilities."""
+        covers = "Ids as the source encodes them (not checked), to the probability of each candidate; 0 is padding."
+        return Program(ListProgram(self.net), list_inputs(self.facts, int(self.facts["candidates"])), covers)
 
 
 def check_contrasted(net: nn.Module, what: Literal["gate", "interest"]) -> None:

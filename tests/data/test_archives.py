@@ -66,6 +66,28 @@ def test_second_fetch_touches_neither_client_nor_archive(good: Path, tmp_path: P
     assert fetch_package(package, root=tmp_path / "cache") == first
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_folder_is_fetched_again(
+    good: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    package, cache = _package(good), tmp_path / "cache"
+    folder = fetch_package(package, root=cache, archive=good)
+    file = folder / "pkg-1.0/data/a.las"
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(PAYLOAD[:-1] + (b"S" if damage == "flipped" else b""))
+
+    assert fetch_package(package, root=cache, archive=good) == folder
+    assert file.read_bytes() == PAYLOAD
+    assert f"{folder} is damaged: it is fetched again" in caplog.messages
+    good.unlink()
+    assert fetch_package(package, root=cache) == folder
+    # One of before there were digests is taken as it is.
+    (folder.parent / f".{folder.name}.sha256").unlink()
+    assert fetch_package(package, root=cache) == folder
+
+
 def test_archive_laid_into_the_cache_by_hand_is_used(good: Path, tmp_path: Path) -> None:
     package = _package(good)
     (tmp_path / "cache" / "packages").mkdir(parents=True)

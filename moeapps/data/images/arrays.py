@@ -18,9 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeapps.bounds import check_npz
+
 
 class ImageFileError(ValueError):
     """A file of images or latents cannot be used; the message says which file, why, and what to do."""
+
+
+MOST_CLASSES = 1_000_000
+"""A larger label is damage: what is kept for each class would fill the memory."""
 
 
 @contextmanager
@@ -48,6 +54,8 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
         ImageFileError: missing or damaged file, or an array that is not there.
     """
     # Opened here: numpy leaves a damaged file open.
+    with _readable(path, "npz file"):
+        check_npz(path)
     with _readable(path, "npz file"), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
         there = list(file.files)
         wanted = [name.rstrip("?") for name in names if not name.endswith("?") or name[:-1] in there] or there
@@ -64,6 +72,7 @@ def read_array(path: Path) -> NDArray[Any]:
         ImageFileError: missing or damaged.
     """
     with _readable(path, "npy file"):
+        check_npz(path)
         array: NDArray[Any] = np.load(path, allow_pickle=False)
         return array
 
@@ -78,6 +87,8 @@ def check_labels(label: NDArray[Any], count: int, where: Path, names: Sequence[s
         raise ImageFileError(
             f"{where}: labels {label.dtype} {label.shape} for {count} images; give {count} integers, 0 or more"
         )
+    if count and label.max() >= MOST_CLASSES:
+        raise ImageFileError(f"{where}: label {label.max()}; number the classes from 0, at most {MOST_CLASSES:,} fit")
     if names is not None and count and label.max() >= len(names):
         raise ImageFileError(f"{where}: label {label.max()} is out of range, names hold {len(names)} classes")
     return torch.from_numpy(label.astype(np.int64))

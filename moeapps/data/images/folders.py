@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moeapps.data.images.arrays import ImageFileError
 from moeapps.files import is_clutter
+from moeapps.text import plain
 
 NOTES = (".txt", ".caption", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".pdf")
 """Endings of what people lay beside their data: captions, tables, licences."""
@@ -100,9 +101,10 @@ def found_table(counts: Mapping[str, Mapping[str, int]]) -> str:
         the least and largest number of the others.
     """
     names = list(dict.fromkeys(name for classes in counts.values() for name in classes))
+    said = {name: plain(name) for name in names}
     head = ["class", *counts]
     rows = [["all classes", *(str(sum(classes.values())) for classes in counts.values())]]
-    rows += [[name, *(str(classes.get(name, 0)) for classes in counts.values())] for name in names[:_SHOWN]]
+    rows += [[said[name], *(str(classes.get(name, 0)) for classes in counts.values())] for name in names[:_SHOWN]]
     rest = names[_SHOWN:]
     if rest:
         spans = [[classes.get(name, 0) for name in rest] for classes in counts.values()]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from moeapps.bounds import require_file
 from moeapps.data.images.arrays import ImageFileError
 
 ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -24,6 +25,8 @@ _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _MOST_SLENDER = 100
 """Longest side over the shortest: of a longer strip the centre crop would show next to nothing."""
+_ANY_PIXELS, _PIXELS_PER_BYTE = 16_000_000, 4
+"""A picture may have so many pixels more for each byte of its file: one colour all over fills memory from nothing."""
 
 
 def read_image(path: Path, size: int, channels: int, background: str = "white") -> NDArray[np.uint8]:
@@ -84,9 +87,10 @@ def open_picture(path: Path, channels: int, background: str = "white") -> Image.
             # is an error here.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            size = require_file(path)
             Image.init()  # with formats named, Pillow loads no further reader by itself
             with Image.open(path, formats=FORMATS) as image:
-                _check(image, path)
+                _check(image, path, size)
                 span = _black_and_white(image)
                 upright = ImageOps.exif_transpose(image)
         return _flat(upright, BACKGROUNDS[background], span, path).convert("L" if channels == 1 else "RGB")
@@ -98,8 +102,13 @@ def open_picture(path: Path, channels: int, background: str = "white") -> Image.
         raise ImageFileError(f"{path} is not a readable image ({reason}); repair or remove it") from error
 
 
-def _check(image: Image.Image, path: Path) -> None:
-    """Raise ImageFileError for what cannot be shown as one picture."""
+def _check(image: Image.Image, path: Path, size: int) -> None:
+    """Raise ImageFileError for what cannot be shown as one picture, before its pixels are read."""
+    if image.size[0] * image.size[1] > _ANY_PIXELS + _PIXELS_PER_BYTE * size:
+        raise ImageFileError(
+            f"{path} says that its {size:,} bytes hold {image.size[0]} x {image.size[1]} pixels, which would fill "
+            "memory; save it at a smaller size"
+        )
     # The further pictures of a camera's MPO file are the same scene for another eye.
     count = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
     if count > 1:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning as L
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import override
 
 from moeapps.training.callbacks.summary import MoESummary
@@ -32,7 +33,7 @@ class EndTable(L.Callback):
                 main = str(getattr(pl_module, "main_metric", ""))
                 console.print(score_table(table, main=main, width=console.width))
                 for line in compute_lines(trainer):
-                    console.print(line, soft_wrap=True, highlight=False)
+                    console.print(line, soft_wrap=True, highlight=False, markup=False)
                 if folder is not None:
                     for label, path in (
                         ("run folder", folder),
@@ -40,7 +41,7 @@ class EndTable(L.Callback):
                         ("numbers", folder / "metrics"),
                     ):
                         if path.is_dir():
-                            console.print(f"{label + ':':<12}{path}", soft_wrap=True, highlight=False)
+                            console.print(f"{label + ':':<12}{path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def compute_lines(trainer: L.Trainer) -> list[str]:
@@ -70,7 +71,7 @@ def score_table(table: ScoreTable, *, main: str = "", width: int = 120) -> Table
     for name in ("domain", "role", "n"):
         rich.add_column(name, justify="right" if name == "n" else "left", no_wrap=True)
     for name in metrics:
-        rich.add_column(name, justify="right", no_wrap=True)
+        rich.add_column(Text(name), justify="right", no_wrap=True)
     values = {(score.domain, score.metric): score.value for score in table.scores}
     for domain, role, n in dict.fromkeys((score.domain, score.role, score.n) for score in table.scores):
         cells = [values.get((domain, name)) for name in metrics]

@@ -13,11 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Split
+from moeapps.data.domain import SPLITS_OF, Split
 from moeapps.data.images.batch import PixelImages
 from moeapps.files import write_arrays
 from tasks.adaptation.data.looks import Look, dressed
-from tasks.adaptation.data.source import AdaptationSource, check_split, splits_of
+from tasks.adaptation.data.source import AdaptationSource, check_split
 
 
 class DressedDigits(AdaptationSource):
@@ -65,7 +65,7 @@ class DressedDigits(AdaptationSource):
         """Make what is not in the cache yet."""
         from rich.progress import track
 
-        every = [(name, split) for name, role in self.role_of.items() for split in splits_of(role)]
+        every = [(name, split) for name, role in self.role_of.items() for split in SPLITS_OF[role]]
         wanted = [(name, split) for name, split in every if not self._path(name, split, cache).exists()]
         for name, split in track(wanted, "drawing digits", transient=True, disable=not wanted):
             self._load(name, split, cache)

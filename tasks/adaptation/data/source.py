@@ -7,7 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Literal
 
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS_OF, Role, Split
 from moeapps.data.images.batch import ImageDataset
 from moeapps.data.source import DomainSource
 
@@ -39,20 +39,10 @@ class AdaptationSource(DomainSource):
         """Return the images of one domain and split."""
 
 
-def splits_of(role: Role) -> tuple[Split, ...]:
-    """Return the splits that a domain of a role has."""
-    every: dict[Role, tuple[Split, ...]] = {
-        "seen": ("train", "val", "test"),
-        "validation": ("val", "test"),
-        "unseen": ("test",),
-    }
-    return every[role]
-
-
 def check_split(domain: str, split: Split, role: Role) -> None:
     """Raise ValueError where a split is asked for that a domain of this role must not have."""
-    if split not in splits_of(role):
+    if split not in SPLITS_OF[role]:
         raise ValueError(
-            f"domain {domain!r} is {role}: it has no {split} images, only {', '.join(splits_of(role))}; "
+            f"domain {domain!r} is {role}: it has no {split} images, only {', '.join(SPLITS_OF[role])}; "
             "training uses seen domains alone"
         )

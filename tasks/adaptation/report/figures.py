@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from moeapps.text import figure_text
+
 
 def attention_figure(share: Sequence[Sequence[float]], domains: Sequence[str], experts: Sequence[str]) -> Figure:
     """Draw how much the aggregator attends to each expert (across) in each domain (down).
@@ -60,6 +62,7 @@ def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, i
     columns = max(1, *(len(items) for items in changed.values()))
     figure = Figure(figsize=(1.1 * columns, 1.6 * len(changed)), layout="constrained")
     axes = figure.subplots(len(changed), columns, squeeze=False)
+    said = [figure_text(name) for name in names]
     for row, (kind, items) in zip(axes, changed.items(), strict=True):
         row[0].set_ylabel(kind, fontsize=8)
         for axis in row:
@@ -69,5 +72,5 @@ def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, i
         for axis, (domain, image, label, before, after) in zip(row, items, strict=False):
             pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
             axis.imshow(((pixels + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy())
-            axis.set_title(f"{domain}\n{names[label]}\n{names[before]} > {names[after]}", fontsize=4)
+            axis.set_title(f"{domain}\n{said[label]}\n{said[before]} > {said[after]}", fontsize=4)
     return figure

@@ -12,11 +12,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.data.cache import config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS, Role, Split
 from tasks.audio.data.chords import PROGRESSIONS, TEMPI, TIMBRES, draw_prompt, play
 from tasks.audio.data.prompt import Kind, Prompt
 from tasks.audio.data.source import Clip
-from tasks.audio.data.store import SPLITS, KeptAudio
+from tasks.audio.data.store import KeptAudio
 from tasks.audio.data.voices import RATE, VOICES, draw_text, speak
 
 GENERATOR_VERSION = 2

@@ -12,12 +12,12 @@ import torch
 from typing_extensions import override
 
 from moeapps.data.cache import config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS, Role, Split
 from tasks.audio.data.prompt import Kind
 from tasks.audio.data.readers.audio_files import AudioFileError, cut_at_pauses, read_audio, remark
 from tasks.audio.data.readers.clip_table import ClipRow, read_clip_table
 from tasks.audio.data.source import AudioSource, Clip
-from tasks.audio.data.store import SPLITS, KeptAudio
+from tasks.audio.data.store import KeptAudio
 
 log = logging.getLogger("moeapps")
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, Package, fetch_package
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS, Role, Split
 from tasks.audio.data.prompt import Kind, Prompt
 from tasks.audio.data.readers.audio_files import cut_at_pauses, read_audio, remark
 from tasks.audio.data.source import Clip
-from tasks.audio.data.store import SPLITS, KeptAudio
+from tasks.audio.data.store import KeptAudio
 from tasks.audio.packages import MUSIC, SPEECH, WORDS
 
 READER_VERSION = 2

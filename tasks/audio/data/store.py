@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from moeapps.bounds import check_npz
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
 from moeapps.files import write_arrays
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.data.source import AudioSource, Clip
-
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class KeptAudio(AudioSource):
@@ -66,7 +66,13 @@ def load_clips(path: Path, split: Split) -> list[Clip]:
         ValueError: the file is damaged.
     """
     arrays = load_arrays(path, f"{split}_wave", f"{split}_length", f"{split}_about")
-    samples, lengths, about = arrays.values()
+    try:
+        return _clips(*arrays.values())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it, it is made anew") from error
+
+
+def _clips(samples: Any, lengths: Any, about: Any) -> list[Clip]:
     waves = (torch.from_numpy(samples).float() / 32767).split(lengths.tolist())
     entries = json.loads(str(about))
     return [Clip(wave, Prompt(**prompt), name, ends) for wave, (name, ends, prompt) in zip(waves, entries, strict=True)]
@@ -79,7 +85,8 @@ def load_arrays(path: Path, *names: str) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
+        check_npz(path)
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in names or file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it, it is made anew") from error

@@ -13,15 +13,13 @@ import torch
 from typing_extensions import override
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Split
+from moeapps.data.domain import SPLITS, Split
 from tasks.dynamics.data import fields
 from tasks.dynamics.data.fields import Family, check_likeness, integrate
 from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats, Kind, with_noise
 
 GENERATOR_VERSION = 1
 """Part of the cache key; raise it when a formula or a draw changes."""
-
-_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class OdeFamilies(DynamicsSource):
@@ -134,7 +132,7 @@ class OdeFamilies(DynamicsSource):
         """Return the trajectories of one domain and split; generated on first use."""
         members = self._members(domain, seen)
         whole = np.stack([self._family(family)[place] for family, place, _ in members])  # [S, N, T, D]
-        start = sum(self.counts[earlier] for earlier in _SPLITS[: _SPLITS.index(split)])
+        start = sum(self.counts[earlier] for earlier in SPLITS[: SPLITS.index(split)])
         own, training = whole[:, start : start + self.counts[split]], whole[:, : self.counts["train"]]
         names, families = self.environments(domain, seen), [family.name for family, _, _ in members]
         dt = np.array([family.horizon / (self.num_steps - 1) for family, _, _ in members])

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from moeapps.reporting.figures import COLOURS, FAINT, INK, colour, save_figure
+from moeapps.text import figure_text
 from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.task import BaseTask
 
@@ -60,7 +61,7 @@ def trajectory_figure(
             axis.plot(seconds, truth[e, trajectory, :, d], "o", ms=3, color=colour(d), alpha=0.55)
             axis.plot(seconds[given - 1 :], _finite(pred[e, trajectory, given - 1 :, d]), "-", lw=1.4, color=colour(d))
         _limits(axis.set_ylim, truth[e, trajectory])
-        axis.set_title(names[e], fontsize=9, color=INK, loc="left")
+        axis.set_title(figure_text(names[e]), fontsize=9, color=INK, loc="left")
         axis.set_xlabel("seconds", fontsize=8)
     _key(figure)
     return figure
@@ -92,7 +93,7 @@ def phase_figure(title: str, truth: Floats, pred: Floats, names: Sequence[str], 
             axis.plot(_finite(pred[e, n, :, 0]), _finite(pred[e, n, :, 1]), "-", lw=1.0, color=COLOURS[0], alpha=0.8)
         _limits(axis.set_xlim, truth[e, ..., 0])
         _limits(axis.set_ylim, truth[e, ..., 1])
-        axis.set_title(names[e], fontsize=9, color=INK, loc="left")
+        axis.set_title(figure_text(names[e]), fontsize=9, color=INK, loc="left")
     _key(figure)
     return figure
 

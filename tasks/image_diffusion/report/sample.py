@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from moeapps.files import write_arrays
+from tasks.image_diffusion.data.classes import class_numbers
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.autoencoder import LatentDecoder
 from tasks.image_diffusion.nets.samplers import sample
@@ -62,23 +62,3 @@ def main(words: Sequence[str], task: Any, data: ImageData) -> int:
     write_png(options.out / "grid.png", grid(image, options.count, enlarge=enlarge))
     print(f"{len(label)} images of {len(chosen)} classes: {options.out / 'grid.png'}, {path}")
     return 0
-
-
-def class_numbers(words: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the labels of classes given by name or number.
-
-    Raises:
-        ValueError: no such class.
-    """
-    found = []
-    for word in words:
-        if word in names:
-            found.append(list(names).index(word))
-        elif word.isdigit() and int(word) < len(names):
-            found.append(int(word))
-        else:
-            close = difflib.get_close_matches(word, names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            raise ValueError(f"no class {word!r}; {hint}allowed: 0 to {len(names) - 1}, or {shown}")
-    return found

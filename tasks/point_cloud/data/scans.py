@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from moeapps.bounds import check_npz
 from tasks.point_cloud.data.labels import IGNORE, label_index
 from tasks.point_cloud.data.scene import Floats, Ints
 
@@ -87,9 +89,10 @@ def load_scans(path: Path) -> list[ScanArrays]:
         ValueError: the file is missing, cut short or not ours.
     """
     try:
+        check_npz(path)
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
             arrays = {key: data[key] for key in ("pos", "light", "up", "label", "size", "name", "words")}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(
             f"cannot read scans from {path} ({error}); delete the file and it will be built anew"
         ) from error

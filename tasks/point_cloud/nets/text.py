@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeapps.bounds import check_npz
+
 
 class TextVectors(ABC):
     """What `LanguageHead` asks of a provider of text vectors.
@@ -157,6 +159,7 @@ class ClipFileText(TextVectors):
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"no text vectors at {self.path}: write them with write_text_file, or use TaxonomyText")
+        check_npz(self.path)
         with np.load(self.path, allow_pickle=False) as data:
             if not {"names", "vectors"} <= set(data.files):
                 raise ValueError(f"{self.path} holds {data.files}, expected arrays 'names' [n] and 'vectors' [n, dim]")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from moeapps.reporting.figures import COLOURS, INK, save_figure
+from moeapps.text import figure_text
 from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.data.labels import IGNORE
@@ -188,7 +189,7 @@ def scan_figure(scan: ScanPicture) -> Any:
     pos, truth, pred = scan.pos_R3[kept].astype(np.float64), scan.truth_R[kept], scan.pred_R[kept]
     palette = np.array([class_colour(name) for name in scan.names])
     panels = [("truth", palette[truth]), (f"prediction, {np.mean(truth == pred):.0%} of points right", palette[pred])]
-    handles = [[Patch(color=palette[c], label=scan.names[c]) for c in np.union1d(truth, pred)]]
+    handles = [[Patch(color=palette[c], label=figure_text(scan.names[c])) for c in np.union1d(truth, pred)]]
     if scan.expert_R is not None:
         expert = scan.expert_R[kept]
         tints = np.array([expert_colour(e) for e in range(int(expert.max()) + 1)] + [(0.8, 0.8, 0.8)])
@@ -202,8 +203,8 @@ def scan_figure(scan: ScanPicture) -> Any:
         axis.imshow(render(pos, colour), interpolation="antialiased")
         axis.set_title(label, fontsize=10, color=INK, loc="left", pad=4)
         axis.set_axis_off()
-    figure.text(0.013, 0.965, scan.title, fontsize=14, color=INK, weight="bold", va="top")
-    figure.text(0.987, 0.96, scan.note, fontsize=9, color="#6b7280", va="top", ha="right")
+    figure.text(0.013, 0.965, figure_text(scan.title), fontsize=14, color=INK, weight="bold", va="top")
+    figure.text(0.987, 0.96, figure_text(scan.note), fontsize=9, color="#6b7280", va="top", ha="right")
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK, "loc": "upper left"}
     style |= {"handlelength": 1.0, "handleheight": 1.0, "columnspacing": 1.4, "borderaxespad": 0}
     figure.legend(handles=handles[0], ncols=7 if len(panels) > 2 else 9, bbox_to_anchor=(0.013, 0.15), **style)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from moeapps.files import write_json, write_text
+from moeapps.text import markdown as as_markdown
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.point_cloud.metrics import SegmentationScore, scores
@@ -91,7 +92,7 @@ def markdown(tables: dict[str, Any]) -> str:
         lines += ["| class | IoU | accuracy | support | predicted |", "|---|---|---|---|---|"]
         for row in table["classes"]:
             values = f"{_percent(row['iou'])} | {_percent(row['accuracy'])} | {row['support']:,} | {row['predicted']:,}"
-            lines.append(f"| {row['class']} | {values} |")
+            lines.append(f"| {as_markdown(row['class'])} | {values} |")
     return "\n".join(lines) + "\n"
 
 

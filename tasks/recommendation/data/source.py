@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS_OF, Role, Split
 from moeapps.data.gather import BatchDataset
 from moeapps.data.source import DomainSource
 from tasks.recommendation.data.batch import Schema
@@ -87,10 +87,5 @@ class GeneratedLog(LogSource):
 
 def touched(roles: dict[Role, list[str]]) -> Iterator[tuple[Role, str, Split]]:
     """Yield role, domain and split of all rows that a run may read."""
-    splits: dict[Role, tuple[Split, ...]] = {
-        "seen": ("train", "val", "test"),
-        "validation": ("val", "test"),
-        "unseen": ("test",),
-    }
     for role, names in roles.items():
-        yield from ((role, name, split) for name in names for split in splits[role])
+        yield from ((role, name, split) for name in names for split in SPLITS_OF[role])

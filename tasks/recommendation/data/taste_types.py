@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS, Role, Split
 from moeapps.data.gather import TableDataset
 from tasks.recommendation.data.factors import Floats, stream
 from tasks.recommendation.data.lists import Lists, ListSchema
@@ -38,7 +38,6 @@ from tasks.recommendation.data.source import GeneratedLog
 
 Ints = NDArray[np.int64]
 GENERATOR_VERSION = 1
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 STYLES, CATEGORIES, GROUPS, VALUES = 3, 6, 4, 4  # styles per type; values of category, of group, of a trait
 SHORTEST = 6  # past items of a user who is not of the long tail
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from moeapps.files import write_json, write_text
 from moeapps.moe.record import Record
 from moeapps.reporting.figures import save_figure
+from moeapps.text import markdown as as_markdown
 from moeapps.training.callbacks import ExpertReport
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.lists import Lists
@@ -179,15 +180,14 @@ def markdown(sample: GateSample, factors: Sequence[str], name: NameItem) -> str:
     for b in range(len(sample.gate)):
         factor = int(sample.factor[b])
         kind = f" ({factors[factor]})" if 0 <= factor < len(factors) else ""
-        lines += [f"## User {int(sample.user[b])}{kind}, who took {name(int(sample.item[b]))}", ""]
+        lines += [f"## User {int(sample.user[b])}{kind}, who took {as_markdown(name(int(sample.item[b])))}", ""]
         lines += ["| past item | " + " | ".join(experts) + " |", "|---" * (len(experts) + 1) + "|"]
         order = sorted(places(sample, b), key=lambda h: -float(sample.parts[b, h].norm()))  # type: ignore[index]
-        cells = [(name(int(sample.history_item[b, h])), sample.parts[b, h]) for h in order]
+        cells = [(as_markdown(name(int(sample.history_item[b, h]))), sample.parts[b, h]) for h in order]
         cells.append(("**all past items**", sample.parts[b].sum(0)))
         cells += [] if prior is None else [("**a user without a past**", prior)]
         cells.append(("**weights of the experts**", sample.gate[b]))
-        for title, values in cells:
-            shown = title.replace("|", "\\|")
+        for shown, values in cells:
             lines.append(f"| {shown} | " + " | ".join(f"{value:+.{digits}f}" for value in values.tolist()) + " |")
         lines.append("")
     return "\n".join(lines)

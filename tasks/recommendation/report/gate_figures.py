@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moeapps.reporting.figures import FAINT, INK, colour
+from moeapps.text import figure_text
 from tasks.recommendation.report.attribution import GateSample, mean_gates, prior_of
 from tasks.recommendation.report.list_metrics import TAIL
 
@@ -183,7 +184,7 @@ def _heading(sample: GateSample, b: int, factors: Sequence[str], name: Callable[
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    return figure_text(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…")
 
 
 def _bare(axis: Any) -> None:

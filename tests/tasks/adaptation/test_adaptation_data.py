@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moeapps.data.domain import SPLITS_OF
 from moeapps.data.images.batch import ImageBatch, to_uint8
 from tasks.adaptation.data.batch import EpisodeBatch
 from tasks.adaptation.data.digits import ROLES, DigitDomains, recipes
-from tasks.adaptation.data.source import splits_of
 from tasks.adaptation.datamodule import AdaptationData, expert_groups
 from tests.tasks.adaptation.adaptation_common import SMALL, small_data
 
@@ -224,7 +224,7 @@ def test_every_domain_and_split_has_the_digits_it_says_equally_often(tmp_path: P
     digits = source()
     for role, names in ROLES.items():
         for name in names:
-            for split in splits_of(role):
+            for split in SPLITS_OF[role]:
                 label = digits.dataset(name, split, tmp_path).label
                 each = 3 if split == "train" else 1 if role == "seen" else 2
                 assert label.bincount(minlength=10).tolist() == [each] * 10
@@ -236,7 +236,7 @@ def test_no_drawing_is_in_two_domains_or_splits(tmp_path: Path) -> None:
     seen: dict[bytes, str] = {}
     for role, names in ROLES.items():
         for name in names:
-            for split in splits_of(role):
+            for split in SPLITS_OF[role]:
                 for drawing in digits.base(name, split, tmp_path)[0]:
                     key = drawing.numpy().tobytes()
                     assert key not in seen, (name, split, seen.get(key))

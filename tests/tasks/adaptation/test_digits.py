@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from moeapps.data.archives import ArchiveError, Package, package_named
+from moeapps.data.domain import SPLITS_OF
 from moeapps.data.images.batch import to_uint8
 from tasks.adaptation.data import digits_real, looks, textures
 from tasks.adaptation.data.digits_real import BASES, FAR, NEAR, ROLES, RealDigits
 from tasks.adaptation.data.readers.digit_files import penned, pieces, printed, read_rows, scanned
-from tasks.adaptation.data.source import splits_of
 from tasks.adaptation.data.strokes import FONTS
 from tasks.adaptation.datamodule import AdaptationData
 from tasks.adaptation.packages import KEEL, MNIST, PACKAGES, PHOTOS, TEXTURES
@@ -291,7 +291,7 @@ def test_nineteen_domains_are_made_of_four_sets(written: Path) -> None:
 
     for role, names in ROLES.items():
         for name in names:
-            for split in splits_of(role):
+            for split in SPLITS_OF[role]:
                 count = {"seen": 20 if split == "train" else 6, "validation": 5, "unseen": 12}[role]
                 assert len(data.images(name, split)) == count, (name, split)
     assert data.facts["num_classes"] == 10
@@ -325,7 +325,7 @@ def test_digits_of_targets_are_never_those_of_sources(size: int) -> None:
     used: dict[tuple[str, str], set[int]] = {}
     for role, names in ROLES.items():
         for name in (name for name in names if BASES[name] not in ("printed", "by_hand")):
-            for split in splits_of(role):
+            for split in SPLITS_OF[role]:
                 rows = source.rows(name, split, size).tolist()
                 assert len(set(rows)) == len(rows) == source.count(name, split)
                 used.setdefault((role, split), set()).update(rows)

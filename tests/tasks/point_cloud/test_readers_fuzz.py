@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from readers_common import LAYOUTS, Layout, assert_valid, files_of, random_scan
 
 from tasks.point_cloud.data.readers import PointCloudFileError, write_ply
+from tests.fuzzing import refused
 
 EXAMPLES = int(os.environ.get("MOEAPPS_FUZZ", "25"))  # make fuzz
 EACH = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -41,6 +42,7 @@ def read_or_refuse(layout: Layout, root: Path) -> None:
         message = str(refusal)
     else:
         return
+    refused()
     assert "expected" in message
     assert "\n" not in message
 

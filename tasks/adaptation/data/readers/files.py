@@ -76,6 +76,13 @@ class ImageForm:
             raise ImageFileError(f"no file {path}; check the root and how paths are made")
         return from_uint8(torch.from_numpy(self.pixels(path))) if self.array is None else self._channels(path)
 
+    def finished(self, image: Tensor) -> Tensor:
+        """The images [N, C, H, H] as the network sees them."""
+        if not self.standardise:
+            return image
+        mean, deviation = image.mean((2, 3), keepdim=True), image.std((2, 3), keepdim=True)
+        return (image - mean) / deviation.clamp(min=1e-6)
+
     def pixels(self, path: Path) -> NDArray[np.uint8]:
         """Read one picture: uint8 [C, H, H]."""
         return read_image(path, self.size, self.channels, self.background).copy()
@@ -124,9 +131,7 @@ class FileImages(ImageDataset):
             image = from_uint8(torch.from_numpy(pixels[place[rows].numpy()]))
         else:
             image = torch.stack([self.form.read(self.files[row]) for row in rows.tolist()])
-        if self.form.standardise:
-            mean, deviation = image.mean((2, 3), keepdim=True), image.std((2, 3), keepdim=True)
-            image = (image - mean) / deviation.clamp(min=1e-6)
+        image = self.form.finished(image)
         if self.train and self.form.mirror > 0:
             flipped = torch.rand(len(rows)) < self.form.mirror
             image = torch.where(flipped[:, None, None, None], image.flip(-1), image)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moeapps.data.domain import ROLES, Role, Split
+from moeapps.data.domain import ROLES, SPLITS_OF, Role, Split
 from moeapps.data.images.arrays import ImageFileError
 from tasks.adaptation.data.readers.files import DomainFiles, FileDomains, ImageForm, dealt, domain_name, filled
-from tasks.adaptation.data.source import Target, splits_of
+from tasks.adaptation.data.source import Target
 
 log = logging.getLogger("moeapps")
 
@@ -78,9 +78,9 @@ class Rule:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role={self.role!r} is not allowed; use one of {', '.join(ROLES)}")
-        wrong = [split for split in self.splits if split not in splits_of(self.role)]
+        wrong = [split for split in self.splits if split not in SPLITS_OF[self.role]]
         if wrong:
-            raise ValueError(f"split={wrong[0]!r} is not allowed for {self.role} rows; use {splits_of(self.role)}")
+            raise ValueError(f"split={wrong[0]!r} is not allowed for {self.role} rows; use {SPLITS_OF[self.role]}")
         for column, wanted in self.where.items():
             if isinstance(wanted, dict) and not (wanted and set(wanted) <= {"from", "below"}):
                 raise ValueError(f"where {column}: {wanted}; give a value, a list, or from and below")
@@ -245,9 +245,9 @@ class TableDomains(FileDomains):
         parts: dict[Split, list[Tensor]] = {}
         for way in sorted(set(ways)):
             rows = torch.tensor([place for place, given in enumerate(ways) if given == way])
-            for split, own in dealt(kind, rows, way or splits_of(role)[:1], self.seed).items():
+            for split, own in dealt(kind, rows, way or SPLITS_OF[role][:1], self.seed).items():
                 parts.setdefault(split, []).append(own)
-        return filled({split: torch.cat(rows).sort().values for split, rows in parts.items()}, splits_of(role))
+        return filled({split: torch.cat(rows).sort().values for split, rows in parts.items()}, SPLITS_OF[role])
 
 
 def read_csv(path: Path, columns: set[str]) -> list[Row]:
@@ -260,7 +260,7 @@ def read_csv(path: Path, columns: set[str]) -> list[Row]:
         raise ImageFileError(f"no file {path}; set root to the folder that holds it")
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
+            reader = csv.DictReader(stream, strict=True)
             there = [name for name in reader.fieldnames or [] if name]
             missing = sorted(columns - set(there))
             if missing:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 from pathlib import Path
 
@@ -16,6 +17,10 @@ ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")
 SILENT = 1e-3
 """RMS below which a clip counts as silent: -60 dB of full scale."""
 _CLIPPED_SHARE = 0.01
+_RATES = (1000, 400_000)
+_ANY_SAMPLES, _SAMPLES_PER_BYTE = 20_000_000, 100
+"""A file may give so many samples more for each of its bytes; speech at 6 kbit/s gives 64."""
+_BLOCK = 1 << 20
 
 
 class AudioFileError(ValueError):
@@ -35,29 +40,44 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
         float32 [n], n >= 1.
 
     Raises:
-        AudioFileError: no such file, one that libsndfile cannot read, no sample, or NaN or infinity among them.
+        AudioFileError: no such file, one that libsndfile cannot read, no sample, NaN or infinity among them, or a
+            header that promises more than the file can hold.
     """
     if not path.is_file():
         raise AudioFileError(f"no audio file {path}; correct its name or leave it out")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            _check_size(path, file.frames, rate, sample_rate)
+            # In blocks: a header may promise a thousand channels that are not there.
+            blocks = list(_averaged(file, path))
+        samples = np.concatenate([np.empty(0, np.float32), *blocks])
+    except (soundfile.LibsndfileError, OSError, RuntimeError, OverflowError) as error:
         raise AudioFileError(
             f"{path} is not a readable audio file ({error}); readable are {', '.join(ENDINGS)}"
         ) from error
     if not len(samples):
         raise AudioFileError(f"{path} holds no sample; leave it out")
-    if not np.isfinite(samples).all():
-        raise AudioFileError(f"{path} holds NaN or infinity; export it again or leave it out")
-    return (
-        torch.from_numpy(samples.mean(1)).clamp(-1, 1)
-        if rate == sample_rate
-        else _resampled(samples, rate, sample_rate)
-    )
+    return resample(torch.from_numpy(samples), rate, sample_rate).clamp(-1, 1)
 
 
-def _resampled(samples: np.ndarray, rate: int, wanted: int) -> Tensor:
-    return resample(torch.from_numpy(samples.mean(1)), rate, wanted).clamp(-1, 1)
+def _check_size(path: Path, frames: int, rate: int, wanted: int) -> None:
+    """Refuse what would fill memory, before it is read."""
+    if not _RATES[0] <= rate <= _RATES[1]:
+        raise AudioFileError(f"{path} has {rate:,} samples per second; {_RATES[0]:,} to {_RATES[1]:,} are read")
+    size = path.stat().st_size
+    if max(frames, frames * wanted // rate) > _ANY_SAMPLES + _SAMPLES_PER_BYTE * size:
+        raise AudioFileError(
+            f"{path} says that its {size:,} bytes hold {frames / rate:,.0f} seconds; cut it, or export it again"
+        )
+
+
+def _averaged(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
+    """Yield the blocks of a file, its channels averaged: float32 [n]."""
+    while len(samples := file.read(max(1, _BLOCK // file.channels), dtype="float32", always_2d=True)):
+        if not np.isfinite(samples).all():
+            raise AudioFileError(f"{path} holds NaN or infinity; export it again or leave it out")
+        yield samples.mean(1)
 
 
 def resample(wave: Tensor, rate: int, wanted: int) -> Tensor:

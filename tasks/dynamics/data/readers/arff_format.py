@@ -74,10 +74,18 @@ def _line(text: str) -> str:
     """Name the first line of data that cannot be read, if there is one."""
     lines = text.splitlines()
     start = next((place for place, line in enumerate(lines) if line.strip().lower().startswith("@data")), len(lines))
-    head = "\n".join(lines[: start + 1])
-    for place in range(start + 1, len(lines)):
-        try:
-            _load(f"{head}\n{lines[place]}\n")
-        except Exception:
-            return f", line {place + 1}"
-    return ""
+    head, first, end = lines[: start + 1], start + 1, len(lines)
+    if not _fails(head, lines[first:end]):
+        return ""
+    while end - first > 1:  # halves: all lines are read about twice, not once each with the head before it
+        middle = (first + end) // 2
+        first, end = (first, middle) if _fails(head, lines[first:middle]) else (middle, end)
+    return f", line {first + 1}" if first < end else ""
+
+
+def _fails(head: list[str], lines: list[str]) -> bool:
+    try:
+        _load("\n".join([*head, *lines, ""]))
+    except Exception:
+        return True
+    return False

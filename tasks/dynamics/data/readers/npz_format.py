@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from moeapps.bounds import check_npz, read_json
 from moeapps.data.domain import Split
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats
@@ -52,6 +52,8 @@ def read_npz(path: Path) -> NpzFile:
     """
     if not path.is_file():
         raise SeriesFormatError(f"no file {path}; correct root or the file name")
+    with _readable(path):
+        check_npz(path)
     with _readable(path), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile) or not {"X", "t"} <= set(arrays.files):
             held = sorted(arrays.files) if isinstance(arrays, np.lib.npyio.NpzFile) else "one array"
@@ -73,10 +75,11 @@ def read_npz(path: Path) -> NpzFile:
     bounds, parameters = None, None
     if bounds_path.is_file():
         with _readable(bounds_path), open(bounds_path, "rb") as stream:
+            check_npz(bounds_path)
             bounds = _numbers(np.load(stream, allow_pickle=False), bounds_path.name)
     if json_path.is_file():
         with _readable(json_path):
-            parameters = json.loads(json_path.read_text(encoding="utf-8"))
+            parameters = read_json(json_path)
     if bounds is not None and bounds.shape != (F, S, 1, 1, x.shape[4]):
         raise SeriesFormatError(f"{bounds_path.name} has shape {bounds.shape}, expected {(F, S, 1, 1, x.shape[4])}")
     return NpzFile(

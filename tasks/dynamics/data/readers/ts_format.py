@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moeapps.bounds import BoundError, require_file
 from tasks.dynamics.data.source import Floats
 
 
@@ -44,7 +45,10 @@ def text_of(path: Path) -> str:
         SeriesFormatError: it cannot be read.
     """
     try:
+        require_file(path)
         data = path.read_bytes()
+    except BoundError as error:
+        raise SeriesFormatError(str(error)) from error
     except OSError as error:
         raise SeriesFormatError(f"{path} cannot be read ({error.strerror}); correct the path or the link") from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

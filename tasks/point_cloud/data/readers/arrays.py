@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from moeapps.bounds import FLOOR, RATIO, BoundError, require_file
 from tasks.point_cloud.data.readers.scan import PointCloudFileError
 
 _PLAIN = re.compile(r"\|[biu]1|<[iu][248]|<f[248]")
@@ -41,7 +42,12 @@ def read_bytes(path: Path) -> bytes:
         PointCloudFileError: it is missing, a folder, or may not be read.
     """
     try:
+        require_file(path)
         return path.read_bytes()
+    except BoundError as error:
+        raise PointCloudFileError(
+            path, str(error).removeprefix(f"{path} "), "a file", "give an ordinary file"
+        ) from None
     except FileNotFoundError:
         raise PointCloudFileError(path, "no such file", "a file", "check the path and the layout of the root") from None
     except OSError as error:
@@ -142,11 +148,20 @@ def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     found: dict[str, NDArray[Any]] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(part.file_size for part in archive.infolist()) > FLOOR + RATIO * len(data):
+                raise PointCloudFileError(
+                    path,
+                    f"{len(data):,} bytes that unpack to far more",
+                    f"at most {FLOOR:,} bytes and {RATIO} for each of its own",
+                    "save it without compression if its data are good",
+                )
             # testzip reads every member against its checksum, also those that are not asked for.
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             contents = {key: archive.read(members[key]) for key in keys if key in members}
+    except PointCloudFileError:
+        raise
     except _ZIP_ERRORS:
         raise PointCloudFileError(path, "a damaged archive", "an .npz file of arrays", COPY_AGAIN) from None
     for key, content in contents.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from moeapps.bounds import BoundError, read_yaml
 from tasks.point_cloud.data.labels import LABEL_SETS, label_set
 
 KITTI_RAW: dict[int, str] = {
@@ -119,8 +120,8 @@ def named(choice: str | list[str]) -> tuple[str, ...]:
         known = ", ".join((*LABEL_SETS, *_MORE))
         raise ValueError(f"label_set {choice!r} is unknown; known: {known}; or give a .yaml file with a list of names")
     try:
-        names = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        names = read_yaml(path)
+    except (yaml.YAMLError, BoundError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} holds no list of names; write one class name per line, each after '- '")

@@ -20,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import laspy
+import lazrs
 import numpy as np
 import numpy.typing as npt
+
+from moeapps.bounds import BoundError, require_file
+from tasks.point_cloud.data.readers.laz import LazSizeError, check_laz
 
 _LAZ_POINTS_PER_BYTE = 100
 """More than any compressor reaches on points that differ: a larger count in a header is damage."""
@@ -147,9 +151,11 @@ def read_las(path: Path | str) -> LasCloud:
 def _checked_count(path: Path) -> int:
     """Return how many points the file holds, after checking that it can hold what its header says."""
     try:
-        size = path.stat().st_size
+        size = require_file(path)
         with path.open("rb") as file:
             head = file.read(375)
+    except BoundError as error:
+        raise LasError(str(error)) from error
     except OSError as error:
         raise LasError(
             f"cannot read {path} ({str(error.strerror).lower()}); give the path of a .las or .laz file"
@@ -177,17 +183,41 @@ def _checked_count(path: Path) -> int:
         raise LasError(f"{path.name} is damaged: scale {scale.tolist()}, offset {offset.tolist()}")
     # Waveforms (formats 4, 5, 9, 10) and, since 1.4, further records may follow the points.
     more = kind in (4, 5, 9, 10) or (minor >= 4 and any(head[243:247]))
-    _require_room(path, size, start, int(count), length, compressed=compressed, more=more)
+    room = (size, start, int(count), length)
+    _require_room(path, *room, records=(header_size, num_vlrs), compressed=compressed, more=more)
     return int(count)
 
 
-def _require_room(path: Path, size: int, start: int, count: int, length: int, *, compressed: bool, more: bool) -> None:
+def _check_compression(path: Path, size: int, records: tuple[int, int], start: int, count: int) -> None:
+    try:
+        with path.open("rb") as file:
+            check_laz(file, size, records, start, count)
+    except (LazSizeError, lazrs.LazrsError, struct.error, OSError, ValueError, OverflowError) as error:
+        raise LasError(f"{path.name} is damaged: {error}; fetch it again") from error
+    except BaseException as error:  # as in read_las
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LasError(f"{path.name} is damaged: {error}; fetch it again") from error
+
+
+def _require_room(
+    path: Path,
+    size: int,
+    start: int,
+    count: int,
+    length: int,
+    *,
+    records: tuple[int, int],
+    compressed: bool,
+    more: bool,
+) -> None:
     """Refuse a count of points that the file cannot hold; ``more``: other records may follow the points."""
     if compressed:
         if count > _LAZ_POINTS_PER_BYTE * size:
             raise LasError(
                 f"{path.name} is damaged: its header tells of {count} points in {size} bytes; fetch it again"
             )
+        _check_compression(path, size, records, start, count)
         return
     end = start + count * length
     if end > size or (end < size and not more):

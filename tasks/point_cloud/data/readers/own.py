@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moeapps.bounds import BoundError, read_yaml
 from moeapps.files import is_clutter
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.data.readers.arrays import read_npy, read_npz, read_text, write_npy, write_npz
@@ -79,10 +80,12 @@ def read_own_labels(path: Path) -> OwnLabels:
         PointCloudFileError: missing, not YAML, an unknown key, or a value of the wrong kind.
     """
     try:
-        content = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, PointCloudFileError):
-            raise
+        read_text(path)  # with its own words for what cannot be read
+        content = read_yaml(path)
+    except BoundError as error:
+        given = str(error).removeprefix(f"{path}: ")
+        raise PointCloudFileError(path, given, "key: value lines", "mend or rewrite it") from None
+    except yaml.YAMLError:
         raise PointCloudFileError(path, "text that is not YAML", "key: value lines", "mend or rewrite it") from None
     if not isinstance(content, dict) or not set(content) <= set(_KEYS) or "names" not in content:
         given = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else "no keys"
@@ -200,8 +203,8 @@ class OwnScans(ScanReader):
         return repr(self.labels)
 
 
-def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
-    """Read one .npy, .npz, .ply, .las or .laz file as ``labels`` says.
+def read_own_scan(path: Path, labels: OwnLabels, *, labelled: bool = True) -> RawScan:
+    """Read one .npy, .npz, .ply, .las or .laz file as ``labels`` says, without its labels if ``labelled`` is False.
 
     Raises:
         PointCloudFileError: damaged, of another format, or not as ``labels`` says.
@@ -218,7 +221,7 @@ def read_own_scan(path: Path, labels: OwnLabels) -> RawScan:
         case suffix:
             raise PointCloudFileError(path, f"a {suffix or 'nameless'} file", ", ".join(FORMATS), "convert it")
     raw, withheld = arrays.pop("label", None), arrays.pop("withheld", None)
-    label = None if raw is None else _indices(path, raw, labels)
+    label = None if raw is None or not labelled else _indices(path, raw, labels)
     if label is not None and withheld is not None:
         label = np.where(withheld, IGNORE, label)
     scaling = _scaling(labels, _LAS_FULL_SCALE if path.suffix.lower() in (".las", ".laz") else 1.0)

@@ -17,10 +17,12 @@ import pyarrow.parquet as parquet
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.files import WholeFile
-from tasks.recommendation.data.readers.text import TextFormat, read_header, typed_batches
+from tasks.recommendation.data.readers.text import TextFormat, read_header, refuse_open_quote, typed_batches
 from tasks.recommendation.data.readers.values import TEXT, TableError
 
 BLOCK_ROWS = 16_384
+_ANY_ROWS, _ROWS_PER_BYTE = 1 << 20, 8
+"""A row group may hold so many rows more for each byte of its file: equal values take no room on the disk."""
 
 
 class BlockFile:
@@ -43,6 +45,12 @@ class BlockFile:
         schema = self._meta.schema.to_arrow_schema()
         self.columns: list[str] = schema.names
         self.sizes: list[int] = [self._meta.row_group(group).num_rows for group in range(self._meta.num_row_groups)]
+        size = path.stat().st_size
+        if self.sizes and not 0 <= max(self.sizes) <= _ANY_ROWS + _ROWS_PER_BYTE * size:
+            raise TableError(
+                f"{path} has {size:,} bytes and a row group of {max(self.sizes):,} rows, which would fill memory; "
+                f"write it with row groups of at most {_ANY_ROWS:,} rows"
+            )
         # Words that repeat stay one entry of a dictionary each: they are then hashed once.
         self._words = [field.name for field in schema if field.type in TEXT]
 
@@ -100,6 +108,7 @@ def open_blocks(
             write_blocks(target, typed_batches(path, numbers, others, form, strict=True), rows)
         except TableError:
             write_blocks(target, typed_batches(path, numbers, others, form, strict=False), rows)
+        refuse_open_quote(path, form)
 
     name = f"{path.name}-{config_hash(about)}.parquet"
     return BlockFile(build_once(cache_dir("recommendation", root=cache) / name, write))

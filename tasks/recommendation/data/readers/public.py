@@ -24,7 +24,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS, Role, Split
 from moeapps.data.gather import BatchDataset
 from tasks.recommendation.data.batch import Schema
 from tasks.recommendation.data.readers.blocks import block_writer
@@ -36,7 +36,6 @@ from tasks.recommendation.data.source import LogSource, touched
 
 log = logging.getLogger("moeapps")
 
-SPLITS = ("train", "val", "test")
 ROWS = 16_384  # rows of a row group: what is read and held at once
 
 

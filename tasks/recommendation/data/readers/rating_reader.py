@@ -15,14 +15,14 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.data.domain import Role, Split
+from moeapps.data.domain import SPLITS, Role, Split
 from moeapps.data.gather import TableDataset
 from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.rating_lists import RatingLog, first_liked, rating_lists
 from tasks.recommendation.data.readers.arrow_text import Lookup, hash_text
 from tasks.recommendation.data.readers.blocks import block_writer
 from tasks.recommendation.data.readers.columns import IdColumn, TableColumns, TaskColumn
-from tasks.recommendation.data.readers.public import SPLITS, PublicLog, by_time, replace
+from tasks.recommendation.data.readers.public import PublicLog, by_time, replace
 from tasks.recommendation.data.readers.published import Published
 from tasks.recommendation.data.readers.values import TableError
 from tasks.recommendation.data.source import LogSource

@@ -102,8 +102,11 @@ def read_titles(folder: Path, name: str = "ml-100k") -> dict[int, str]:
 def _columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     if not path.is_file():
         raise TableError(f"no file {path}; root must hold the three files ml-100k.inter, .item and .user")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TableError(f"{path} is not a readable table ({error}); fetch it again") from error
     header = [word.split(":")[0] for word in rows[0]] if rows else []
     for name in wanted:
         if name not in header:

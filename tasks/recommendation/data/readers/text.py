@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as arrow_csv
@@ -57,11 +60,17 @@ def read_header(path: Path, form: TextFormat) -> list[str]:
     delimiter, quotes = form.dialect(path)
     try:
         # Python's reader: pyarrow's would guess types from a megabyte of records only to know the header.
-        with pa.input_stream(str(path)) as raw, io.TextIOWrapper(raw, form.encoding, newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
-            names = [name.removeprefix("\ufeff") for name in next(rows)]
+        with pa.input_stream(str(path)) as raw:
+            # A part alone: a line without end, perhaps of a compressed file, would fill the memory.
+            head = codecs.getincrementaldecoder(form.encoding)().decode(raw.read(CHUNK_BYTES))
+        quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        names = [name.removeprefix("\ufeff") for name in next(rows)]
     except StopIteration:
         raise TableError(f"{path} is empty; a header line with column names is needed") from None
+    except csv.Error as error:
+        hint = "; is a quote left open? Then set text.quotes: false" if quotes else ""
+        raise TableError(f"{path}: its first line cannot be read ({error}){hint}") from error
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise TableError(f"{path}: {_explain(str(error), [], quotes)}") from error
     if len(set(names)) < len(names):
@@ -120,6 +129,47 @@ def read_batches(
             raise TableError(f"{path}: {_explain(str(error), ragged, quotes)}") from error
     if empty:
         yield pa.RecordBatch.from_pylist([], pa.schema(types))
+
+
+def refuse_open_quote(path: Path, form: TextFormat) -> None:
+    """Refuse a file whose last field is in quotes that never end: pyarrow takes all rows below as a part of it.
+
+    Raises:
+        TableError: it does.
+    """
+    delimiter, quotes = form.dialect(path)
+    if not quotes or form.encoding.lower().startswith(("utf-16", "utf-32", "utf16", "utf32", "u16", "u32")):
+        return
+    with pa.input_stream(str(path)) as file:
+        odd = sum(chunk.count(b'"') for chunk in iter(lambda: file.read(CHUNK_BYTES), b"")) % 2
+    if odd:  # by a letter inside of a field, such as inches, too
+        with pa.input_stream(str(path)) as file:
+            if ends_in_quotes(file, delimiter.encode()):
+                raise TableError(f"{path}: a quote is left open to the end; close it, or set text.quotes: false")
+
+
+def ends_in_quotes(file: Any, delimiter: bytes) -> bool:
+    """Whether a text of fields, given as a binary stream, ends inside of a field in quotes."""
+    opening = re.compile(rb"[\r\n" + re.escape(delimiter) + rb']"')
+    inside, before = False, b"\n"
+    while chunk := file.read(CHUNK_BYTES):
+        while chunk.endswith(b'"') and (more := file.read(1)):
+            chunk += more
+        data, at = before + chunk, 1
+        while at < len(data):
+            if inside:
+                at = data.find(b'"', at)
+                if at < 0:
+                    break
+                doubled = data[at + 1 : at + 2] == b'"'
+                inside, at = doubled, at + (2 if doubled else 1)
+            else:
+                found = opening.search(data, at - 1)
+                if found is None:
+                    break
+                inside, at = True, found.end()
+        before = data[-1:]
+    return inside
 
 
 def _explain(error: str, ragged: list[str], quotes: bool) -> str:

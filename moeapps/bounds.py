@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and time bounded before they are taken: what a file promises is compared with what it is.
+
+A file of a few bytes may ask for gigabytes (a compressed archive, a header with a large count, YAML whose names stand
+for one another), and a pipe or a device that is called like a file never ends. What is not bounded by its own size is
+refused here, before any memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+YAML_BYTES = 4_000_000
+"""Largest YAML file: a configuration of millions of characters is a mistake."""
+YAML_VALUES = 200_000
+"""Most values of a YAML file, each alias counted as all that it stands for."""
+JSON_BYTES = 1_000_000_000
+DEEPEST = 200
+"""Most levels of lists and mappings inside one another."""
+RATIO, FLOOR = 10, 200_000_000
+"""An archive may give this many bytes for each of its own, beyond what any archive may give."""
+
+
+class BoundError(ValueError):
+    """A file asks for more than it can need, or is no file at all."""
+
+
+def require_file(path: Path | str) -> int:
+    """Return the size of an ordinary file.
+
+    Raises:
+        BoundError: a pipe, a device, a socket or a folder, also behind a link: reading it may never end.
+        FileNotFoundError: nothing there.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, device or socket"
+        raise BoundError(f"{path} is {kind}, not a file; give an ordinary file")
+    return about.st_size
+
+
+def read_text(path: Path, most: int) -> str:
+    """Read a file of UTF-8.
+
+    Raises:
+        BoundError: larger than ``most`` bytes, no ordinary file, or no UTF-8.
+        OSError: it cannot be read.
+    """
+    size = require_file(path)
+    if size > most:
+        raise BoundError(f"{path} has {size:,} bytes, at most {most:,} are read; is it the right file?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BoundError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it so") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for documents whose aliases stand for few values."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _values(node, {}, 0)
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        BoundError: too large, too deep, or with aliases that stand for too much or for themselves.
+        yaml.YAMLError: not YAML.
+        OSError: it cannot be read.
+    """
+    text = read_text(path, YAML_BYTES)
+    try:
+        return yaml.load(text, Loader=_Loader)  # a safe loader
+    except RecursionError as error:
+        raise BoundError(f"{path}: lists or mappings lie too deep inside one another; flatten it") from error
+    except BoundError as error:
+        raise BoundError(f"{path}: {error}") from error
+    except (ValueError, OverflowError) as error:  # PyYAML on dates and numbers that do not exist
+        raise BoundError(f"{path}: a value that cannot be read ({error}); correct it") from error
+
+
+def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Count the values below a node, those behind an alias each time that it is used."""
+    if depth > DEEPEST:
+        raise BoundError(f"more than {DEEPEST} levels of lists and mappings; flatten it")
+    if id(node) in known:
+        count = known[id(node)]
+        if not count:
+            raise BoundError("an alias stands for itself; write the value out")
+        return count
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    known[id(node)] = 0
+    below: Iterable[Any] = node.value
+    if isinstance(node, yaml.MappingNode):
+        below = (part for pair in node.value for part in pair)
+    count = 1
+    for part in below:
+        count += _values(part, known, depth + 1)
+        if count > YAML_VALUES:
+            raise BoundError(f"more than {YAML_VALUES:,} values, aliases counted; write less, or without aliases")
+    known[id(node)] = count
+    return count
+
+
+def read_json(path: Path, most: int = JSON_BYTES) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        BoundError: too large, too deep, or not JSON.
+        OSError: it cannot be read.
+    """
+    text = read_text(path, most)
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise BoundError(f"{path}: lists or mappings lie too deep inside one another; write it again") from error
+    except ValueError as error:  # damage, and integers of thousands of digits
+        raise BoundError(f"{path} is not JSON ({error}); write it again") from error
+
+
+def check_zip(path: Path | str) -> None:
+    """Refuse a zip archive whose parts would be larger than what its bytes can give.
+
+    Raises:
+        BoundError: it asks for more, or its list of parts is damaged.
+        OSError: it cannot be read.
+    """
+    size = require_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, IndexError, KeyError) as error:
+        raise BoundError(f"{path} is no readable archive ({error}); write it again") from error
+    total = sum(part.file_size for part in parts)
+    if total > FLOOR + RATIO * size:
+        raise BoundError(
+            f"{path} has {size:,} bytes and unpacks to {total:,}, which may be made to fill memory; if the data are "
+            "good, write them without compression"
+        )
+
+
+def check_npz(path: Path | str) -> None:
+    """Refuse an npz or npy file whose arrays need more memory than its bytes can hold; no array is read.
+
+    numpy takes the memory that the header of an array promises before it reads a number.
+
+    Raises:
+        BoundError: an array larger than its part of the file, pickled objects, or a damaged archive.
+        OSError: it cannot be read.
+    """
+    size = require_file(path)
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            stream.seek(0)
+            _check_array(stream, str(path), size)
+            return
+    check_zip(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                if part.filename.endswith(".npy"):
+                    with archive.open(part) as stream:
+                        _check_array(stream, f"{path}: {part.filename[:80]}", part.file_size)
+    except BoundError:
+        raise
+    # zip members answer damage with errors of zlib, lzma and bz2 as well
+    except Exception as error:
+        raise BoundError(f"{path} cannot be read ({error}); it is damaged: write it again") from error
+
+
+def _check_array(stream: IO[bytes], where: str, size: int) -> None:
+    from numpy.lib import format as npy
+
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, kind = read(stream)
+    # numpy answers a damaged header with errors of its tokenizer and its parser as well
+    except Exception as error:
+        raise BoundError(f"{where} has a damaged header ({error}); write it again") from error
+    if kind.hasobject:
+        raise BoundError(f"{where} holds pickled objects, which are never loaded; write plain numbers")
+    count = 1
+    for side in shape:
+        if side < 0:
+            raise BoundError(f"{where} has the shape {shape}; write it again")
+        count *= side
+    if count * kind.itemsize > size:
+        raise BoundError(
+            f"{where} promises {count * kind.itemsize:,} bytes of numbers in {size:,}; it is damaged: write it again"
+        )
