@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("moeapps.commands.run", "write predictions into the run folder"),
     "curriculum": ("moeapps.commands.curriculum", "train in stages, each from the weights of the one before"),
     "list": ("moeapps.commands.listing", "show the systems and their configs"),
-    "export": ("moeapps.commands.export", "write a trained run as safetensors, card and program"),
+    "export": ("moeapps.commands.export", "write a trained run as safetensors, description and program"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
     "doctor": ("moeapps.commands.doctor", "show versions, threads, caches and who owns `lightning` on PATH"),

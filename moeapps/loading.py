@@ -67,7 +67,13 @@ class Trained:
             return self.task.answer_inputs(moved)
 
 
-def load_run(run: str | Path, *, checkpoint: str | Path | None = None, device: str = "cpu") -> Trained:
+def load_run(
+    run: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str = "cpu",
+    trust: frozenset[str] | None = None,
+) -> Trained:
     """Build the system of a run or of an exported folder, with its weights; see `moeapps.load`.
 
     Raises:
@@ -83,7 +89,7 @@ def load_run(run: str | Path, *, checkpoint: str | Path | None = None, device: s
         )
     weights = _weights_of(folder) if checkpoint is None else Path(checkpoint)
     with isolate_rng():  # building draws first weights, and sets the seed of the run
-        built = build(folder)
+        built = build(folder, packages=trust)
     task, data = cast(BaseTask, built.model), cast(DomainDataModule, built.datamodule)
     _restore(task, weights)
     data.load_parts(folder)

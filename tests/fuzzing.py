@@ -109,7 +109,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
     record = record_of(pyfuncitem)
     go_on(record, lambda most: guarded(lambda: _cases(test, arguments, most, record.processes)))
-    assert not record.losses, json.dumps(record.losses, indent=1)
+    if record.losses:
+        told = "\n".join(f"{loss['kind']}, seed {loss['seed']}: {loss['message']}" for loss in record.losses)
+        pytest.fail(
+            f"{record.reader}: {told}\nOnce it is mended, delete {record.file}: it is tried anew", pytrace=False
+        )
     return True
 
 
@@ -203,8 +207,10 @@ def guarded(work: Callable[[], object]) -> Found:
 def _exit_after(work: Callable[[], object], told: Path) -> None:
     try:
         work()
-    except BaseException:
-        told.write_text(traceback.format_exc(), encoding="utf-8")
+    except BaseException as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        text = "".join(traceback.format_exception_only(error))  # with what hypothesis says of the case
+        told.write_text(f"{Path(at.filename).name}:{at.lineno}: {text}", encoding="utf-8")
     finally:
         os._exit(0)
 

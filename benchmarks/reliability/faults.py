@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.reliability.witness import STRIKE, TAPE, Moment, Strike
 
 WATCHED = (
@@ -51,6 +53,11 @@ class Case:
     command: str
     words: tuple[str, ...]
     runs: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all its runs together."""
+        return EPOCH * (STAGE_EPOCHS * len(self.runs) if self.command == "curriculum" else EPOCHS)
 
     def strikes(self, seed: int) -> list[Strike]:
         """Draw the faults of a chain, in the order of the steps that they fall on.
@@ -137,7 +144,14 @@ def cases() -> dict[str, Case]:
         found[base.stem] = Case(base.stem, base.stem, "fit", fit, ("struck",))
         stages = stages_of(base.stem)
         if stages:
-            chain = (*words, f"--trainer.max_epochs={STAGE_EPOCHS}", "--name=struck")
+            # A stage may ask for batches that data of this size do not fill.
+            batch = yaml.safe_load(files[-1].read_text(encoding="utf-8"))["data"]["init_args"]["batch_size"]
+            chain = (
+                *words,
+                f"--data.init_args.batch_size={batch}",
+                f"--trainer.max_epochs={STAGE_EPOCHS}",
+                "--name=struck",
+            )
             chain += tuple(word for stage in stages for word in ("--stage", str(stage)))
             runs = (*(f"struck_stage{number}" for number in range(len(stages) - 1)), "struck")
             name = f"{base.stem}_curriculum"
@@ -164,6 +178,9 @@ def chain(case: Case, folder: Path, *, seed: int = 0) -> Outcome:
         ChainError: a process ended otherwise than it should.
     """
     _run(case, folder / "whole", [], None)
+    steps = sum(line["what"] == "step" for line in _lines(folder / "whole"))
+    if steps != case.steps:
+        raise ChainError(f"{case.name} took {steps} steps, not {case.steps}: its data do not fill {EPOCH} batches")
     struck, faults = folder / "struck", []
     words: list[str] = []
     for strike in case.strikes(seed):

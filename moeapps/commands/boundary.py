@@ -78,7 +78,7 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
             raise
         from moeapps.text import lines
 
-        print(f"error: {lines(sentence(error))}", file=sys.stderr)  # names out of files give a terminal no commands
+        print(f"error: {lines(sentence(error))}", file=sys.stderr)
         return 2
     finally:
         _GUARDED.reset(token)

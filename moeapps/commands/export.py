@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps export RUN``: weights, a card, and where the network allows a program, as files for other programs."""
+"""``moeapps export RUN``: weights, a description, and where the network allows one a program, as files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moeapps.loading import Trained
     from moeapps.training.inputs import Program
 
-CARD, PROGRAM = "card.json", "program.pt2"
+ABOUT, PROGRAM = "about.json", "program.pt2"
 ONNX = (
     "No ONNX file is written: its operators have no product per expert of rows that the data sort, so every expert "
     "would run on every row, at E / k times the work, and drawing, solvers and adaptation would be missing. Use "
@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="moeapps export",
-        description="Write a trained run for other programs: model.safetensors (all weights), card.json (what it is, "
+        description="Write a trained run for other programs: model.safetensors (all weights), about.json (what it is, "
         "its sizes, scores, versions and files), config.yaml, what inputs need besides (a tokenizer), and program.pt2 "
-        "(torch.export) where the network is a graph of operations on tensors; the card says what it covers, or why "
+        "(torch.export) where the network is a graph of operations on tensors; about.json says what it covers, or why "
         "there is none. All of it is compared with the run before the command ends. moeapps.load(DIR) reads the folder "
         "like a run.",
         epilog=ONNX,
@@ -37,23 +37,27 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or runs/<system>/<name>: its newest version")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: RUN/export)")
     parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: best, else last)")
+    parser.add_argument("--trust", metavar="none|PACKAGE,...", help="what its config may import (docs/reliability.md)")
     return parser
 
 
 def main(args: list[str]) -> int:
     """Export a run and say what was written."""
     options = parser().parse_args(args)
+    from moeapps.commands.trust import take_trust
     from moeapps.loading import load_run
+    from moeapps.text import lines
 
     try:
-        trained = load_run(options.run, checkpoint=options.ckpt_path)
+        trust = take_trust([] if options.trust is None else ["--trust", options.trust])[1]
+        trained = load_run(options.run, checkpoint=options.ckpt_path, trust=trust)
         folder = options.out or trained.run / "export"
-        card = export(trained, folder)
+        about = export(trained, folder)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {lines(error)}", file=sys.stderr)
         return 2
-    print(f"{folder}: {', '.join(card['files'])}")
-    print(card["program"].get("covers") or f"no {PROGRAM}: {card['program']['why_not']}")
+    print(f"{folder}: {', '.join(about['files'])}")
+    print(about["program"].get("covers") or f"no {PROGRAM}: {about['program']['why_not']}")
     return 0
 
 
@@ -61,7 +65,7 @@ def export(trained: Trained, folder: Path) -> dict[str, Any]:
     """Write a loaded run into a folder and compare what was written with it.
 
     Returns:
-        The card.
+        What about.json holds.
 
     Raises:
         ValueError: the folder is the run itself, or what was written differs.
@@ -79,9 +83,9 @@ def export(trained: Trained, folder: Path) -> dict[str, Any]:
         (folder / PROGRAM).unlink(missing_ok=True)  # of an earlier export
     else:
         files.append(PROGRAM)
-    card = _card(trained, [*files, CARD], program)
-    write_text(folder / CARD, json.dumps(finite(card), indent=1, allow_nan=False, default=str) + "\n")
-    return card
+    about = _about(trained, [*files, ABOUT], program)
+    write_text(folder / ABOUT, json.dumps(finite(about), indent=1, allow_nan=False, default=str) + "\n")
+    return about
 
 
 def _write_weights(trained: Trained, folder: Path) -> str:
@@ -120,7 +124,7 @@ def _write_program(program: Program, folder: Path) -> dict[str, Any]:
                 torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), folder / PROGRAM)
                 again = torch.export.load(folder / PROGRAM).module()
                 pairs = [(module(*other), again(*other)) for other in sizes]
-        except Exception as error:  # whatever the tracer meets: the card carries its first line
+        except Exception as error:  # whatever the tracer meets: about.json carries its first line
             reasons.append(next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)))
             continue
         for wanted, found in pairs:
@@ -147,14 +151,13 @@ def _shapes(module: Any, inputs: tuple[Any, ...], free: Any) -> Any:
     return tuple(each)
 
 
-def _card(trained: Trained, files: list[str], program: dict[str, Any]) -> dict[str, Any]:
+def _about(trained: Trained, files: list[str], program: dict[str, Any]) -> dict[str, Any]:
     """What there is to know of the files without opening them."""
-    import yaml
-
+    from moeapps.bounds import read_yaml
     from moeapps.training.run import versions
 
     task, data = trained.task, trained.data
-    config = yaml.safe_load((trained.run / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(trained.run / "config.yaml")
     return {
         "format": 1,
         "system": config.get("system"),
@@ -186,7 +189,9 @@ def _scores(run: Path) -> Any:
 
 def _json(path: Path) -> Any:
     """What a file of the run holds; None where there is none."""
+    from moeapps.bounds import read_json
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ def _bank(mlp: nn.Module) -> GLUExperts | MLPExperts:
         raise ValueError(f"{type(mlp).__name__} is not of a form that is read, which are: {_READ}.")
     linears, activation = found
     first, last = linears[0], linears[-1]
-    kind = GLUExperts if len(linears) == 3 else MLPExperts
+    kind: type[GLUExperts] | type[MLPExperts] = GLUExperts if len(linears) == 3 else MLPExperts
     bias = first.bias is not None
     with torch.device("meta"):
         bank = kind(
@@ -157,6 +157,7 @@ def _bank(mlp: nn.Module) -> GLUExperts | MLPExperts:
 
 def _plain_parts(mlp: nn.Module) -> tuple[list[nn.Linear], ActivationName | nn.Module] | None:
     """Linear, activation, Linear of a Sequential or of fc1, act, fc2."""
+    layers: list[Any]
     if isinstance(mlp, nn.Sequential):
         layers = [layer for layer in mlp if not isinstance(layer, nn.Dropout | nn.Identity)]
     else:

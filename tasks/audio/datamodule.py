@@ -210,7 +210,9 @@ class AudioData(SourceDataModule):
         if unknown or not prompts:
             known = ", ".join(self.vocabulary.labels)
             raise ValueError(f"{len(prompts)} prompts, unknown labels {sorted(unknown)}; known are {known}")
-        given = [None] * len(prompts) if clips is None else [clips] if isinstance(clips, str | Path) else list(clips)
+        given: list[Any] = (
+            [None] * len(prompts) if clips is None else [clips] if isinstance(clips, str | Path) else list(clips)
+        )
         if len(given) != len(prompts):
             raise ValueError(f"{len(given)} clips for {len(prompts)} prompts; give one for each, or None")
         symbols = right_aligned([self.vocabulary.encode(prompt) for prompt in prompts], self.prompt_symbols)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moeapps.data.images.arrays import read_array
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.data.readers.csv_format import read_csv
 from tasks.dynamics.data.source import increment_scale
@@ -78,10 +79,7 @@ def _read(inputs: Any) -> tuple[NDArray[Any], float]:
         longest = max(len(part) for part in held.series)
         padded = [np.pad(part, ((0, longest - len(part)), (0, 0)), constant_values=np.nan) for part in held.series]
         return np.asarray(np.stack(padded), np.float32), held.dt
-    try:
-        return np.asarray(np.load(path, allow_pickle=False), np.float32), 1.0
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0][:120]}") from None
+    return np.asarray(read_array(path), np.float32), 1.0
 
 
 def _three(x: NDArray[Any], what: str, state_dim: int) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeapps.data.images.arrays import read_arrays
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.lists import Lists, ListSchema
 
@@ -35,8 +36,7 @@ def columns_of(inputs: Any) -> Columns:
         raise ValueError(f"{path}: no such file of .npz, .csv or .parquet; give one, or a mapping of columns")
     try:
         if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as held:
-                return dict(held)
+            return dict(read_arrays(path))
         import pyarrow.csv as csv
         import pyarrow.parquet as parquet
 
