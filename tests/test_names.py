@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ import yaml
 
 from moeapps.cli import RUN_COMMANDS, main
 from moeapps.commands.boundary import UsageError
-from moeapps.commands.names import KEYS, check
+from moeapps.commands.names import KEYS, check, read_config
 from moeapps.commands.signatures import Definition, options, resolve, trainer_options
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name
 from tests.toy import TOY
 
-# What may follow any base: it names no class of a task.
-FOR_ALL = ("debug/anomaly", "debug/tiny", "logger", "trainer")
+read_once = cache(read_config)
 
 
 def system_of(overlay: Path) -> list[Path]:
@@ -38,6 +38,13 @@ PAIRS = [(base_of(overlay), overlay) for overlay in (*BASELINES, *PAPERS)]
 PAIRS += [(base, overlay) for overlay in OTHERS for base in system_of(overlay)]
 
 
+@pytest.fixture
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of ours is read for many pairs: once is enough."""
+    monkeypatch.setattr("moeapps.commands.names.read_config", read_once)
+
+
+@pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("base", BASES, ids=name)
 def test_no_word_of_ours_is_refused(base: Path) -> None:
     check(["fit", *flags(base)])
@@ -46,6 +53,7 @@ def test_no_word_of_ours_is_refused(base: Path) -> None:
             check(["fit", *flags(base, overlay)])
 
 
+@pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("base", BASES, ids=name)
 def test_an_overlay_of_another_system_is_told_with_its_owner(base: Path) -> None:
     for overlay in [file for file in (*BASELINES, *PAPERS) if base_of(file) != base]:

@@ -37,7 +37,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "predict": (*_OWN, "return_predictions", "weights_only", "untrained"),
 }
 _INNER = ("class_path", "init_args", "dict_kwargs")
-_MOST_VALUES = 200_000
 _CLASS_PATH = re.compile(r"(?:tasks|moeapps)(?:\.\w+)+")
 
 
@@ -121,19 +120,23 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     import yaml
 
+    from moeapps.bounds import BoundError, read_yaml
+
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UsageError(f"{file}, line {line}: a byte that is not UTF-8; give a YAML file, saved as UTF-8") from error
-    try:
-        found = yaml.safe_load(text)
+        found = read_yaml(file)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = "" if mark is None else f", line {mark.line + 1}"
+        where = "" if mark is None else f", line {mark.line + 1}"
         told = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
-        raise UsageError(f"{file}{line}: {told}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a character that YAML has not, a date that does not exist
+        raise UsageError(f"{file}{where}: {told}") from error
+    except BoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            line = cause.object[: cause.start].count(b"\n") + 1
+            text = f"{file}, line {line}: a byte that is not UTF-8; give a YAML file, saved as UTF-8"
+            raise UsageError(text) from error
+        raise UsageError(str(error)) from error
+    except yaml.YAMLError as error:  # a character that YAML has not
         raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict | None):
         raise UsageError(f"{file} holds {type(found).__name__} {str(found)[:40]!r}; a config is keys with values")
@@ -193,7 +196,6 @@ class _Reader:
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = keys
         self.classes: dict[str, str] = {}  # dotted place, without init_args -> class path
-        self.values = 0
 
     def learn(self, words: Sequence[str]) -> None:
         """Take the classes of the run that words name; what its config says is not complained of here."""
@@ -297,9 +299,6 @@ class _Reader:
 
     def _value(self, value: Any, place: str, annotation: tuple[Any, Definition] | None) -> None:
         """Check a value of a file and what is inside it."""
-        self.values += 1
-        if self.values > _MOST_VALUES:
-            raise UsageError(f"{place}: a config of more than {_MOST_VALUES} values (aliases count each time); refused")
         if isinstance(value, list):
             for item in value:
                 self._value(item, f"{place}[]", annotation)
