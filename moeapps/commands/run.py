@@ -283,7 +283,7 @@ class Cli(LightningCLI):
     def _claim_folder(self) -> None:
         """Take a version for this run alone, before data are made; other processes are told it by the first."""
         trainer = self.trainer
-        if not self._own_loggers or trainer.fast_dev_run or trainer.barebones or not trainer.is_global_zero:
+        if not self._own_loggers or cast(Any, trainer).fast_dev_run or trainer.barebones or not trainer.is_global_zero:
             return
         self._claimed = claim_version(self._folder())
         for logger in self._own_loggers:

@@ -178,7 +178,7 @@ class DomainScores(nn.Module):
             return []
         collection = cast(MetricCollection, self.metrics[i])
         metrics = collection.items(keep_base=True, copy_state=False)
-        return [name for name, metric in metrics if not cast(Metric, metric).update_called]
+        return [name for name, metric in metrics if not metric.update_called]
 
     def compute(self, domains: list[str]) -> ScoreTable:
         """Return the scores of the given domains over all processes; a collective, to be called by each of them."""

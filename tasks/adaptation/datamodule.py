@@ -153,8 +153,8 @@ class AdaptationData(SourceDataModule):
         size, channels, form = self.source.image_size, self.source.channels, getattr(self.source, "form", None)
         query = images_of(inputs, size, channels, form)
         seen = query[: self.support] if support is None else images_of(support, size, channels, form)
-        parts = (unlabelled(part, -1, measured=self.measured) for part in (seen, query))
-        return [EpisodeBatch((Episode(*parts, domain=-1),))]
+        seen_batch, query_batch = (unlabelled(part, -1, measured=self.measured) for part in (seen, query))
+        return [EpisodeBatch((Episode(seen_batch, query_batch, domain=-1),))]
 
     def collate(self, items: Any) -> ImageBatch | EpisodeBatch:
         """Return the batch: rows and episodes come whole, except for single ones asked for one by one."""

@@ -53,7 +53,7 @@ def environment_of(
     length = max(steps, seen.shape[1])
     x = np.full((len(seen) + len(given), length, state_dim), np.nan, np.float32)
     x[: len(seen), : seen.shape[1]], x[len(seen) :, : given.shape[1]] = seen, given
-    mask = np.isfinite(x).all(-1)
+    mask = np.asarray(np.isfinite(x).all(-1))
     none = torch.tensor([-1])
     batch = Trajectories(
         x=torch.from_numpy(np.nan_to_num(x)[None]),
