@@ -136,6 +136,6 @@ def _is_finite(value: Tensor | None) -> bool:
     if value is None:
         return True
     value = value.detach()
-    value = value._values() if value.is_sparse else value  # type: ignore[no-untyped-call]
+    value = value._values() if value.is_sparse else value
     # The sum of a tensor with anything that is not finite is not finite; large finite ones may overflow.
     return bool(value.sum().isfinite()) or bool(torch.isfinite(value).all())
