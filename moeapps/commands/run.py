@@ -283,7 +283,8 @@ class Cli(LightningCLI):
     def _claim_folder(self) -> None:
         """Take a version for this run alone, before data are made; other processes are told it by the first."""
         trainer = self.trainer
-        if not self._own_loggers or cast(Any, trainer).fast_dev_run or trainer.barebones or not trainer.is_global_zero:
+        dry = getattr(trainer, "fast_dev_run", False) or trainer.barebones
+        if not self._own_loggers or dry or not trainer.is_global_zero:
             return
         self._claimed = claim_version(self._folder())
         for logger in self._own_loggers:

@@ -127,7 +127,8 @@ def read_las(path: Path | str) -> LasCloud:
     path = Path(path)
     count = _checked_count(path)
     try:
-        with laspy.open(path, read_evlrs=False) as file:
+        # The parallel form starts threads that a forked loader worker would wait for in vain.
+        with laspy.open(path, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
             file.header.point_count = count  # laspy reads the new count alone, some writers fill the old one alone
             _rename_doubles(file.header.point_format)
             points = file.read_points(-1)
