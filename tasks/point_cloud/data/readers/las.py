@@ -322,5 +322,5 @@ def write_las(
     for name, values in (extra or {}).items():
         las.points.array[name][:] = values
     buffer = io.BytesIO()
-    las.write(buffer, do_compress=Path(path).suffix.lower() == ".laz")
+    las.write(buffer, do_compress=Path(path).suffix.lower() == ".laz", laz_backend=laspy.LazBackend.Lazrs)
     Path(path).write_bytes(buffer.getbuffer())
