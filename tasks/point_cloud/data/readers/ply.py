@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from plyfile import PlyData, PlyElementParseError, PlyParseError
 
+from moeapps.bounds import BoundError, require_file
 from tasks.point_cloud.data.readers.arrays import COPY_AGAIN
 from tasks.point_cloud.data.readers.scan import PointCloudFileError
 
@@ -104,6 +105,7 @@ def read_ply(path: Path) -> PlyCloud:
         PointCloudFileError: no PLY file, a header or body that cannot be right, or x, y, z missing.
     """
     try:
+        require_file(path)
         with path.open("rb") as file:
             header = _parse_header(path, file.read(_MAX_HEADER))
             points = _points(path, header.elements)
@@ -112,6 +114,8 @@ def read_ply(path: Path) -> PlyCloud:
         raise _bad(path, "no such file", "a file", "check the path and the layout of the root") from None
     except OSError as error:
         raise _bad(path, f"cannot be read ({error.strerror})", "a readable file") from None
+    except BoundError as error:
+        raise _bad(path, str(error).removeprefix(f"{path} "), "an ordinary file") from None
     except (PlyParseError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, PointCloudFileError):
             raise
