@@ -17,8 +17,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import moeapps
+from moeapps.commands.boundary import guarded, without_debug
 from moeapps.commands.hooks import run_hook, summary_of
-from moeapps.commands.listing import all_configs, find_config, systems
+from moeapps.commands.listing import all_configs, find_config, is_config_text, systems
 from moeapps.commands.tasks import extend_path, foreign_tasks, task_commands
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
@@ -57,9 +58,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _run(args: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if args is None else args)
-    program = Path(sys.argv[0]).stem if args is None else "moeapps"
+def _run(words: list[str], program: str) -> int:
     extend_path()
     first = words[0] if words else "--help"
     if first in ("-h", "--help", "help"):
@@ -75,6 +74,10 @@ def _run(args: Sequence[str] | None) -> int:
     if complaint or (first in RUN_COMMANDS and (complaint := _missing_config(words[1:]))):
         print(complaint, file=sys.stderr)
         return 2
+    if first in RUN_COMMANDS:
+        from moeapps.commands.names import check
+
+        check(words)
     if first in of_tasks:
         return run_hook(of_tasks[first], words[1:])
     command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
@@ -88,12 +91,11 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after the program name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 wrong usage or configuration.
+        Exit code: 0 done, 1 nothing to do, 2 an error that was told, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    try:
-        return _run(args)
-    except SystemExit as stop:  # of a parser: help, or wrong usage
-        return stop.code if isinstance(stop.code, int) else 2
+    words, debug = without_debug(sys.argv[1:] if args is None else args)
+    program = Path(sys.argv[0]).stem if args is None else "moeapps"
+    return guarded(lambda: _run(words, program), debug=debug)
 
 
 def _missing_config(words: Sequence[str]) -> str | None:
@@ -101,8 +103,7 @@ def _missing_config(words: Sequence[str]) -> str | None:
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         path = value if equals else following
-        # Anything with a line break or a brace is YAML in place of a file, which the parser takes as well.
-        if name not in ("-c", "--config") or find_config(path).is_file() or any(sign in path for sign in "\n{:"):
+        if name not in ("-c", "--config") or is_config_text(path) or find_config(path).is_file():
             continue
         known = {Path(config).name: config for config in reversed(all_configs())}  # base configs win
         close = difflib.get_close_matches(Path(path).name, known, n=1)

@@ -73,6 +73,7 @@ def _child(work: Callable[[], object], write: int, seconds: int) -> None:
     signal.alarm(60 * seconds)  # for what waits and does not work, such as an open pipe; other work may be in the way
     before = _resident()
     kind, text = "value", ""
+    warnings.simplefilter("ignore")  # for people; pytest makes errors of them
     try:
         work()
     except BaseException as error:  # reported, whatever it is

@@ -242,6 +242,17 @@ class PressCtrlC(L.Callback):
             raise KeyboardInterrupt
 
 
+class SendSigterm(L.Callback):
+    """Ask this process to end after the given number of steps."""
+
+    def __init__(self, step: int = 13) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def biased_moe(*, num_experts: int = 4) -> LayerFactory:
     """Make top-1 layers with a selection bias whose first expert begins far ahead.
 

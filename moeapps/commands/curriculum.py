@@ -13,13 +13,15 @@ import itertools
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from moeapps.commands.boundary import UsageError, guarded, without_debug
+from moeapps.commands.names import check, split
 
 USAGE = """usage: moeapps curriculum --config FILE [--config FILE ...] [options of fit] [--redo]
                           --stage FILE [options of this stage] --stage FILE [options of this stage] ...
@@ -96,17 +98,13 @@ def main(args: list[str]) -> int:
     if not args or {"-h", "--help"} & set(args):
         print(USAGE)
         return 0 if args else 2
-    from moeapps.commands.messages import UsageError
-    from moeapps.training.run import RunError
+    words, debug = without_debug(args)
 
-    try:
-        run_chain([word for word in args if word != "--redo"], redo="--redo" in args)
-    except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+    def work() -> int:
+        run_chain([word for word in words if word != "--redo"], redo="--redo" in words)
+        return 0
+
+    return guarded(work, debug=debug)
 
 
 def run_chain(args: Sequence[str], *, redo: bool = False) -> Path:
@@ -134,13 +132,16 @@ def plan(args: Sequence[str]) -> list[Stage]:
         UsageError: no stage, a file that is not there, or a later stage that does not say how it starts.
     """
     from moeapps.commands.listing import find_config, located
-    from moeapps.commands.messages import UsageError, merged_config
-    from moeapps.training.precedence import insert_config
-    from moeapps.training.run import run_place
 
     common, parts = _cut(args)
     if not parts:
         raise UsageError("give the stages in order, each with --stage FILE; `moeapps curriculum --help` shows how")
+    for config, own in parts:
+        check(["fit", *common, "--config", config, *own])
+    from moeapps.commands.messages import merged_config
+    from moeapps.training.precedence import insert_config
+    from moeapps.training.run import run_place
+
     name, shared = _option(common, "--name") or "curriculum", _option(common, "--shared")
     common = located(_without(_without(common, "--name"), "--shared"))
     stages: list[Stage] = []
@@ -148,7 +149,7 @@ def plan(args: Sequence[str]) -> list[Stage]:
         for word in ("--name", "--shared"):
             if _option(own, word):
                 raise UsageError(f"--stage {config}: {word} is for all stages; give it before the first --stage")
-        files, flags = _split(["--config", config, *own])
+        files, flags = split(["--config", config, *own])
         words = ["fit", *common]
         for file in map(find_config, files):
             if not file.is_file():
@@ -192,7 +193,6 @@ def _alone(stage: Stage) -> Iterator[None]:
 
 def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     """Run a stage unless it is done; return its run folder."""
-    from moeapps.commands.messages import UsageError
     from moeapps.commands.run import run
     from moeapps.training.stages import checkpoint_file, file_digest
 
@@ -235,7 +235,7 @@ def settings_digest(words: Sequence[str]) -> str:
     from moeapps.commands.trust import take_trust
 
     merged: dict[str, Any] = {}
-    files, flags = _split(take_trust(words[1:])[0])
+    files, flags = split(take_trust(words[1:])[0])
     for file in files:
         deep_merge(merged, yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {})
     text = json.dumps([merged, flags], sort_keys=True, default=str)
@@ -251,7 +251,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _check_unchanged(title: str, run: Path, digest: str | None) -> None:
-    from moeapps.commands.messages import UsageError
     from moeapps.training.stages import StageError, checkpoint_file, file_digest
 
     try:
@@ -264,8 +263,6 @@ def _check_unchanged(title: str, run: Path, digest: str | None) -> None:
 
 def _cut(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return the words for all stages, and the file and the words of each."""
-    from moeapps.commands.messages import UsageError
-
     common: list[str] = []
     parts: list[tuple[str, list[str]]] = []
     words = iter(args)
@@ -279,20 +276,6 @@ def _cut(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
         else:
             (parts[-1][1] if parts else common).append(word)
     return common, parts
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the config files that words name, and the other words."""
-    files: list[str] = []
-    flags: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option in ("-c", "--config"):
-            files.append(value if equals else next(rest, ""))
-        else:
-            flags.append(word)
-    return files, flags
 
 
 def _option(words: Sequence[str], name: str) -> str | None:

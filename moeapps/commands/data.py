@@ -63,7 +63,7 @@ def _configs(package: Package) -> list[str]:
 
 
 def _prepare(packages: list[Package], name: str, archive: Path | None) -> int:
-    from moeapps.data.archives import ArchiveError, fetch_package
+    from moeapps.data.archives import fetch_package
 
     chosen = [package for package in packages if name in (package.name, *_configs(package))]
     if archive is not None and len(chosen) > 1:
@@ -78,10 +78,5 @@ def _prepare(packages: list[Package], name: str, archive: Path | None) -> int:
         return 2
     for package in chosen:
         print(f"{package.name} {package.version}: {package.licence}")
-        try:
-            folder = fetch_package(package, archive=archive)
-        except ArchiveError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        print(f"ready: {folder}")
+        print(f"ready: {fetch_package(package, archive=archive)}")
     return 0

@@ -55,28 +55,7 @@ def run_hook(commands: Sequence[TaskCommand], args: list[str]) -> int:
         print(f"error: moeapps {name} needs {ways}", file=sys.stderr)
         return 2
     trust = [] if options.trust is None else ["--trust", options.trust]
-    return _told(commands, rest, options.run, configs, getattr(options, "ckpt_path", None), trust)
-
-
-def _told(
-    commands: Sequence[TaskCommand],
-    rest: list[str],
-    run: Path | None,
-    configs: list[Path],
-    ckpt: Path | None,
-    trust: list[str],
-) -> int:
-    """Run it; report a wrong configuration or a damaged file without a traceback."""
-    from moeapps.data.archives import ArchiveError
-
-    try:
-        return _hand_over(commands, rest, run, configs, ckpt, trust)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ArchiveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return _hand_over(commands, rest, options.run, configs, getattr(options, "ckpt_path", None), trust)
 
 
 def check_words(commands: Sequence[TaskCommand], rest: list[str], run: Path) -> None:
@@ -109,8 +88,8 @@ def _hand_over(
     ckpt: Path | None,
     trust: list[str],
 ) -> int:
+    from moeapps.commands.boundary import UsageError
     from moeapps.commands.checkpoints import checkpoint_of
-    from moeapps.commands.messages import UsageError
     from moeapps.commands.trained import build, load_weights
     from moeapps.commands.trust import take_trust
     from moeapps.training.run import newest_version

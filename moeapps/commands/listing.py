@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_LONGEST_PATH = 255
+
 
 @dataclass(frozen=True)
 class System:
@@ -38,6 +40,11 @@ def find_config(typed: str) -> Path:
         return given
     found = packaged.joinpath(*given.parts[1:])
     return found if found.is_file() else given
+
+
+def is_config_text(typed: str) -> bool:
+    """Whether a ``--config`` is YAML in place of a file, which the parser takes as well."""
+    return any(sign in typed for sign in "\n{:") and (len(typed) > _LONGEST_PATH or not find_config(typed).is_file())
 
 
 def located(words: Sequence[str]) -> list[str]:

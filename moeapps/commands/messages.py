@@ -18,6 +18,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moeapps.commands.boundary import UsageError as UsageError
+from moeapps.commands.names import suggestions
 from moeapps.commands.trust import may_import, refusal
 
 _NOISE = re.compile(
@@ -28,10 +30,6 @@ _NOISE = re.compile(
 # other working directories, where neither is known.
 RAW: ContextVar[dict[str, Any] | None] = ContextVar("moeapps_raw_config", default=None)
 _KEY = re.compile(r'^Parser key "([^"]+)":\s*(.*)$')
-
-
-class UsageError(ValueError):
-    """Wrong usage or configuration; the command line prints its text alone and exits with 2."""
 
 
 class ShortErrorParser(LightningArgumentParser):
@@ -80,9 +78,10 @@ def explain(message: str, parser: LightningArgumentParser, raw: dict[str, Any]) 
     lines: list[str] = []
     for complaint in complaints(message):
         denied = re.match(r"Importing '([^']+)' is not allowed", complaint.text)
-        lines += [refusal(denied[1])] if denied else _explain_one(complaint, parser, raw)
+        told = [refusal(denied[1])] if denied else _explain_one(complaint, parser, raw)
+        lines.append("\n".join(told).replace("\ndid you mean", "; did you mean", 1))
     lines = list(dict.fromkeys(lines))
-    return "\n".join(lines[:8]) if lines else message
+    return "\n".join("\n".join(lines).splitlines()[:2]) if lines else message
 
 
 def complaints(message: str) -> list[Complaint]:
@@ -123,13 +122,13 @@ def _explain_one(complaint: Complaint, parser: LightningArgumentParser, raw: dic
     text = complaint.text
     if match := re.match(r"Option '([^']+)' is not accepted", text):
         owner, allowed = _allowed_at(complaint.keys, match[1], raw)
-        return [f"{at}unknown option {match[1]!r}{f' of {owner}' if owner else ''}", *_suggest(match[1], allowed)]
+        return [f"{at}unknown option {match[1]!r}{f' of {owner}' if owner else ''}", *suggestions(match[1], allowed)]
     if match := re.search(r"expects a function or a callable class: Option '([^']+)' is not accepted", text):
         named = re.search(r"class_path='([\w.]+)'", text[match.end() :])
         target = _class_of({"class_path": named[1]}) if named else None
         allowed = option_names(target) if target is not None else []
         owner = f" of {named[1].rpartition('.')[2]}" if named else ""
-        return [f"{at}unknown option {match[1]!r}{owner}", *_suggest(match[1], allowed)]
+        return [f"{at}unknown option {match[1]!r}{owner}", *suggestions(match[1], allowed)]
     if match := re.match(r"(?:Subcommand '\w+'|Group '\w+') does not accept option '([^']+)'", text):
         return _unknown_key(match[1], parser)
     if match := re.match(r"unrecognized arguments: --([\w.+-]+)", text):
@@ -166,7 +165,7 @@ def _unknown_key(key: str, parser: LightningArgumentParser) -> list[str]:
         }
         if parts[depth] not in inside:
             known = ".".join(parts[: depth + 1])
-            return [f"unknown key {known!r}", *_suggest(parts[depth], sorted(inside))]
+            return [f"unknown key {known!r}", *suggestions(parts[depth], sorted(inside))]
     return [f"unknown key {key!r}"]
 
 
@@ -175,14 +174,6 @@ def _actions(parser: LightningArgumentParser) -> Iterator[Any]:
     commands = getattr(parser, "_subcommands_action", None)
     chosen = list(commands._name_parser_map.values())[:1] if commands is not None else []
     yield from (chosen[0] if chosen else parser)._actions
-
-
-def _suggest(given: str, allowed: Sequence[str]) -> list[str]:
-    if not allowed:
-        return []
-    close = difflib.get_close_matches(given, allowed, n=1, cutoff=0.6)
-    shown = ", ".join(allowed[:30]) + (" ..." if len(allowed) > 30 else "")
-    return [*(f"did you mean {name!r}?" for name in close), f"allowed: {shown}"]
 
 
 def _suggest_class(path: str) -> list[str]:

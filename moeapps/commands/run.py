@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,15 +22,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from moeapps.commands.boundary import UsageError, guarded, without_debug
 from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_first, refuse_taken_names
 from moeapps.commands.listing import located
-from moeapps.commands.messages import RAW, ShortErrorParser, UsageError, explain, merged_config
+from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.commands.trust import Trust, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
 from moeapps.text import VisibleLines
 from moeapps.training import callbacks as ours
 from moeapps.training.checkpoints import WholeCheckpoints
+from moeapps.training.contract import check_predicts
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
 from moeapps.training.run import RunError, claim_version, next_version, run_place, runs_root
 from moeapps.training.task import BaseTask
@@ -165,6 +166,8 @@ class Cli(LightningCLI):
         """Build data, model and trainer; report their ValueErrors as a wrong configuration, without a traceback."""
         try:
             super().instantiate_classes()
+            if self.subcommand == "predict":
+                check_predicts(cast(BaseTask, self.model))
         except ValueError as error:
             raise UsageError(explain(str(error), self.parser, RAW.get() or {})) from error
 
@@ -370,15 +373,11 @@ def run(args: Sequence[str]) -> Cli:
 
 
 def main(args: list[str]) -> int:
-    """Run one training command; report a wrong configuration in a few lines (--debug: with its traceback)."""
-    debug = bool(os.environ.get("MOEAPPS_DEBUG")) or "--debug" in args
-    try:
-        run([word for word in args if word != "--debug"])
-    except (UsageError, RunError, yaml.YAMLError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+    """Run one training command; report what a user can cause in a line or two (--debug: with its traceback)."""
+    words, debug = without_debug(args)
+
+    def work() -> int:
+        run(words)
+        return 0
+
+    return guarded(work, debug=debug)

@@ -130,17 +130,23 @@ def moved_paths(text: str) -> dict[str, str]:
     ``moved.json`` beside the tasks maps old prefixes of class paths to new ones. A path that still leads to something
     is not of before, whatever its prefix.
     """
-    spec = find_spec("tasks")
-    table = Path(spec.origin).with_name("moved.json") if spec is not None and spec.origin is not None else None
-    if table is None or not table.is_file():
-        return {}
-    moved: dict[str, str] = json.loads(table.read_text(encoding="utf-8"))
     found: dict[str, str] = {}
     for path in sorted(set(re.findall(r"(?<![\w.])[A-Za-z_]\w*(?:\.\w+)+", text))):
-        prefix = max((old for old in moved if path == old or path.startswith(old + ".")), key=len, default=None)
+        prefix = moved_prefix(path)
         if prefix is not None and not _leads_somewhere(path):
-            found[path] = moved[prefix] + path[len(prefix) :]
+            found[path] = _moved()[prefix] + path[len(prefix) :]
     return found
+
+
+def moved_prefix(path: str) -> str | None:
+    """Return the longest prefix of a class path in the table of what has moved."""
+    return max((old for old in _moved() if path == old or path.startswith(old + ".")), key=len, default=None)
+
+
+def _moved() -> dict[str, str]:
+    spec = find_spec("tasks")
+    table = Path(spec.origin).with_name("moved.json") if spec is not None and spec.origin is not None else None
+    return {} if table is None or not table.is_file() else json.loads(table.read_text(encoding="utf-8"))
 
 
 def _leads_somewhere(path: str) -> bool:

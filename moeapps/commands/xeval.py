@@ -35,13 +35,9 @@ def main(args: list[str]) -> int:
     from moeapps.reporting.matrix import closing_lines, markdown, rich_tables
     from moeapps.text import lines
 
-    try:
-        runs = [read_results(path) for path in options.runs]
-        baseline = [read_results(path) for path in options.baseline]
-        matrix = build_matrix(runs, baseline, options.metric)
-    except ValueError as error:
-        print(f"error: {lines(error)}", file=sys.stderr)
-        return 2
+    runs = [read_results(path) for path in options.runs]
+    baseline = [read_results(path) for path in options.baseline]
+    matrix = build_matrix(runs, baseline, options.metric)
     console = Console()
     for table in rich_tables(matrix, console.width):
         console.print(table)

@@ -17,10 +17,11 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from moeapps.data.gather import GatherConcat
 from moeapps.data.mixing import DomainMixing, MixingSampler, ShardedBatches
+from moeapps.data.workers import Collate
 
 Role = Literal["seen", "validation", "unseen"]
 Split = Literal["train", "val", "test"]
@@ -112,7 +113,7 @@ class DomainDataModule(L.LightningDataModule):
 
     def dataset(self, domain: str, split: Split) -> Dataset[Any]:
         """Return the map-style data set of one domain and split; called once per process, its result is kept."""
-        raise TypeError(f"{type(self).__name__} must define dataset(domain, split)")
+        raise ValueError(f"{type(self).__name__} must define dataset(domain, split)")
 
     def collate(self, items: list[Any]) -> Any:
         """Make a batch of items; the default is torch's."""
@@ -206,11 +207,16 @@ class DomainDataModule(L.LightningDataModule):
         """Return the kept data set of one domain and split, built on first use.
 
         Raises:
-            ValueError: unknown domain, or the data set is empty.
+            ValueError: unknown domain, or the data set is empty or has no length.
         """
         self.role_of(domain)
         if (domain, split) not in self._datasets:
             dataset = self.dataset(domain, split)
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+                raise ValueError(
+                    f"{type(self).__name__}.dataset({domain!r}, {split!r}) gave {type(dataset).__name__}, which has no "
+                    "length; give a data set with __len__ and __getitem__: batches are mixed and resumed by row number"
+                )
             if len(cast(Sized, dataset)) == 0:
                 raise ValueError(f"domain {domain!r} has no {split} item; give it data or take it out of the roles")
             self._datasets[domain, split] = dataset
@@ -324,7 +330,7 @@ class DomainDataModule(L.LightningDataModule):
         return (ResumableLoader if train else DataLoader)(
             dataset,
             batch_sampler=batches,
-            collate_fn=self.collate,
+            collate_fn=Collate(self),
             num_workers=self.num_workers,
             generator=self._worker_seeds if train else torch.Generator().manual_seed(self.seed),
         )

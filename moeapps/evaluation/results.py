@@ -144,7 +144,7 @@ def _check(raw: Any) -> None:
     ]
     for row in rows:
         kinds += [(key, row[key], str) for key in ("domain", "metric", "role", "direction")]
-        kinds += [("value", row["value"], (int, float, type(None))), ("n", row["n"], int)]
+        kinds += [("value", row["value"], (int, float, type(None))), ("n", row["n"], (int, float))]
         if row["role"] not in _ROLES or row["direction"] not in ("max", "min"):
             raise TypeError(f"role {row['role']!r:.80}, direction {row['direction']!r:.80}")
     for name, value, kind in kinds:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, Metric, MetricCollection, SumMetric
 
 from moeapps.moe.ranks import is_spread, objects_of_all_ranks, rows_by_rank
+from moeapps.training.contract import check_metrics, scalar
 
 Direction = Literal["max", "min"]
 Metrics = TypeVar("Metrics", bound=nn.Module)
@@ -114,7 +115,12 @@ class DomainScores(nn.Module):
         super().__init__()
         self.domains = dict(domains)
         self.index = {name: i for i, name in enumerate(domains)}
-        self.metrics = nn.ModuleList([configure_metrics(name) for name in domains])
+        made = {name: configure_metrics(name) for name in domains}
+        for name, metrics in made.items():
+            check_metrics(name, metrics)
+            if "loss" in metrics:
+                raise ValueError(f"the metrics of domain {name!r} hold a 'loss'; choose another name for it")
+        self.metrics = nn.ModuleList(made.values())
         # Sums and counts, not MeanMetric: with nan_strategy="disable" that one forgets the weights (torchmetrics 1.9).
         self.losses = nn.ModuleList([SumMetric(nan_strategy="disable") for _ in domains])
         self.weights = nn.ModuleList([SumMetric() for _ in domains])
@@ -122,9 +128,6 @@ class DomainScores(nn.Module):
         self.units: dict[str, dict[str, CatMetric]] = {name: {} for name in domains}
         self.parts: dict[str, dict[str, UnitParts]] = {name: {} for name in domains}
         over_processes(self)
-        for name, metrics in zip(domains, self.metrics, strict=True):
-            if "loss" in cast(MetricCollection, metrics):
-                raise ValueError(f"the metrics of domain {name!r} hold a 'loss'; choose another name for it")
 
     def reset(self) -> None:
         """Forget everything."""
@@ -168,6 +171,15 @@ class DomainScores(nn.Module):
         for name, values in units.items():
             self._units_of(domain, name, loss.device).update(values.detach().float())
 
+    def not_updated(self, domain: str) -> list[str]:
+        """Return the metrics of a domain that nothing was given to, although this process has seen labelled items."""
+        i = self.index[domain]
+        if not float(cast(Any, self.weights[i]).sum_value):
+            return []
+        collection = cast(MetricCollection, self.metrics[i])
+        metrics = collection.items(keep_base=True, copy_state=False)
+        return [name for name, metric in metrics if not cast(Metric, metric).update_called]
+
     def compute(self, domains: list[str]) -> ScoreTable:
         """Return the scores of the given domains over all processes; a collective, to be called by each of them."""
         with warnings.catch_warnings():
@@ -208,7 +220,7 @@ class DomainScores(nn.Module):
             values = collection.compute() if len(collection) else {}
             for name, value in values.items():
                 direction: Direction = "min" if _larger_is_better(collection, name) is False else "max"
-                scores.append(ScoreRow(domain, role, name, float(torch.as_tensor(value)), n, direction))
+                scores.append(ScoreRow(domain, role, name, scalar(domain, name, value), n, direction))
             if self.units[domain]:
                 units[domain] = {
                     name: torch.as_tensor(metric.compute()).flatten().tolist()

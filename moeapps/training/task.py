@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.core.mixins import hparams_mixin
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,10 +22,19 @@ from moeapps.files import write_json
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
+from moeapps.training.contract import (
+    ContractError,
+    check_facts,
+    check_mode,
+    check_output,
+    check_scores,
+    tell_idle_layers,
+)
 from moeapps.training.inputs import AnswersInputs
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.run import run_dir
-from moeapps.training.scores import DomainScores
+from moeapps.training.scores import DomainScores, ScoreTable
+from moeapps.training.selection import select
 from moeapps.training.sparse import build_optimizer, clip_gradients
 from moeapps.training.stages import Origin, Start, freeze_all_but, hold_statistics
 from moeapps.training.step import Factor as Factor
@@ -86,6 +97,8 @@ class BaseTask(AnswersInputs, L.LightningModule):
                 f"{type(self).__name__}: facts lacks {missing}, it has {sorted(facts)}; the data must be "
                 f"{self.facts_from}"
             )
+        check_facts(type(self).__name__, facts)
+        check_mode(self)
         names = [loss.name for loss in aux_losses or []]
         if len(set(names)) < len(names):
             raise ValueError(f"auxiliary losses {names} share a name; give each its own")
@@ -105,13 +118,15 @@ class BaseTask(AnswersInputs, L.LightningModule):
         self._steps_without = 0
         self._trained: dict[str, int] = {}
         self._begun = False
+        self._ran: set[str] | None = set()  # MoE layers so far; None once they were looked at
+        self._checked: set[str] = set()
         self.stop_asked = False  # by Ctrl-C inside a step, see InterruptCheckpoint
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
     def shared_step(self, batch: Any, stage: Stage) -> StepOutput:
         """Return loss and metric arguments of one batch."""
-        raise TypeError(f"{type(self).__name__} must define shared_step(batch, stage)")
+        raise ContractError(f"{type(self).__name__} must define shared_step(batch, stage)")
 
     def configure_metrics(self, domain: str) -> MetricCollection:
         """Return fresh metrics for one domain; their names are the ``<metric>`` of the keys."""
@@ -123,7 +138,7 @@ class BaseTask(AnswersInputs, L.LightningModule):
 
     def num_tokens(self, batch: Any) -> int:
         """Return how many tokens (points, frames, pixels, rows) a batch holds: the unit of FLOPs per token."""
-        raise TypeError(f"{type(self).__name__} must define num_tokens(batch)")
+        raise ContractError(f"{type(self).__name__} must define num_tokens(batch)")
 
     def routing_factors(self, batch: Any) -> dict[str, Factor]:
         """Return what is known about the rows that layers route: class, time, place ...; for reports, never a loss.
@@ -145,7 +160,10 @@ class BaseTask(AnswersInputs, L.LightningModule):
         """Run ``shared_step`` under a recorder and keep records and answer for losses and callbacks."""
         with MoERecorder(self, keep=self.record_keeps) as recorder:
             out = self.shared_step(batch, stage)
+        check_output(self, out, StepOutput)
         self.last_records, self.last_answer = recorder.records, out.answer
+        if self._ran is not None:
+            self._ran |= {record.name for record in recorder.records}
         return out
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -288,6 +306,18 @@ class BaseTask(AnswersInputs, L.LightningModule):
         """Log the validation keys and, under ``validate``, write metrics/val.json."""
         if not self.trainer.sanity_checking:
             self._finish("val", write=self.trainer.state.fn == "validate")
+            return
+        with isolate_rng(), warnings.catch_warnings():  # a handful of items may leave a score undefined
+            warnings.simplefilter("ignore")
+            self._check("val", self.scores["val"].compute(self.data.eval_domains("val")))
+
+    def _check(self, stage: Literal["val", "test"], table: ScoreTable) -> None:
+        """Hold the first evaluation of a stage against the contract."""
+        if stage not in self._checked:
+            monitored = getattr(cast(Any, self.trainer).checkpoint_callback, "monitor", None) == self.monitor
+            chosen = select(self.monitor, table, minimum=self.monitor_minimum, unit=self.monitor_unit).key
+            check_scores(self, stage, self.scores[stage], table, chosen if monitored and stage == "val" else None)
+            self._checked.add(stage)
 
     def on_test_epoch_end(self) -> None:
         """Log the test keys and write metrics/test.json."""
@@ -295,6 +325,7 @@ class BaseTask(AnswersInputs, L.LightningModule):
 
     def _finish(self, stage: Literal["val", "test"], *, write: bool) -> None:
         table = self.scores[stage].compute(self.data.eval_domains(stage))
+        self._check(stage, table)
         bar = {f"{stage}/{role}/{self.main_metric}" for role in ("seen", "validation")}
         for key, value in ({} if self.trainer.barebones else table.keys(stage)).items():
             self.log(key, value, prog_bar=key in bar, batch_size=1, sync_dist=True)
@@ -359,6 +390,9 @@ class BaseTask(AnswersInputs, L.LightningModule):
             KeyboardInterrupt: it did.
         """
         self.last_records = []
+        if self._ran is not None:
+            tell_idle_layers(self, self._ran)
+            self._ran = None
         if self.trainer.global_step != self._last_step:
             self._last_step = self.trainer.global_step
             for aux in cast(list[AuxLoss], list(self.aux_losses)):

@@ -68,7 +68,7 @@ def load_clips(path: Path, split: Split) -> list[Clip]:
     arrays = load_arrays(path, f"{split}_wave", f"{split}_length", f"{split}_about")
     try:
         return _clips(*arrays.values())
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it, it is made anew") from error
 
 

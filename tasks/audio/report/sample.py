@@ -27,6 +27,8 @@ def main(words: Sequence[str], task: Any, data: Any) -> int:
     options = parser().parse_args(words)
     if options.count < 1:
         raise ValueError(f"--count {options.count}: use 1 or more")
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds {options.seconds:g} gives max_seconds={options.seconds}; use more than 0")
     rate = float(data.facts["frame_rate"])
     how = Drawing(
         cfg=options.cfg,

@@ -70,6 +70,7 @@ def test_any_domain_may_be_named(data: AudioData, tmp_path: Path) -> None:
         (["--domains", "tuba"], "tuba"),
         (["--temperature", "-1"], "temperature=-1.0"),
         (["--seconds", "0"], "max_seconds=0.0"),
+        (["--seconds", "-1"], "^--seconds -1 gives max_seconds=-1.0; use more than 0$"),
     ],
 )
 def test_wrong_words_are_told(data: AudioData, tmp_path: Path, words: list[str], message: str) -> None:

@@ -21,6 +21,8 @@ from tasks.recommendation.data.readers.text import TextFormat, read_header, refu
 from tasks.recommendation.data.readers.values import TEXT, TableError
 
 BLOCK_ROWS = 16_384
+# What pyarrow answers damage with; names that are no text are a UnicodeDecodeError.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, OverflowError)
 _ANY_ROWS, _ROWS_PER_BYTE = 1 << 20, 8
 """A row group may hold so many rows more for each byte of its file: equal values take no room on the disk."""
 
@@ -40,9 +42,9 @@ class BlockFile:
         self._file: parquet.ParquetFile | None = None
         try:
             self._meta = parquet.read_metadata(path)
-        except (pa.ArrowException, OSError) as error:
+            schema = self._meta.schema.to_arrow_schema()
+        except _DAMAGE as error:
             raise TableError(f"{path} is not a readable Parquet file ({error})") from error
-        schema = self._meta.schema.to_arrow_schema()
         self.columns: list[str] = schema.names
         self.sizes: list[int] = [self._meta.row_group(group).num_rows for group in range(self._meta.num_row_groups)]
         size = path.stat().st_size
@@ -56,11 +58,11 @@ class BlockFile:
 
     def read(self, block: int, columns: Collection[str]) -> pa.Table:
         """Return the named columns of one row group."""
-        if self._file is None:
-            self._file = parquet.ParquetFile(self.path, metadata=self._meta, read_dictionary=self._words)
         try:
+            if self._file is None:
+                self._file = parquet.ParquetFile(self.path, metadata=self._meta, read_dictionary=self._words)
             return self._file.read_row_group(block, columns=list(columns), use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGE as error:
             raise TableError(f"{self.path}, block {block} cannot be read ({error})") from error
 
     def __getstate__(self) -> dict[str, Any]:
