@@ -225,7 +225,7 @@ def _watch(process: int, counts: memoryview) -> tuple[str | None, int, float]:
             return cause, status, usage.ru_utime + usage.ru_stime
         if counts[0] != at:
             at, clock, cpu = counts[0], time.monotonic(), _cpu_seconds(process)
-        elif _cpu_seconds(process) - cpu > SECONDS or time.monotonic() - clock > WALL_SECONDS:
+        elif (at and _cpu_seconds(process) - cpu > SECONDS) or time.monotonic() - clock > WALL_SECONDS:
             cause = cause or "hang"
         if _memory_mib(process, "VmHWM") - begun > MEMORY_MIB:
             cause = cause or "memory"
