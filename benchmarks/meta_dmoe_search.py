@@ -77,6 +77,7 @@ class Setting:
 
 
 ARM: dict[str, Any] = {"student": "one_domain"}
+BATCH: dict[str, Any] = {**ARM, "net": (("expert_statistics", "batch"),)}
 SETTINGS: dict[str, Setting] = {
     "base": Setting("rate 0.02, one step, second order, all parameters"),
     "rate_0.005": Setting("a rate of 0.005", step={"rate": 0.005}),
@@ -106,6 +107,18 @@ SETTINGS: dict[str, Setting] = {
     "arm_no_meta": Setting("ARM-BN's student, no meta-training", **ARM, step={"statistics": 1.0}, steps=0),
     "arm_50": Setting("ARM-BN's student, 50 support images", **ARM, step={"statistics": 1.0}, support=50),
     "arm_50_lr": Setting("the same, a student's rate of 1e-3", **ARM, step={"statistics": 1.0}, support=50, lr=1e-3),
+    "batch": Setting("as arm, and experts use the support's statistics, too", **BATCH, step={"statistics": 1.0}),
+    "batch_0.005": Setting("the same, rate 0.005", **BATCH, step={"statistics": 1.0, "rate": 0.005}),
+    "batch_0.05": Setting("the same, rate 0.05", **BATCH, step={"statistics": 1.0, "rate": 0.05}),
+    "batch_learned": Setting("the same, learned rates", **BATCH, step={"statistics": 1.0, "learned": True}),
+    "batch_no_meta": Setting("the same, no meta-training", **BATCH, step={"statistics": 1.0}, steps=0),
+    "batch_lr_1e-3": Setting("the same, a student's rate of 1e-3", **BATCH, step={"statistics": 1.0}, lr=1e-3),
+    "batch_long": Setting("the same, twice the steps", **BATCH, step={"statistics": 1.0}, steps=2 * META_STEPS),
+    "batch_erm": Setting(
+        "experts and ERM's student use the support's statistics",
+        net=BATCH["net"],
+        step={"statistics": 1.0},
+    ),
     "no_norm": Setting("no LayerNorm on the features", net=(("normalise", False),)),
     "depth_2": Setting("an aggregator of two blocks", net=(("depth", 2),)),
     "depth_0": Setting("the mean of the experts in place of an aggregator", net=(("depth", 0),)),
@@ -191,7 +204,8 @@ def taught(seed: int, mixing: str, changed: tuple[tuple[str, Any], ...], epochs:
     """Stages 1 to 3."""
     options = dict(changed)
     before = specialists(seed, mixing, options.get("normalise", True), epochs)
-    data = data_of(seed, mode="rows", batch_size=ROWS, mixing="balanced")
+    by_domain = options.get("expert_statistics") == "batch"
+    data = data_of(seed, mode="rows", batch_size=ROWS, mixing="one_domain" if by_domain else "balanced")
     L.seed_everything(seed)
     net = network(data.facts, options, {})
     for part in ("student", "layer", "expert_heads"):
