@@ -180,12 +180,12 @@ def score(net: MetaDMoE, data: AdaptationData, adapter: Adapter) -> dict[str, fl
 
 
 @cache
-def student(seed: int, mixing: str, normalise: bool) -> MetaDMoE:
+def student(seed: int, mixing: str, normalise: bool, lr: float = 3e-3) -> MetaDMoE:
     """Stage 1."""
     L.seed_everything(seed)
     data = data_of(seed, mode="rows", batch_size=ROWS, mixing=mixing)
     net = network(data.facts, {"normalise": normalise}, {})
-    train(StudentTask, net, data, 10, 3e-3)
+    train(StudentTask, net, data, 10, lr)
     return net
 
 
@@ -228,6 +228,8 @@ def run(setting: Setting, seed: int) -> dict[str, float]:
     return score(net.eval(), data, Distil())
 
 
+RATES = {f"{kind}_lr_{rate:g}": (kind, rate) for kind in ("erm", "arm_bn") for rate in (1e-3, 1e-2)}
+"""Students of rivals at other rates than 3e-3; their stage is also the first of Meta-DMoE."""
 RIVALS: dict[str, tuple[str, Adapter]] = {
     "erm": ("balanced", Unadapted()),
     "bn_batch": ("balanced", BatchStatistics()),
@@ -247,8 +249,11 @@ RIVALS: dict[str, tuple[str, Adapter]] = {
 
 def rival(name: str, seed: int) -> dict[str, float]:
     """The score of a rival."""
-    mixing, adapter = RIVALS[name]
     data = data_of(seed, mode="episodes")
+    if name in RATES:
+        kind, rate = RATES[name]
+        return score(student(seed, RIVALS[kind][0], True, rate).eval(), data, RIVALS[kind][1])
+    mixing, adapter = RIVALS[name]
     return score(taught(seed, mixing, (), 6).eval(), data, adapter)
 
 
@@ -257,9 +262,13 @@ def summary(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any
     rows = []
     for name, seeds in found.items():
         mean = {key: statistics.mean(each[key] for each in seeds.values()) for key in ("mean", "worst", "before")}
-        text = SETTINGS[name].text if name in SETTINGS else f"rival: {type(RIVALS[name][1]).__name__}"
+        text = SETTINGS[name].text if name in SETTINGS else f"rival: {_adapter(name)}"
         rows.append({"setting": name, "text": text, "seeds": len(seeds), **{k: round(v, 4) for k, v in mean.items()}})
     return sorted(rows, key=lambda row: -row["mean"])
+
+
+def _adapter(name: str) -> str:
+    return type(RIVALS[RATES[name][0] if name in RATES else name][1]).__name__
 
 
 def main(args: list[str]) -> int:
@@ -276,11 +285,11 @@ def main(args: list[str]) -> int:
     found: dict[str, dict[str, dict[str, float]]] = held["runs"]
     console = Console()
     for seed in options.seeds:
-        for name in (*RIVALS, *SETTINGS):
+        for name in (*RIVALS, *RATES, *SETTINGS):
             if str(seed) in found.get(name, {}) or not any(fnmatch.fnmatch(name, p) for p in options.only):
                 continue
             begun = time.process_time()
-            result = rival(name, seed) if name in RIVALS else run(SETTINGS[name], seed)
+            result = run(SETTINGS[name], seed) if name in SETTINGS else rival(name, seed)
             result["cpu_s"] = round(time.process_time() - begun, 1)
             found.setdefault(name, {})[str(seed)] = result
             console.print(seed, name, {key: round(value, 4) for key, value in result.items()})
