@@ -228,7 +228,7 @@ GRID = Grid(
     "138 trainings). Four ways to share the compute out among the stages were tried with seed 90, by the same score: "
     "60/130/40/141 steps with half the rate in the last stage, 60/60/20/215, 40/40/20/235 (chosen; 243 in the end, for "
     "equal compute) and 100/40/20/184. All of this was fixed before the first cell of seeds 9 to 16 was run, of "
-    "which the headline (C3, C8a to c) consists. Before, it had been run three times on seeds 1 to 8: at rates of one seed "
+    "which the headline (C3, C8a to c) consists. Before, it was run thrice on seeds 1 to 8: at rates of one seed "
     "(curriculum 2.5e-3) the curriculum LOST to the dense network by 0.372 bits [0.344, 0.400]; at these rates it won "
     "by 0.071 [0.050, 0.093] with 0.97 of the compute, and by 0.094 [0.073, 0.115] with all of it. The wide table "
     "is of seeds 1 to 3, whose scores were known when steps were last changed.",
