@@ -295,12 +295,12 @@ GRID = Grid(
     ),
     data_seed_flags=("--data.init_args.seed", "--data.init_args.source.init_args.seed"),
     settings_tried=57,
-    choice="By accuracy on the two validation domains with seeds 101 to 103 (benchmarks/meta_dmoe_search.py), before any "
-    "score of an unseen domain was read: 30 settings of Meta-DMoE, 17 of them with three seeds, and rates of "
-    "every rival (ERM, ARM-BN and the joint mixture 1e-3 to 3e-2, TENT, SHOT, T3A); MEMO has the rate of TENT. "
-    "That experts use the statistics of the images they are asked about was tried after the first twenty: with "
-    "those of their own domains the step lost points in every setting. Cells have 200 steps of meta-training and "
-    "2 epochs of the aggregator in place of the search's 300 and 4, to fit two cores.",
+    choice="By accuracy on the two validation domains with seeds 101 to 103 (benchmarks/meta_dmoe_search.py), before "
+    "any score of an unseen domain was read: 30 settings of Meta-DMoE, 17 of them with three seeds, and rates "
+    "of every rival (ERM, ARM-BN and the joint mixture 1e-3 to 3e-2, TENT, SHOT, T3A); MEMO has the rate of "
+    "TENT. That experts use the statistics of the images they are asked about was tried after the first "
+    "twenty: with those of their own domains the step lost points in every setting. Cells have 200 steps of "
+    "meta-training and 2 epochs of the aggregator in place of the search's 300 and 4, to fit two cores.",
     show=(
         *(ACCURACY, "unseen/accuracy_before", WORST, "unseen/macro_f1", "validation/accuracy", "seen/accuracy"),
         *("unseen/accuracy_bn", "unseen/accuracy_bn_support", "unseen/accuracy_tent", "unseen/accuracy_t3a"),
