@@ -31,6 +31,7 @@ from rich.console import Console
 
 from benchmarks.evidence.cells import describe_machine
 from moeapps.files import write_json
+from moeapps.moe.presets import point_moe
 from moeapps.training.optim import Cosine, OptimizerConfig, ParamGroup
 from tasks.adaptation.data.digits_real import RealDigits
 from tasks.adaptation.datamodule import AdaptationData
@@ -63,6 +64,7 @@ class Setting:
         lr: rate of the student in meta-training.
         aggregator_lr: rate of the aggregator there.
         experts: epochs of the experts' stage.
+        student_lr: rate of the student's stage.
     """
 
     text: str
@@ -74,9 +76,11 @@ class Setting:
     lr: float = 3e-4
     aggregator_lr: float = 1e-3
     experts: int = 6
+    student_lr: float = 3e-3
 
 
 ARM: dict[str, Any] = {"student": "one_domain"}
+BATCH: dict[str, Any] = {**ARM, "net": (("expert_statistics", "batch"),)}
 SETTINGS: dict[str, Setting] = {
     "base": Setting("rate 0.02, one step, second order, all parameters"),
     "rate_0.005": Setting("a rate of 0.005", step={"rate": 0.005}),
@@ -106,6 +110,29 @@ SETTINGS: dict[str, Setting] = {
     "arm_no_meta": Setting("ARM-BN's student, no meta-training", **ARM, step={"statistics": 1.0}, steps=0),
     "arm_50": Setting("ARM-BN's student, 50 support images", **ARM, step={"statistics": 1.0}, support=50),
     "arm_50_lr": Setting("the same, a student's rate of 1e-3", **ARM, step={"statistics": 1.0}, support=50, lr=1e-3),
+    "batch": Setting("as arm, and experts use the support's statistics, too", **BATCH, step={"statistics": 1.0}),
+    "batch_0.005": Setting("the same, rate 0.005", **BATCH, step={"statistics": 1.0, "rate": 0.005}),
+    "batch_0.05": Setting("the same, rate 0.05", **BATCH, step={"statistics": 1.0, "rate": 0.05}),
+    "batch_learned": Setting("the same, learned rates", **BATCH, step={"statistics": 1.0, "learned": True}),
+    "batch_no_meta": Setting("the same, no meta-training", **BATCH, step={"statistics": 1.0}, steps=0),
+    "batch_lr_1e-3": Setting("the same, a student's rate of 1e-3", **BATCH, step={"statistics": 1.0}, lr=1e-3),
+    "batch_long": Setting("the same, twice the steps", **BATCH, step={"statistics": 1.0}, steps=2 * META_STEPS),
+    "batch_student_1e-2": Setting(
+        "the same as batch, a rate of 0.01 in the student's stage", **BATCH, step={"statistics": 1.0}, student_lr=1e-2
+    ),
+    "batch_student_1e-2_lr": Setting(
+        "the same, a student's rate of 1e-3 in meta-training",
+        **BATCH,
+        step={"statistics": 1.0},
+        student_lr=1e-2,
+        lr=1e-3,
+    ),
+    "batch_student_1e-2_no_meta": Setting(
+        "the same, no meta-training", **BATCH, step={"statistics": 1.0}, student_lr=1e-2, steps=0
+    ),
+    "batch_student_1e-2_steps_0": Setting(
+        "the same, meta-trained without a step", **BATCH, step={"statistics": 1.0, "steps": 0}, student_lr=1e-2
+    ),
     "no_norm": Setting("no LayerNorm on the features", net=(("normalise", False),)),
     "depth_2": Setting("an aggregator of two blocks", net=(("depth", 2),)),
     "depth_0": Setting("the mean of the experts in place of an aggregator", net=(("depth", 0),)),
@@ -126,9 +153,9 @@ def data_of(seed: int, **options: Any) -> AdaptationData:
 def network(facts: dict[str, Any], changed: Mapping[str, Any], step: Mapping[str, Any]) -> MetaDMoE:
     """The network of configs/meta_dmoe.yaml with changes."""
     own = dict(changed)
-    normalise = own.pop("normalise", True)
+    normalise, moe = own.pop("normalise", True), own.pop("moe", None)
     made = InnerStep(**{"rate": 0.02, **step})
-    return MetaDMoE(facts, backbone=lambda told: SmallCNN(told, normalise=normalise), step=made, **own)
+    return MetaDMoE(facts, backbone=lambda told: SmallCNN(told, normalise=normalise, moe=moe), step=made, **own)
 
 
 def train(
@@ -167,19 +194,20 @@ def score(net: MetaDMoE, data: AdaptationData, adapter: Adapter) -> dict[str, fl
 
 
 @cache
-def student(seed: int, mixing: str, normalise: bool) -> MetaDMoE:
-    """Stage 1."""
+def student(seed: int, mixing: str, normalise: bool, lr: float = 3e-3, mixture: bool = False) -> MetaDMoE:
+    """Stage 1; or a mixture behind one backbone, trained likewise."""
     L.seed_everything(seed)
     data = data_of(seed, mode="rows", batch_size=ROWS, mixing=mixing)
-    net = network(data.facts, {"normalise": normalise}, {})
-    train(StudentTask, net, data, 10, 3e-3)
+    moe = point_moe(num_experts=10, top_k=2) if mixture else None
+    net = network(data.facts, {"normalise": normalise, "moe": moe}, {})
+    train(StudentTask, net, data, 10, lr)
     return net
 
 
 @cache
-def specialists(seed: int, mixing: str, normalise: bool, epochs: int) -> MetaDMoE:
+def specialists(seed: int, mixing: str, normalise: bool, epochs: int, lr: float) -> MetaDMoE:
     """Stages 1 and 2."""
-    net = copy.deepcopy(student(seed, mixing, normalise))
+    net = copy.deepcopy(student(seed, mixing, normalise, lr))
     data = data_of(seed, mode="rows", batch_size=10 * ROWS, mixing="balanced")
     net.specialise()
     train(ExpertsTask, net, data, epochs, 1e-3)
@@ -187,11 +215,12 @@ def specialists(seed: int, mixing: str, normalise: bool, epochs: int) -> MetaDMo
 
 
 @cache
-def taught(seed: int, mixing: str, changed: tuple[tuple[str, Any], ...], epochs: int) -> MetaDMoE:
+def taught(seed: int, mixing: str, changed: tuple[tuple[str, Any], ...], epochs: int, lr: float = 3e-3) -> MetaDMoE:
     """Stages 1 to 3."""
     options = dict(changed)
-    before = specialists(seed, mixing, options.get("normalise", True), epochs)
-    data = data_of(seed, mode="rows", batch_size=ROWS, mixing="balanced")
+    before = specialists(seed, mixing, options.get("normalise", True), epochs, lr)
+    by_domain = options.get("expert_statistics") == "batch"
+    data = data_of(seed, mode="rows", batch_size=ROWS, mixing="one_domain" if by_domain else "balanced")
     L.seed_everything(seed)
     net = network(data.facts, options, {})
     for part in ("student", "layer", "expert_heads"):
@@ -202,7 +231,7 @@ def taught(seed: int, mixing: str, changed: tuple[tuple[str, Any], ...], epochs:
 
 def run(setting: Setting, seed: int) -> dict[str, float]:
     """All stages of a setting; its score on the validation domains."""
-    before = taught(seed, setting.student, setting.net, setting.experts)
+    before = taught(seed, setting.student, setting.net, setting.experts, setting.student_lr)
     data = data_of(
         seed, mode="episodes", support=setting.support, episodes_per_step=3, steps_per_epoch=setting.steps or 1
     )
@@ -214,6 +243,10 @@ def run(setting: Setting, seed: int) -> dict[str, float]:
     return score(net.eval(), data, Distil())
 
 
+RATES = {f"{kind}_lr_{rate:g}": (kind, rate) for kind in ("erm", "arm_bn") for rate in (1e-3, 1e-2, 3e-2)}
+"""Students of rivals at other rates than 3e-3; their stage is also the first of Meta-DMoE."""
+JOINT = {f"joint_moe_lr_{rate:g}": rate for rate in (3e-3, 1e-2)}
+"""The jointly trained mixture."""
 RIVALS: dict[str, tuple[str, Adapter]] = {
     "erm": ("balanced", Unadapted()),
     "bn_batch": ("balanced", BatchStatistics()),
@@ -233,8 +266,13 @@ RIVALS: dict[str, tuple[str, Adapter]] = {
 
 def rival(name: str, seed: int) -> dict[str, float]:
     """The score of a rival."""
-    mixing, adapter = RIVALS[name]
     data = data_of(seed, mode="episodes")
+    if name in JOINT:
+        return score(student(seed, "balanced", True, JOINT[name], True).eval(), data, Unadapted())
+    if name in RATES:
+        kind, rate = RATES[name]
+        return score(student(seed, RIVALS[kind][0], True, rate).eval(), data, RIVALS[kind][1])
+    mixing, adapter = RIVALS[name]
     return score(taught(seed, mixing, (), 6).eval(), data, adapter)
 
 
@@ -243,9 +281,15 @@ def summary(found: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any
     rows = []
     for name, seeds in found.items():
         mean = {key: statistics.mean(each[key] for each in seeds.values()) for key in ("mean", "worst", "before")}
-        text = SETTINGS[name].text if name in SETTINGS else f"rival: {type(RIVALS[name][1]).__name__}"
+        text = SETTINGS[name].text if name in SETTINGS else f"rival: {_adapter(name)}"
         rows.append({"setting": name, "text": text, "seeds": len(seeds), **{k: round(v, 4) for k, v in mean.items()}})
     return sorted(rows, key=lambda row: -row["mean"])
+
+
+def _adapter(name: str) -> str:
+    if name in JOINT:
+        return "a mixture trained jointly"
+    return type(RIVALS[RATES[name][0] if name in RATES else name][1]).__name__
 
 
 def main(args: list[str]) -> int:
@@ -262,11 +306,11 @@ def main(args: list[str]) -> int:
     found: dict[str, dict[str, dict[str, float]]] = held["runs"]
     console = Console()
     for seed in options.seeds:
-        for name in (*RIVALS, *SETTINGS):
+        for name in (*RIVALS, *RATES, *JOINT, *SETTINGS):
             if str(seed) in found.get(name, {}) or not any(fnmatch.fnmatch(name, p) for p in options.only):
                 continue
             begun = time.process_time()
-            result = rival(name, seed) if name in RIVALS else run(SETTINGS[name], seed)
+            result = run(SETTINGS[name], seed) if name in SETTINGS else rival(name, seed)
             result["cpu_s"] = round(time.process_time() - begun, 1)
             found.setdefault(name, {})[str(seed)] = result
             console.print(seed, name, {key: round(value, 4) for key, value in result.items()})

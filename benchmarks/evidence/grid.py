@@ -78,6 +78,8 @@ class Claim:
             (real data), so that pairs differ by the model alone.
         scale: ``log10`` takes the logarithm of all values first, so that differences are ratios and ``margin`` is the
             logarithm of one; for errors that spread over powers of ten.
+        skip: Pairs at the start of the grid that this claim leaves out: seeds whose scores were known when something
+            was still chosen.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Claim:
     untested: str = ""
     clustered: bool = True
     scale: Scale = "linear"
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if self.untested:
@@ -248,7 +251,7 @@ class Grid:
             return
         for name in claim.variants:
             self._require(name, f"claim {claim.id}")
-        pairs = self.pairs(*claim.variants)
+        pairs = self.pairs(*claim.variants)[claim.skip :]
         independent = len({data_seed for _, data_seed in pairs}) if claim.clustered else len(pairs)
         if claim.kind == "statistical" and independent < 2:
             raise GridError(f"claim {claim.id} has one pair of seeds or one data seed; an interval needs at least two")

@@ -82,7 +82,7 @@ def _claim(grid: Grid, claim: Claim, results: Results) -> dict[str, Any]:
 
 def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> str:
     """Complete a claim's entry from its cells; give the reason why it cannot be judged, or an empty text."""
-    pairs = grid.pairs(*claim.variants)
+    pairs = grid.pairs(*claim.variants)[claim.skip :]
     minus = claim.minus or (None, None)
     system = _values(results, claim.system, claim.metric, pairs, minus[0])
     if claim.baseline is None:

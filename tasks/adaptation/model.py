@@ -7,7 +7,8 @@ Shape legend: B or N images, S support images, C channels, H x W pixels, E exper
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from typing_extensions import override
 
 from moeapps.moe import ModuleExperts, MoELayer
 from moeapps.moe.presets import meta_dmoe
-from tasks.adaptation.nets.adapt import InnerStep, Weights
+from tasks.adaptation.nets.adapt import InnerStep, Weights, batch_statistics
 from tasks.adaptation.nets.aggregator import Aggregator
 from tasks.adaptation.nets.backbones import Backbone, BackboneFactory, SmallCNN
 
 MaskMode = Literal["drop", "zero", "none"]
+Statistics = Literal["running", "batch"]
 
 
 class Student(nn.Module):
@@ -57,6 +59,8 @@ class MetaDMoE(nn.Module):
         dropout: of the aggregator (paper: 0.1).
         mask_mode: what becomes of the expert of an image's own domain in training: ``drop`` leaves it out (released
             code), ``zero`` puts zeros in its place (the paper's algorithm), ``none`` asks it like any other.
+        expert_statistics: what batch normalisation of the frozen experts uses: ``running`` statistics of their own
+            domains (paper), or those of the ``batch`` that they are asked about, which comes from one domain (ours).
         step: how the student is adapted; None means `InnerStep` as it is.
 
     Raises:
@@ -75,13 +79,18 @@ class MetaDMoE(nn.Module):
         expansion: float = 2.0,
         dropout: float = 0.1,
         mask_mode: MaskMode = "drop",
+        expert_statistics: Statistics = "running",
         step: InnerStep | None = None,
     ) -> None:
         super().__init__()
-        if mask_mode not in ("drop", "zero", "none"):
-            raise ValueError(f"mask_mode={mask_mode!r}; use drop, zero or none")
+        if mask_mode not in get_args(MaskMode) or expert_statistics not in get_args(Statistics):
+            raise ValueError(
+                f"mask_mode={mask_mode!r}, expert_statistics={expert_statistics!r}; mask_mode must be drop, zero or "
+                "none, expert_statistics running or batch"
+            )
         make = SmallCNN if backbone is None else backbone
         self.num_experts, self.mask_mode = int(facts["num_experts"]), mask_mode
+        self.expert_statistics = expert_statistics
         if self.num_experts < 2 and mask_mode == "drop":
             raise ValueError("one expert cannot be left out for its own domain: give two or more, or mask_mode=none")
         outputs = int(facts["num_classes"])
@@ -124,11 +133,16 @@ class MetaDMoE(nn.Module):
         """Return the experts' features [N, E, D] and which of them are present, bool [N, E].
 
         Args:
-            image: [N, C, H, W].
+            image: [N, C, H, W]; of one domain, where experts use the statistics of the batch.
             own_N: int64 [N], the expert of each image's own domain, which is masked, -1 for none; None masks none.
         """
-        z_NED, _ = self.layer(_fast(image))
+        with self.asking(len(image)):
+            z_NED, _ = self.layer(_fast(image))
         return self.masked(z_NED, own_N)
+
+    def asking(self, images: int) -> AbstractContextManager[None]:
+        """Inside it experts use the statistics they are meant to; one image alone has none of its own."""
+        return batch_statistics(self.layer) if self.expert_statistics == "batch" and images > 1 else nullcontext()
 
     def masked(self, z_NED: Tensor, own_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mask each image's own expert in features of all of them; -1 in ``own_N`` means that it has none."""

@@ -180,23 +180,28 @@ class AdaptationTask(BaseTask):
 
     def tokens(self, images: ImageBatch) -> tuple[Tensor, Tensor]:
         """Features [B, E, D] of training images with each one's own expert masked, and who is present [B, E]."""
-        own_B = self.expert_of[images.domain]
-        if not self.cache_features or not (self._features or self._trainer):  # no trainer, no data to look up
-            return self._asked(images.image, own_B)
         z_BED = images.image.new_empty(len(images), self.net.num_experts, self.net.student.backbone.dim)
         for number in images.domain.unique().tolist():
             rows = images.domain == number
-            z_BED[rows] = self._features_of(number)[images.index[rows].cpu()].to(z_BED)
-        return self.net.masked(z_BED, own_B)
+            if self.caching and (self._features or self._trainer):  # no trainer, no data to look up
+                z_BED[rows] = self._features_of(number)[images.index[rows].cpu()].to(z_BED)
+            else:
+                z_BED[rows] = self._asked(images.image[rows])[0]
+        return self.net.masked(z_BED, self.expert_of[images.domain])
+
+    @property
+    def caching(self) -> bool:
+        """Whether experts are asked once for all: features by a batch's statistics differ from batch to batch."""
+        return self.cache_features and self.net.expert_statistics == "running"
 
     @torch.no_grad()
-    def _asked(self, image: Tensor, own_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ask the frozen experts, in evaluation mode."""
+    def _asked(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask the frozen experts, in evaluation mode, about images of one domain."""
         experts = self.net.layer
         was = experts.training
         experts.eval()
         with MoERecorder(self):  # one of its own: the step's has gradients
-            found = self.net.tokens(image, own_B)
+            found = self.net.tokens(image)
         experts.train(was)
         return found
 
@@ -338,7 +343,7 @@ class WithExperts(AdaptationTask):
     @override
     def step_kinds(self, steps: int, planned: int) -> dict[str, int]:
         """Training steps, and the features of the experts, computed once for every training image."""
-        if not self.cache_features:
+        if not self.caching:
             return {"step": steps}
         if self._feature_batches is None:  # asked again after the training, when the data are gone
             data = cast(Any, self.data)

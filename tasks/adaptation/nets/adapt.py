@@ -174,18 +174,18 @@ def blend_statistics(backbone: nn.Module, weights: Weights, image: Tensor, share
 
 @contextmanager
 def batch_statistics(module: nn.Module, *, momentum: float = 0.0) -> Iterator[None]:
-    """Let batch normalisation use the statistics of its batch; with the weights of `Weights` its own stay as they are.
+    """Let batch normalisation use the statistics of its batch.
 
     Args:
         module: whose layers are meant.
-        momentum: share of the batch in the running statistics afterwards.
+        momentum: share of the batch in the running statistics afterwards; 0 leaves them as they are.
     """
     layers = has_batch_norm(module)
-    before = [(layer.training, layer.momentum) for layer in layers]
+    before = [(layer.training, layer.momentum, layer.track_running_stats) for layer in layers]
     try:
         for layer in layers:
-            layer.training, layer.momentum = True, momentum
+            layer.training, layer.momentum, layer.track_running_stats = True, momentum, momentum > 0
         yield
     finally:
-        for layer, (training, own) in zip(layers, before, strict=True):
-            layer.training, layer.momentum = training, own
+        for layer, own in zip(layers, before, strict=True):
+            layer.training, layer.momentum, layer.track_running_stats = own

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers straight from the experts: all of them at test time, or one.
 
+Experts that use the statistics of the batch (``expert_statistics``) see ``size`` images of it at a time.
+
 Shape legend: S images to adapt to, B images to answer, E experts, D features, K classes.
 """
 
@@ -17,9 +19,9 @@ from tasks.adaptation.nets.adapters import Adapter
 from tasks.adaptation.rivals.entropy import entropy
 
 
-def expert_logits(net: MetaDMoE, image: Tensor) -> Tensor:
+def expert_logits(net: MetaDMoE, image: Tensor, size: int) -> Tensor:
     """Return the logits [E, B, K] of every expert with its own head."""
-    z_BED, _ = net.tokens(image)
+    z_BED = torch.cat([net.tokens(part)[0] for part in image.split(size)])
     return torch.stack([head(z_BED[:, e]) for e, head in enumerate(net.expert_heads)])
 
 
@@ -31,7 +33,7 @@ class Ensemble(Adapter):
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
-        return expert_logits(net, image).mean(0)
+        return expert_logits(net, image, self.size).mean(0)
 
 
 class BestExpert(Adapter):
@@ -42,7 +44,7 @@ class BestExpert(Adapter):
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
-        logits_EBK = expert_logits(net, image)
+        logits_EBK = expert_logits(net, image, self.size)
         if label is None:
             raise ValueError("BestExpert chooses by labels; it cannot predict where there are none")
         return logits_EBK[int((logits_EBK.argmax(-1) == label).sum(1).argmax())]
@@ -58,12 +60,15 @@ class ExpertByDomain(Adapter):
     def adapt(self, net: MetaDMoE, image: Tensor, state: Any, own: int) -> int:
         if own >= 0:
             return own
-        return int(entropy(expert_logits(net, image)).mean(1).argmin())
+        return int(entropy(expert_logits(net, image, self.size)).mean(1).argmin())
 
     @override
     def predict(self, net: MetaDMoE, state: int, image: Tensor, label: Tensor | None = None) -> Tensor:
-        logits: Tensor = net.expert_heads[state](net.experts[state](image))
-        return logits
+        found = []
+        for part in image.split(self.size):
+            with net.asking(len(part)):
+                found.append(net.expert_heads[state](net.experts[state](part)))
+        return torch.cat(found)
 
 
 class Teacher(Adapter):
@@ -74,5 +79,5 @@ class Teacher(Adapter):
 
     @override
     def predict(self, net: MetaDMoE, state: Any, image: Tensor, label: Tensor | None = None) -> Tensor:
-        logits: Tensor = net.teacher_head(net.target(*net.tokens(image)))
-        return logits
+        found = [net.teacher_head(net.target(*net.tokens(part))) for part in image.split(self.size)]
+        return torch.cat(found)

@@ -205,7 +205,7 @@ def test_answers_of_experts() -> None:
     best = max(range(3), key=lambda e: int((each[e].argmax(1) == LABEL).sum()))
 
     with torch.no_grad():
-        torch.testing.assert_close(expert_logits(made, query), each)
+        torch.testing.assert_close(expert_logits(made, query, 50), each)
         torch.testing.assert_close(answered(Ensemble(), made, support, query), each.mean(0))
         torch.testing.assert_close(answered(ExpertByDomain(), made, support, query, own=2), each[2])
         torch.testing.assert_close(answered(ExpertByDomain(), made, support, query), each[surest])

@@ -41,9 +41,10 @@ def data(tmp_path: Path, **options: Any) -> AdaptationData:
 def make(kind: type[AdaptationTask], told: dict[str, Any], **options: Any) -> AdaptationTask:
     torch.manual_seed(0)
     step = options.pop("step", None) or InnerStep(rate=0.1)
+    statistics = options.pop("expert_statistics", "running")
 
     def build(facts: dict[str, Any]) -> MetaDMoE:
-        return MetaDMoE(facts, backbone=small, heads=2, step=step)
+        return MetaDMoE(facts, backbone=small, heads=2, step=step, expert_statistics=statistics)
 
     return kind(net=build, facts=told, **options)
 
@@ -141,6 +142,20 @@ def test_kept_features_are_those_that_the_experts_compute(tmp_path: Path) -> Non
         torch.testing.assert_close(z, fresh, atol=1e-6, rtol=1e-5)
         assert torch.equal(present, same)
         assert present.tolist() == (~torch.eye(3, dtype=torch.bool)).repeat_interleave(3, 0).tolist()
+
+
+def test_statistics_of_a_batch_are_those_of_one_domain(tmp_path: Path) -> None:
+    module = data(tmp_path)
+    task = make(AggregatorTask, module.facts, expert_statistics="batch").eval()
+    task._trainer = trainer(tmp_path)
+    task._trainer.datamodule = module
+    parts = [module.images(name, "train", torch.tensor([3, 0, 5])) for name in ROLES["seen"]]
+
+    z, _ = task.tokens(ImageBatch.cat(parts))
+
+    alone = torch.cat([task.net.tokens(part.image, task.expert_of[part.domain])[0] for part in parts])
+    torch.testing.assert_close(z, alone, atol=1e-6, rtol=1e-5)
+    assert not task._features
 
 
 class Unread:

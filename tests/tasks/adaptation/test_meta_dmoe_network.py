@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from moeapps.moe import ConstantScore, Dense, ModuleExperts, MoELayer, Router
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.nets.aggregator import Aggregator
-from tasks.adaptation.nets.backbones import SmallCNN, TimmBackbone
+from tasks.adaptation.nets.backbones import SmallCNN, TimmBackbone, has_batch_norm
 from tests.tasks.adaptation.meta_dmoe_common import LinearBackbone, facts, images, net, own
 
 N, E, D = 5, 4, 8
@@ -175,6 +176,23 @@ def test_tokens_are_the_experts_features() -> None:
 
     assert bool(present.all())
     torch.testing.assert_close(z, torch.stack([expert(x) for expert in made.experts], 1))
+
+
+def test_experts_may_use_the_statistics_of_the_images_they_are_asked_about() -> None:
+    made, x = net(expert_statistics="batch"), images(6)
+    for expert in made.experts:  # running statistics far from those of the images
+        for layer in has_batch_norm(expert):
+            assert layer.running_mean is not None
+            layer.running_mean += 3.0
+    before = copy.deepcopy(made.state_dict())
+
+    z, _ = made.tokens(x)
+
+    alone = [copy.deepcopy(expert).train() for expert in made.experts]
+    torch.testing.assert_close(z, torch.stack([expert(x) for expert in alone], 1), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(z, net().tokens(x)[0])
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    torch.testing.assert_close(made.tokens(x[:1])[0], torch.stack([expert(x[:1]) for expert in made.experts], 1))
 
 
 def test_experts_stay_frozen_and_in_evaluation_mode() -> None:
