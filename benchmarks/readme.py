@@ -48,7 +48,7 @@ CLAIMS = (
     ("promoe", "C1i"),
     ("unimoe_audio", "C8a"),
     ("unimoe_audio", "C3b"),
-    ("unimoe_audio", "C8d"),
+    ("unimoe_audio", "C2d"),
     ("unimoe_audio", "C7m"),
 )
 """System and claim: the mixture beside its dense twin or its first rival, as published and where experts pay."""
