@@ -92,13 +92,13 @@ CALLBACKS = (
     _training(
         "callbacks/balance.py",
         "the bias moves at every micro-batch",
-        "if trainer.global_step == self._step:",
-        "if False:",
+        "if trainer.global_step != self._step:",
+        "if True:",
         "test_balancing.py",
         "the bias moves as often as memory is short",
     ),
     _training(
-        "callbacks/balance.py",
+        "moeapps/moe/balance.py",
         "counts of earlier steps stay",
         "        self._counts.reset()",
         "        pass",
@@ -114,9 +114,9 @@ CALLBACKS = (
         "a resumed run differs from one that was not stopped",
     ),
     _training(
-        "callbacks/balance.py",
+        "moeapps/moe/balance.py",
         "all layers are balanced",
-        "and fnmatchcase(layer, self.layers)",
+        " and fnmatchcase(where, layers)",
         "",
         "test_balancing.py",
         "a pattern of layers does nothing",

@@ -132,7 +132,7 @@ def test_the_balance_loss_is_scaled_with_the_rest_under_mixed_precision(make_sca
         for scaled in (False, True):
             torch.manual_seed(0)
             task = PointCloudTask(net=lambda facts: network(), facts=FACTS, aux_losses=[SwitchBalance(weight=weight)])
-            task._trainer = SimpleNamespace(barebones=True, optimizers=[])
+            task._trainer = SimpleNamespace(barebones=True, optimizers=[], is_last_batch=False)
             optimizer = torch.optim.SGD(task.parameters())
             scaler = torch.amp.GradScaler("cpu", init_scale=65_536.0, enabled=scaled)
             assert scaler.get_scale() == (65_536.0 if scaled else 1.0)

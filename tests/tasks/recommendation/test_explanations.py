@@ -135,7 +135,7 @@ def test_table_and_report_hold_every_past_item_with_its_name() -> None:
     assert [float(row["expert_1"]) for row in rows[:2]] == [1, 3]
     assert rows[-1]["row"] == "7"
     text = markdown(given, ["drama"], lambda item: f"film | {item}")
-    assert "User 1 (drama), who took film | 50" in text
+    assert "User 1 (drama), who took film \\| 50" in text
     assert "## User 2, who took film" in text
     assert text.index("film \\| 1 | +2.00 | +3.00") < text.index("film \\| 0 | +0.00 | +1.00")
     assert "**weights of the experts** | +2.00 | +4.00" in text
