@@ -107,5 +107,7 @@ def test_metric_says_that_less_is_better_and_how_many_clips_count() -> None:
     metric = CodeBits(2)
     metric.update(torch.tensor([[8.0, 8.0], [0.0, 0.0]]).double(), torch.tensor([[1.0, 1.0], [0.0, 0.0]]).double())
 
+    metric.compute()
+
     assert metric.larger_is_better == {"bits": False, "bits_0": False, "bits_1": False}
     assert metric.scorable == 1
