@@ -145,6 +145,7 @@ def test_importing_the_core_loads_neither_lightning_nor_torchmetrics() -> None:
 
 QUICK = [
     Path("moeapps/cli.py"),
+    Path("moeapps/commands/boundary.py"),
     *sorted(Path("moeapps/commands").glob("[dhlx]*.py")),
     Path("moeapps/commands/tasks.py"),
     *sorted(Path("tasks").glob("*/commands.py")),

@@ -7,6 +7,7 @@ is the class (nominal), or the number to predict where it is called ``target``.
 
 from __future__ import annotations
 
+import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from scipy.io import arff
 
 from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError, text_of
 from tasks.dynamics.data.source import Floats
+
+csv.field_size_limit(131_072)  # scipy's reader lifts this bound of Python's for the whole process
 
 
 def read_arff(path: Path) -> LabelledSeries:
