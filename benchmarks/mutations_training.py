@@ -13,7 +13,7 @@ TESTS = "tests/training/"
 
 
 def mutation_of_training(file: str, name: str, search: str, replace: str, tests: str, why: str) -> Mutation:
-    """Give a mutation of a file of moeapps/training, or of one named from moeapps/ on; tests without a folder are those of tests/training."""
+    """Give a mutation of a file of moeapps/training, or named from moeapps/ on; tests without a folder are its own."""
     found = tuple(test if "/" in test else TESTS + test for test in tests.split())
     path = file if file.startswith("moeapps/") else CODE + file
     return Mutation(name, path, search, replace, found, why)
