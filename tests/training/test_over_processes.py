@@ -184,7 +184,8 @@ def test_a_report_by_domain_is_of_all_processes(monkeypatch: pytest.MonkeyPatch)
         reports[rank]._attention["d"] = torch.tensor([1.0, rank])
         reports[rank]._changed["mended"].append(("d", torch.zeros(1), rank, 0, 0))
 
-    in_processes(monkeypatch, 3, lambda rank: reports[rank].on_test_epoch_end(None, None))  # type: ignore[arg-type]
+    task: Any = None
+    in_processes(monkeypatch, 3, lambda rank: reports[rank].finish(task, None))
 
     for report in reports:
         assert dict(report._sums["d"]) == {"images": 8, "draws": 2}
