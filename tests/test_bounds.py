@@ -6,6 +6,7 @@ Every attack runs in a process of its own, see tests/guarded.py.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -288,6 +289,16 @@ def test_a_late_mistake_in_a_long_arff_file_is_found_quickly(tmp_path: Path) -> 
     path = tmp_path / "a.arff"
     path.write_text("@relation x\n@attribute a numeric\n@attribute c {p,q}\n@data\n" + "1.5,p\n" * 40_000 + "x,p\n")
     told(read_arff, path, "a.arff, line 40005 cannot be read")
+
+
+def test_reading_arff_leaves_the_bound_on_cells_of_tables_as_it_is(tmp_path: Path) -> None:
+    path, before = tmp_path / "a.arff", csv.field_size_limit(131_072)
+    try:
+        path.write_text("@relation x\n@attribute a numeric\n@attribute c {p,q}\n@data\n1.5,p\n2.5,q\n")
+        read_arff(path)
+        assert csv.field_size_limit() == 131_072
+    finally:
+        csv.field_size_limit(before)
 
 
 # Pictures and sounds -------------------------------------------------------------------------------------------------

@@ -18,8 +18,6 @@ from scipy.io import arff
 from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError, text_of
 from tasks.dynamics.data.source import Floats
 
-csv.field_size_limit(131_072)  # scipy's reader lifts this bound of Python's for the whole process
-
 
 def read_arff(path: Path) -> LabelledSeries:
     """Read an .arff file.
@@ -57,7 +55,11 @@ def read_arff(path: Path) -> LabelledSeries:
 
 
 def _load(text: str) -> tuple[Any, Any]:
-    rows, about = arff.loadarff(io.StringIO(text))
+    bound = csv.field_size_limit()
+    try:
+        rows, about = arff.loadarff(io.StringIO(text))
+    finally:
+        csv.field_size_limit(bound)  # scipy lifts this bound on cells for the whole process
     return rows, about
 
 
