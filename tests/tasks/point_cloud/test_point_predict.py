@@ -72,13 +72,13 @@ SCANS = {
 }
 
 
-def own_folder(root: Path, scans: dict[str, RawScan]) -> list[str]:
+def own_folder(root: Path, scans: dict[str, RawScan], limit: str = "1.0") -> list[str]:
     """Write scans as test/ of the domain ``yard`` and return the flags that find them."""
     write_own_labels(root / "yard" / "labels.yaml", OwnLabels(OWN_NAMES, unit=UNIT))
     for name, scan in scans.items():
         write_own_scan(root / "yard" / "test" / name, scan)
     return [
-        *("--config", str(CONFIGS / "data" / "own_scans.yaml"), "--trainer.limit_predict_batches", "1.0"),
+        *("--config", str(CONFIGS / "data" / "own_scans.yaml"), "--trainer.limit_predict_batches", limit),
         *("--data.init_args.own.yard.init_args.reader.init_args.root", str(root)),
         *("--data.init_args.cache_dir", str(root / "cache")),
     ]
@@ -156,10 +156,10 @@ def test_simulated_scans_are_written_in_their_own_frame(copied: Path) -> None:
 def test_a_scan_that_is_cut_short_by_a_limit_says_so(
     copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flags = own_folder(tmp_path / "own", {"a.ply": SCANS["a.ply"]})
-    limit = ["--trainer.limit_predict_batches", "1", "--data.init_args.eval_batch_size", "1"]
+    # The limit is given once: beside an earlier 1.0 a 1 may be read as one, which is all batches.
+    flags = own_folder(tmp_path / "own", {"a.ply": SCANS["a.ply"]}, limit="1")
     with caplog.at_level(logging.WARNING, "moeapps"):
-        assert main(["predict", "--run", str(copied), *flags, *limit]) == 0
+        assert main(["predict", "--run", str(copied), *flags, "--data.init_args.eval_batch_size", "1"]) == 0
 
     vertex = read_ply(copied / "predictions" / "yard" / "a.ply").vertex
     assert 0 < len(vertex["x"]) < 700
