@@ -156,10 +156,13 @@ def test_simulated_scans_are_written_in_their_own_frame(copied: Path) -> None:
 def test_a_scan_that_is_cut_short_by_a_limit_says_so(
     copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The limit is given once: beside an earlier 1.0 a 1 may be read as one, which is all batches.
     flags = own_folder(tmp_path / "own", {"a.ply": SCANS["a.ply"]}, limit="1")
+    tiles = [
+        "--data.init_args.eval_batch_size=1",
+        "--data.init_args.max_voxels=200",
+    ]
     with caplog.at_level(logging.WARNING, "moeapps"):
-        assert main(["predict", "--run", str(copied), *flags, "--data.init_args.eval_batch_size", "1"]) == 0
+        assert main(["predict", "--run", str(copied), *flags, *tiles]) == 0
 
     vertex = read_ply(copied / "predictions" / "yard" / "a.ply").vertex
     assert 0 < len(vertex["x"]) < 700
