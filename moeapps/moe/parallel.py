@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,8 @@ class ExpertParallel(ParallelStyle):
 
     Process r of R holds a run of consecutive experts, cut as ``torch.chunk`` cuts (DTensor ``Shard(0)``). Shared
     experts, always the last of the bank, and the router stay whole on every process. A stacked bank that holds routed
-    and shared experts becomes two, ``experts.banks.0`` and ``experts.banks.1``; see `one_process_state`.
+    and shared experts becomes two, ``experts.banks.0`` and ``experts.banks.1``; ``one_process_state`` of
+    `moeapps.moe.surgery` names their weights as before.
 
     Gradients are those of data parallel training. An expert gets the sum over the rows of all processes, while data
     parallel training averages over processes: so it is divided by R here. What is whole on every process is averaged
@@ -283,28 +283,3 @@ def _local(parameter: Tensor | None, ranks: int) -> Tensor | None:
     if local.requires_grad:
         local.register_hook(lambda gradient: gradient / ranks)
     return local
-
-
-def one_process_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the weights of a spread network as the network has them in one process, where nothing is spread.
-
-    `ExpertParallel` gives shared experts of a stacked bank a bank of their own; here they become its last rows again.
-
-    Args:
-        module: the network in one process.
-        state: names and whole tensors, as read from a checkpoint (of this network or a spread one).
-
-    Example:
-        >>> one_process_state(nn.Linear(1, 1), {"weight": torch.ones(1, 1)})
-        {'weight': tensor([[1.]])}
-    """
-    found = dict(state)
-    for name, layer in module.named_modules():
-        if not isinstance(layer, MoELayer) or isinstance(layer.experts, JoinedExperts):
-            continue
-        bank = f"{name}.experts." if name else "experts."
-        for key, _ in layer.experts.named_parameters():
-            parts = [found.pop(f"{bank}banks.{i}.{key}", None) for i in range(2)]
-            if parts[0] is not None and parts[1] is not None:
-                found[bank + key] = torch.cat(parts) if key in STACKS else parts[0]
-    return found

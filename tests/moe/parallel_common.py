@@ -56,9 +56,10 @@ from moeapps.moe import (
 from moeapps.moe.balance import BiasBalancer
 from moeapps.moe.metrics import load_cv
 from moeapps.moe.objectives import column_counts, switch_balance
-from moeapps.moe.parallel import ExpertParallel, ShardedExperts, one_process_state
+from moeapps.moe.parallel import ExpertParallel, ShardedExperts
 from moeapps.moe.presets.systems import promoe, unimoe_audio
 from moeapps.moe.ranks import alone, sum_over_ranks
+from moeapps.moe.surgery import one_process_state
 
 D = 6
 ROWS = 20
