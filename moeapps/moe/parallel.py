@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,8 @@ class ShardedExperts(Experts):
         x_END = x if x.dim() == 3 else x.expand(self.num_experts, *x.shape)
         num = x_END.shape[1]
         y_MO = self.grouped(x_END.flatten(0, 1), [num] * self.num_experts, *side)
-        return y_MO.unflatten(0, (self.num_experts, num)).transpose(0, 1)
+        y_NEO: Tensor = y_MO.unflatten(0, (self.num_experts, num)).transpose(0, 1)
+        return y_NEO
 
     @override
     def select(self, ids: Iterable[int]) -> Experts:
@@ -189,8 +191,9 @@ class ShardedExperts(Experts):
         Nothing larger than one expert is made, so that a bank built on the meta device never exists as a whole; and
         each process must have the same seed.
         """
-        fans = {"w_in": self.in_dim, "b_in": self.in_dim, "w_out": self.w_out.shape[1], "b_out": self.w_out.shape[1]}
-        for name in ("w_in", "b_in", "w_out", "b_out"):
+        hidden = cast(Tensor, self.w_out).shape[1]
+        fans = {"w_in": self.in_dim, "b_in": self.in_dim, "w_out": hidden, "b_out": hidden}
+        for name in STACKS:
             parameter: DTensor | None = getattr(self, name)
             if parameter is None:
                 continue
@@ -209,7 +212,8 @@ class ShardedExperts(Experts):
         num_here = self.sizes[self.mesh.get_local_rank()]
         told = torch.tensor(counts_E, dtype=torch.int64, device=device)
         heard = all_to_all_single(told, [num_here] * len(self.sizes), self.sizes, self.mesh)
-        return wait_tensor(heard).cpu().view(-1, num_here)
+        arriving_RL: Tensor = wait_tensor(heard).cpu().view(-1, num_here)
+        return arriving_RL
 
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send the first ``sent[0]`` rows to process 0, and so on; returns what came, process after process."""
@@ -221,7 +225,8 @@ class ShardedExperts(Experts):
         w_in, b_in, w_out, b_out = (_local(getattr(self, name), len(self.sizes)) for name in STACKS)
         assert w_in is not None
         assert w_out is not None
-        return FeedForward(w_in, b_in, w_out, b_out, resolve_activation(self.activation), self.gated)
+        activation = resolve_activation(cast(nn.Module, self.activation))
+        return FeedForward(w_in, b_in, w_out, b_out, activation, self.gated)
 
     @override
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -80,25 +81,13 @@ class ModelParallel(ModelParallelStrategy):
         """Place a task whose weights are whole on every process; those of the first are taken."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-        from torch.distributed.tensor.parallel import parallelize_module
-
-        from moeapps.moe.parallel import ExpertParallel, ShardedExperts
 
         if isinstance(task, FSDPModule):
             return
         task.to(self.root_device)
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
-        copies, share = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
-        apart: set[nn.Parameter] = set()
-        if share.size() > 1:
-            for layer in spreadable_layers(task):
-                parallelize_module(layer, share, ExpertParallel())
-            for bank in [module for module in task.modules() if isinstance(module, ShardedExperts)]:
-                if copies.size() > 1:
-                    fully_shard(bank, mesh=copies)
-                else:
-                    apart.update(bank.parameters(recurse=False))
+        apart = self._spread_experts(task) | _scalars(task)
         device, world = self.root_device.type, dist.get_world_size()
         if self.rest == "sharded":
             mesh = init_device_mesh(device, (world,), mesh_dim_names=("all",))
@@ -111,6 +100,25 @@ class ModelParallel(ModelParallelStrategy):
         fully_shard(task, **options)
         for step in STEPS:
             register_fsdp_forward_method(task, step)
+
+    def _spread_experts(self, task: nn.Module) -> set[nn.Parameter]:
+        """Spread the experts, and return the weights that ``fully_shard`` must leave as they are."""
+        copies, share = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        if share.size() == 1:
+            return set()
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        from moeapps.moe.parallel import ExpertParallel, ShardedExperts
+
+        for layer in spreadable_layers(task):
+            parallelize_module(layer, share, ExpertParallel())
+        banks = [module for module in task.modules() if isinstance(module, ShardedExperts)]
+        if copies.size() == 1:
+            return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
+        for bank in banks:
+            fully_shard(bank, mesh=copies)
+        return set()
 
     def _named_blocks(self, task: nn.Module) -> Iterator[nn.Module]:
         """Modules that a pattern names, inner ones first."""
@@ -164,6 +172,21 @@ class ModelParallel(ModelParallelStrategy):
         for i, optimizer in enumerate(optimizers):
             set_optimizer_state_dict(model, optimizer, states[f"optimizer_{i}"])
         return held | {name: states[name] for name in ("state_dict", "current_model_state") if name in states}
+
+
+def _scalars(task: nn.Module) -> set[nn.Parameter]:
+    """Parameters that are one number, which ``fully_shard`` does not take: their gradients are averaged by a hook."""
+    found = {parameter for parameter in task.parameters() if parameter.dim() == 0}
+    for parameter in found:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+    return found
+
+
+def _average_gradient(parameter: torch.Tensor) -> None:
+    gradient = cast(torch.Tensor, parameter.grad)
+    dist.all_reduce(gradient)
+    gradient /= dist.get_world_size()
 
 
 def spreadable_layers(module: nn.Module) -> list[MoELayer]:

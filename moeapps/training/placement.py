@@ -26,6 +26,12 @@ def local(tensor: Any) -> Any:
     return tensor if placement_of(tensor) is None else tensor.to_local()
 
 
+def at_hand(tensor: Any) -> Any:
+    """Return a tensor as a plain one where all of it lies on this process, else None."""
+    part = local(tensor)
+    return part if part.shape == tensor.shape else None
+
+
 def squares(gradients: Iterable[Any]) -> list[float]:
     """Return sums of squares that add up to that of all gradients; what lies alike is joined over processes at once."""
     alike: dict[Any, list[Any]] = {}
