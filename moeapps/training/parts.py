@@ -14,6 +14,7 @@ import io
 import pickle
 import secrets
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,7 +82,9 @@ def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
         for key, about in held.state_dict_metadata.items()
         if places[key][0] == name and isinstance(about, TensorStorageMetadata)
     }
-    load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
     return {".".join(map(str, places[key][1:])): value for key, value in wanted.items()}
 
 
