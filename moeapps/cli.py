@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("moeapps.commands.listing", "show the systems and their configs"),
     "export": ("moeapps.commands.export", "write a trained run as safetensors, description and program"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
+    "evidence": ("moeapps.commands.evidence", "run a grid of variants and seeds, judge its claims"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
     "doctor": ("moeapps.commands.doctor", "show versions, threads, caches and who owns `lightning` on PATH"),
 }
