@@ -220,7 +220,7 @@ variants:
   long: {flags: [--trainer.max_epochs=2]}
   short: {overlays: [short.yaml]}
 claims:
-  C1: {text: Two epochs cost more than one., metric: train_flops, system: long, baseline: short, rule: exact, match: none}
+  C1: {text: Two epochs cost more., metric: train_flops, system: long, baseline: short, rule: exact, match: none}
 """
 
 

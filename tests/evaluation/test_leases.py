@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from moeapps.evidence.evidence import Evidence, Place, Shard
 from moeapps.evidence.grid import Cell, Grid, Variant
-from moeapps.evidence.leases import Leases
+from moeapps.evidence.leases import Leases, _born
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = Cell("moe", 1, 1)
@@ -30,7 +29,8 @@ word = lambda name: sys.argv[sys.argv.index(name) + 1]
 with open("log.txt", "a") as log:
     log.write(word("--name") + "\\n")
 if "--hang" in sys.argv and not pathlib.Path("hanging").exists():
-    pathlib.Path("hanging").touch()
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    pathlib.Path("pid").rename("hanging")
     time.sleep(600)
 time.sleep(0.2)
 row = {"domain": "a", "role": "seen", "metric": "loss", "value": 1.0, "n": 4, "direction": "min"}
@@ -127,20 +127,22 @@ def test_processes_that_race_run_every_cell_once(folder: Path) -> None:
 
 @pytest.mark.medium
 def test_the_cell_of_a_killed_process_is_taken_over_and_no_other_is_run_again(folder: Path) -> None:
-    (folder / "grid.yaml").write_text(
-        GRID.replace("seeds: 4", "seeds: 2").replace("dense: {}", "dense: {flags: [--hang]}")
-    )
+    text = GRID.replace("seeds: 4", "seeds: 2").replace("dense: {}", "dense: {flags: [--hang]}")
+    (folder / "grid.yaml").write_text(text)
     first = start(folder)
-    try:
-        deadline = time.monotonic() + 120
-        while not (folder / "hanging").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.kill(first.pid, signal.SIGKILL)  # no chance to clean up
-        first.wait()
-        finish(start(folder))
-    finally:
-        subprocess.run(["pkill", "-KILL", "-s", str(first.pid)], check=False)  # the cell that it left behind
-        first.communicate()
+    deadline = time.monotonic() + 120
+    while not (folder / "hanging").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()  # no chance to clean up
+    first.communicate()
+    orphan = int((folder / "hanging").read_text())
+    deadline = time.monotonic() + 10
+    while _born(orphan) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _born(orphan) is None, "its cell ends with it"
+
+    finish(start(folder))
+
     counted = runs(folder)
     assert counted.pop("dense-s1-d1") == 2
     assert counted == {"moe-s1-d1": 1, "moe-s2-d2": 1, "dense-s2-d2": 1}
