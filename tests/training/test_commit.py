@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commits a run names, of moeapps and of the user's package: marked when code has changed, not when results have."""
+"""The commits a run names, of moeapps and of the user's package: marked when code changed, not when results came in."""
 
 from __future__ import annotations
 
