@@ -3,7 +3,7 @@
 
 Such a test is a hypothesis test that damages a file and reads it: anything but a sample or the one error of the reader
 fails it. Where MOEAPPS_FUZZ is a number of cases, each of them runs that many, in processes of 500: a crash, a case of
-five seconds, or memory of 256 MiB is then a loss like any other exception. What was tried is kept in
+five seconds, or memory of 256 MB is then a loss like any other exception. What was tried is kept in
 ``runs/fuzz/<reader>.json`` after every process, and the next ``make fuzz`` goes on from there with new seeds.
 """
 
@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import signal
 import subprocess
 import tempfile
@@ -29,12 +30,16 @@ import hypothesis
 import pytest
 
 from moeapps.files import write_json
+from tests.guarded import FREE_BYTES, silence
 
 CASES, RECORDS = "MOEAPPS_FUZZ", "MOEAPPS_FUZZ_RECORDS"
 NAMED = "_is_read_or_told"
 CHUNK = 500
-SECONDS, WALL_SECONDS, MEMORY_MIB = 5.0, 120.0, 256.0
-"""A case may take so long of the processor, or of the clock (a file that never answers), and grow memory so much."""
+SECONDS, WALL_SECONDS, MEMORY_MIB = 5.0, 120.0, FREE_BYTES / 2**20
+"""A case may take so long of the processor, or of the clock (a file that never answers), and grow memory so much.
+
+All cases of a process together grow it by no more than that: the bound is that of one, and files have some kilobytes.
+"""
 MOST_LOSSES = 3
 _COUNTS: memoryview | None = None
 
@@ -43,6 +48,11 @@ def refused() -> None:
     """Count a case whose file was refused in one sentence; the others are read."""
     if _COUNTS is not None:
         _COUNTS[1] += 1
+
+
+def watched() -> bool:
+    """Whether this process is one of ``make fuzz``, whose crash, time and memory are watched from outside."""
+    return _COUNTS is not None
 
 
 @dataclass
@@ -205,6 +215,8 @@ def guarded(work: Callable[[], object]) -> Found:
 
 
 def _exit_after(work: Callable[[], object], told: Path) -> None:
+    silence()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         work()
     except BaseException as error:
