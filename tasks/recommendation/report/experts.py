@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class ExpertDiagnostics(ExpertReport):
     def _write(
         self, folder: Path, samples: list[LevelSample], rates: dict[str, float], gradients: dict[str, dict[str, float]]
     ) -> None:
-        levels = [vars(level) for level in self.levels]
+        levels = [{**vars(level), **mean_weights(sample)} for level, sample in zip(self.levels, samples, strict=True)]
         content = {"thresholds": vars(self.thresholds), "rates": rates, "gradients": gradients, "levels": levels}
         write_json(folder / "metrics" / "experts.json", content | self.result)
         path = folder / "metrics" / "experts.md"
@@ -220,6 +220,12 @@ def _pushed(level: ExpertLevel) -> Iterator[None]:
         with torch.no_grad():
             for (bias, _), before in zip(biases, kept, strict=True):
                 bias.copy_(before)
+
+
+def mean_weights(sample: LevelSample) -> dict[str, Any]:
+    """Names of gates and experts, and the mean weight that each gate gives to each expert: [G, E], 0 where masked."""
+    share_GE = sample.share.double().mean(1).where(sample.allowed, 0.0)
+    return {"gates": list(sample.gates), "experts": list(sample.experts), "share": share_GE.tolist()}
 
 
 # --- saying it --------------------------------------------------------------------------------------------------------
