@@ -10,6 +10,7 @@ import argparse
 import keyword
 import re
 import shutil
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -53,13 +54,17 @@ def check_name(name: str, place: Path) -> None:
         )
     if (place / name).exists() or (place / name).is_symlink():
         raise UsageError(f"{place / name} is there already; choose another name, or remove it")
-    spec = None if name in _TAKEN else find_spec(name)
-    if name in _TAKEN or spec is not None:
-        where = f" ({spec.origin})" if spec is not None and spec.origin else ""
-        raise UsageError(f"{name!r} is a package already{where}, which yours would hide; choose another name")
+    if name in _TAKEN or _is_package(name):
+        raise UsageError(f"{name!r} is a package already, which yours would hide; choose another name")
     configs = packaged_configs()
     if configs is not None and (configs / f"{name}.yaml").exists():
         raise UsageError(f"{name!r} is a system that comes with moeapps; choose another name")
+
+
+def _is_package(name: str) -> bool:
+    """Whether Python finds a module of this name; of folders without code of their own, those that were installed."""
+    spec = find_spec(name)
+    return spec is not None and (spec.origin is not None or name in packages_distributions())
 
 
 def write_task(name: str, place: Path) -> list[Path]:
