@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "new-task": ("moeapps.commands.new_task", "write a task of your own that trains as it is"),
     "export": ("moeapps.commands.export", "write a trained run as safetensors, description and program"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
+    "evidence": ("moeapps.commands.evidence", "run a grid of variants and seeds, judge its claims"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
     "doctor": ("moeapps.commands.doctor", "show versions, threads, caches and who owns `lightning` on PATH"),
 }
