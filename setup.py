@@ -11,6 +11,7 @@ setup(
     package_dir={"moeapps.configs": "configs"},
     package_data={
         "moeapps": ["py.typed", "templates/**/*"],
+        "moeapps.reporting": ["templates/*"],
         "moeapps.configs": ["**/*.yaml"],
         "": ["*.json", "README.md"],
     },
