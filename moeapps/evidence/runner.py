@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.evidence.cells import CellError, CellResult, collect
-from benchmarks.evidence.grid import Cell, Grid
+from moeapps.evidence.cells import CellError, CellResult, collect
+from moeapps.evidence.grid import Cell, Grid
+from moeapps.evidence.leases import Leases
 
 COMMAND = (sys.executable, "-m", "moeapps")
 LOG_TAIL = 20
@@ -47,13 +48,14 @@ class Runner:
 
     Args:
         grid: The grid.
-        root: The repository: working directory of the cells.
+        root: Working directory of the cells; configs are looked for there, and packages of one's own.
         work: Folder for runs and logs; ``<work>/<cell>/`` is emptied before the cell starts and its runs are removed
             after success.
         command: What to call; the words of the cell follow. Tests give a program of their own.
         jobs: Cells at a time.
         timeout_s: Wall seconds after which a cell is stopped and counts as failed.
         keep_runs: Leave the run folders (checkpoints, curves) of finished cells.
+        leases: Where several processes share the grid: a cell that another one has is left to it.
     """
 
     grid: Grid
@@ -63,6 +65,7 @@ class Runner:
     jobs: int = 2
     timeout_s: float = 3600.0
     keep_runs: bool = False
+    leases: Leases | None = None
     _running: list[_Job] = field(init=False, repr=False, default_factory=list)
 
     def run(
@@ -71,7 +74,7 @@ class Runner:
         on_result: Callable[[CellResult], None],
         on_failure: Callable[[Failure], None],
         on_start: Callable[[Cell], None] = lambda cell: None,
-    ) -> None:
+    ) -> list[Cell]:
         """Run the cells; a failing one does not stop the others.
 
         Interrupted, it stops the running processes and leaves.
@@ -81,25 +84,48 @@ class Runner:
             on_result: Called with each finished cell; it should store the result at once.
             on_failure: Called with each cell that gave none.
             on_start: Called when a cell starts.
+
+        Returns:
+            Cells that were left to other processes.
         """
         # A config that cannot be read fails before anything runs, not after an hour.
         queue = list(cells)
-        definitions = {cell: self.grid.definition(cell.variant, self.root) for cell in queue}
+        of_variant = {name: self.grid.definition(name, self.root) for name in {cell.variant for cell in queue}}
+        left: list[Cell] = []
         try:
             while queue or self._running:
                 while queue and len(self._running) < self.jobs:
                     cell = queue.pop(0)
+                    if self.leases is not None and not self.leases.take(cell):
+                        left.append(cell)
+                        continue
                     on_start(cell)
                     self._running.append(self._start(cell))
                 for job in list(self._running):
-                    outcome = self._poll(job, definitions[job.cell])
+                    outcome = self._poll(job, of_variant[job.cell.variant])
                     if isinstance(outcome, CellResult):
                         on_result(outcome)
                     elif outcome is not None:
                         on_failure(outcome)
+                    if outcome is not None and self.leases is not None:
+                        self.leases.release(job.cell)  # once its result is stored
+                for failure in self._lost():
+                    on_failure(failure)
                 time.sleep(_POLL_S if self._running else 0.0)
         finally:
             self._stop_all()
+            if self.leases is not None:
+                self.leases.release_all()
+        return left
+
+    def _lost(self) -> list[Failure]:
+        """Renew the leases; stop cells that another process has taken over, this one having slept for too long."""
+        lost = [] if self.leases is None else self.leases.renew()
+        found = []
+        for job in [job for job in self._running if job.cell in lost]:
+            self._stop(job)
+            found.append(self._failure(job, "another process has taken it over"))
+        return found
 
     def _start(self, cell: Cell) -> _Job:
         folder = self.work / cell.stem

@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-import benchmarks.evidence
+from moeapps.commands.listing import find_config
+from moeapps.commands.names import read_config
 from moeapps.evaluation.statistics import Direction, Rule, check_rule
 
 Kind = Literal["statistical", "exact"]
@@ -35,7 +32,7 @@ class Variant:
     """One thing to train: overlays and flags on top of the system's base config.
 
     Args:
-        overlays: Config files, in order, relative to the repository.
+        overlays: Config files, in order, relative to the folder that the grid is run in.
         flags: Further words for the command line, for instance ``("--model.net.depth", "2")``.
         pairs: How many of the grid's (seed, data seed) pairs to run; 8 for the two headline pairs of a system, else 3.
         data_seed_flags: Options that receive the data seed where they are not the grid's (another source of data).
@@ -176,8 +173,8 @@ class Grid:
     """All cells and claims of one system.
 
     Args:
-        system: Name of the system; the module and the results have it too.
-        config: The base config, relative to the repository.
+        system: Name of the system: that of its runs.
+        config: The base config, relative to the folder that the grid is run in.
         variants: Name -> variant. Names are lower case letters, digits, ``_``, ``.`` and ``-``.
         claims: In the order of the paper's claims.
         seeds: (seed, data seed) pairs; variants run the first few. Seed 0 is left for choosing settings.
@@ -304,20 +301,29 @@ class Grid:
 
         def read(name: str) -> Any:
             try:
-                return yaml.safe_load((root / name).read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError) as error:
-                raise GridError(f"variant {variant!r}: cannot read {name}: {error}") from error
+                return read_config(located(name, root))
+            except OSError as error:
+                raise GridError(f"variant {variant!r}: cannot read {name}: {error.strerror or error}") from error
+            except ValueError as error:
+                told = str(error).replace(f"{root}/", "")
+                raise GridError(f"variant {variant!r}: cannot read {name}: {told}") from error
 
         merged: dict[str, Any] = {}
         for name in (self.config, *chosen.overlays):
-            merged = _overlaid(merged, read(name))
+            merged = overlaid(merged, read(name))
         parts: list[Any] = [merged, self.flags, chosen.flags, self._data_seed_flags(chosen)]
         parts += [[read(overlay), words] for overlay, *words in chosen.stages]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def located(name: str, root: Path) -> Path:
+    """Give the file that a config's name means in a grid: below the root, else among those that come with moeapps."""
+    own = root / name
+    return own if own.exists() else find_config(name) if find_config(name).exists() else own
+
+
+def overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Lay one config over another: mappings merge, lists replace, ``name+`` adds to them.
 
     The command line drops the arguments of a class that another one replaces; here they stay, so that a digest may
@@ -327,32 +333,9 @@ def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            merged[key] = _overlaid(old, value)
+            merged[key] = overlaid(old, value)
         elif key.endswith("+") and isinstance(value, list):
             merged[key] = [*(old or []), *value]
         else:
             merged[key] = value
     return merged
-
-
-def load_grid(system: str) -> Grid:
-    """Import ``benchmarks.evidence.<system>`` and give its ``GRID``.
-
-    Raises:
-        GridError: If there is no such module, or it defines no grid of that name.
-    """
-    if system not in list_systems():
-        known = ", ".join(list_systems()) or "none yet"
-        raise GridError(
-            f"no grid for {system!r}; there are grids for: {known}. Add benchmarks/evidence/{system}.py with a GRID"
-        )
-    grid = getattr(importlib.import_module(f"benchmarks.evidence.{system}"), "GRID", None)
-    if not isinstance(grid, Grid) or grid.system != system:
-        raise GridError(f"benchmarks/evidence/{system}.py must define GRID = Grid(system={system!r}, ...)")
-    return grid
-
-
-def list_systems() -> list[str]:
-    """List the modules of this package that are grids: all but its own machinery."""
-    machinery = {"__main__", "cells", "grid", "recount", "report", "restamp", "runner", "summary"}
-    return sorted({module.name for module in pkgutil.iter_modules(benchmarks.evidence.__path__)} - machinery)

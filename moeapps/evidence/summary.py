@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From cells to verdicts: benchmarks/results/<system>.json is computed here, from the grid and its cells alone."""
+"""From cells to verdicts: the results file of a grid is computed here, from the grid and its cells alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.evidence.cells import CellError, CellResult
-from benchmarks.evidence.grid import Cell, Claim, Grid, Pair
 from moeapps.evaluation.statistics import judge, paired_t_interval
+from moeapps.evidence.cells import CellError, CellResult
+from moeapps.evidence.grid import Cell, Claim, Grid, Pair
 
 Results = Mapping[Cell, CellResult]
 MATCH_TOLERANCE = 0.02
@@ -17,18 +17,19 @@ _RATIOS = {"flops_ratio": "flops_per_token", "train_flops_ratio": "train_flops",
 _DIGITS = 12  # Significant digits kept: beyond the rounding of different library builds nothing is lost.
 
 
-def summarise(grid: Grid, results: Results) -> dict[str, Any]:
-    """Give the content of ``benchmarks/results/<system>.json``.
+def summarise(grid: Grid, results: Results, command: str = "") -> dict[str, Any]:
+    """Give the content of the results file.
 
     Args:
         grid: The grid with its claims.
         results: Finished cells; what is missing makes a claim "not tested (...)", never an error.
+        command: What to type to run the grid.
     """
     planned = grid.cells()
     used = [results[cell] for cell in planned if cell in results]
     return {
         "system": grid.system,
-        "command": f"python -m benchmarks.evidence {grid.system}",
+        "command": command,
         "config": grid.config,
         "seeds": [list(pair) for pair in grid.seeds],
         "cells": len(used),

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/evidence.md: the results files in words and tables. Ties and losses are printed as plainly as wins."""
+"""The page: results files in words and tables. Ties and losses are printed as plainly as wins."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown import wrapped
+from moeapps.reporting.wrapping import wrapped
 
 _INTRO = """# Evidence
 
-This page is computed by `python -m benchmarks.evidence --summarise` from the files in
-`benchmarks/results/<system>/cells/`; do not edit it.
+This page is computed by `{command} --summarise` from the files in
+`{folder}/<system>/cells/`; do not edit it.
 
 A claim of a paper is a hypothesis here, tested at a size that trains in minutes on one thread. Every row compares two
 variants with the same seeds and the same data. The interval is a 95 per cent paired t interval of the difference
@@ -26,13 +26,24 @@ _NONE = "\nNo system has been measured yet.\n"
 _VERDICTS = ("supported", "not supported", "inconclusive", "not tested")
 
 
-def render(systems: Sequence[Mapping[str, Any]]) -> str:
-    """Give the text of docs/evidence.md; the order of the input does not matter."""
+def render(systems: Sequence[Mapping[str, Any]], folder: str = "evidence") -> str:
+    """Give the text of the page.
+
+    Args:
+        systems: contents of results files, in any order.
+        folder: where they lie, for the text.
+    """
     ordered = sorted(systems, key=lambda results: str(results["system"]))
-    parts = [_INTRO]
+    parts = [_INTRO.format(command=_command(ordered), folder=folder)]
     parts += [_overview(ordered)] if ordered else [_NONE]
     parts += [_system(results) for results in ordered]
     return wrapped("\n".join(part.strip("\n") + "\n" for part in parts))
+
+
+def _command(systems: Sequence[Mapping[str, Any]]) -> str:
+    """What all commands have in common: they end with the name of their grid."""
+    found = {str(results["command"]).rpartition(" ")[0] for results in systems}
+    return found.pop() if len(found) == 1 and "moeapps evidence" not in found else "moeapps evidence GRID.yaml"
 
 
 def _overview(systems: Sequence[Mapping[str, Any]]) -> str:

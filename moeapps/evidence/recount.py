@@ -14,9 +14,9 @@ from typing import Any
 
 import lightning as L
 
-from benchmarks.evidence.cells import CellResult, read_cells, write_cell
-from benchmarks.evidence.grid import Cell, Grid
 from moeapps.commands.run import Cli, import_tasks, quiet
+from moeapps.evidence.cells import CellResult, read_cells, write_cell
+from moeapps.evidence.grid import Cell, Grid
 from moeapps.training.callbacks import MoESummary
 from moeapps.training.cost import Cost, TrainingCost
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from benchmarks.evidence.grid import Cell, Scale
+from moeapps.evidence.grid import Cell, Scale
 from moeapps.files import write_text
 
 FORMAT = 1
