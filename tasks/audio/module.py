@@ -124,7 +124,9 @@ class AudioTask(BaseTask):
             known = torch.tensor(ids, device=batch.device)
             hit_BSV = batch.prompt.unsqueeze(-1) == known
             label_B1 = hit_BSV.any(1).long().argmax(1, keepdim=True).where(hit_BSV.any((1, 2)).unsqueeze(1), -1)
-            found[name] = self._rows(batch, label_B1.expand(-1, steps).where(inside_BL, -1), len(ids))
+            values = tuple(self.facts["labels"][place - UNKNOWN - 1].partition("=")[2] for place in ids)
+            rows = self._rows(batch, label_B1.expand(-1, steps).where(inside_BL, -1), len(ids))
+            found[name] = rows._replace(names=values)
         return found
 
     def _rows(self, batch: AudioBatch, label_BL: Tensor, num_labels: int) -> Factor:

@@ -120,7 +120,8 @@ class DynamicsTask(BaseTask):
 
     def routing_factors(self, batch: Trajectories) -> dict[str, Factor]:
         """The hidden family of each environment, where it is known."""
-        return {"family": Factor(batch.family, len(self.facts.get("families", [])))}
+        names = tuple(self.facts.get("families", []))
+        return {"family": Factor(batch.family, len(names), names)}
 
     # Training -----------------------------------------------------------------------------------------------------
 

@@ -105,10 +105,11 @@ class ImageDiffusionTask(BaseTask):
         Evaluation routes every image twice; of the two passes only the first, with classes, has labels.
         """
         length, num = self.net.num_tokens, len(batch.label)
+        names = tuple(self.facts.get("class_names", ()))
         _, t_B = self.fixed_noise(batch)
         time_B = (t_B * TIME_BINS).long().clamp(0, TIME_BINS - 1)
         return {
-            "class": Factor(batch.label.repeat_interleave(length), self.net.num_classes),
+            "class": Factor(batch.label.repeat_interleave(length), self.net.num_classes, names),
             "time": Factor(time_B.repeat_interleave(length), TIME_BINS),
             "place": Factor(torch.arange(length, device=batch.label.device).repeat(num), length),
         }

@@ -28,8 +28,10 @@ from tasks.point_cloud.report.tally import tally
 
 NORMAL_EDGES = (0.25, 0.5, 0.75)
 """Bins of |z| of the surface normal: upright surfaces, two slants, level surfaces."""
+NORMAL_NAMES = ("upright", "steep", "slanted", "level")
 RANGE_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Bins of the horizontal distance from the middle of a scan, in metres."""
+RANGE_NAMES = ("under 1 m", "1 to 2 m", "2 to 4 m", "4 to 8 m", "8 to 16 m", "16 to 32 m", "over 32 m")
 
 
 class PointCloudTask(BaseTask):
@@ -106,10 +108,10 @@ class PointCloudTask(BaseTask):
         words = list(dict.fromkeys(normalise_name(name) for names in sets for name in names))
         own = [words.index(normalise_name(name)) for name in self.label_sets[str(self.last_domain)]]
         column = torch.tensor(own, device=batch.y.device)
-        factors = {"class": Factor(column[batch.y.clamp(min=0)].where(batch.y >= 0, -1), len(words))}
+        factors = {"class": Factor(column[batch.y.clamp(min=0)].where(batch.y >= 0, -1), len(words), tuple(words))}
         if getattr(self.data, "features", "common") == "common":  # the other layout has no normal outdoors
-            factors["normal"] = _binned(batch.x[:, 5].contiguous(), NORMAL_EDGES)
-        factors["range"] = _binned(batch.pos[:, :2].norm(dim=1), RANGE_EDGES)
+            factors["normal"] = _binned(batch.x[:, 5].contiguous(), NORMAL_EDGES)._replace(names=NORMAL_NAMES)
+        factors["range"] = _binned(batch.pos[:, :2].norm(dim=1), RANGE_EDGES)._replace(names=RANGE_NAMES)
         return factors
 
     def routed_rows(self, batch: Batch) -> list[Tensor]:

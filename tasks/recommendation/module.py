@@ -102,7 +102,7 @@ class RankingTask(BaseTask):
     def routing_factors(self, batch: Interactions) -> dict[str, Factor]:
         """The known answers of each row, task by task."""
         label_BT = batch.label.long().where(batch.mask, -1)
-        return {name: Factor(label_BT[:, t], 2) for t, name in enumerate(self.tasks)}
+        return {name: Factor(label_BT[:, t], 2, ("no", "yes")) for t, name in enumerate(self.tasks)}
 
     def forward(self, batch: Interactions) -> Tensor:
         """Logits [B, T]."""
@@ -228,7 +228,8 @@ class ListRankingTask(BaseTask):
         if not self.facts["factors"]:
             return {}
         each = batch.label.shape[1] if getattr(self.net, "gates_candidates", False) else 1
-        return {"factor": Factor(batch.factor.repeat_interleave(each), len(self.facts["factors"]))}
+        names = tuple(self.facts["factors"])
+        return {"factor": Factor(batch.factor.repeat_interleave(each), len(names), names)}
 
     def forward(self, batch: Lists, *, history_mask: Tensor | None = None) -> ListScores:
         """Scores of a batch."""
