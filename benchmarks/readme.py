@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables of README.md from committed results: ``python -m benchmarks.readme [RUN RUN]``.
 
-The table of one full training: with two run folders (the mixture and its dense twin, of one seed) their test results are
-first put into ``benchmarks/results/point_moe_demo.json``: under ``runs`` for seed 0, which is the table, and under
+The table of one full training: with two run folders (the mixture and its dense twin, of one seed) their test results
+are first put into ``benchmarks/results/point_moe_demo.json``: under ``runs`` for seed 0, which is the table, and under
 ``seeds`` for any other, whose means stand below it. Without, only the tables are written anew. ``--seeds`` prints what
 is known of other seeds. The table of verdicts: what the evidence of every system says of the comparisons that a reader
 asks for first.
