@@ -18,7 +18,7 @@ CASES  ?= 10000
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo audio-curriculum adaptation test test-fast test-slow fuzz check format bench evidence reliability mutate gpu-check clean
+.PHONY: help setup demo audio-curriculum adaptation test test-fast test-slow fuzz check format docs notebooks lock bench evidence reliability mutate gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,20 @@ check: setup  ## ruff and mypy
 format: setup  ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup  ## the site into build/site/index.html; warnings are errors (a minute, no network)
+	$(ONE_THREAD) $(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	@echo build/site/index.html
+
+notebooks: setup  ## run every notebook; copies with outputs in build/notebooks (about 15 minutes)
+	mkdir -p build/notebooks
+	$(ONE_THREAD) $(BIN)/python -m jupyter nbconvert --to notebook --execute --output-dir build/notebooks notebooks/*.ipynb
+
+lock: setup  ## requirements.lock anew: constraints.txt with the hash of every file (asks the package index)
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet uv
+	build/lock/bin/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --generate-hashes \
+		--python-version 3.11.13 --python-platform linux --no-header --no-annotate --quiet --output-file requirements.lock
 
 bench: setup  ## the core against the dense roof, PEERS=1: and other projects (45 + 25 minutes on an idle machine)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.core --json benchmarks/results/core.json $(if $(PEERS),--peers)

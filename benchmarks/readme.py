@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,17 @@ def claim_of(system: str, name: str) -> dict[str, Any]:
 
 def verdicts() -> str:
     """Return the Markdown of the verdicts: one row per comparison, from the committed results of its system."""
+    return claim_rows(CLAIMS)
+
+
+def claim_rows(claims: Iterable[tuple[str, str]]) -> str:
+    """Return a table of Markdown with a row per claim.
+
+    Args:
+        claims: system and id of each.
+    """
     rows = ["| system | claim | difference | compute | holds |", "|---|---|---|---|---|"]
-    for system, name in CLAIMS:
+    for system, name in claims:
         claim = claim_of(system, name)
         word = _WORDS.get(claim["verdict"], claim["verdict"])
         cells = (_NAMES[system], claim["text"], difference(claim), compute(claim), word)

@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import yaml
 
+from moeapps.text import plain
+
 YAML_BYTES = 4_000_000
 """Largest YAML file: a configuration of millions of characters is a mistake."""
 YAML_VALUES = 200_000
@@ -37,10 +39,14 @@ def require_file(path: Path | str) -> int:
     """Return the size of an ordinary file.
 
     Raises:
-        BoundError: a pipe, a device, a socket or a folder, also behind a link: reading it may never end.
+        BoundError: a pipe, a device, a socket or a folder, also behind a link: reading it may never end; or a name
+            that no file can have.
         FileNotFoundError: nothing there.
     """
-    about = os.stat(path)
+    try:
+        about = os.stat(path)
+    except ValueError as error:  # a zero byte, or a sign that no encoding has, in a name that a file gives
+        raise BoundError(f"{plain(path)} is no name of a file ({error}); correct it") from error
     if not stat.S_ISREG(about.st_mode):
         kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, device or socket"
         raise BoundError(f"{path} is {kind}, not a file; give an ordinary file")

@@ -22,6 +22,7 @@ from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
 from moeapps.training.callbacks.report import Groups, Report
+from moeapps.training.placement import at_hand
 from moeapps.training.task import BaseTask, Factor
 
 
@@ -170,11 +171,14 @@ def information(table_LE: Tensor) -> float:
 
 
 def prototype_likeness(record: Record) -> dict[str, float]:
-    """``alike``: the largest cosine between two prototypes of a layer's router; nothing where it has none."""
+    """``alike``: the largest cosine between two prototypes of a layer's router; nothing where it has none, or parts."""
     scores = [module for module in record.layer.router.modules() if isinstance(module, PrototypeScore)]
     if not scores:
         return {}
-    unit_ED = torch.nn.functional.normalize(scores[0].prototypes.detach().double(), dim=-1)
+    prototypes_ED = at_hand(scores[0].prototypes.detach())
+    if prototypes_ED is None:
+        return {}
+    unit_ED = torch.nn.functional.normalize(prototypes_ED.double(), dim=-1)
     return {"alike": float((unit_ED @ unit_ED.T).fill_diagonal_(-1).max())}
 
 

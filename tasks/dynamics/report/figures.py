@@ -261,6 +261,8 @@ class SystemFigures(Report):
     ``test`` draws the seen domains, whose contexts are known; ``predict`` draws all, new environments too.
     """
 
+    runs_network = True
+
     def __init__(self) -> None:
         super().__init__()
         self._contexts: list[dict[str, Any]] = []

@@ -46,6 +46,8 @@ class SampleGrid(SideReport):
         ValueError: a count below 1.
     """
 
+    runs_network = True
+
     def __init__(
         self,
         *,
@@ -106,6 +108,8 @@ class GenerationQuality(Report):
     Raises:
         ValueError: fewer than 2 images, a missing weight file.
     """
+
+    runs_network = True
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor
 from moeapps.files import write_json, write_text
 from moeapps.moe.record import Record
 from moeapps.reporting.figures import save_figure
+from moeapps.text import cell
 from moeapps.text import markdown as as_markdown
 from moeapps.training.callbacks import ExpertReport
 from moeapps.training.task import BaseTask
@@ -157,10 +158,10 @@ def explanation_table(sample: GateSample, name: NameItem) -> str:
     experts = [f"expert_{k}" for k in range(sample.gate.shape[1])]
     rows.writerow(["row", "user", "candidate", "place", "past_item", *experts])
     for b in range(len(sample.gate)):
-        head = [int(sample.row[b]), int(sample.user[b]), name(int(sample.item[b]))]
+        head = [int(sample.row[b]), int(sample.user[b]), cell(name(int(sample.item[b])))]
         for h in places(sample, b):
             parts = [f"{value:.6g}" for value in sample.parts[b, h].tolist()]
-            rows.writerow([*head, h + 1, name(int(sample.history_item[b, h])), *parts])
+            rows.writerow([*head, h + 1, cell(name(int(sample.history_item[b, h]))), *parts])
     return text.getvalue()
 
 
