@@ -55,9 +55,9 @@ class ExpertReport(Report):
     * ``per_token``: experts per row, ``gate``: mean weight of an assignment,
     * ``alike``: largest cosine between two prototypes, where there are any.
 
-    Written with the tables (work by domain, label and expert) to metrics/experts.json, and into the summary of
-    metrics/test.json as groups ``experts`` (means over layers) and ``experts.<number>`` (a layer); where a network has
-    several stages each has its groups: ``encoder``, ``encoder.<stage>.<block>``, ``decoder`` ...
+    Written with the tables (work by domain, label and expert) and the names of labels to metrics/experts.json, and into
+    the summary of metrics/test.json as groups ``experts`` (means over layers) and ``experts.<number>`` (a layer); where
+    a network has several stages each has its groups: ``encoder``, ``encoder.<stage>.<block>``, ``decoder`` ...
 
     The network is not run for it: the report reads the records of the test's own pass. A task with numbers of its own
     overrides `numbers`, `count` or `finish`.
@@ -73,10 +73,11 @@ class ExpertReport(Report):
         super().__init__()
         self.layers: dict[Place, LayerWork] = {}
         self.domains: list[str] = []
+        self.labels: dict[str, list[str]] = {}
 
     @override
     def start(self, task: BaseTask) -> None:
-        self.layers, self.domains = {}, task.data.present("seen")
+        self.layers, self.domains, self.labels = {}, task.data.present("seen"), {}
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -128,7 +129,8 @@ class ExpertReport(Report):
                 names[place]: {factor: table_DLE.tolist() for factor, table_DLE in layer.tables.items()}
                 for place, layer in self.layers.items()
             }
-            write_json(folder / "metrics" / "experts.json", {"domains": self.domains, **self.result, "work": work})
+            told = {"domains": self.domains, **self.result, "labels": self.labels, "work": work}
+            write_json(folder / "metrics" / "experts.json", told)
 
     def _count_layer(self, record: Record, held: slice | Tensor, factors: dict[str, Factor], domain: int) -> None:
         work_NE, weight_NE = record.work()[held], record.routing.assignment().detach()[held]
@@ -141,10 +143,12 @@ class ExpertReport(Report):
         layer.sums += torch.stack(
             [weight_NE.double().sum(), (weight_NE != 0).double().sum(), work_NE.new_tensor(float(len(work_NE)))]
         )
-        for name, (label_N, num_labels) in factors.items():
+        for name, factor in factors.items():
             if name not in layer.tables:
-                layer.tables[name] = work_NE.new_zeros(len(self.domains), num_labels, num_experts)
-            layer.tables[name][domain] += contingency(work_NE, label_N, num_labels)
+                layer.tables[name] = work_NE.new_zeros(len(self.domains), factor.num_labels, num_experts)
+            layer.tables[name][domain] += contingency(work_NE, factor.label_N, factor.num_labels)
+            if factor.names:
+                self.labels[name] = list(factor.names)
 
     def _sum_over_processes(self, device: torch.device) -> None:
         """Join the layers of all processes; one that had no batch of a seen domain has none of its own."""
