@@ -18,6 +18,8 @@ from typing import IO, Any
 
 import yaml
 
+from moeapps.text import plain
+
 YAML_BYTES = 4_000_000
 """Largest YAML file: a configuration of millions of characters is a mistake."""
 YAML_VALUES = 200_000
@@ -37,10 +39,14 @@ def require_file(path: Path | str) -> int:
     """Return the size of an ordinary file.
 
     Raises:
-        BoundError: a pipe, a device, a socket or a folder, also behind a link: reading it may never end.
+        BoundError: a pipe, a device, a socket or a folder, also behind a link: reading it may never end; or a name
+            that no file can have.
         FileNotFoundError: nothing there.
     """
-    about = os.stat(path)
+    try:
+        about = os.stat(path)
+    except ValueError as error:  # a zero byte, or a sign that no encoding has, in a name that a file gives
+        raise BoundError(f"{plain(path)} is no name of a file ({error}); correct it") from error
     if not stat.S_ISREG(about.st_mode):
         kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, device or socket"
         raise BoundError(f"{path} is {kind}, not a file; give an ordinary file")
@@ -81,15 +87,30 @@ def read_yaml(path: Path) -> Any:
         yaml.YAMLError: not YAML.
         OSError: it cannot be read.
     """
+    return read_yaml_nodes(path)[0]
+
+
+def read_yaml_nodes(path: Path) -> tuple[Any, yaml.Node | None]:
+    """Read a YAML file with its nodes, which know their lines; None for an empty file. What `<<` names is merged.
+
+    Raises:
+        BoundError: too large, too deep, or with aliases that stand for too much or for themselves.
+        yaml.YAMLError: not YAML.
+        OSError: it cannot be read.
+    """
     text = read_text(path, YAML_BYTES)
+    loader = _Loader(text)  # a safe loader
     try:
-        return yaml.load(text, Loader=_Loader)  # a safe loader
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
     except RecursionError as error:
         raise BoundError(f"{path}: lists or mappings lie too deep inside one another; flatten it") from error
     except BoundError as error:
         raise BoundError(f"{path}: {error}") from error
     except (ValueError, OverflowError) as error:  # PyYAML on dates and numbers that do not exist
         raise BoundError(f"{path}: a value that cannot be read ({error}); correct it") from error
+    finally:
+        loader.dispose()
 
 
 def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:

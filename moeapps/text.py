@@ -13,6 +13,8 @@ import re
 import unicodedata
 
 _MOST = 200
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the wide ones too
+_NUMBER = re.compile(r"[+-](\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # What begins markup inside of a line: code, emphasis (an underscore inside of a word begins none), cells, formulas.
 _MARKDOWN = re.compile(r"([\\`*|$]|~~|(?<![^\W_])_|_(?![^\W_])|(?<=\])[(\[:])")
 
@@ -67,6 +69,18 @@ def markdown(value: object, most: int = _MOST) -> str:
     """
     safe = html.escape(plain(value, most), quote=False)
     return _MARKDOWN.sub(r"\\\1", safe)
+
+
+def cell(value: object) -> object:
+    """Return a value as a cell of CSV that no spreadsheet takes for a formula: text gets a ``'`` before its ``=+-@``.
+
+    Numbers, also those that are text, stay; so does what is inside of a cell.
+
+    >>> cell("=1+1"), cell("-1.5"), cell(-1.5), cell("a=b")
+    ("'=1+1", '-1.5', -1.5, 'a=b')
+    """
+    text = isinstance(value, str) and value.lstrip().startswith(_FORMULA)
+    return f"'{value}" if text and not _NUMBER.fullmatch(str(value)) else value
 
 
 def figure_text(value: object) -> str:

@@ -2,17 +2,19 @@
 """``make fuzz``: tests named ``..._is_read_or_told`` at many cases, in guarded processes, with a record per reader.
 
 Such a test is a hypothesis test that damages a file and reads it: anything but a sample or the one error of the reader
-fails it. Where MOEAPPS_FUZZ is a number of cases, each of them runs that many, in processes of 500: a crash, a case of
-five seconds, or memory of 256 MiB is then a loss like any other exception. What was tried is kept in
+fails it. Where MOEAPPS_FUZZ is a number of cases, each of them runs that many, in processes of 2,500: a crash, a case of
+five seconds, or memory of 256 MB is then a loss like any other exception. What was tried is kept in
 ``runs/fuzz/<reader>.json`` after every process, and the next ``make fuzz`` goes on from there with new seeds.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
 import re
+import resource
 import signal
 import subprocess
 import tempfile
@@ -29,12 +31,16 @@ import hypothesis
 import pytest
 
 from moeapps.files import write_json
+from tests.guarded import FREE_BYTES, silence
 
 CASES, RECORDS = "MOEAPPS_FUZZ", "MOEAPPS_FUZZ_RECORDS"
 NAMED = "_is_read_or_told"
-CHUNK = 500
-SECONDS, WALL_SECONDS, MEMORY_MIB = 5.0, 120.0, 256.0
-"""A case may take so long of the processor, or of the clock (a file that never answers), and grow memory so much."""
+CHUNK = 2500
+SECONDS, WALL_SECONDS, MEMORY_MIB = 5.0, 120.0, FREE_BYTES / 2**20
+"""A case may take so long of the processor, or of the clock (a file that never answers), and grow memory so much.
+
+All cases of a process together grow it by no more than that: the bound is that of one, and files have some kilobytes.
+"""
 MOST_LOSSES = 3
 _COUNTS: memoryview | None = None
 
@@ -43,6 +49,11 @@ def refused() -> None:
     """Count a case whose file was refused in one sentence; the others are read."""
     if _COUNTS is not None:
         _COUNTS[1] += 1
+
+
+def watched() -> bool:
+    """Whether this process is one of ``make fuzz``, whose crash, time and memory are watched from outside."""
+    return _COUNTS is not None
 
 
 @dataclass
@@ -56,7 +67,7 @@ class Record:
         read: those that gave a sample.
         refused: those that gave the reader's one error.
         losses: those that gave anything else: kind, seed, number of the case in its process, message.
-        processes: of up to 500 cases each; the number of one is its seed.
+        processes: of up to 2,500 cases each; the number of one is its seed.
         cpu_seconds: all of them.
         commits: of the code that ran.
     """
@@ -187,11 +198,13 @@ def guarded(work: Callable[[], object]) -> Found:
     _COUNTS = memoryview(mmap.mmap(-1, 16)).cast("q")  # shared with the process: cases begun, cases refused
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told"
+        gc.freeze()  # else the first collection of the process copies all that there is
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # other threads only wait for their terminal
             process = os.fork()
         if process == 0:
             _exit_after(work, told)
+        gc.unfreeze()
         cause, status, cpu_seconds = _watch(process, _COUNTS)
         message = told.read_text(encoding="utf-8") if told.is_file() else ""
     if cause is None and os.WIFSIGNALED(status):
@@ -205,6 +218,8 @@ def guarded(work: Callable[[], object]) -> Found:
 
 
 def _exit_after(work: Callable[[], object], told: Path) -> None:
+    silence()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         work()
     except BaseException as error:

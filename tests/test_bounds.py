@@ -41,7 +41,7 @@ from tasks.dynamics.data.readers.csv_format import read_csv
 from tasks.dynamics.data.readers.npz_format import read_npz as read_trajectories
 from tasks.dynamics.data.readers.ts_format import read_ts
 from tasks.image_diffusion.data.readers.latent_files import read_latent
-from tasks.point_cloud.data.readers.arrays import read_npy, read_npz
+from tasks.point_cloud.data.readers.arrays import read_bytes, read_npy, read_npz
 from tasks.point_cloud.data.readers.las import read_las, write_las
 from tasks.point_cloud.data.readers.own import read_own_labels
 from tasks.point_cloud.data.readers.ply import read_ply
@@ -456,3 +456,13 @@ def test_pipes_and_devices_are_no_files(tmp_path: Path, name: str) -> None:
     path.unlink()
     path.symlink_to("/dev/zero")
     told(ANY_READER[name], path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_names_that_no_file_can_have_are_told(tmp_path: Path, name: str) -> None:
+    """Tables name files; the fuzzer put a zero byte into such a name (an index of nuScenes)."""
+    for read in (bounds.require_file, read_bytes):
+        found = guarded(partial(read, tmp_path / name))
+        assert found.kind in ("BoundError", "PointCloudFileError")
+        assert "no name of a file" in found.text
+        assert found.text.isprintable()

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -18,8 +22,13 @@ from moeapps.evaluation.results import read_results
 from moeapps.evaluation.xeval import build_matrix
 from moeapps.reporting.matrix import markdown as markdown_of
 from moeapps.reporting.matrix import rich_tables
-from moeapps.text import VisibleLines, figure_text, html_text, lines, markdown, plain
+from moeapps.text import VisibleLines, cell, figure_text, html_text, lines, markdown, plain
+from tasks.adaptation.report.predictions import LogitsWriter
+from tasks.point_cloud.report.scan_writer import class_list
+from tasks.recommendation.report.explanations import explanation_table
+from tasks.recommendation.report.score_writer import ScoreTable
 
+FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r\n =1", "\uff1d1", '=HYPERLINK("http://x")']
 # What a terminal obeys: colours, a new title of its window, a bell, backspaces; and marks that turn the reading round.
 COMMANDS = "\x1b[31m\x1b]0;title\x07\x08\x9b2J\u202e\u2066\u200b\r\x00"
 HOSTILE = f"{COMMANDS}[red]a[/red] [/]|<script>alert(1)</script>[l](http://x)![i](y)`c`**b** $\\frac{{ &lt; \\"
@@ -86,3 +95,40 @@ def test_pages_and_figures_show_names_as_they_are(tmp_path: Path) -> None:
     figure = Figure()
     figure.subplots().set_title(figure_text(HOSTILE))  # a formula that is none would raise here
     figure.savefig(tmp_path / "a.png")
+
+
+def begins_a_formula(text: str) -> bool:
+    """As spreadsheets and the advice of OWASP have it: one of = + - @, also the wide ones, after blanks."""
+    number = re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text)
+    return text.strip()[:1] in {*"=+-@", *"\uff1d\uff0b\uff0d\uff20"} - {""} and not number
+
+
+def test_a_cell_is_no_formula_and_numbers_stay() -> None:
+    assert all(begins_a_formula(name) and not begins_a_formula(str(cell(name))) for name in FORMULAS)
+    kept = ["a=b", "", "-1.5", "+2e-3", "-.5", "home/base", "\u70b9\u4e91", 3, -0.25, None]
+    assert [cell(value) for value in kept] == kept
+
+
+def test_written_tables_hold_no_formulas(tmp_path: Path) -> None:
+    """Names of classes, items, domains and tasks come from files; a spreadsheet would run those that are formulas."""
+    names = [f"{text} {k}" for k, text in enumerate(FORMULAS)]
+    data = SimpleNamespace(facts={"class_names": names, "target": "classification"})
+    size = len(names)
+    answers = {"draw": 0, "index": torch.arange(size), "label": torch.arange(size)}
+    answers |= {"logits": -torch.eye(size), "before": torch.eye(size)}
+    LogitsWriter.save(LogitsWriter.__new__(LogitsWriter), tmp_path, "a", 0, answers, data)
+    (tmp_path / "classes.csv").write_text(class_list(tuple(names)))
+    scores = ScoreTable(tmp_path / "scores.csv")
+    scores.write({"row": np.arange(size), "domain": np.array(names), "=task": -np.arange(size) / 4})
+    scores.close()
+    sample = SimpleNamespace(
+        parts=-torch.ones(1, 1, 2), gate=torch.ones(1, 2), row=[0], user=[1], item=[2], history_item=torch.ones(1, 1)
+    )
+    text = explanation_table(sample, lambda item: names[item])  # type: ignore[arg-type]
+    (tmp_path / "explanations.csv").write_text(text)
+
+    for name in ("a.csv", "classes.csv", "scores.csv", "explanations.csv"):
+        with open(tmp_path / name, newline="") as stream:
+            cells = [text for row in csv.reader(stream) for text in row]
+        assert sum(text.startswith("'") for text in cells) >= (2 if name == "explanations.csv" else size), name
+        assert [text for text in cells if begins_a_formula(text)] == [], name

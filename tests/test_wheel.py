@@ -62,7 +62,9 @@ def test_the_wheel_holds_every_source_and_config(wheel: Path) -> None:
     configs = {f"moeapps/{path}" for path in Path("configs").rglob("*.yaml")}
     tables = {str(path) for path in Path("tasks").rglob("*.json")}
     readmes = {str(path) for path in Path("tasks").glob("*/README.md")}
-    assert held == code | configs | tables | readmes | {"moeapps/py.typed"}
+    templates = {str(path) for path in Path("moeapps").glob("**/templates/**/*") if path.is_file()}
+    assert templates
+    assert held == code | configs | tables | readmes | templates | {"moeapps/py.typed"}
 
 
 def test_the_source_archive_holds_the_tests_and_what_they_read(built: Path) -> None:

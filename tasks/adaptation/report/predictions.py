@@ -10,6 +10,7 @@ from typing import Any
 from typing_extensions import override
 
 from moeapps.files import WholeFile
+from moeapps.text import cell
 from moeapps.training.callbacks import PredictionWriter
 
 
@@ -36,7 +37,8 @@ class LogitsWriter(PredictionWriter):
                 said = [_said(values, names, measured=measured) for values in (logits, before)]
                 known = (label == label) if measured else label >= 0
                 true = "" if not known else label if measured else names[label]
-                rows.writerow([domain, prediction["draw"], index, true, *said, *([] if measured else logits)])
+                told = [domain, prediction["draw"], index, true, *said, *([] if measured else logits)]
+                rows.writerow(map(cell, told))
 
 
 def _said(logits: list[float], names: list[str], *, measured: bool) -> str | float:

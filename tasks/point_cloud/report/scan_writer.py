@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 
 from moeapps.files import WholeFile, write_text
+from moeapps.text import cell
 from moeapps.training.callbacks import PredictionWriter
 from moeapps.training.run import run_dir
 from tasks.point_cloud.report.predictions import NOTHING, PointPrediction, class_colors, write_prediction
@@ -118,7 +119,7 @@ def joined(tiles: Sequence[dict[str, Any]]) -> tuple[PointPrediction, int]:
 def class_list(names: tuple[str, ...]) -> str:
     """Return the lines ``id,name,red,green,blue`` of the classes, and of 255: points without a prediction."""
     rows = zip([*range(len(names)), NOTHING], [*names, "none"], class_colors(names).tolist(), strict=True)
-    quoted = ((number, name.replace('"', '""'), color) for number, name, color in rows)
+    quoted = ((number, str(cell(name)).replace('"', '""'), color) for number, name, color in rows)
     lines = [f'{number},"{name}",{",".join(map(str, color))}' for number, name, color in quoted]
     return "\n".join(["id,name,red,green,blue", *lines]) + "\n"
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeapps.files import WholeFile
+from moeapps.text import cell
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
@@ -47,8 +48,9 @@ class ScoreTable:
         """Append rows: name -> array [n]; the first call decides the columns."""
         if self._rows is not None:
             if not self._begun:
-                self._rows.writerow(columns)
-            self._rows.writerows(zip(*(np.asarray(values).tolist() for values in columns.values()), strict=True))
+                self._rows.writerow(map(cell, columns))
+            rows = zip(*(np.asarray(values).tolist() for values in columns.values()), strict=True)
+            self._rows.writerows(map(cell, row) for row in rows)
         else:
             # Imported here: every fit imports this module, few predict.
             import pyarrow as pa

@@ -20,7 +20,8 @@ _RECORD = ("laszip encoded", 22204)
 _POINTWISE, _LAYERED = 2, 3
 _VARIABLE = 2**32 - 1
 _LAYERS = {10: 9, 11: 1, 12: 2, 13: 1}  # of an item's type; extra bytes (14) have one per byte
-_ANY_SIZE = 64_000_000
+_ANY_SIZE = 32_000_000
+"""Bytes of points that a file of any size may give: a second of work, where 64 MB took three."""
 _MOST_RATIO = 60
 """Most bytes of points for one of the file, beyond the bytes that any file may take."""
 

@@ -16,6 +16,8 @@ from typing import ClassVar, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from moeapps.text import plain
+
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -31,7 +33,7 @@ class PointCloudFileError(ValueError):
     """
 
     def __init__(self, path: Path | str, given: str, allowed: str, advice: str) -> None:
-        super().__init__(f"{path}: {given}; expected {allowed}; {advice}")
+        super().__init__(f"{plain(path, 1000)}: {given}; expected {allowed}; {advice}")
         self.path = str(path)
 
 
