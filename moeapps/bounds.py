@@ -32,6 +32,8 @@ DEEPEST = 200
 """Most levels of lists and mappings inside one another."""
 RATIO, FLOOR = 10, 200_000_000
 """An archive may give this many bytes for each of its own, beyond what any archive may give."""
+FREE_BYTES, PER_BYTE = 256_000_000, 10
+"""A reader may take this memory beyond ten times a file's size."""
 
 
 ZIP_ERRORS = (
@@ -77,6 +79,26 @@ def read_text(path: Path, most: int) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BoundError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it so") from error
+
+
+def check_parts(path: Path | str, size: int, held: int, **parts: tuple[int, int]) -> None:
+    """Refuse a file whose many small parts (rows, cells) would need more memory than a file of its size may take.
+
+    Args:
+        path: the file.
+        size: its bytes.
+        held: bytes of memory that hold it already.
+        parts: kind of part -> how many there are, and the bytes of memory of each.
+
+    Raises:
+        BoundError: they need more.
+    """
+    if held + sum(count * each for count, each in parts.values()) > FREE_BYTES + PER_BYTE * size:
+        told = " and ".join(f"{count:,} {kind}" for kind, (count, _) in parts.items())
+        raise BoundError(
+            f"{path} has {told} in {size:,} bytes, which would fill memory; write them as an array (.npz), or in "
+            "several files"
+        )
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """No ``except Exception`` hides an error: it chains what it caught around calls of a library, or says why not.
 
-What is wrong with our own code (a TypeError, a KeyError) would be told as a damaged file if a broad handler stood around
-it. So each handler of Exception or more goes on with the error, chained, where ``--debug`` shows it; and stands around
-calls of libraries alone. The exceptions are listed, each with its reason.
+What is wrong with our own code (a TypeError, a KeyError) would be told as a damaged file if a broad handler stood
+around it. So each handler of Exception or more goes on with the error, chained, where ``--debug`` shows it; and stands
+around calls of libraries alone. The exceptions are listed, each with its reason.
 """
 
 from __future__ import annotations
