@@ -9,6 +9,11 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["moeapps", "moeapps.*", "tasks", "tasks.*"]), "moeapps.configs"],
     package_dir={"moeapps.configs": "configs"},
-    package_data={"moeapps": ["py.typed"], "moeapps.configs": ["**/*.yaml"], "": ["*.json", "README.md"]},
+    package_data={
+        "moeapps": ["py.typed", "templates/**/*"],
+        "moeapps.reporting": ["templates/*"],
+        "moeapps.configs": ["**/*.yaml"],
+        "": ["*.json", "README.md"],
+    },
     include_package_data=False,
 )

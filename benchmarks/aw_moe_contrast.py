@@ -14,18 +14,21 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks.evidence.__main__ import ROOT, to_json
-from benchmarks.evidence.aw_moe import DATA_SEED_FLAGS, variant
-from benchmarks.evidence.cells import CellResult, describe_machine
-from benchmarks.evidence.grid import Grid, Variant
-from benchmarks.evidence.runner import Failure, Runner
+from benchmarks.evidence.__main__ import ROOT
+from benchmarks.grids import load_grid
+from moeapps.evidence.cells import CellResult, describe_machine
+from moeapps.evidence.evidence import to_json
+from moeapps.evidence.grid import Grid, Variant
+from moeapps.evidence.runner import Failure, Runner
 from moeapps.files import write_text
 
+EVIDENCE = load_grid("aw_moe")
 RESULTS = Path(__file__).parent / "results" / "aw_moe_contrast.json"
 SEEDS = ((101, 101), (102, 102))
 PAIRS = {"": 1, "ml_": 2}  # of the seeds, on each log: the generated one has less noise
@@ -40,14 +43,15 @@ def settings() -> dict[str, Variant]:
     """Name -> variant, on both logs."""
     found = {}
     for log, pairs in PAIRS.items():
-        real = bool(log)
-        found[f"{log}without"] = variant("aw_moe", real=real, pairs=pairs)
-        found[f"{log}masking"] = variant("mask_augmentation", real=real, pairs=pairs, rate="aw_moe")
+        ours, masking = (EVIDENCE.variants[f"{log}{name}"] for name in ("aw_moe", "mask_augmentation"))
+        contrast = replace(EVIDENCE.variants[f"{log}contrast"], flags=ours.flags)  # the rate, and nothing else
+        found[f"{log}without"] = replace(ours, pairs=pairs)
+        found[f"{log}masking"] = replace(masking, pairs=pairs)
         for weight, temperature, mask in itertools.product(WEIGHTS, TEMPERATURES, MASKS):
             options = {"contrast_weight": weight, "temperature": temperature, "mask_probability": mask}
             flags = tuple(f"--model.init_args.{name}={value:g}" for name, value in options.items())
             name = f"{log}w{weight:g}_t{temperature:g}_p{mask:g}"
-            found[name] = variant("contrast", real=real, pairs=pairs, flags=flags, rate="aw_moe")
+            found[name] = replace(contrast, flags=(*contrast.flags, *flags), pairs=pairs)
     return found
 
 
@@ -76,7 +80,9 @@ def main(root: Path = ROOT, path: Path = RESULTS, *, jobs: int = 1, make: type[R
     """Run what is missing, write, print."""
     runs: dict[str, dict[str, float]] = json.loads(path.read_text())["runs"] if path.exists() else {}
     console, failures = Console(highlight=False), list[Failure]()
-    grid = Grid("aw_moe", "configs/aw_moe.yaml", settings(), claims=(), seeds=SEEDS, data_seed_flags=DATA_SEED_FLAGS)
+    grid = Grid(
+        "aw_moe", "configs/aw_moe.yaml", settings(), claims=(), seeds=SEEDS, data_seed_flags=EVIDENCE.data_seed_flags
+    )
 
     def finished(result: CellResult) -> None:
         name = f"{result.variant}-s{result.seed}"

@@ -8,19 +8,13 @@ log, by list-AUC on MovieLens 100K.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.evidence.aw_moe import DATA_SEED_FLAGS, RATE, VARIANTS
-from benchmarks.evidence.grid import Variant
-from benchmarks.rates import RateSearch
+from benchmarks.grids import load_grid, without
+from benchmarks.rates import RATE, RateSearch
 
+GRID = load_grid("aw_moe")
 NETWORKS = ("aw_moe", "din_wide", "category_wide", "mmoe_wide", "no_attention", "dense", "dnn")
-
-
-def without_rate(variant: Variant) -> Variant:
-    """A variant of the evidence before its rate was chosen."""
-    return replace(variant, flags=tuple(flag for flag in variant.flags if not flag.startswith(RATE)), pairs=1)
 
 
 def search(log: str, metric: str, file: str) -> RateSearch:
@@ -28,13 +22,13 @@ def search(log: str, metric: str, file: str) -> RateSearch:
     return RateSearch(
         system="aw_moe",
         command="python -m benchmarks.aw_moe_rates",
-        models={name: without_rate(VARIANTS[f"{log}{name}"]) for name in NETWORKS},
+        models={name: without(GRID.variants[f"{log}{name}"], RATE) for name in NETWORKS},
         metric=metric,
         rates=(2.5e-3, 5e-3, 1e-2),
         further=(2e-2, 4e-2),
         kept=tuple(dict.fromkeys((metric, "validation/list_auc", "validation/list_auc_truncated"))),
         seed=100,
-        data_seed_flags=DATA_SEED_FLAGS,
+        data_seed_flags=GRID.data_seed_flags,
         path=Path(__file__).parent / "results" / file,
     )
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.evidence.cells import CellResult, read_cells
-from benchmarks.evidence.grid import Cell
+from moeapps.evidence.cells import CellResult, read_cells
+from moeapps.evidence.grid import Cell
 from moeapps.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,26 +10,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.evidence.grid import Variant
-from benchmarks.evidence.home import DATA_SEED_FLAGS, SETTING
-from benchmarks.rates import RateSearch
+from benchmarks.grids import load_grid, without
+from benchmarks.rates import RATE, RateSearch
 
+GRID = load_grid("home")
 MODELS = ("home", "mmoe", "cgc", "ple", "layer_norm", "mmoe_layer_norm", "single_task", "adatt")
 
 SEARCH = RateSearch(
     system="home",
     command="python -m benchmarks.home_rates",
-    models={
-        model: Variant(SETTING if model == "home" else (*SETTING, f"configs/baselines/home_{model}.yaml"), pairs=1)
-        for model in MODELS
-    },
+    models={model: without(GRID.variants[f"once_{model}"], RATE) for model in MODELS},
     metric="validation/gauc_expected",
     rates=(1e-3, 2e-3, 4e-3, 8e-3),
     further=(1.6e-2, 3.2e-2),
     # Mean over all tasks, over the rare ones, over the dense ones.
     kept=("validation/gauc_expected", "validation.interaction/gauc_expected", "validation.watch/gauc_expected"),
     seed=100,
-    data_seed_flags=DATA_SEED_FLAGS,
+    data_seed_flags=GRID.data_seed_flags,
     path=Path(__file__).parent / "results" / "home_rates.json",
 )
 

@@ -31,9 +31,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.evidence.__main__ import to_json
-from benchmarks.evidence.cells import describe_machine
 from moeapps.evaluation.statistics import paired_t_interval
+from moeapps.evidence.cells import describe_machine
+from moeapps.evidence.evidence import to_json
 from moeapps.files import write_text
 from moeapps.training.optim import Cosine, OptimizerConfig
 from tasks.recommendation.data.multitask_log import MultitaskLog, default_rates

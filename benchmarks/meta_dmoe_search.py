@@ -29,7 +29,7 @@ import lightning as L
 import torch
 from rich.console import Console
 
-from benchmarks.evidence.cells import describe_machine
+from moeapps.evidence.cells import describe_machine
 from moeapps.files import write_json
 from moeapps.moe.presets import point_moe
 from moeapps.training.optim import Cosine, OptimizerConfig, ParamGroup

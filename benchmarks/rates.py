@@ -18,14 +18,16 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.evidence.__main__ import ROOT, to_json
-from benchmarks.evidence.cells import CellResult, describe_machine
-from benchmarks.evidence.grid import Grid, Variant
-from benchmarks.evidence.runner import Failure, Runner
+from benchmarks.evidence.__main__ import ROOT
 from moeapps.evaluation.statistics import Direction
+from moeapps.evidence.cells import CellResult, describe_machine
+from moeapps.evidence.evidence import to_json
+from moeapps.evidence.grid import Grid, Variant
+from moeapps.evidence.runner import Failure, Runner
 from moeapps.files import write_text
 
 Runs = Mapping[str, Mapping[str, float]]
+RATE = "--model.init_args.optimizer.lr"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class RateSearch:
         variants = {
             self.name(model, rate): Variant(
                 variant.overlays,
-                (*variant.flags, f"--model.init_args.optimizer.lr={rate:g}"),
+                (*variant.flags, f"{RATE}={rate:g}"),
                 pairs=1 + len(self.more_seeds),
                 data_seed_flags=variant.data_seed_flags,
                 stages=variant.stages,

@@ -30,8 +30,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.core_peers import environment
-from benchmarks.evidence.cells import describe_machine
 from benchmarks.recommendation_speed import cpu_s, facts, make_batch, paired
+from moeapps.evidence.cells import describe_machine
 from moeapps.files import write_json
 from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.losses import pointwise

@@ -26,8 +26,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.evidence.__main__ import to_json
-from benchmarks.evidence.cells import describe_machine
+from moeapps.evidence.cells import describe_machine
+from moeapps.evidence.evidence import to_json
 from moeapps.files import write_text
 from moeapps.training.optim import OptimizerConfig
 from moeapps.training.sparse import build_optimizer

@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.evidence.cells import describe_machine
+from moeapps.evidence.cells import describe_machine
 from moeapps.files import write_json
 from tasks.recommendation.data.readers.columns import DenseColumn, IdColumn, TableColumns, TaskColumn
 from tasks.recommendation.data.readers.tables import TableDomain, TableFiles, TableSplit

@@ -9,31 +9,26 @@ stages of a curriculum have one rate.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.evidence.grid import Variant
-from benchmarks.evidence.unimoe_audio import DATA_SEED_FLAGS, RATE, SEARCHED, VARIANTS
-from benchmarks.rates import RateSearch
+from benchmarks.grids import given, load_grid, without
+from benchmarks.rates import RATE, RateSearch
 
+GRID = load_grid("unimoe_audio")
 METRIC = "validation/bits_0"
-
-
-def without_rate(variant: Variant) -> Variant:
-    """A variant of the evidence before its rate was chosen."""
-    return replace(variant, flags=tuple(flag for flag in variant.flags if not flag.startswith(RATE)), pairs=1)
-
+TRAINED = [name for name, variant in GRID.variants.items() if given(variant, RATE) and not name.startswith("tuned_")]
+"""Networks that are trained by gradients: each has a rate of its own."""
 
 SEARCH = RateSearch(
     system="unimoe_audio",
     command="python -m benchmarks.unimoe_audio_rates",
-    models={name: without_rate(VARIANTS[name]) for name in SEARCHED},
+    models={name: without(GRID.variants[name], RATE) for name in TRAINED},
     metric=METRIC,
     rates=(1.25e-3, 2.5e-3, 5e-3),
     further=(1e-2, 2e-2),
     kept=(METRIC, "validation/bits"),
     seed=100,
-    data_seed_flags=DATA_SEED_FLAGS,
+    data_seed_flags=GRID.data_seed_flags,
     path=Path(__file__).parent / "results" / "unimoe_audio_rates.json",
     direction="lower",
     more_seeds=(101, 102),

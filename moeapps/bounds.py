@@ -119,15 +119,30 @@ def read_yaml(path: Path) -> Any:
         yaml.YAMLError: not YAML.
         OSError: it cannot be read.
     """
+    return read_yaml_nodes(path)[0]
+
+
+def read_yaml_nodes(path: Path) -> tuple[Any, yaml.Node | None]:
+    """Read a YAML file with its nodes, which know their lines; None for an empty file. What `<<` names is merged.
+
+    Raises:
+        BoundError: too large, too deep, or with aliases that stand for too much or for themselves.
+        yaml.YAMLError: not YAML.
+        OSError: it cannot be read.
+    """
     text = read_text(path, YAML_BYTES)
+    loader = _Loader(text)  # a safe loader
     try:
-        return yaml.load(text, Loader=_Loader)  # a safe loader
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
     except RecursionError as error:
         raise BoundError(f"{path}: lists or mappings lie too deep inside one another; flatten it") from error
     except BoundError as error:
         raise BoundError(f"{path}: {error}") from error
     except (ValueError, OverflowError) as error:  # PyYAML on dates and numbers that do not exist
         raise BoundError(f"{path}: a value that cannot be read ({error}); correct it") from error
+    finally:
+        loader.dispose()
 
 
 def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:

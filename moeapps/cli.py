@@ -24,7 +24,7 @@ from moeapps.commands.tasks import extend_path, foreign_tasks, task_commands
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
 # These build no system: they work where something else is called `tasks`.
-TASKLESS = ("list", "xeval", "doctor")
+TASKLESS = ("list", "xeval", "report", "doctor", "new-task")
 # command -> (module with main(args) -> exit code, one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("moeapps.commands.run", "train, then test with the best checkpoint"),
@@ -33,8 +33,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("moeapps.commands.run", "write predictions into the run folder"),
     "curriculum": ("moeapps.commands.curriculum", "train in stages, each from the weights of the one before"),
     "list": ("moeapps.commands.listing", "show the systems and their configs"),
+    "new-task": ("moeapps.commands.new_task", "write a task of your own that trains as it is"),
     "export": ("moeapps.commands.export", "write a trained run as safetensors, description and program"),
     "xeval": ("moeapps.commands.xeval", "compare runs: seen/unseen matrix, intervals, paired differences"),
+    "evidence": ("moeapps.commands.evidence", "run a grid of variants and seeds, judge its claims"),
+    "report": ("moeapps.commands.report", "write one page of runs: who won, what the experts learned, samples"),
     "data": ("moeapps.commands.data", "list or prepare data packages: licence, size, source"),
     "doctor": ("moeapps.commands.doctor", "show versions, threads, caches and who owns `lightning` on PATH"),
 }

@@ -43,7 +43,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(name, source / name, ignore=ignored)
     for file in (path for path in Path.cwd().iterdir() if path.is_file() and path.name != ".git"):
         shutil.copy(file, source)
-    shutil.copytree(".ci", source / ".ci")
+    for hidden in (".ci", ".github"):
+        shutil.copytree(hidden, source / hidden)
     call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, folder=folder)
     return folder
 
@@ -61,7 +62,9 @@ def test_the_wheel_holds_every_source_and_config(wheel: Path) -> None:
     configs = {f"moeapps/{path}" for path in Path("configs").rglob("*.yaml")}
     tables = {str(path) for path in Path("tasks").rglob("*.json")}
     readmes = {str(path) for path in Path("tasks").glob("*/README.md")}
-    assert held == code | configs | tables | readmes | {"moeapps/py.typed"}
+    templates = {str(path) for path in Path("moeapps").glob("**/templates/**/*") if path.is_file()}
+    assert templates
+    assert held == code | configs | tables | readmes | templates | {"moeapps/py.typed"}
 
 
 def test_the_source_archive_holds_the_tests_and_what_they_read(built: Path) -> None:
@@ -71,7 +74,13 @@ def test_the_source_archive_holds_the_tests_and_what_they_read(built: Path) -> N
     wanted = [
         path for top in TOP for path in Path(top).rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
-    assert {str(path) for path in wanted} | {".ci/run", "Makefile", "CHANGELOG.md", "constraints.txt"} <= held
+    assert {str(path) for path in wanted} | {
+        ".ci/run",
+        "Makefile",
+        "CHANGELOG.md",
+        "constraints.txt",
+        "Dockerfile",
+    } <= held
 
 
 def test_the_wheel_alone_trains_and_lists_in_a_bare_environment(wheel: Path, tmp_path: Path) -> None:

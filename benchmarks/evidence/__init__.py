@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-seed evidence: ``python -m benchmarks.evidence SYSTEM`` runs a grid of cells and judges the claims of a paper.
+"""Evidence of the seven systems: ``python -m benchmarks.evidence SYSTEM`` runs its grid and judges a paper's claims.
 
-`grid` says what to run and what to claim, `runner` runs cells in processes of their own, `cells` keeps one small JSON
-per finished cell, `summary` computes intervals and verdicts from cells, `report` writes docs/evidence.md. A system's
-grid is the module of its name in this package; it defines ``GRID``.
+The grids are the files of `benchmarks.grids`, the overlays that they use lie here, and the runner is
+`moeapps.evidence`. `restamp` gives cells the digest of configs that say the same in other words.
 """

@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.cells import read_cell, write_cell
 from moeapps.commands.messages import UsageError
+from moeapps.evidence.cells import read_cell, write_cell
 from moeapps.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +31,16 @@ ROOT = Path(__file__).resolve().parents[2]
 _SNAPSHOT = """
 import json, sys, yaml
 from pathlib import Path
-from benchmarks.evidence.grid import _overlaid, load_grid
+try:
+    from benchmarks.grids import load_grid
+    from moeapps.evidence.grid import overlaid
+except ImportError:
+    from benchmarks.evidence.grid import _overlaid as overlaid, load_grid
 grid, found = load_grid(sys.argv[1]), {}
 for name, variant in grid.all_variants.items():
     merged = {}
     for config in (grid.config, *variant.overlays):
-        merged = _overlaid(merged, yaml.safe_load(Path(config).read_text(encoding="utf-8")))
+        merged = overlaid(merged, yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     words = [*grid.flags, *variant.flags, "--seeds", *grid._data_seed_flags(variant)]
     found[name] = {"digest": grid.definition(name, Path(".")), "says": {"config": merged, "words": words}}
 print(json.dumps(found, default=str))

@@ -181,8 +181,8 @@ def judge(
 
     * ``superiority``: supported if lo > margin, not supported if hi ≤ margin, else inconclusive.
     * ``non-inferiority``: supported if lo > −margin, not supported if hi ≤ −margin, else inconclusive.
-    * ``exact``: no interval. Direction ``equal``: supported if |system − baseline| ≤ margin in every pair. Direction
-      ``higher`` or ``lower``: supported if g > margin in every pair. Otherwise not supported.
+    * ``exact``: no interval. Direction ``equal``: supported if ``|system − baseline| ≤ margin`` in every pair.
+      Direction ``higher`` or ``lower``: supported if g > margin in every pair. Otherwise not supported.
     * ``median``: no interval. Supported if the median of g over the pairs is at least the margin, else not supported:
       a bar for a number whose outliers are known to be large.
 

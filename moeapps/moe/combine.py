@@ -276,7 +276,8 @@ class Stack(Combiner):
         weight_M = full.weight_M if self.weighted else torch.ones_like(full.weight_M)
         place_M = torch.arange(num, device=full.expert_M.device)
         full = replace(full, weight_M=weight_M, target_M=place_M, num_targets=num)
-        mask_NK = (full.expert_M < full.num_experts).view(full.num_rows, -1)
+        assert full.top_k is not None
+        mask_NK = (full.expert_M < full.num_experts).view(full.num_rows, full.top_k)  # -1 is not defined without rows
         return _run(work, full).unflatten(0, mask_NK.shape), mask_NK
 
     def _dense(self, work: Work, routing: DenseRouting) -> tuple[Tensor, Tensor]:

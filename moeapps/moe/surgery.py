@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from moeapps.moe.feed_forward import FeedForward
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.layer import MoELayer
 
-__all__ = ["Shared", "fuse", "split", "upcycle"]
+__all__ = ["Shared", "fuse", "one_process_state", "split", "upcycle"]
 
 Stacked = GLUExperts | MLPExperts
 State = Mapping[str, Tensor]
+_STACKS = ("w_in", "b_in", "w_out", "b_out")
 Shared = Literal["random", "first_slice"]
 
 
@@ -298,3 +299,29 @@ def _few(names: Sequence[str]) -> str:
 def _mean(values: Sequence[Tensor]) -> Tensor:
     """Mean of weights; counters and flags cannot be averaged, the first specialist's stay."""
     return torch.stack(list(values)).mean(0) if values[0].is_floating_point() else values[0].clone()
+
+
+def one_process_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the weights of a spread network as the network has them in one process, where nothing is spread.
+
+    :class:`~moeapps.moe.parallel.ExpertParallel` gives shared experts of a stacked bank a bank of their own; here they
+    become its last rows again.
+
+    Args:
+        module: the network in one process.
+        state: names and whole tensors, as read from a checkpoint (of this network or a spread one).
+
+    Example:
+        >>> one_process_state(nn.Linear(1, 1), {"weight": torch.ones(1, 1)})
+        {'weight': tensor([[1.]])}
+    """
+    found = dict(state)
+    for name, layer in module.named_modules():
+        if not isinstance(layer, MoELayer) or isinstance(layer.experts, JoinedExperts):
+            continue
+        bank = f"{name}.experts." if name else "experts."
+        for key, _ in layer.experts.named_parameters():
+            parts = [found.pop(f"{bank}banks.{i}.{key}", None) for i in range(2)]
+            if parts[0] is not None and parts[1] is not None:
+                found[bank + key] = torch.cat(parts) if key in _STACKS else parts[0]
+    return found

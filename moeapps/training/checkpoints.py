@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import logging
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,9 @@ from moeapps.files import WholeFile, sha256_of
 from moeapps.training.run import RunError
 
 log = logging.getLogger("moeapps")
+
+PARTS = "parts"
+"""Entry of a checkpoint of several processes: the folder beside it where each has written its part of the weights."""
 
 RESUMED = ("interrupted.ckpt", "last.ckpt", "best.ckpt")
 """What a training goes on from, the newest first: an interruption ends a run, so that its checkpoint is the last."""
@@ -58,7 +63,14 @@ def copy_checkpoint(old: Path, new: Path) -> None:
         CheckpointError: the old one is damaged, or the new one cannot be written.
     """
     check_whole(old)
+    for folder in parts_folders(old):
+        shutil.copytree(folder, new.parent / folder.name, dirs_exist_ok=True)
     _write(old.read_bytes(), new)
+
+
+def parts_folders(path: Path) -> list[Path]:
+    """Folders of the weights of a checkpoint that several processes have written, each its own part."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.parts-*"))
 
 
 def _write(content: Any, path: Path) -> None:
@@ -97,9 +109,25 @@ def read_checkpoint(path: Path | str, *, weights: bool = True) -> dict[str, Any]
         raise CheckpointError(
             f"{path} is no readable checkpoint ({type(error).__name__}); give one that `fit` wrote"
         ) from error
+    if weights and isinstance(held, dict):
+        _add_parts(held, path)
     if not isinstance(held, dict) or (weights and not isinstance(held.get("state_dict"), dict)):
         raise CheckpointError(f"{path} is no checkpoint of a run; give one that `fit` wrote")
     return held
+
+
+def _add_parts(held: dict[str, Any], path: Path) -> None:
+    """Add the weights that lie in parts beside a checkpoint, whole, as one process would have written them."""
+    if PARTS not in held or "state_dict" in held:
+        return
+    from moeapps.training.parts import read_parts
+
+    try:
+        held["state_dict"] = read_parts(path.parent / Path(str(held[PARTS])).name, "state_dict")
+    except Exception as error:  # pickle, zip and key errors of a damaged file have no common class
+        raise CheckpointError(
+            f"the parts of {path} are damaged ({type(error).__name__}: {error}); use another checkpoint of the run"
+        ) from error
 
 
 def check_whole(path: Path) -> None:
@@ -170,13 +198,18 @@ class WholeCheckpoints(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if not _is_remote(path):
             check_whole(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only)
+        held: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        if not _is_remote(path):
+            _add_parts(held, Path(path))
+        return held
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
         if not _is_remote(path):
             digest_file(Path(path)).unlink(missing_ok=True)
+            for folder in parts_folders(Path(path)):
+                shutil.rmtree(folder)
 
 
 def _is_remote(path: Any) -> bool:

@@ -14,6 +14,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from typing_extensions import override
 
+from moeapps.training.placement import split_by_mesh
+
 
 @dataclass
 class ParamGroup:
@@ -97,7 +99,8 @@ def build_adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
     Raises:
         ValueError: see ``parameter_groups``.
     """
-    return clippable(AdamW(parameter_groups(module.named_parameters(), config), **adamw_numbers(config)))
+    groups = split_by_mesh(parameter_groups(module.named_parameters(), config))
+    return clippable(AdamW(groups, **adamw_numbers(config)))
 
 
 def adamw_numbers(config: OptimizerConfig) -> dict[str, Any]:

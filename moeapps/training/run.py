@@ -7,8 +7,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -26,6 +29,8 @@ PACKAGES = (
     "timm",
     "numpy",
 )
+# No packages of the user's own: their commit is that of moeapps, or their version is in `PACKAGES`.
+_COMMON = {"moeapps", "tasks", *(name.replace("-", "_") for name in PACKAGES), "lightning_fabric", "pytorch_lightning"}
 # Keys that say where and how loudly a run runs, not what it computes.
 _SILENT_TRAINER_KEYS = (
     "logger",
@@ -136,20 +141,75 @@ def run_dir(trainer: L.Trainer) -> Path | None:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """Return the commit of the checkout that holds this package (``-dirty`` appended if it has changes), or None."""
-    folder = folder or Path(__file__).resolve().parent
+    """Return the commit of the checkout that holds a package, or None where no commit holds any of it.
+
+    ``-dirty`` is appended if a tracked file of the checkout has changes, or if the package has source files that are
+    in no commit. A package that is installed inside of another project's checkout belongs to none of its commits.
+
+    Args:
+        folder: of the package, or the file of a module that is in none; None for moeapps.
+    """
+    folder = folder or Path(__file__).resolve().parents[1]
+    place = folder.parent if folder.is_file() else folder
     # A grid rewrites its results and their page after every variant; they are no part of what makes a run.
     counted = ("--", ":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs/evidence.md")
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
+        command = ["git", "-C", str(place), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", *counted) else "")
+        if not git("ls-files", "--", str(folder)):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", *counted)
+        added = git("ls-files", "--others", "--exclude-standard", "--", str(folder))
+        new_code = any(line.endswith(".py") for line in added.splitlines())
+        return git("rev-parse", "HEAD") + ("-dirty" if changed or new_code else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def own_packages(config: Any) -> dict[str, dict[str, str | None]]:
+    """Return version and commit of each package of the user's own that a config names classes of, by its name.
+
+    Packages are those whose modules are imported and whose versions `versions` does not list; Python's own are none.
+    ``version`` is that of the installed distribution, None for a folder on Python's path; ``commit`` as `git_commit`.
+
+    Args:
+        config: of the run, as plain values.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for path in _dotted(config):
+        top = path.partition(".")[0]
+        module = sys.modules.get(top)
+        if top in found or top in _COMMON or top in sys.stdlib_module_names or module is None:
+            continue
+        # A folder without __init__.py has no file, but places.
+        places = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
+        held = next((Path(place) for place in places if place), None)
+        if held is not None:
+            found[top] = {"version": _installed_version(top, held.resolve()), "commit": git_commit(held)}
+    return dict(sorted(found.items()))
+
+
+def _installed_version(name: str, place: Path) -> str | None:
+    """Return the version of the distribution that a package is from; another may ship a package of the same name."""
+    for found in map(distribution, packages_distributions().get(name, ())):
+        installed = place.is_relative_to(Path(str(found.locate_file(""))).resolve())
+        if installed or '"editable": true' in (found.read_text("direct_url.json") or ""):
+            return found.version
+    return None
+
+
+def _dotted(value: Any) -> Iterator[str]:
+    """Yield the texts of a config that read like the path of a class."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _dotted(item)
+    elif isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+        yield value
 
 
 def versions() -> dict[str, str]:

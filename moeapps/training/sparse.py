@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, SparseAdam
 
 from moeapps.training.optim import OptimizerConfig, adamw_numbers, build_adamw, parameter_groups
+from moeapps.training.placement import placement_of, squares
 
 
 def sparse_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -101,7 +102,7 @@ class JoinedOptimizer(Optimizer):
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: str = "norm") -> None:
-    """Clip dense and sparse gradients in place.
+    """Clip dense, sparse and spread gradients in place; spread ones by the norm of all processes, which must all call.
 
     Args:
         parameters: those with a gradient count.
@@ -122,7 +123,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: 
         for value in values:
             value.clamp_(-limit, limit)
         return
-    total = math.sqrt(sum(float(value.double().square().sum()) for value in values))
+    total = math.sqrt(sum(squares(parameter.grad for parameter in held)))
     factor = limit / (total + 1e-6)
     if factor < 1:
         for value in values:
@@ -130,6 +131,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, algorithm: 
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    return gradient.values() if gradient.is_sparse else gradient
+    gradient: Any = parameter.grad
+    if placement_of(gradient) is not None:
+        return cast(Tensor, gradient.to_local())
+    return cast(Tensor, gradient.values() if gradient.is_sparse else gradient)

@@ -13,10 +13,17 @@ Stage = Literal["train", "val", "test"]
 
 
 class Factor(NamedTuple):
-    """Something that rows differ in: its label of each row, int64 [N], -1 for none, and how many labels there are."""
+    """Something that rows differ in.
+
+    Args:
+        label_N: its label of each row, int64 [N], -1 for none.
+        num_labels: how many labels there are.
+        names: of the labels, for people; empty where their numbers say enough.
+    """
 
     label_N: Tensor
     num_labels: int
+    names: tuple[str, ...] = ()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.mixins import hparams_mixin
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
+from moeapps.moe.surgery import one_process_state
 from moeapps.training.contract import (
     ContractError,
     check_facts,
@@ -31,10 +33,12 @@ from moeapps.training.contract import (
 )
 from moeapps.training.inputs import AnswersInputs
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
+from moeapps.training.placement import is_placed
 from moeapps.training.results import write_results
 from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores, ScoreTable
 from moeapps.training.selection import select
+from moeapps.training.shown import Shown
 from moeapps.training.sparse import build_optimizer, clip_gradients
 from moeapps.training.stages import Origin, Start, freeze_all_but, hold_statistics
 from moeapps.training.step import Factor as Factor
@@ -45,7 +49,7 @@ PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
 
 
-class BaseTask(AnswersInputs, L.LightningModule):
+class BaseTask(AnswersInputs, Shown, L.LightningModule):
     """Base class of all task modules.
 
     A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes
@@ -280,6 +284,24 @@ class BaseTask(AnswersInputs, L.LightningModule):
         # A checkpoint is loaded before Lightning converts the module: double weights would be rounded to single ones.
         self.trainer.precision_plugin.convert_module(self)
 
+    def configure_model(self) -> None:
+        """Let the strategy place the network, where it spreads networks over processes.
+
+        Raises:
+            ValueError: a strategy for networks that place themselves, which ours do not.
+        """
+        strategy = None if self._trainer is None else self._trainer.strategy
+        spread = getattr(strategy, "spread", None)
+        if spread is not None:
+            if cast(Any, self.trainer).state.fn == "fit":
+                self.begin()  # weights to start from are whole
+            spread(self)
+        elif isinstance(strategy, ModelParallelStrategy):
+            raise ValueError(
+                "ModelParallelStrategy leaves it to the network to place itself; use "
+                "moeapps.training.parallel.ModelParallel, as configs/trainer/ep.yaml and fsdp2.yaml do"
+            )
+
     def on_fit_start(self) -> None:
         """Begin with the weights of an earlier run, where there is one to start from."""
         self.begin()
@@ -344,6 +366,8 @@ class BaseTask(AnswersInputs, L.LightningModule):
         self._trained = {name: int(checkpoint[name]) for name in ("epoch", "global_step") if name in checkpoint}
         if "started_from" in checkpoint:
             self.origin = Origin.of(checkpoint["started_from"])
+        if not is_placed(self):
+            checkpoint["state_dict"] = one_process_state(self, checkpoint["state_dict"])
 
     def on_train_start(self) -> None:
         """Remember where the optimizer stands (a resumed run does not start at 0); hold what is frozen."""
@@ -397,9 +421,10 @@ class BaseTask(AnswersInputs, L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says; with sparse gradients by our own function, since torch's knows dense ones only."""
+        """Clip as the trainer says; sparse and spread gradients by our own function, since torch's knows neither."""
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if gradient_clip_val is None or not any(p.grad is not None and p.grad.is_sparse for p in held):
+        ours = is_placed(self) or any(p.grad is not None and p.grad.is_sparse for p in held)
+        if gradient_clip_val is None or not ours:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             clip_gradients(held, float(gradient_clip_val), gradient_clip_algorithm or "norm")

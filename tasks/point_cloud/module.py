@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.moe import MoERecorder, Record
 from moeapps.training.inputs import Program
+from moeapps.training.shown import Pictures
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
@@ -22,14 +24,17 @@ from tasks.point_cloud.metrics import scan_parts, segmentation_metrics
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.nets.head import LanguageHead
 from tasks.point_cloud.nets.text import TaxonomyText, TextVectors, normalise_name
+from tasks.point_cloud.report.figures import picture_of, scan_figure
 from tasks.point_cloud.report.scan_writer import ScanWriter
 from tasks.point_cloud.report.tables import write_class_tables
 from tasks.point_cloud.report.tally import tally
 
 NORMAL_EDGES = (0.25, 0.5, 0.75)
 """Bins of |z| of the surface normal: upright surfaces, two slants, level surfaces."""
+NORMAL_NAMES = ("upright", "steep", "slanted", "level")
 RANGE_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Bins of the horizontal distance from the middle of a scan, in metres."""
+RANGE_NAMES = ("under 1 m", "1 to 2 m", "2 to 4 m", "4 to 8 m", "8 to 16 m", "16 to 32 m", "over 32 m")
 
 
 class PointCloudTask(BaseTask):
@@ -106,15 +111,22 @@ class PointCloudTask(BaseTask):
         words = list(dict.fromkeys(normalise_name(name) for names in sets for name in names))
         own = [words.index(normalise_name(name)) for name in self.label_sets[str(self.last_domain)]]
         column = torch.tensor(own, device=batch.y.device)
-        factors = {"class": Factor(column[batch.y.clamp(min=0)].where(batch.y >= 0, -1), len(words))}
+        factors = {"class": Factor(column[batch.y.clamp(min=0)].where(batch.y >= 0, -1), len(words), tuple(words))}
         if getattr(self.data, "features", "common") == "common":  # the other layout has no normal outdoors
-            factors["normal"] = _binned(batch.x[:, 5].contiguous(), NORMAL_EDGES)
-        factors["range"] = _binned(batch.pos[:, :2].norm(dim=1), RANGE_EDGES)
+            factors["normal"] = _binned(batch.x[:, 5].contiguous(), NORMAL_EDGES)._replace(names=NORMAL_NAMES)
+        factors["range"] = _binned(batch.pos[:, :2].norm(dim=1), RANGE_EDGES)._replace(names=RANGE_NAMES)
         return factors
 
     def routed_rows(self, batch: Batch) -> list[Tensor]:
         """The row of each voxel at every resolution; voxels of a coarse stage count as the voxels they hold."""
         return self.net.rows(batch)
+
+    @override
+    def pictures(self, batch: Batch, domain: str) -> Pictures:
+        if self.last_answer is None:
+            return {}
+        picture = picture_of(self.last_answer(), self.data.role_of(domain))
+        return {"scan": scan_figure(picture, dpi=60)} if (picture.truth_R != IGNORE).any() else {}
 
     def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Answer a batch.

@@ -8,9 +8,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.promoe import GRID
+from benchmarks.grids import load_grid
 from benchmarks.promoe_table import TABLE
 
+GRID = load_grid("promoe")
 CELLS = TABLE.cells()
 RESULTS: dict[str, Any] = json.loads(Path("benchmarks/results/promoe.json").read_text(encoding="utf-8"))
 CLAIMS: dict[str, dict[str, Any]] = {claim["id"]: claim for claim in RESULTS["claims"]}

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.evidence.cells import CellResult
-from benchmarks.evidence.grid import Cell, Claim, Grid, Variant
+from moeapps.evidence.cells import CellResult
+from moeapps.evidence.grid import Cell, Claim, Grid, Variant
 
 WIN = Claim("C1", "Experts help on unseen domains.", "unseen/miou", "higher", "moe", "dense")
 TIE = Claim("C2", "Experts do not hurt.", "seen/miou", "higher", "same", "dense", "non-inferiority", 0.01)

@@ -12,15 +12,18 @@ import yaml
 
 from benchmarks import aw_moe_contrast
 from benchmarks.aw_moe_rates import GENERATED, REAL
-from benchmarks.evidence.aw_moe import HEADLINE, RATES, WIDE
-from benchmarks.evidence.grid import load_grid
-from benchmarks.rates import RateSearch
+from benchmarks.grids import given, load_grid
+from benchmarks.rates import RATE, RateSearch
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("aw_moe")
+HEADLINE = ("aw_moe", "din_wide", "category_wide")
+WIDE = ("din", "category", "mmoe", "no_attention", "dense")
+"""Networks that were widened until they have the training compute of AW-MoE."""
 
 
 def test_headline_pairs_have_eight_seeds_on_both_logs_for_all_users_and_the_long_tail() -> None:
+    assert GRID.headline == tuple(f"{log}{name}" for log in ("", "ml_") for name in HEADLINE)
     for log in ("", "ml_"):
         for rival in HEADLINE[1:]:
             assert len(GRID.pairs(f"{log}aw_moe", f"{log}{rival}")) == 8
@@ -56,14 +59,15 @@ def test_widened_rivals_have_the_training_compute_of_aw_moe(name: str) -> None:
         assert flops[variant] == pytest.approx(flops["aw_moe"], rel=0.02), log
 
 
-@pytest.mark.parametrize(("search", "log"), [(GENERATED, 0), (REAL, 1)])
-def test_rates_are_the_best_of_the_runs_on_the_validation_domain(search: RateSearch, log: int) -> None:
+@pytest.mark.parametrize(("search", "log"), [(GENERATED, ""), (REAL, "ml_")])
+def test_rates_are_the_best_of_the_runs_on_the_validation_domain(search: RateSearch, log: str) -> None:
     found = json.loads(search.path.read_text(encoding="utf-8"))
     assert found["best"] == search.best(found["runs"])
     assert not [model for model in search.models if search.missing(found["runs"], model)]
     assert {metric.split("/")[0] for run in found["runs"].values() for metric in run} == {"validation", "cpu_s"}
-    assert {model.removesuffix("_wide"): rate for model, rate in found["best"].items()} == {
-        model: rates[log] for model, rates in RATES.items()
+    assert found["best"] == {
+        name: float(given(GRID.variants[f"{log}{name}"], RATE) or "nan")
+        for name in ("aw_moe", "din_wide", "category_wide", "mmoe_wide", "no_attention", "dense", "dnn")
     }
     assert search.seed not in {number for pair in GRID.seeds for number in pair}
 

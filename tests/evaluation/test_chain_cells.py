@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.cells import CellResult
-from benchmarks.evidence.grid import Cell, Grid, GridError, Ladder, Variant, list_systems, load_grid
-from benchmarks.evidence.runner import Failure, Runner
+from benchmarks.grids import list_systems, load_grid
 from benchmarks.rates import RateSearch
+from moeapps.evidence.cells import CellResult
+from moeapps.evidence.grid import Cell, Grid, GridError, Ladder, Variant
+from moeapps.evidence.runner import Failure, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = Variant(flags=("--x=1",), stages=(("0.yaml",), ("1.yaml", "--trainer.max_steps=9")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.grid import Grid, GridError, Variant
+from moeapps.evidence.grid import Grid, GridError, Variant
 
 BASE = "model: {lr: 1, net: {dim: 8, depth: 2}}\ntrainer: {callbacks: [a]}\n"
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.evidence.__main__ import ROOT, Evidence, main
-from benchmarks.evidence.cells import CellError, beside_seeds, read_cells, write_cell
-from benchmarks.evidence.grid import Cell, Grid, GridError, Ladder, Variant
+from benchmarks.evidence.__main__ import ROOT, main
+from moeapps.evidence.cells import CellError, beside_seeds, read_cells, write_cell
+from moeapps.evidence.evidence import Evidence, Place
+from moeapps.evidence.grid import Cell, Grid, GridError, Ladder, Variant
 from tests.evaluation.evidence_common import result, toy
 
 # Scores 0.5 + 0.01*seed for every variant, plus --gain; --burn, --crash, --hang, --silent misbehave.
@@ -59,7 +60,12 @@ def repository(tmp_path: Path) -> Path:
 
 def evidence(repository: Path, grid: Grid) -> tuple[Evidence, Console]:
     console = Console(record=True, width=200, file=io.StringIO(), highlight=False)
-    return Evidence(grid, repository, command=(sys.executable, str(repository / "fake.py")), console=console), console
+    command = (sys.executable, str(repository / "fake.py"))
+    return Evidence(grid, place(repository), command=command, console=console), console
+
+
+def place(repository: Path) -> Place:
+    return Place(repository, "toy", Path("benchmarks/results"), Path("docs/evidence.md"))
 
 
 # --- running ---
@@ -147,9 +153,10 @@ def test_interruption_stops_the_cells_and_keeps_what_is_finished(repository: Pat
         "import signal, sys, pathlib; sys.path.insert(0, sys.argv[1]); root = pathlib.Path.cwd()\n"
         # A process started in the background may inherit an ignored SIGINT; a person at a terminal does not.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from benchmarks.evidence.__main__ import Evidence; from benchmarks.evidence.grid import Grid, Variant\n"
+        "from moeapps.evidence.evidence import Evidence, Place; from moeapps.evidence.grid import Grid, Variant\n"
         "variants = {'dense': Variant(pairs=2), 'late': Variant(flags=('--hang',), pairs=1)}\n"
-        "Evidence(Grid('toy', 'base.yaml', variants, ()), root, command=(sys.executable, 'fake.py')).run(jobs=3)\n"
+        "place = Place(root, 'toy', pathlib.Path('benchmarks/results'))\n"
+        "Evidence(Grid('toy', 'base.yaml', variants, ()), place, command=(sys.executable, 'fake.py')).run(jobs=3)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(ROOT)], cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -301,7 +308,7 @@ def test_a_cell_of_the_real_command_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     variants = {"toy": Variant(flags=("--trainer.max_epochs", "1"), pairs=1)}
     console = Console(record=True, width=200, file=io.StringIO())
-    runs = Evidence(Grid("toy", str(ROOT / "tests/toy.yaml"), variants, ()), tmp_path, console=console)
+    runs = Evidence(Grid("toy", str(ROOT / "tests/toy.yaml"), variants, ()), place(tmp_path), console=console)
     assert runs.run() == 0, console.export_text()
     cell = runs.read()[Cell("toy", 1, 1)]
     assert cell.domains == ["a", "b", "c", "u", "v"]

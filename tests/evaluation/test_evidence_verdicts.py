@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence.__main__ import ROOT, all_results, to_json
-from benchmarks.evidence.cells import CellError, CellResult, read_cells
-from benchmarks.evidence.grid import Cell, Claim, GridError, Ladder, Variant, list_systems, load_grid
-from benchmarks.evidence.report import render
-from benchmarks.evidence.summary import summarise
+from benchmarks.evidence.__main__ import ROOT
+from benchmarks.grids import list_systems, load_file, load_grid
+from moeapps.evidence.cells import CellError, CellResult, read_cells
+from moeapps.evidence.evidence import all_results, to_json
+from moeapps.evidence.grid import Cell, Claim, GridError, Ladder, Variant
+from moeapps.evidence.report import render
+from moeapps.evidence.summary import summarise
 from tests.evaluation.evidence_common import TIE, WIN, result, results, toy
 
+RESULTS = ROOT / "benchmarks" / "results"
 PLAIN = Ladder({"plain": Variant()}, "moe", "dense", "unseen/miou", "higher", "")
 
 
@@ -195,10 +198,10 @@ def almost_equal(a: Any, b: Any) -> bool:
 
 
 def test_every_committed_interval_and_verdict_follows_from_its_cells() -> None:
-    for data in all_results(ROOT):
-        grid = load_grid(data["system"])
-        cells = read_cells(ROOT / "benchmarks" / "results" / grid.system / "cells", grid.system)
-        assert almost_equal(json.loads(to_json(summarise(grid, cells))), data), grid.system
+    for data in all_results(RESULTS):
+        file = load_file(data["system"])
+        cells = read_cells(RESULTS / file.name / "cells", file.grid.system)
+        assert almost_equal(json.loads(to_json(summarise(file.grid, cells, file.command))), data), file.name
 
 
 def test_every_committed_grid_can_be_read_and_its_configs_exist() -> None:
@@ -210,7 +213,7 @@ def test_every_committed_grid_can_be_read_and_its_configs_exist() -> None:
 
 def test_committed_page_follows_from_the_committed_results() -> None:
     page = ROOT / "docs" / "evidence.md"
-    assert page.read_text(encoding="utf-8") == render(all_results(ROOT))
+    assert page.read_text(encoding="utf-8") == render(all_results(RESULTS), "benchmarks/results")
 
 
 def test_the_geometric_mean_counts_every_domain_of_a_role_once_whatever_its_size() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.evidence.grid import _overlaid, load_grid
+from benchmarks.grids import load_grid
 from benchmarks.home_rates import SEARCH
+from moeapps.evidence.grid import overlaid
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("home")
@@ -53,7 +54,7 @@ def test_one_pass_is_the_base_and_each_network_has_the_rate_found_for_it() -> No
     for model, rate in best.items():
         merged = base
         for overlay in GRID.variants[f"once_{model}"].overlays:
-            merged = _overlaid(merged, load(ROOT / overlay))
+            merged = overlaid(merged, load(ROOT / overlay))
         assert merged["model"]["init_args"]["optimizer"]["lr"] == rate, model
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.evidence.grid import Cell, load_grid
+from benchmarks.grids import load_grid
 from moeapps.commands.curriculum import plan
+from moeapps.evidence.grid import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("meta_dmoe")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.cells import read_cells
-from benchmarks.evidence.grid import load_grid
+from benchmarks.grids import load_grid
+from moeapps.evidence.cells import read_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("mixer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.evidence.grid import load_grid
+from benchmarks.grids import load_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("promoe")

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.cells import CellResult
-from benchmarks.evidence.grid import Cell, Variant
 from benchmarks.rates import RateSearch
+from moeapps.evidence.cells import CellResult
+from moeapps.evidence.grid import Cell, Variant
 from tests.evaluation.evidence_common import result
 
 # Bits of a network by rate and seed: 0.2 wins with the first seed alone, 0.1 by the mean over both.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.cells import cell_path, read_cells, write_cell
-from benchmarks.evidence.grid import Cell, Grid, Variant, load_grid
-from benchmarks.evidence.recount import count_variant, rewrite
+from benchmarks.grids import load_grid
+from moeapps.evidence.cells import cell_path, read_cells, write_cell
+from moeapps.evidence.grid import Cell, Grid, Variant
+from moeapps.evidence.recount import count_variant, rewrite
 from tests.evaluation.evidence_common import result
 
 ROOT = Path(__file__).resolve().parents[2]

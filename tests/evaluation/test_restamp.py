@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.cells import read_cells, write_cell
 from benchmarks.evidence.restamp import Snapshot, compare, restamp
+from moeapps.evidence.cells import read_cells, write_cell
 from tests.evaluation.evidence_common import result
 
 

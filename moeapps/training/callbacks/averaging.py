@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
+
+from moeapps.training.placement import is_placed, local
 
 
 class AveragedWeights(WeightAveraging):
@@ -38,7 +41,17 @@ class AveragedWeights(WeightAveraging):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         trainer.precision_plugin.convert_module(pl_module)  # what is copied here: the average has the weights' type
-        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            # As Lightning does it, but that places the network here: ours are placed after all callbacks are set up.
+            self._average_model = AveragedModel(
+                pl_module, pl_module.device, use_buffers=True, multi_avg_fn=self.average
+            )
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Place the average as the network is placed, where it is spread over processes."""
+        if self._average_model is not None and is_placed(pl_module):
+            cast(Any, trainer.strategy).spread(self._average_model.module)
 
     def average(self, mean: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
         """Move the averages towards the weights in place; ``count`` averages were taken before."""
@@ -46,6 +59,7 @@ class AveragedWeights(WeightAveraging):
             for old, new in zip(mean, now, strict=True):
                 old.copy_(new)
             return
+        mean, now = [local(value) for value in mean], [local(value) for value in now]
         n = int(count)
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         torch._foreach_lerp_(mean, now, 1 - decay)

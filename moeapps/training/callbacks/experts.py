@@ -22,6 +22,7 @@ from moeapps.moe.ranks import sums_of_all_ranks
 from moeapps.moe.record import Kept, Place, Record
 from moeapps.moe.routers.score import PrototypeScore
 from moeapps.training.callbacks.report import Groups, Report
+from moeapps.training.placement import at_hand
 from moeapps.training.task import BaseTask, Factor
 
 
@@ -54,9 +55,9 @@ class ExpertReport(Report):
     * ``per_token``: experts per row, ``gate``: mean weight of an assignment,
     * ``alike``: largest cosine between two prototypes, where there are any.
 
-    Written with the tables (work by domain, label and expert) to metrics/experts.json, and into the summary of
-    metrics/test.json as groups ``experts`` (means over layers) and ``experts.<number>`` (a layer); where a network has
-    several stages each has its groups: ``encoder``, ``encoder.<stage>.<block>``, ``decoder`` ...
+    Written with the tables (work by domain, label and expert) and the names of labels to metrics/experts.json, and into
+    the summary of metrics/test.json as groups ``experts`` (means over layers) and ``experts.<number>`` (a layer); where
+    a network has several stages each has its groups: ``encoder``, ``encoder.<stage>.<block>``, ``decoder`` ...
 
     The network is not run for it: the report reads the records of the test's own pass. A task with numbers of its own
     overrides `numbers`, `count` or `finish`.
@@ -72,10 +73,11 @@ class ExpertReport(Report):
         super().__init__()
         self.layers: dict[Place, LayerWork] = {}
         self.domains: list[str] = []
+        self.labels: dict[str, list[str]] = {}
 
     @override
     def start(self, task: BaseTask) -> None:
-        self.layers, self.domains = {}, task.data.present("seen")
+        self.layers, self.domains, self.labels = {}, task.data.present("seen"), {}
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -127,7 +129,8 @@ class ExpertReport(Report):
                 names[place]: {factor: table_DLE.tolist() for factor, table_DLE in layer.tables.items()}
                 for place, layer in self.layers.items()
             }
-            write_json(folder / "metrics" / "experts.json", {"domains": self.domains, **self.result, "work": work})
+            told = {"domains": self.domains, **self.result, "labels": self.labels, "work": work}
+            write_json(folder / "metrics" / "experts.json", told)
 
     def _count_layer(self, record: Record, held: slice | Tensor, factors: dict[str, Factor], domain: int) -> None:
         work_NE, weight_NE = record.work()[held], record.routing.assignment().detach()[held]
@@ -140,10 +143,12 @@ class ExpertReport(Report):
         layer.sums += torch.stack(
             [weight_NE.double().sum(), (weight_NE != 0).double().sum(), work_NE.new_tensor(float(len(work_NE)))]
         )
-        for name, (label_N, num_labels) in factors.items():
+        for name, factor in factors.items():
             if name not in layer.tables:
-                layer.tables[name] = work_NE.new_zeros(len(self.domains), num_labels, num_experts)
-            layer.tables[name][domain] += contingency(work_NE, label_N, num_labels)
+                layer.tables[name] = work_NE.new_zeros(len(self.domains), factor.num_labels, num_experts)
+            layer.tables[name][domain] += contingency(work_NE, factor.label_N, factor.num_labels)
+            if factor.names:
+                self.labels[name] = list(factor.names)
 
     def _sum_over_processes(self, device: torch.device) -> None:
         """Join the layers of all processes; one that had no batch of a seen domain has none of its own."""
@@ -166,11 +171,14 @@ def information(table_LE: Tensor) -> float:
 
 
 def prototype_likeness(record: Record) -> dict[str, float]:
-    """``alike``: the largest cosine between two prototypes of a layer's router; nothing where it has none."""
+    """``alike``: the largest cosine between two prototypes of a layer's router; nothing where it has none, or parts."""
     scores = [module for module in record.layer.router.modules() if isinstance(module, PrototypeScore)]
     if not scores:
         return {}
-    unit_ED = torch.nn.functional.normalize(scores[0].prototypes.detach().double(), dim=-1)
+    prototypes_ED = at_hand(scores[0].prototypes.detach())
+    if prototypes_ED is None:
+        return {}
+    unit_ED = torch.nn.functional.normalize(prototypes_ED.double(), dim=-1)
     return {"alike": float((unit_ED @ unit_ED.T).fill_diagonal_(-1).max())}
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any, ClassVar
 
 import lightning as L
 
+from moeapps.training.placement import is_placed
+
+log = logging.getLogger("moeapps")
 _BEGIN = ("on_validation_start", "on_test_start")
 _HOOKS = ("on_validation_", "on_test_", "describe_results")
 
@@ -29,7 +33,11 @@ class SideReport(L.Callback):
     joins_processes: ClassVar[bool] = False
     """Whether the hooks wait for other processes: then a failure ends all of them, since the others would hang."""
 
+    runs_network: ClassVar[bool] = False
+    """Whether the first process runs the network by itself: then it is left out where the network is spread."""
+
     failure: str | None = None
+    told = False
     _inside = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -51,6 +59,16 @@ class SideReport(L.Callback):
         self.failure = None
 
 
+def _left_out(report: SideReport, task: Any) -> bool:
+    """Whether the network is spread over processes, of which none can run it by itself; said once."""
+    if not is_placed(task):
+        return False
+    if getattr(getattr(task, "trainer", None), "is_global_zero", False) and not report.told:
+        log.info("%s runs the network in one process and is left out: it is spread over several", type(report).__name__)
+        report.told = True
+    return True
+
+
 def _guarded(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
     nothing: Callable[[], Any] = dict if name == "describe_results" else lambda: None
 
@@ -60,7 +78,7 @@ def _guarded(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
             return hook(self, *args, **options)
         if name in _BEGIN:
             self.failure = None
-        if self.failure is not None:
+        if self.failure is not None or (self.runs_network and len(args) > 1 and _left_out(self, args[1])):
             return nothing()
         self._inside = True
         try:

@@ -31,7 +31,16 @@ from moeapps.data.mixing import fold
 from moeapps.files import write_json
 from moeapps.training.callbacks.finite import DivergedError
 from moeapps.training.checkpoints import CheckpointError, check_whole, copy_checkpoint, first_whole
-from moeapps.training.run import config_hash, git_commit, machine, run_dir, seeds_of, variant_hash, versions
+from moeapps.training.run import (
+    config_hash,
+    git_commit,
+    machine,
+    own_packages,
+    run_dir,
+    seeds_of,
+    variant_hash,
+    versions,
+)
 from moeapps.training.scores import ScoreTable
 from moeapps.training.selection import select
 from moeapps.training.task import BaseTask
@@ -302,6 +311,7 @@ class SaveRun(SaveConfigCallback):
             "config_hash": config_hash(config),
             "variant_hash": variant_hash(config),
             "commit": git_commit(),
+            "packages": own_packages(config),
             "versions": versions(),
             "machine": machine(),
         }
@@ -309,6 +319,7 @@ class SaveRun(SaveConfigCallback):
     def describe_run(self) -> dict[str, Any]:
         """Return system, name, seeds, hashes of the config, commit, versions, machine and, after training, its time.
 
+        ``commit`` is that of moeapps; ``packages`` has version and commit of the user's own packages.
         ``continued_from`` is the checkpoint that a resumed training went on from, None for one from the start.
         """
         continued = None if self.continued is None else str(self.continued)

@@ -17,6 +17,7 @@ from moeapps.moe import MoELayer
 from moeapps.moe.ranks import alone
 from moeapps.moe.routers.chooser import Pool
 from moeapps.training.cost import Cost, TrainingCost, measure_cost, measure_training
+from moeapps.training.placement import is_placed
 from moeapps.training.task import BaseTask
 
 _CHOICES: dict[Pool, str] = {
@@ -106,14 +107,14 @@ class MoESummary(L.Callback):
     def _measure_training(self, trainer: L.Trainer, task: BaseTask) -> TrainingCost | None:
         """Every process asks for the number of steps, which builds the loaders; the first one counts."""
         batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-        if not trainer.is_global_zero or not math.isfinite(batches):
+        if not trainer.is_global_zero or not math.isfinite(batches) or is_placed(task):
             return None
         first = task.data.first_training_batch()
         with alone():  # the other processes train on: what routers and losses ask of them must not be waited for
             return measure_training(task, first, int(batches), trainer.precision_plugin, trainer.world_size)
 
     def _measure(self, trainer: L.Trainer, task: BaseTask, *, show: bool) -> None:
-        if self.cost is None and trainer.is_global_zero:
+        if self.cost is None and trainer.is_global_zero and not is_placed(task):  # no process can run it by itself
             with alone():
                 self.cost = measure_cost(task, task.data.example_batch(), trainer.precision_plugin)
             if show:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moeapps.files import write_json
+from moeapps.files import write_arrays, write_json
 from moeapps.moe.ranks import objects_of_all_ranks
 from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.report import Report, writing_dir
@@ -29,8 +30,12 @@ from tasks.adaptation.report.figures import attention_figure, changed_figure, ga
 log = logging.getLogger("moeapps")
 
 
+Changed = dict[str, list[tuple[str, Tensor, int, int, int]]]
+"""``mended`` and ``spoilt`` -> domain, image [C, H, W] in [-1, 1], label, answer before, answer after."""
+
+
 class DomainReport(Report):
-    """Write metrics/adaptation.json and figures/{attention,gain,changed}.png after a test.
+    """Write metrics/adaptation.json, figures/{attention,gain,changed}.png and gallery/changed.npz after a test.
 
     Per domain: scores with and without adaptation, images whose answer adaptation made right and wrong, passes and
     seconds of the processor per target, and how much the aggregator attends to each expert (mean over the support
@@ -52,7 +57,7 @@ class DomainReport(Report):
     def _forget(self) -> None:
         self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._attention: dict[str, Tensor] = {}
-        self._changed: dict[str, list[tuple[str, Tensor, int, int, int]]] = {"mended": [], "spoilt": []}
+        self._changed: Changed = {"mended": [], "spoilt": []}
 
     @override
     def start(self, task: BaseTask) -> None:
@@ -182,10 +187,24 @@ class DomainReport(Report):
         save_figure(gain_figure(rows, task.main_metric), folder / "gain.png", dpi=150)
         if any(self._changed.values()):
             shown = {kind: items[: self.shown] for kind, items in self._changed.items()}
+            write_changed(folder.parent / "gallery" / "changed.npz", shown, task.facts["class_names"])
             save_figure(changed_figure(shown, task.facts["class_names"]), folder / "changed.png", dpi=150)
 
     def _rows(self, task: AdaptationTask) -> list[tuple[str, dict[str, float]]]:
         return list(self.table(task)["domains"].items())
+
+
+def write_changed(path: Path, changed: Changed, names: list[str]) -> None:
+    """Write images whose answer adaptation changed: pixels, domain, what it is, and what was said before and after."""
+    items = [(kind, *item) for kind, found in changed.items() for item in found]
+    pixels = torch.stack([image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1) for _, _, image, *_ in items])
+    write_arrays(
+        path,
+        image=((pixels + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(),
+        kind=np.array([item[0] for item in items]),
+        domain=np.array([item[1] for item in items]),
+        **{key: np.array([names[item[3 + k]] for item in items]) for k, key in enumerate(("label", "before", "after"))},
+    )
 
 
 def worst(table: ScoreTable) -> dict[str, dict[str, float]]:

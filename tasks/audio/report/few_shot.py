@@ -40,6 +40,8 @@ class FewShot(Report):
         ValueError: a count out of range, or no pattern.
     """
 
+    runs_network = True
+
     def __init__(
         self,
         *,

@@ -95,6 +95,8 @@ class AudioSamples(SideReport):
         ValueError: a count below 1.
     """
 
+    runs_network = True
+
     def __init__(self, *, every_n_epochs: int = 5, per_domain: int = 2, drawing: Drawing | None = None) -> None:
         for name, value in {"every_n_epochs": every_n_epochs, "per_domain": per_domain}.items():
             if value < 1:
@@ -161,6 +163,8 @@ class GenerationQuality(Report):
     Raises:
         ValueError: a count below 1.
     """
+
+    runs_network = True
 
     def __init__(self, *, per_domain: int = 40, drawing: Drawing | None = None, judging: Judging | None = None) -> None:
         super().__init__()

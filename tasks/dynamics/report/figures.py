@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from moeapps.files import write_arrays
 from moeapps.reporting.figures import COLOURS, FAINT, INK, colour, save_figure
 from moeapps.text import figure_text
 from moeapps.training.callbacks.report import Report, writing_dir
@@ -238,14 +239,29 @@ def _limits(set_limits: Any, truth: Floats) -> None:
     set_limits(low - margin, high + margin)
 
 
+def write_trajectories(
+    path: Path, title: str, truth: Floats, pred: Floats, dt: Floats, names: Sequence[str], given: int, most: int = 4
+) -> None:
+    """Write the first trajectory of a few environments for a page: truth and prediction [S, T, D], seconds [S, T]."""
+    shown = _spread(len(truth), most)
+    seconds = np.arange(truth.shape[2]) * np.asarray(dt, dtype=np.float64)[shown, None]
+    arrays = {"truth": truth[shown, 0], "prediction": pred[shown, 0], "seconds": seconds}
+    small = {name: np.asarray(values, dtype=np.float32) for name, values in arrays.items()}
+    write_arrays(path, **small, name=np.array([names[e] for e in shown]), title=np.array(title), given=np.array(given))
+
+
 # --- callback ---------------------------------------------------------------------------------------------------------
 
 
 class SystemFigures(Report):
     """Write pictures into ``<run>/figures``: trajectories and phase portraits of a domain, and the map of contexts.
 
+    The numbers of a few trajectories are kept in ``<run>/gallery/<domain>.npz``.
+
     ``test`` draws the seen domains, whose contexts are known; ``predict`` draws all, new environments too.
     """
+
+    runs_network = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,6 +309,7 @@ class SystemFigures(Report):
             f"{n}, expert {k}" for n, k in zip(data.names_of(answers["env"], domain), answers["expert"], strict=True)
         ]
         title = f"{domain} ({data.role_of(domain)})"
+        write_trajectories(folder / "gallery" / f"{domain}.npz", title, truth, pred, dt, names, given)
         figure = trajectory_figure(title, truth, pred, dt, names, given=given)
         save_figure(figure, folder / "figures" / f"{domain}.png")
         if truth.shape[3] > 1:

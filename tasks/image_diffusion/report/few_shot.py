@@ -54,6 +54,8 @@ class FewShot(Report):
         ValueError: a count below 1, or no pattern.
     """
 
+    runs_network = True
+
     def __init__(
         self,
         *,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moeapps.files import write_json
+from moeapps.files import write_arrays, write_json
 from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.callbacks.side import SideReport
 from moeapps.training.task import BaseTask
@@ -21,7 +22,7 @@ from tasks.image_diffusion.nets.samplers import sample
 from tasks.image_diffusion.report.inception import InceptionFeatures
 from tasks.image_diffusion.report.judge import Judging, get_judge, training_images
 from tasks.image_diffusion.report.judgement import RealImages, class_table, distance_to_real, judge_images
-from tasks.image_diffusion.report.pictures import grid, spread, write_png
+from tasks.image_diffusion.report.pictures import grid, spread, visible, write_png
 
 log = logging.getLogger("moeapps")
 
@@ -44,6 +45,8 @@ class SampleGrid(SideReport):
     Raises:
         ValueError: a count below 1.
     """
+
+    runs_network = True
 
     def __init__(
         self,
@@ -87,8 +90,9 @@ class GenerationQuality(Report):
     """Draw images at the end of a test and judge them beside real ones.
 
     Adds the groups ``generation`` and ``generation.<domain>`` of `judge_images` to the summary of metrics/test.json and
-    writes metrics/generation.json (those, the accuracy of each class, how it was drawn, the judge's hash) and
-    figures/samples.png. The judge is trained on first use. Drawn by the first process alone; not under fast_dev_run.
+    writes metrics/generation.json (those, the accuracy of each class, how it was drawn, the judge's hash),
+    figures/samples.png and, for a page, gallery/samples.npz: four images of each class. The judge is trained on first
+    use. Drawn by the first process alone; not under fast_dev_run.
 
     Args:
         num_images: images to draw, classes in turn; distances need 1500 or more to say much, the floor shows it.
@@ -104,6 +108,8 @@ class GenerationQuality(Report):
     Raises:
         ValueError: fewer than 2 images, a missing weight file.
     """
+
+    runs_network = True
 
     def __init__(
         self,
@@ -150,16 +156,21 @@ class GenerationQuality(Report):
         classes: dict[str, float] = {}
         if "class_accuracy" in self.result["generation"]:
             classes = class_table(image, label, judge, data.facts["class_names"])
-        self._write(folder, image, label, classes, judge.key)
+        self._write(folder, image, label, classes, judge.key, data.facts["class_names"])
 
-    def _write(self, folder: Path, image: Tensor, label: Tensor, classes: dict[str, float], key: str) -> None:
+    def _write(
+        self, folder: Path, image: Tensor, label: Tensor, classes: dict[str, float], key: str, names: list[str]
+    ) -> None:
         how = {name: getattr(self, name) for name in ("num_images", "cfg", "steps", "solver", "seed")}
         write_json(
             folder / "metrics" / "generation.json", {"how": how, "judge": key, **self.result, "classes": classes}
         )
         shown = torch.cat([torch.nonzero(label == c).flatten()[:4] for c in label.unique()[:60]])
+        pixels = visible(image[shown]).permute(0, 2, 3, 1).numpy()
+        named = [names[c] for c in label[shown].tolist()]
+        write_arrays(folder / "gallery" / "samples.npz", image=pixels, name=np.array(named))
         write_png(folder / "figures" / "samples.png", grid(image[shown], 4 * max(1, round((len(shown) / 16) ** 0.5))))
         all_of_it = self.result["generation"]
-        names = ("class_accuracy", "real_class_accuracy", "domain_accuracy", "nearest_ratio")
-        shares = ", ".join(f"{name} {all_of_it[name]:.3f}" for name in names if name in all_of_it)
+        told = ("class_accuracy", "real_class_accuracy", "domain_accuracy", "nearest_ratio")
+        shares = ", ".join(f"{name} {all_of_it[name]:.3f}" for name in told if name in all_of_it)
         log.info("samples: %s; see %s", shares, folder / "metrics" / "generation.json")

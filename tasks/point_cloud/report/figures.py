@@ -10,12 +10,14 @@ import colorsys
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from moeapps.files import write_arrays
 from moeapps.reporting.figures import COLOURS, INK, save_figure
 from moeapps.text import figure_text
 from moeapps.training.callbacks.report import Report, writing_dir
@@ -168,10 +170,14 @@ class ScanPicture:
     note: str = ""
 
 
-def scan_figure(scan: ScanPicture) -> Any:
+def scan_figure(scan: ScanPicture, dpi: int = 150) -> Any:
     """Draw truth, prediction and (where there are experts) expert of one scan.
 
     Points named ceiling are not drawn, or every room would be a box with its lid on.
+
+    Args:
+        scan: what to draw.
+        dpi: dots per inch.
 
     Returns:
         A ``matplotlib.figure.Figure``, 3 panels wide.
@@ -196,7 +202,7 @@ def scan_figure(scan: ScanPicture) -> Any:
         panels.append(("expert", tints[expert]))
         present = [e for e in np.unique(expert) if e >= 0]
         handles.append([Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}") for e in present])
-    figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=150, facecolor="white")
+    figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=dpi, facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     figure.subplots_adjust(left=0.01, right=0.99, top=0.85, bottom=0.17, wspace=0.03)
     for axis, (label, colour) in zip(axes, panels, strict=True):
@@ -216,6 +222,8 @@ def scan_figure(scan: ScanPicture) -> Any:
 class ScanFigures(Report):
     """Write ``<run>/figures/<domain>.png`` in ``test``: the first scan of every domain, put together from its tiles.
 
+    Some of its points are kept in ``<run>/gallery/<domain>.npz``.
+
     Only the first batch of a domain is looked at, so a scan of many tiles may be shown in part.
     """
 
@@ -227,6 +235,23 @@ class ScanFigures(Report):
         picture = picture_of(task.last_answer(), task.data.role_of(domain))
         if (picture.truth_R != IGNORE).any():
             save_figure(scan_figure(picture), folder / "figures" / f"{domain}.png")
+            write_scan(folder / "gallery" / f"{domain}.npz", picture)
+
+
+def write_scan(path: Path, scan: ScanPicture, most: int = 4000) -> None:
+    """Write at most so many labelled points of a scan, evenly chosen, for a page that turns them."""
+    kept = np.flatnonzero(scan.truth_R != IGNORE)
+    kept = kept[np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(np.int64)]
+    expert_R = np.full(len(scan.truth_R), -1) if scan.expert_R is None else scan.expert_R
+    labels = {"truth": scan.truth_R, "prediction": scan.pred_R, "expert": expert_R}
+    write_arrays(
+        path,
+        position=scan.pos_R3[kept].astype(np.float32),
+        **{name: label_R[kept].astype(np.int16) for name, label_R in labels.items()},
+        name=np.array(list(scan.names)),
+        title=np.array(scan.title),
+        note=np.array(scan.note),
+    )
 
 
 def picture_of(answers: list[dict[str, Any]], role: str) -> ScanPicture:

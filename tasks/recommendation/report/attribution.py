@@ -37,6 +37,9 @@ class GateSample(Rows):
         item: int64 [B], the candidate.
         user: int64 [B].
         row: int64 [B].
+        candidate_item: int64 [B, N], all candidates, -1 at padding; None where nobody asks for their ranking.
+        logits: float32 [B, N], their scores.
+        taken: bool [B, N], what the user took.
     """
 
     gate: Tensor
@@ -47,6 +50,9 @@ class GateSample(Rows):
     item: Tensor
     user: Tensor
     row: Tensor
+    candidate_item: Tensor | None = None
+    logits: Tensor | None = None
+    taken: Tensor | None = None
 
 
 def gate_sample(net: ListRanker, batch: Lists) -> GateSample | None:
@@ -69,6 +75,9 @@ def gate_sample(net: ListRanker, batch: Lists) -> GateSample | None:
         "item": batch.candidate_item[place, taken_B],
         "user": batch.user,
         "row": batch.row,
+        "candidate_item": batch.candidate_item,
+        "logits": scores.logits.float(),
+        "taken": batch.label > 0,
     }
     moved: dict[str, Any] = {name: None if part is None else part.cpu() for name, part in kept.items()}
     return GateSample(**moved)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,11 +38,11 @@ PUSH = 30.0
 class ExpertDiagnostics(ExpertReport):
     """Measure expert collapse, degradation and underfitting on test rows of the seen domains.
 
-    Writes metrics/experts.json (every number of every level, expert and gate), metrics/experts.md (the same to read)
-    and figures/gates.png (mean weights of every gate); adds groups ``experts`` (worst over levels) and
-    ``experts.level_<k>`` to the summary of metrics/test.json. ``own_gradient_kept`` there: the gradient that reaches a
-    task's own experts when its gate ignores them (their logits lowered by 30), over the gradient before, least over
-    tasks.
+    Writes metrics/experts.json (every number of every level, expert and gate), metrics/experts.md (the same to read),
+    figures/gates.png (mean weights of every gate) and, for a page, gallery/rankings.json (impressions of a few users,
+    ranked); adds groups ``experts`` (worst over levels) and ``experts.level_<k>`` to the summary of metrics/test.json.
+    ``own_gradient_kept`` there: the gradient that reaches a task's own experts when its gate ignores them (their logits
+    lowered by 30), over the gradient before, least over tasks.
 
     Under several processes the rows are those of the first.
 
@@ -63,6 +63,7 @@ class ExpertDiagnostics(ExpertReport):
         self._parts: list[list[LevelSample]] = []
         self._labels: list[tuple[Tensor, Tensor]] = []
         self._batch: Interactions | None = None
+        self._task: RankingTask | None = None
         self.levels: list[LevelReport] = []
 
     def start(self, task: BaseTask) -> None:
@@ -87,7 +88,7 @@ class ExpertDiagnostics(ExpertReport):
         """Compute and write."""
         if not self._parts or self._batch is None:
             return
-        task = cast(RankingTask, task)
+        task = self._task = cast(RankingTask, task)
         rates = positive_rates(task.tasks, self._labels)
         samples = [joined([part[k] for part in self._parts]) for k in range(len(self._parts[0]))]
         self._parts = []
@@ -102,9 +103,10 @@ class ExpertDiagnostics(ExpertReport):
     def _write(
         self, folder: Path, samples: list[LevelSample], rates: dict[str, float], gradients: dict[str, dict[str, float]]
     ) -> None:
-        levels = [vars(level) for level in self.levels]
+        levels = [{**vars(level), **mean_weights(sample)} for level, sample in zip(self.levels, samples, strict=True)]
         content = {"thresholds": vars(self.thresholds), "rates": rates, "gradients": gradients, "levels": levels}
         write_json(folder / "metrics" / "experts.json", content | self.result)
+        write_json(folder / "gallery" / "rankings.json", self._rankings(samples[-1]))
         path = folder / "metrics" / "experts.md"
         write_text(path, markdown(self.levels, rates, gradients))
         if self.figure:
@@ -113,6 +115,34 @@ class ExpertDiagnostics(ExpertReport):
             for illness, names in level.findings.items():
                 if names:
                     log.info("level %d, %s: %s; see %s", k, illness, ", ".join(names), path)
+
+    def _rankings(self, last: LevelSample, users: int = 4, most: int = 8) -> dict[str, Any]:
+        """Impressions of the users with most of them in the first batch, the likeliest first, for a page."""
+        task, batch = self._task, self._batch
+        assert task is not None
+        assert batch is not None
+        mode = task.training
+        with torch.no_grad():
+            probability_BT = task.eval()(batch).sigmoid().cpu()
+        task.train(mode)
+        expert_B = last.share[0, : len(batch)].argmax(1)  # the first batch's rows come first
+        found = []
+        number, count = batch.user.cpu().unique(return_counts=True)
+        for user in number[count.argsort(descending=True, stable=True)][:users].tolist():
+            rows = torch.nonzero(batch.user.cpu() == user).flatten()
+            rows = rows[probability_BT[rows, 0].argsort(descending=True)][:most]
+            done_BT = (batch.label * batch.mask).cpu() > 0
+            shown = [
+                {
+                    "row": int(batch.row[b]),
+                    "probability": probability_BT[b].tolist(),
+                    "done": [name for name, was in zip(task.tasks, done_BT[b].tolist(), strict=True) if was],
+                    "expert": last.experts[int(expert_B[b])],
+                }
+                for b in rows.tolist()
+            ]
+            found.append({"user": user, "rows": shown})
+        return {"tasks": list(task.tasks), "users": found}
 
 
 # --- what the levels did ----------------------------------------------------------------------------------------------
@@ -220,6 +250,12 @@ def _pushed(level: ExpertLevel) -> Iterator[None]:
         with torch.no_grad():
             for (bias, _), before in zip(biases, kept, strict=True):
                 bias.copy_(before)
+
+
+def mean_weights(sample: LevelSample) -> dict[str, Any]:
+    """Names of gates and experts, and the mean weight that each gate gives to each expert: [G, E], 0 where masked."""
+    share_GE = sample.share.double().mean(1).where(sample.allowed, 0.0)
+    return {"gates": list(sample.gates), "experts": list(sample.experts), "share": share_GE.tolist()}
 
 
 # --- saying it --------------------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ class GateReport(ExpertReport):
     """Explain the gate of `ListRanker` on test lists of the seen domains.
 
     Writes metrics/explanations.csv (what each past item added to each expert, one row per list and past item),
-    metrics/explanations.md and figures/explanations.png (a few users, to read), figures/gates.png (mean gate of each
-    value of the source's factor, and the gates as points) and metrics/gates.json; adds the group ``gates`` to the
-    summary of metrics/test.json:
+    metrics/explanations.md, figures/explanations.png and gallery/lists.json (a few users, to read), figures/gates.png
+    (mean gate of each value of the source's factor, and the gates as points) and metrics/gates.json; adds the group
+    ``gates`` to the summary of metrics/test.json:
 
     * ``gate_ari``: adjusted Rand index of groups of gate vectors (k-means on directions, as many groups as the factor
       has values) against the factor, of users with more than `TAIL` past items; ``gate_ari_tail``: of the others,
@@ -112,6 +112,7 @@ class GateReport(ExpertReport):
                 "none of the lists has a past item, so there is nothing that metrics/explanations could explain"
             )
             return
+        write_json(folder / "gallery" / "lists.json", ranked_lists(sample.take(shown), factors, name))
         write_text(folder / "metrics" / "explanations.csv", explanation_table(sample.take(told), name))
         write_text(folder / "metrics" / "explanations.md", markdown(sample.take(shown), factors, name))
         if self.figure:
@@ -192,6 +193,33 @@ def markdown(sample: GateSample, factors: Sequence[str], name: NameItem) -> str:
             lines.append(f"| {shown} | " + " | ".join(f"{value:+.{digits}f}" for value in values.tolist()) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def ranked_lists(sample: GateSample, factors: Sequence[str], name: NameItem) -> dict[str, Any]:
+    """What a page shows of some lists: candidates as ranked, weights of the experts, past items by what they added."""
+    assert sample.parts is not None
+    lists = []
+    for b in range(len(sample.gate)):
+        factor = int(sample.factor[b])
+        past = sorted(places(sample, b), key=lambda h: -float(sample.parts[b, h].norm()))  # type: ignore[index]
+        ranked: list[dict[str, Any]] = []
+        if sample.candidate_item is not None and sample.logits is not None and sample.taken is not None:
+            real = torch.nonzero(sample.candidate_item[b] >= 0).flatten()
+            for n in real[sample.logits[b, real].argsort(descending=True)].tolist():
+                score, taken = float(sample.logits[b, n]), bool(sample.taken[b, n])
+                ranked.append({"item": name(int(sample.candidate_item[b, n])), "score": score, "taken": taken})
+        lists.append(
+            {
+                "user": int(sample.user[b]),
+                "factor": factors[factor] if 0 <= factor < len(factors) else "",
+                "experts": sample.gate[b].tolist(),
+                "ranked": ranked,
+                "past": [
+                    {"item": name(int(sample.history_item[b, h])), "added": sample.parts[b, h].tolist()} for h in past
+                ],
+            }
+        )
+    return {"lists": lists}
 
 
 def places(sample: GateSample, b: int) -> list[int]:

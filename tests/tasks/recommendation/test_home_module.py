@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from rec_common import make_batch
 from torch import Tensor
 
-from benchmarks.evidence.home import MOVIELENS_EXPERTS
+from benchmarks.grids import given, load_grid
 from tasks.recommendation import rivals
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.multitask_log import MultitaskLog
@@ -259,7 +259,8 @@ def test_rivals_and_ablations_have_as_many_parameters_as_home(name: str) -> None
 
 def test_mmoe_has_as_many_parameters_as_home_on_movielens_too() -> None:
     facts = MovieLens100K().schema.facts() | {"domains": FACTS["domains"]}
-    more = {"num_experts": int(MOVIELENS_EXPERTS[0].partition("=")[2])}
+    option = "--model.init_args.net.init_args.bank.init_args.num_experts"
+    more = {"num_experts": int(given(load_grid("home").variants["mmoe_ml100k"], option) or 0)}
     sizes = []
     for (name, options), own in ((bank(), {}), (bank("baselines/home_mmoe.yaml"), more)):
         net = RankingTask(net=partial(Ranker, bank=PLANS[name](**options | own)), facts=facts)

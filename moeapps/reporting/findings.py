@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experts of a finished run did, read from the files of its folder: nothing of the run is imported or run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moeapps.bounds import read_json
+from moeapps.commands.tasks import task_modules
+from moeapps.moe.record import place_of
+from moeapps.reporting.knowledge import LIMITS, ExpertTable, LayerFinding, Limits, describe_layer
+from moeapps.text import plain
+
+TableReader = Callable[[Path, dict[str, int]], list[ExpertTable]]
+"""``expert_tables(folder, layers)`` of a task's ``report/gallery.py``: tables that it knows beyond the common ones; for
+each layer its number of experts is given."""
+
+
+@dataclass(frozen=True)
+class RunFinding:
+    """What the experts of a run did.
+
+    Args:
+        sentence: about the whole run, in plain English.
+        layers: one finding per MoE layer, in the order of the network; none for a network without experts that choose.
+        notes: what could not be read, a line each.
+    """
+
+    sentence: str
+    layers: tuple[LayerFinding, ...]
+    notes: tuple[str, ...] = ()
+
+
+def describe_run(folder: Path, limits: Limits = LIMITS) -> RunFinding:
+    """Say what the experts of a finished run did.
+
+    Read are metrics/routing_test.json (work by domain), metrics/experts.json (work by the factors that the task names),
+    and what the gallery of the task reads further. A table of the gallery replaces the common one of its factor.
+
+    Args:
+        folder: of the run.
+        limits: when a number becomes a word.
+
+    Raises:
+        ValueError: metrics/routing_test.json is there and is not what a test writes.
+    """
+    file = folder / "metrics" / "routing_test.json"
+    if not file.is_file():
+        return RunFinding("Nothing was routed in its test: the network has no experts, or it was not tested.", ())
+    tables, entropies = _routing_tables(file)
+    notes: list[str] = []
+    readers: list[TableReader] = [_factor_tables]
+    gallery = gallery_of(folder)
+    if gallery is not None and hasattr(gallery, "expert_tables"):
+        readers.append(gallery.expert_tables)
+    for reader in readers:
+        try:
+            for table in reader(folder, {name: len(own[0].work[0]) for name, own in tables.items()}):
+                own = tables[table.layer]
+                tables[table.layer] = _with(own, table)
+        except (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError) as error:
+            notes.append(f"tables of experts were left out, a file of them cannot be read ({plain(error)})")
+    layers = tuple(describe_layer(own, entropies.get(name), limits) for name, own in tables.items())
+    return RunFinding(summarise(layers), layers, tuple(notes))
+
+
+def gallery_of(folder: Path) -> ModuleType | None:
+    """Return the module ``tasks.<task>.report.gallery`` of the installed task that a run is of; None without any.
+
+    The task is named by the run's results; a name that is none of the installed tasks' is never imported.
+    """
+    file = folder / "metrics" / "test.json"
+    try:
+        task = str(read_json(file)["header"]["task"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for module in task_modules("report.gallery"):
+        if task.startswith(module.removesuffix("report.gallery")):
+            return import_module(module)
+    return None
+
+
+def summarise(layers: Sequence[LayerFinding]) -> str:
+    """Say in one sentence what the experts of all layers did; of one layer, its own."""
+    if not layers:
+        return "Nothing was routed in its test."
+    if len(layers) == 1:
+        sentence = next(iter(layers)).sentence
+        number = int(next(iter(layers)).numbers["experts"])
+        return f"The {number} experts of its one MoE layer: {sentence}"
+    total = len(layers)
+    parts = []
+    for kind, words in (("specialised", "specialise"), ("leaning", "lean")):
+        own = [layer for layer in layers if kind in layer.kinds]
+        if own:
+            best = max(own, key=lambda layer: layer.numbers[f"told_{layer.factor}"])
+            told = f"{100 * best.numbers[f'told_{best.factor}']:.0f} %"
+            parts.append(
+                f"in {len(own)} of {total} MoE layers the experts {words}, most by {best.factor} "
+                f"({told} of it told by the expert in {best.layer})"
+            )
+    for kind, words in (
+        ("collapsed", "have collapsed onto one expert"),
+        ("even", "share the work alike and follow nothing known"),
+        ("uneven", "share the work unevenly and follow nothing known"),
+        ("unknown", "saw too few rows to say anything"),
+    ):
+        count = sum(kind in layer.kinds for layer in layers)
+        if count:
+            parts.append(f"{count} of {total} MoE layers {words if count > 1 else _singular(words)}")
+    dead = sum(int(layer.numbers["dead"]) for layer in layers)
+    experts = sum(int(layer.numbers["experts"]) for layer in layers)
+    parts.append(
+        f"{dead} of all {experts} experts {'is' if dead == 1 else 'are'} dead" if dead else "no expert is dead"
+    )
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _singular(words: str) -> str:
+    return words.replace("have ", "has ").replace("share ", "shares ").replace("follow ", "follows ")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _routing_tables(file: Path) -> tuple[dict[str, list[ExpertTable]], dict[str, float]]:
+    """Work by domain of every layer, and the entropies of their routers."""
+    try:
+        raw = read_json(file)
+        domains = [str(name) for name in raw["domains"]]
+        tables: dict[str, list[ExpertTable]] = {}
+        entropies: dict[str, float] = {}
+        for name, report in raw["layers"].items():
+            tables[name] = [ExpertTable(name, "domain", domains, report["work"], told=_number(report["mi_domain"]))]
+            entropy = _number(report["entropy"])
+            if entropy is not None:
+                entropies[name] = entropy
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a routing file of moeapps ({plain(error)}); run the test again") from error
+    return tables, entropies
+
+
+def _factor_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
+    """Work by the factors of `BaseTask.routing_factors`, summed over domains; none where no report has written it."""
+    file = folder / "metrics" / "experts.json"
+    raw: dict[str, Any] = read_json(file) if file.is_file() else {}
+    work, names = raw.get("work", {}), raw.get("labels", {})
+    found = []
+    for layer in layers:
+        group = _group(layer, work)
+        for factor, table_DLE in work.get(group, {}).items():
+            table_LE = [[sum(column) for column in zip(*rows, strict=True)] for rows in zip(*table_DLE, strict=True)]
+            labels = names.get(factor) or [f"{factor} {number}" for number in range(len(table_LE))]
+            told = _number(raw.get(group, {}).get(f"mi_{factor}"))
+            if table_LE and any(map(any, table_LE)):
+                found.append(ExpertTable(layer, factor, labels, table_LE, told=told))
+    return found
+
+
+def _group(layer: str, groups: Iterable[str]) -> str:
+    """The group of a layer: ``encoder.2.1``, or ``experts.2`` where the network has one stage; empty for none."""
+    stage, numbers = place_of(layer)
+    names = [".".join([first, *map(str, numbers)]) for first in (stage, "experts")]
+    return next((name for name in names if name in groups), "")
+
+
+def _with(tables: list[ExpertTable], table: ExpertTable) -> list[ExpertTable]:
+    """Replace the table of the same factor, or add one."""
+    if any(own.factor == table.factor for own in tables):
+        return [table if own.factor == table.factor else own for own in tables]
+    return [*tables, table]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network over several processes: Lightning's ModelParallelStrategy, told in a config what lies where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import distributed as dist
+from torch import nn
+from typing_extensions import override
+
+from moeapps.moe import JoinedExperts, MoELayer
+from moeapps.training.checkpoints import PARTS, CheckpointError, read_checkpoint
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class ModelParallel(ModelParallelStrategy):
+    """Spread experts over processes, and replicate or shard everything else; every process has a batch of its own.
+
+    The engines are torch's: ``ExpertParallel`` by ``parallelize_module`` for the experts of every MoE layer, and
+    ``fully_shard`` (FSDP2) for the rest, over all processes. Where the experts are spread over fewer processes than
+    there are, ``fully_shard`` cuts them further over the others. Checkpoints are written in parts by
+    torch.distributed.checkpoint and read by any number of processes, also one.
+
+    Args:
+        experts: processes that share the experts of a layer; ``node`` takes those of one machine, 1 leaves experts
+            with the rest.
+        rest: whether everything else is ``replicated``, gradients averaged, or ``sharded``: weights, gradients and
+            optimizer states cut over all processes, fetched when needed.
+        blocks: patterns on names of modules that are fetched one after the other where the rest is sharded; a block
+            must be used by calling it. None fetches all at once.
+        process_group_backend: as of torch; None takes nccl on GPUs and gloo on CPUs.
+        timeout: seconds after which a process that waits for another gives up.
+
+    Raises:
+        ValueError: for a number of processes below 1, or another value of ``rest``; when started, if the processes
+            cannot be divided so.
+
+    Source: the division of work is GShard's and torchtitan's.
+    """
+
+    def __init__(
+        self,
+        experts: int | Literal["node"] = "node",
+        rest: Literal["replicated", "sharded"] = "replicated",
+        blocks: list[str] | None = None,
+        process_group_backend: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        if experts != "node" and experts < 1:
+            raise ValueError(f"experts={experts} is not allowed; use 'node', or a number of processes from 1 on")
+        if rest not in ("replicated", "sharded"):
+            raise ValueError(f"rest={rest!r} is unknown; use replicated or sharded")
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=default_pg_timeout if timeout is None else timedelta(seconds=timeout),
+        )
+        self.experts, self.rest, self.blocks = experts, rest, list(blocks or [])
+
+    @override
+    def setup_environment(self) -> None:
+        total = self.num_nodes * self.num_processes
+        share = self.num_processes if self.experts == "node" else self.experts
+        if total % share:
+            raise ValueError(
+                f"{total} processes cannot be divided into groups of experts={share}; give a divisor, or 'node'"
+            )
+        self._data_parallel_size, self._tensor_parallel_size = total // share, share
+        super().setup_environment()
+
+    def spread(self, task: nn.Module) -> None:
+        """Place a task whose weights are whole on every process; those of the first are taken."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        if isinstance(task, FSDPModule):
+            return
+        task.to(self.root_device)
+        for tensor in (*task.parameters(), *task.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+        apart = self._spread_experts(task) | _scalars(task)
+        device, world = self.root_device.type, dist.get_world_size()
+        if self.rest == "sharded":
+            mesh = init_device_mesh(device, (world,), mesh_dim_names=("all",))
+        else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
+            mesh = init_device_mesh(device, (world, 1), mesh_dim_names=("copies", "shards"))
+        # Resharded after each step, so that what lies in `parameters()` between steps is what the optimizer knows.
+        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": apart}
+        for block in self._named_blocks(task):
+            fully_shard(block, **options)
+        fully_shard(task, **options)
+        for step in STEPS:
+            register_fsdp_forward_method(task, step)
+
+    def _spread_experts(self, task: nn.Module) -> set[nn.Parameter]:
+        """Spread the experts, and return the weights that ``fully_shard`` must leave as they are."""
+        copies, share = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        if share.size() == 1:
+            return set()
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        from moeapps.moe.parallel import ExpertParallel, ShardedExperts
+
+        for layer in spreadable_layers(task):
+            parallelize_module(layer, share, ExpertParallel())
+        banks = [module for module in task.modules() if isinstance(module, ShardedExperts)]
+        if copies.size() == 1:
+            return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
+        for bank in banks:
+            fully_shard(bank, mesh=copies)
+        return set()
+
+    def _named_blocks(self, task: nn.Module) -> Iterator[nn.Module]:
+        """Modules that a pattern names, inner ones first."""
+        named = dict(task.named_modules())
+        for pattern in self.blocks:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise ValueError(f"blocks: no module is named like {pattern!r}; correct or remove it")
+        for name in sorted(named, key=lambda name: -name.count(".")):
+            if any(fnmatchcase(name, pattern) for pattern in self.blocks):
+                yield named[name]
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        from moeapps.training.parts import write_parts
+
+        rest = dict(checkpoint)
+        states = {name: rest.pop(name) for name in ("state_dict", "current_model_state") if name in rest}
+        states |= {f"optimizer_{i}": state for i, state in enumerate(rest.pop("optimizer_states", []))}
+        write_parts(states, rest, Path(self.broadcast(filepath)))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import (
+            get_model_state_dict,
+            get_optimizer_state_dict,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
+        from moeapps.training.parts import load_parts
+
+        path = Path(self.broadcast(checkpoint_path))
+        held = read_checkpoint(path, weights=False)
+        if PARTS not in held:
+            raise CheckpointError(
+                f"{path} was written by one process; begin a spread training with its weights (model.init_args.start), "
+                "or go on with it in one process"
+            )
+        model = cast(nn.Module, self.model)
+        fitting = cast(Any, self.lightning_module).trainer.state.fn == TrainerFn.FITTING
+        optimizers = self.optimizers if fitting else []
+        states: dict[str, Any] = {"state_dict": get_model_state_dict(model)}
+        if held.get("averaging_state") is not None and fitting:
+            states["current_model_state"] = {k: v.clone() for k, v in states["state_dict"].items()}
+        for i, optimizer in enumerate(optimizers):
+            states[f"optimizer_{i}"] = get_optimizer_state_dict(model, optimizer)
+        load_parts(states, path.parent / Path(str(held[PARTS])).name)
+        set_model_state_dict(model, states["state_dict"])
+        for i, optimizer in enumerate(optimizers):
+            set_optimizer_state_dict(model, optimizer, states[f"optimizer_{i}"])
+        return held | {name: states[name] for name in ("state_dict", "current_model_state") if name in states}
+
+
+def _scalars(task: nn.Module) -> set[nn.Parameter]:
+    """Parameters that are one number, which ``fully_shard`` does not take: their gradients are averaged by a hook."""
+    found = {parameter for parameter in task.parameters() if parameter.dim() == 0}
+    for parameter in found:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+    return found
+
+
+def _average_gradient(parameter: torch.Tensor) -> None:
+    gradient = cast(torch.Tensor, parameter.grad)
+    dist.all_reduce(gradient)
+    gradient /= dist.get_world_size()
+
+
+def spreadable_layers(module: nn.Module) -> list[MoELayer]:
+    """MoE layers whose routed experts are a stack, of several."""
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, MoELayer) and layer.num_experts > 1:
+            banks = layer.experts.each() if isinstance(layer.experts, JoinedExperts) else [layer.experts]
+            if banks[0].feed_forward() is not None:
+                found.append(layer)
+    return found

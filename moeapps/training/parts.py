@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in parts, by torch.distributed.checkpoint: written by n processes, read by m, or by one.
+
+The checkpoint itself stays a file, ``best.ckpt``, with everything but the large states; it names a folder beside it,
+``best.ckpt.parts-<number>``, that torch has written. The folder is complete before the file names it, and the one that
+it replaces goes last, so that at every moment the file is whole.
+
+torch unpickles what it reads there; here nothing but tensors, plain values and torch's own descriptions of them are.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import override
+
+from moeapps.training.checkpoints import PARTS, parts_folders, write_checkpoint
+
+_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+def write_parts(states: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint, each process its part; all must call this.
+
+    Args:
+        states: what lies in parts: state dicts by name.
+        rest: everything else, written by the first process.
+        path: file to write.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    told = [f"{path.name}.parts-{secrets.token_hex(4)}"]
+    dist.broadcast_object_list(told)
+    folder = path.parent / told[0]
+    checkpoint.save(states, checkpoint_id=str(folder))
+    if dist.get_rank() == 0:
+        write_checkpoint({**rest, PARTS: folder.name}, path)
+        for older in parts_folders(path):
+            if older != folder:
+                shutil.rmtree(older)
+
+
+def load_parts(states: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of state dicts in place, each process its part; all must call this."""
+    checkpoint.load(states, storage_reader=_Reader(str(folder)), planner=_Planner())
+
+
+def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read one of the states whole, in one process without any other."""
+    reader = _Reader(str(folder))
+    held = reader.read_metadata()
+    places = cast(dict[str, tuple[Any, ...]], held.planner_data)
+    wanted = {
+        key: torch.empty(about.size, dtype=about.properties.dtype)
+        for key, about in held.state_dict_metadata.items()
+        if places[key][0] == name and isinstance(about, TensorStorageMetadata)
+    }
+    checkpoint.load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
+    return {".".join(map(str, places[key][1:])): value for key, value in wanted.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds torch's descriptions of tensors, and nothing else."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _NAMES or (module in _MODULES and not name.startswith("__"))
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
+
+
+class _Reader(FileSystemReader):
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        content = (Path(self.path) / ".metadata").read_bytes()
+        held = cast(Metadata, _Unpickler(io.BytesIO(content)).load())
+        held.storage_meta = held.storage_meta or StorageMeta()
+        held.storage_meta.load_id = self.load_id
+        return held
+
+
+class _Planner(DefaultLoadPlanner):
+    @override
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        found = torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], found)
+        else:
+            self.state_dict[name] = found

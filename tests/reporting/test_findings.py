@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What experts did, read from run folders that are written by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from moeapps.reporting.findings import describe_run, gallery_of
+
+EYE = [[100.0, 0.0], [0.0, 100.0]]
+EVEN = [[50.0, 50.0], [50.0, 50.0]]
+
+
+def layer(work, told, entropy=0.5):
+    return {"num_experts": 2, "load_cv": 0.0, "entropy": entropy, "dead": 0.0, "mi_domain": told, "work": work}
+
+
+def run_of(folder, layers, task="elsewhere.module.Task", **files):
+    (folder / "metrics").mkdir(exist_ok=True)
+    files["routing_test"] = {"domains": ["a", "b"], "layers": layers}
+    files["test"] = {"header": {"task": task}, "rows": []}
+    for name, content in files.items():
+        (folder / "metrics" / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_run_says_what_each_layer_did_and_sums_it_up(tmp_path):
+    layers = {"net.blocks.0.ffn": layer(EVEN, 0.0), "net.blocks.1.ffn": layer(EYE, 1.0)}
+    found = describe_run(run_of(tmp_path, layers))
+    assert [one.kinds[0] for one in found.layers] == ["even", "specialised"]
+    assert found.sentence == (
+        "In 1 of 2 MoE layers the experts specialise, most by domain (100 % of it told by the expert in "
+        "net.blocks.1.ffn); 1 of 2 MoE layers shares the work alike and follows nothing known; no expert is dead."
+    )
+    assert found.layers[1].numbers["entropy"] == 0.5
+    assert found.notes == ()
+
+
+def test_the_factors_of_a_report_are_read_with_their_names_and_numbers(tmp_path):
+    work = {"experts.0": {"colour": [[[80.0, 0.0], [20.0, 0.0]], [[0.0, 20.0], [0.0, 80.0]]]}}
+    # over both domains: red [80, 20], blue [20, 80]
+    report = {"domains": ["a", "b"], "experts.0": {"mi_colour": 0.278}, "labels": {"colour": ["red", "blue"]}}
+    folder = run_of(tmp_path, {"net.blocks.0.ffn": layer(EVEN, 0.0)}, experts={**report, "work": work})
+    found = describe_run(folder).layers[0]
+    assert found.factor == "colour"
+    assert found.numbers["told_colour"] == 0.278
+    assert "expert 0 takes 80 % of red, expert 1 takes 80 % of blue" in found.sentence
+
+
+def test_layers_of_two_stages_keep_their_own_tables(tmp_path):
+    layers = {"net.encoder.0.proj": layer(EVEN, 0.0), "net.decoder.0.proj": layer(EVEN, 0.0)}
+    work = {"encoder.0": {"class": [EYE]}, "decoder.0": {"class": [EVEN]}}
+    found = describe_run(run_of(tmp_path, layers, experts={"domains": ["a"], "work": work}))
+    assert [one.kinds[0] for one in found.layers] == ["specialised", "even"]
+
+
+def test_the_gallery_of_a_task_brings_tables_of_its_own(tmp_path):
+    partition = {"family": ["swing", "swing", "decay", "decay"] * 8, "expert": [0, 0, 1, 1] * 8, "ari": 1.0}
+    layers = {"net.layer": layer(EVEN, 0.0)}
+    folder = run_of(tmp_path, layers, task="tasks.dynamics.module.DynamicsTask", partition=partition)
+    assert gallery_of(folder).__name__ == "tasks.dynamics.report.gallery"
+    found = describe_run(folder).layers[0]
+    assert found.factor == "hidden family"
+    assert "adjusted Rand index of experts and families 1.00" in found.sentence
+    assert "expert 0 takes 100 % of swing, expert 1 takes 100 % of decay" in found.sentence
+
+
+def test_a_task_that_is_not_installed_is_never_imported(tmp_path, monkeypatch):
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = run_of(tmp_path, {"net.layer": layer(EYE, 1.0)}, task="trap.Task")
+    assert gallery_of(folder) is None
+    assert describe_run(folder).layers[0].kinds == ("specialised",)
+    assert "trap" not in sys.modules
+
+
+def test_a_run_without_experts_says_so(tmp_path):
+    found = describe_run(tmp_path)
+    assert found.layers == ()
+    assert found.sentence == "Nothing was routed in its test: the network has no experts, or it was not tested."
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"domains": ["a"], "layers": {"x": {"work": [[1]]}}}'])
+def test_a_broken_routing_file_is_one_clear_line(tmp_path, text):
+    run_of(tmp_path, {})
+    (tmp_path / "metrics" / "routing_test.json").write_text(text)
+    with pytest.raises(ValueError, match=r"routing_test\.json is not a routing file of moeapps"):
+        describe_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"work": {"experts.0": {"class": [[[1, "x"]]]}}}'])
+def test_a_broken_file_of_factors_is_a_note_and_costs_no_sentence(tmp_path, text):
+    folder = run_of(tmp_path, {"net.blocks.0.ffn": layer(EYE, 1.0)})
+    (folder / "metrics" / "experts.json").write_text(text)
+    found = describe_run(folder)
+    assert found.layers[0].kinds == ("specialised",)
+    assert len(found.notes) == 1
+    assert "left out" in found.notes[0]

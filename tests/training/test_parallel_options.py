@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be told of networks over several processes without starting any."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from moeapps.moe import GLUExperts, JoinedExperts, LinearScore, MLPExperts, MoELayer, Router, TopK
+from moeapps.moe.surgery import one_process_state
+from moeapps.training.parallel import ModelParallel, spreadable_layers
+from moeapps.training.placement import split_by_mesh
+from tests.toy import ToyData, ToyNet, ToyTask
+
+
+def layer(bank: Any, num_shared: int = 0) -> MoELayer:
+    return MoELayer(Router(LinearScore(6, bank.num_experts - num_shared), TopK(1)), bank, num_shared=num_shared)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"experts": 0}, "experts=0 is not allowed; use 'node', or"), ({"rest": "halved"}, "rest='halved' is unknown")],
+)
+def test_wrong_options_are_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ModelParallel(**options)
+
+
+def test_a_strategy_for_networks_that_place_themselves_is_refused() -> None:
+    task = ToyTask(net=ToyNet(), facts=ToyData().facts)
+    task.configure_model()  # outside of a trainer there is nothing to place
+    task._trainer = SimpleNamespace(strategy=ModelParallelStrategy(), barebones=False)  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"use moeapps\.training\.parallel\.ModelParallel"):
+        task.configure_model()
+
+
+def test_names_of_a_spread_network_become_those_of_one_process() -> None:
+    net = nn.Sequential(layer(MLPExperts(5, 6, 8), 2), layer(MLPExperts(3, 6, 8)), layer(two_widths(), 1))
+    whole = net.state_dict()
+    split = {key: value for key, value in whole.items() if not key.startswith("0.experts.")}
+    for name, value in net[0].experts.named_parameters():
+        split[f"0.experts.banks.0.{name}"], split[f"0.experts.banks.1.{name}"] = value[:3], value[3:]
+
+    for state in (split, whole):
+        found = one_process_state(net, state)
+        assert set(found) == set(whole)
+        assert all(torch.equal(value, whole[key]) for key, value in found.items())
+
+
+def two_widths() -> JoinedExperts:
+    return JoinedExperts([GLUExperts(3, 6, 8), GLUExperts(1, 6, 4)])
+
+
+def test_layers_of_stacked_experts_are_spread_and_no_others() -> None:
+    from moeapps.moe import ConstantScore, Dense, ModuleExperts
+
+    modules = MoELayer(Router(ConstantScore(2), Dense()), ModuleExperts([nn.Linear(6, 6), nn.Linear(6, 6)]))
+    one = MoELayer(Router(ConstantScore(1), Dense()), MLPExperts(1, 6, 8))
+    stacked = [layer(MLPExperts(4, 6, 8)), layer(two_widths(), 1)]
+
+    assert spreadable_layers(nn.ModuleList([modules, one, *stacked])) == stacked
+
+
+def test_groups_of_parameters_on_one_device_stay_as_they_are() -> None:
+    groups = [{"params": list(nn.Linear(2, 2).parameters()), "name": "default", "lr": 0.1}]
+
+    assert split_by_mesh(groups) == groups

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with spread experts and sharded weights is training in one process (slow: starts processes)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moeapps
+from moeapps.training.checkpoints import read_checkpoint
+from tests.launched import Job, run_jobs
+from tests.systems import CONFIGS, name, tiny
+
+pytestmark = pytest.mark.slow
+
+# 18 steps that two processes share; no batch norm and no dropout: a mean over rows is what it is over processes.
+TOY = ["fit", "--config", "tests/toy.yaml", "--trainer.max_epochs", "2", "--trainer.gradient_clip_val", "0.5",
+       "--model.net.dropout", "0", "--model.net.norm", "false", "--trainer.log_every_n_steps", "1",
+       "--model.net.moe.init_args.num_shared", "1",
+       "--model.schedule", "moeapps.training.optim.Constant"]  # fmt: skip
+EMA = ["--trainer.callbacks", "moeapps.training.callbacks.AveragedWeights"]
+ONE, TWO = ["--data.batch_size", "8"], ["--data.batch_size", "4", "--trainer.accelerator", "cpu"]
+# Experts spread over pairs of processes, and cut further over the two pairs.
+GRID = ["--data.batch_size", "2", "--trainer.accelerator", "cpu", "--config", "configs/trainer/ep_fsdp2.yaml",
+        "--trainer.devices", "4", "--trainer.strategy.init_args.experts", "2"]  # fmt: skip
+OVERLAYS = ["ep", "ep_fsdp2", "fsdp2"]
+
+
+def overlay(path: str) -> list[str]:
+    return ["--config", f"configs/trainer/{path}.yaml"]
+
+
+def in_one(folder: Path, variant: str) -> list[str]:
+    run = folder / "runs" / "toy" / variant
+    return ["test", "--run", str(run), "--trainer.devices", "1", "--trainer.strategy", "auto"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process and of two."""
+    folder = tmp_path_factory.mktemp("runs_of_two")
+    short = ["--name", "short", "--trainer.max_epochs", "1"]
+    jobs: list[Job] = [
+        (1, [*TOY, *ONE, "--name", "one"]),
+        (1, [*TOY, *ONE, *EMA, "--name", "one_ema"]),
+        *((2, [*TOY, *TWO, *overlay(path), "--name", path]) for path in OVERLAYS),
+        (2, [*TOY, *TWO, *EMA, *overlay("ep"), "--name", "ep_ema"]),
+        (4, [*TOY, *GRID, "--name", "grid"]),
+        (2, [*TOY, *TWO, *EMA, *overlay("ep_fsdp2"), *short]),
+        (2, ["fit", "--run", str(folder / "runs/toy/short"), "--name", "resumed", "--trainer.max_epochs", "2"]),
+        (2, [*TOY, *TWO, *EMA, *overlay("ep_fsdp2"), "--name", "whole"]),
+        (1, in_one(folder, "ep")),
+        (1, in_one(folder, "ep_fsdp2")),
+    ]
+    run_jobs(folder, jobs, seconds=900)
+    return folder
+
+
+def run(folder: Path, variant: str) -> Path:
+    return folder / "runs" / "toy" / variant / "version_0"
+
+
+def weights(folder: Path, variant: str, checkpoint: str = "last.ckpt") -> dict[str, Tensor]:
+    """Weights as a network in one process names them."""
+    file = run(folder, variant) / "checkpoints" / checkpoint
+    return moeapps.load(run(folder, variant), checkpoint=file).task.net.state_dict()
+
+
+def rows(folder: Path, variant: str) -> list[dict[str, Any]]:
+    return json.loads((run(folder, variant) / "metrics" / "test.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "alone"), [*((path, "one") for path in (*OVERLAYS, "grid")), ("ep_ema", "one_ema")]
+)
+def test_weights_and_scores_are_those_of_one_process(folder: Path, variant: str, alone: str) -> None:
+    wanted = weights(folder, alone)
+    found = weights(folder, variant)
+
+    assert set(found) == set(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-4, msg=lambda text, k=key: f"{k}: {text}")
+    for left, right in zip(rows(folder, variant), rows(folder, alone), strict=True):
+        assert (left["domain"], left["metric"], left["n"]) == (right["domain"], right["metric"], right["n"])
+        assert left["value"] == pytest.approx(right["value"], abs=1e-4)
+
+
+def test_experts_are_different_after_training(folder: Path) -> None:
+    stack = weights(folder, "ep")["moe.experts.w_in"]
+
+    assert stack.shape[0] == 5  # four routed, one shared
+    assert len({tuple(expert.flatten().tolist()) for expert in stack}) == 5
+
+
+def test_a_resumed_training_is_the_whole_one_to_the_bit(folder: Path) -> None:
+    last = [run(folder, variant) / "checkpoints" / "last.ckpt" for variant in ("whole", "resumed")]
+    whole, resumed = (read_checkpoint(file)["state_dict"] for file in last)
+
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert any(key.endswith("experts.banks.0.w_in") for key in whole)
+
+
+@pytest.mark.parametrize("variant", ["ep", "ep_fsdp2"])
+def test_one_process_tests_what_two_have_trained(folder: Path, variant: str) -> None:
+    for left, right in zip(rows(folder, variant), rows(folder, "one"), strict=True):
+        assert left["value"] == pytest.approx(right["value"], abs=1e-4)
+
+
+def test_each_checkpoint_keeps_one_folder_of_parts(folder: Path) -> None:
+    for variant in OVERLAYS:
+        held = run(folder, variant) / "checkpoints"
+        named = sorted(read_checkpoint(held / f"{kind}.ckpt", weights=False)["parts"] for kind in ("best", "last"))
+        assert sorted(path.name for path in held.glob("*.parts-*")) == named
+
+
+def test_a_damaged_part_is_told(folder: Path, tmp_path: Path) -> None:
+    held = shutil.copytree(run(folder, "fsdp2") / "checkpoints", tmp_path / "held")
+    (parts,) = held.glob("best.ckpt.parts-*")
+    (parts / "__0_0.distcp").write_bytes(b"nothing")
+
+    with pytest.raises(ValueError, match="damaged"):
+        read_checkpoint(held / "best.ckpt")
+
+
+def test_code_in_the_description_of_parts_is_not_run(folder: Path, tmp_path: Path) -> None:
+    held = shutil.copytree(run(folder, "ep") / "checkpoints", tmp_path / "held")
+    (parts,) = held.glob("last.ckpt.parts-*")
+    (parts / ".metadata").write_bytes(pickle.dumps(Runs(str(tmp_path / "ran"))))
+
+    with pytest.raises(ValueError, match=r"posix.mkdir is not allowed in a checkpoint"):
+        read_checkpoint(held / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+SYSTEMS = [CONFIGS / f"{system}.yaml" for system in ("point_moe", "promoe", "unimoe_audio")]
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("systems_of_two")
+    cpu = ["--trainer.accelerator", "cpu"]
+    jobs: list[Job] = []
+    for base in SYSTEMS:
+        words = ["fit", *tiny(base), *cpu]
+        jobs.append((2, [*words, *overlay("ep"), "--name", "ep"]))
+        resumed = ["--name", "resumed", "--trainer.max_epochs", "2"]
+        jobs.append((2, ["fit", "--run", str(folder / "runs" / base.stem / "ep"), *resumed]))
+        jobs += [(2, [*words, *overlay(path), "--name", path]) for path in ("fsdp2", "ep_fsdp2")]
+    run_jobs(folder, jobs, seconds=1800)
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["ep", "resumed", "fsdp2", "ep_fsdp2"])
+@pytest.mark.parametrize("base", SYSTEMS, ids=name)
+def test_a_system_trains_and_tests_on_two_processes(systems: Path, base: Path, variant: str) -> None:
+    found = json.loads((systems / "runs" / base.stem / variant / "version_0/metrics/test.json").read_text())
+
+    assert {row["role"] for row in found["rows"]} == {"seen", "validation", "unseen"}
+
+
+def test_one_killed_process_ends_the_others(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moeapps", *TOY, *TWO, *overlay("ep"), "--trainer.max_epochs", "10000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as first:
+        try:
+            saved = tmp_path / "runs/toy/base/version_0/checkpoints/last.ckpt"
+            deadline = time.monotonic() + 300
+            while not saved.is_file() and time.monotonic() < deadline and first.poll() is None:
+                time.sleep(0.5)
+            (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            began = time.monotonic()
+            told, _ = first.communicate(timeout=60)
+        finally:
+            if first.poll() is None:
+                os.killpg(first.pid, signal.SIGKILL)
+    assert time.monotonic() - began < 60
+    assert first.returncode != 0
+    assert "Traceback" not in told, told[-3000:]
+    assert [line for line in told.splitlines() if line.startswith("error: ")]
