@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the tables of README.md from committed results: ``python -m benchmarks.readme [RUN RUN]``.
 
-The demo's table: with two run folders (the mixture and its dense twin, trained with one seed) their test results are
-first put into ``benchmarks/results/point_moe_demo.json``: under ``runs`` for seed 0, which is the table, and under
+The table of one full training: with two run folders (the mixture and its dense twin, of one seed) their test results
+are first put into ``benchmarks/results/point_moe_demo.json``: under ``runs`` for seed 0, which is the table, and under
 ``seeds`` for any other, whose means stand below it. Without, only the tables are written anew. ``--seeds`` prints what
 is known of other seeds. The table of verdicts: what the evidence of every system says of the comparisons that a reader
 asks for first.
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "point_moe_demo.json"
 BLOCK = re.compile(r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)", re.DOTALL)
 VERDICTS = re.compile(r"(<!-- verdicts:begin -->\n).*?(<!-- verdicts:end -->)", re.DOTALL)
+COMMAND = "lightning fit --config configs/point_moe.yaml --config configs/data/real_als.yaml"
 ROLES = ("seen", "validation", "unseen")
 CLAIMS = (
     ("point_moe", "C1a"),
@@ -65,7 +66,7 @@ _WORDS = {"supported": "**yes**", "not supported": "**no**", "inconclusive": "op
 
 
 def collect(moe: Path, dense: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return what the table needs of two runs of ``make demo``, or of the same with another seed.
+    """Return what the table needs of the two runs, or of the same with another seed.
 
     Args:
         moe: run folder of the mixture.
@@ -79,7 +80,7 @@ def collect(moe: Path, dense: Path, known: dict[str, Any] | None = None) -> dict
     seeds = {run.seed for run in runs.values()}
     if len(seeds) > 1:
         raise ValueError(f"{moe} and {dense} have the seeds {sorted(map(str, seeds))}; give two runs of one seed")
-    report = {"command": "make demo", **(known or {})}
+    report = {"command": COMMAND, **(known or {})}
     found, seed = {name: summary(run) for name, run in runs.items()}, seeds.pop()
     if seed == 0:
         return {**report, "runs": found}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -24,6 +25,7 @@ from moeapps.moe.losses import AuxLoss
 from moeapps.moe.presets import point_moe, top_k_router
 from moeapps.training.callbacks import BiasBalancing, SideReport
 from moeapps.training.optim import OptimizerConfig, Schedule
+from moeapps.training.shown import Sound
 from moeapps.training.stages import Start
 from moeapps.training.task import BaseTask, Stage, StepOutput
 
@@ -365,3 +367,32 @@ class DeleteRun(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == 13:
             shutil.rmtree(str(trainer.log_dir))
+
+
+class ShowingTask(ToyTask):
+    """The toy with a picture of each kind, which draws random numbers for them, and a headline."""
+
+    headlines: ClassVar[Mapping[str, str]] = {"half/done": "half of it"}
+    calls: ClassVar[list[tuple[str, int]]] = []
+
+    def pictures(self, batch: Any, domain: str) -> dict[str, Any]:
+        from matplotlib.figure import Figure
+
+        self.calls.append((domain, self.current_epoch))
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().plot(torch.rand(3))
+        return {"figure": figure, "image": torch.rand(3, 4, 4), "sound": Sound(torch.rand(80), 8000)}
+
+
+class WronglyShowingTask(ToyTask):
+    """The toy with a picture of no kind."""
+
+    def pictures(self, batch: Any, domain: str) -> dict[str, Any]:
+        return {"wrong": 3}
+
+
+class HalfReport(SideReport):
+    """A report of one number."""
+
+    def describe_results(self) -> dict[str, dict[str, float]]:
+        return {"half": {"done": 0.5}}

@@ -150,6 +150,9 @@ class Cli(LightningCLI):
             default=True,
             help="After fit, test with the best checkpoint (with fast_dev_run: with the current weights).",
         )
+        parser.add_argument(
+            "--pictures", type=bool, default=True, help="While fitting, show pictures of the validation in TensorBoard."
+        )
         if command not in (None, "fit"):
             parser.add_argument(
                 "--untrained", action="store_true", help="Work with weights as they are drawn, without a checkpoint."
@@ -227,6 +230,7 @@ class Cli(LightningCLI):
             (ours.MoESummary, ours.MoESummary, config.get("enable_model_summary") is not False),
             (ProgressBar, ours.progress_bar, config.get("enable_progress_bar") is not False),
             (ours.EndTable, ours.EndTable, True),
+            (ours.EpochPictures, ours.EpochPictures, bool(self._get(self.config, "pictures"))),
             (type(writer), lambda: writer, self.subcommand == "predict"),
             (
                 ours.BestCheckpoint,

@@ -38,6 +38,7 @@ from moeapps.training.results import write_results
 from moeapps.training.run import run_dir
 from moeapps.training.scores import DomainScores, ScoreTable
 from moeapps.training.selection import select
+from moeapps.training.shown import Shown
 from moeapps.training.sparse import build_optimizer, clip_gradients
 from moeapps.training.stages import Origin, Start, freeze_all_but, hold_statistics
 from moeapps.training.step import Factor as Factor
@@ -48,7 +49,7 @@ PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
 
 
-class BaseTask(AnswersInputs, L.LightningModule):
+class BaseTask(AnswersInputs, Shown, L.LightningModule):
     """Base class of all task modules.
 
     A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes

@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from moeapps.moe import MoERecorder
 from moeapps.training.inputs import Program
+from moeapps.training.shown import Pictures
 from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageBatch
 from tasks.adaptation.metrics import adaptation_metrics
@@ -140,6 +141,13 @@ class AdaptationTask(BaseTask):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.train()
+
+    @override
+    def pictures(self, batch: Any, domain: str) -> Pictures:
+        answer = None if self.measured or self.last_answer is None else self.last_answer()
+        from tasks.adaptation.report.figures import pictures_of  # loads matplotlib
+
+        return {} if answer is None else pictures_of(answer, self.facts["class_names"])
 
     # Losses -------------------------------------------------------------------------------------------------------
 

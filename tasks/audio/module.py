@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -11,8 +11,10 @@ import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.training.inputs import Program
+from moeapps.training.shown import Pictures, Sound
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.audio.data.batch import NO_CODE, AudioBatch
 from tasks.audio.data.prompt import UNKNOWN
@@ -20,6 +22,7 @@ from tasks.audio.losses import code_nats, codec_loss
 from tasks.audio.metrics import audio_metrics, code_bits, unit_parts
 from tasks.audio.model import AudioLM
 from tasks.audio.nets.language_model import CodecLM
+from tasks.audio.report.clips import spectrogram_figure
 from tasks.audio.report.drawing import Drawing, draw_codes, sounds
 from tasks.audio.report.writer import ClipWriter
 
@@ -74,6 +77,11 @@ class AudioTask(BaseTask):
     main_metric: ClassVar[str] = "bits_0"
     monitor_minimum: ClassVar[int] = 20
     monitor_unit: ClassVar[str] = "clips"
+    headlines: ClassVar[Mapping[str, str]] = {
+        "generation/domain_accuracy": "drawn clips that a judge takes for their domain",
+        "generation/real_domain_accuracy": "real clips that it does",
+        "capacity/real": "routed experts per row, of those that are not null",
+    }
     needed_facts: ClassVar[tuple[str, ...]] = ("num_codebooks", "num_codes", "frame_rate", "labels")
 
     def __init__(
@@ -132,6 +140,16 @@ class AudioTask(BaseTask):
     def _rows(self, batch: AudioBatch, label_BL: Tensor, num_labels: int) -> Factor:
         """Labels of all rows of a pass: those of a prompt have none, and come first."""
         return Factor(torch.cat([torch.full_like(batch.prompt, -1), label_BL], 1).flatten(), num_labels)
+
+    @override
+    def pictures(self, batch: AudioBatch, domain: str) -> Pictures:
+        if domain != self.data.present("seen")[0]:  # one clip takes as long as many batches
+            return {}
+        rate, drawing = int(self.facts["sample_rate"]), self.answers.drawing
+        frames = float(self.facts["frame_rate"])
+        codes = draw_codes(self.net, batch.prompt[:1], frames, drawing, domain=batch.domain[:1])
+        wave = sounds(cast(Any, self.data).tokenizer, codes)[0]
+        return {"clip": Sound(wave, rate), "spectrogram": spectrogram_figure(wave, rate)} if len(wave) else {}
 
     # Steps --------------------------------------------------------------------------------------------------------
 

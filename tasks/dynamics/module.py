@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -22,6 +22,7 @@ from moeapps.training.callbacks import RouterFit
 from moeapps.training.callbacks.router_fit import fitted_routers
 from moeapps.training.inputs import Program
 from moeapps.training.optim import build_adamw
+from moeapps.training.shown import Pictures
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.losses import scaled_errors, scored_samples
@@ -30,6 +31,7 @@ from tasks.dynamics.model import FieldMixER, MixER
 from tasks.dynamics.nets.adaptation import Adaptation, Adapted, TryExperts
 from tasks.dynamics.nets.alternation import Alternation, Phase
 from tasks.dynamics.nets.programs import StateProgram
+from tasks.dynamics.report.figures import trajectory_figure
 from tasks.dynamics.report.partition import PartitionReport
 from tasks.dynamics.report.predictions import TrajectoryWriter
 
@@ -63,6 +65,10 @@ class DynamicsTask(BaseTask):
     main_metric: ClassVar[str] = "relative_mse_median"
     monitor_minimum: ClassVar[int] = 4
     monitor_unit: ClassVar[str] = "environments"
+    headlines: ClassVar[Mapping[str, str]] = {
+        "partition/ari": "hidden families found by the experts (adjusted Rand index, 1 at best)",
+        "partition/experts": "experts in use",
+    }
     needed_facts: ClassVar[tuple[str, ...]] = ("num_environments", "state_dim", "kind")
     inner_step: Tensor
     skipped: Tensor
@@ -122,6 +128,15 @@ class DynamicsTask(BaseTask):
         """The hidden family of each environment, where it is known."""
         names = tuple(self.facts.get("families", []))
         return {"family": Factor(batch.family, len(names), names)}
+
+    @override
+    def pictures(self, batch: Trajectories, domain: str) -> Pictures:
+        if self.last_answer is None:
+            return {}
+        answer = self.last_answer()
+        truth, pred, dt = (answer[key].cpu().numpy() for key in ("truth", "x", "dt"))
+        names = [f"expert {int(k)}" for k in answer["expert"]]
+        return {"trajectories": trajectory_figure(domain, truth, pred, dt, names, most=3, given=batch.num_given)}
 
     # Training -----------------------------------------------------------------------------------------------------
 

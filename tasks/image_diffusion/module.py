@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.inputs import Program
+from moeapps.training.shown import Pictures
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.image_diffusion.metrics import TIME_BINS, paired_metrics
 from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.nets.flow import RectifiedFlow
 from tasks.image_diffusion.nets.process import Process
 from tasks.image_diffusion.nets.samplers import image_noise, sample
+from tasks.image_diffusion.report.pictures import grid
 from tasks.image_diffusion.rivals.routers import ClassTable
 
 PAIRED_SEED = 20_251_024
@@ -68,6 +71,11 @@ class ImageDiffusionTask(BaseTask):
     main_metric: ClassVar[str] = "loss"
     monitor_minimum: ClassVar[int] = 100
     monitor_unit: ClassVar[str] = "images"
+    headlines: ClassVar[Mapping[str, str]] = {
+        "generation/frechet": "Fréchet distance of drawn images to real ones (lower is better)",
+        "generation/frechet_floor": "the same of real images to other real ones",
+        "generation/class_accuracy": "drawn images that a judge takes for the class asked for",
+    }
     needed_facts: ClassVar[tuple[str, ...]] = ("num_classes", "channels", "image_size", "superclass")
 
     def __init__(
@@ -113,6 +121,12 @@ class ImageDiffusionTask(BaseTask):
             "time": Factor(time_B.repeat_interleave(length), TIME_BINS),
             "place": Factor(torch.arange(length, device=batch.label.device).repeat(num), length),
         }
+
+    @override
+    def pictures(self, batch: ImageBatch, domain: str) -> Pictures:
+        label = batch.label.unique()[:6].repeat_interleave(2)
+        image = sample(self, label, cfg=self.sampling.cfg, steps=min(self.sampling.steps, 12), seed=0)
+        return {"samples": grid(image, columns=4, enlarge=2 if image.shape[-1] < 64 else 1).permute(2, 0, 1)}
 
     # Steps --------------------------------------------------------------------------------------------------------
 

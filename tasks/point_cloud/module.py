@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.moe import MoERecorder, Record
 from moeapps.training.inputs import Program
+from moeapps.training.shown import Pictures
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.point_cloud.data.labels import IGNORE
 from tasks.point_cloud.losses import mean_over_domains, segmentation_loss
@@ -22,6 +24,7 @@ from tasks.point_cloud.metrics import scan_parts, segmentation_metrics
 from tasks.point_cloud.model import PointMoE
 from tasks.point_cloud.nets.head import LanguageHead
 from tasks.point_cloud.nets.text import TaxonomyText, TextVectors, normalise_name
+from tasks.point_cloud.report.figures import picture_of, scan_figure
 from tasks.point_cloud.report.scan_writer import ScanWriter
 from tasks.point_cloud.report.tables import write_class_tables
 from tasks.point_cloud.report.tally import tally
@@ -117,6 +120,13 @@ class PointCloudTask(BaseTask):
     def routed_rows(self, batch: Batch) -> list[Tensor]:
         """The row of each voxel at every resolution; voxels of a coarse stage count as the voxels they hold."""
         return self.net.rows(batch)
+
+    @override
+    def pictures(self, batch: Batch, domain: str) -> Pictures:
+        if self.last_answer is None:
+            return {}
+        picture = picture_of(self.last_answer(), self.data.role_of(domain))
+        return {"scan": scan_figure(picture, dpi=60)} if (picture.truth_R != IGNORE).any() else {}
 
     def forward(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Answer a batch.

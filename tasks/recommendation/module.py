@@ -6,7 +6,7 @@ Shape legend: B rows or lists, T tasks, N candidates, H past items, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
+from typing_extensions import override
 
 from moeapps.moe import MoERecorder
 from moeapps.training.inputs import Program
+from moeapps.training.shown import Pictures
 from moeapps.training.task import BaseTask, Factor, Stage, StepOutput
 from tasks.recommendation.data.batch import Interactions
 from tasks.recommendation.data.lists import Lists
@@ -34,6 +36,7 @@ from tasks.recommendation.model import ListRanker, Ranker
 from tasks.recommendation.nets.list_banks import ListScores
 from tasks.recommendation.nets.programs import ListProgram, RowProgram, list_inputs, row_inputs
 from tasks.recommendation.report.list_metrics import KEEP, gate_stability, list_auc, list_metrics, user_parts
+from tasks.recommendation.report.ranks import ranks_figure
 from tasks.recommendation.report.score_writer import ListWriter, ScoreWriter
 
 
@@ -104,6 +107,14 @@ class RankingTask(BaseTask):
         label_BT = batch.label.long().where(batch.mask, -1)
         return {name: Factor(label_BT[:, t], 2, ("no", "yes")) for t, name in enumerate(self.tasks)}
 
+    @override
+    def pictures(self, batch: Interactions, domain: str) -> Pictures:
+        probability_BT = self(batch).sigmoid()
+        kept = [batch.mask[:, t] for t in range(len(self.tasks))]
+        scores = [probability_BT[rows, t] for t, rows in enumerate(kept)]
+        taken = [batch.label[rows, t] > 0 for t, rows in enumerate(kept)]
+        return {"ranks": ranks_figure(self.tasks, scores, taken, title=f"{domain}: the rows of a batch, by task")}
+
     def forward(self, batch: Interactions) -> Tensor:
         """Logits [B, T]."""
         logits: Tensor = self.net(batch)
@@ -170,6 +181,9 @@ class ListRankingTask(BaseTask):
     main_metric: ClassVar[str] = "list_auc"
     monitor_minimum: ClassVar[int] = 200
     monitor_unit: ClassVar[str] = "lists"
+    headlines: ClassVar[Mapping[str, str]] = {
+        "gates/gate_ari": "tastes found by the gate (adjusted Rand index, 1 at best)",
+    }
     needed_facts: ClassVar[tuple[str, ...]] = ("item_fields", "query_fields", "profile_fields", "history", "factors")
     facts_from: ClassVar[str] = (
         "lists: ListData, as in configs/aw_moe.yaml or configs/data/ml100k_lists.yaml (impressions, as in "
@@ -230,6 +244,15 @@ class ListRankingTask(BaseTask):
         each = batch.label.shape[1] if getattr(self.net, "gates_candidates", False) else 1
         names = tuple(self.facts["factors"])
         return {"factor": Factor(batch.factor.repeat_interleave(each), len(names), names)}
+
+    @override
+    def pictures(self, batch: Lists, domain: str) -> Pictures:
+        logits_BN, shown = self(batch).logits, range(min(len(batch), 12))
+        kept = [batch.candidate_mask[b] for b in shown]
+        scores = [logits_BN[b][rows] for b, rows in zip(shown, kept, strict=True)]
+        taken = [batch.label[b][rows] > 0 for b, rows in zip(shown, kept, strict=True)]
+        names = [f"user {int(batch.user[b])}" for b in shown]
+        return {"lists": ranks_figure(names, scores, taken, title=domain)}
 
     def forward(self, batch: Lists, *, history_mask: Tensor | None = None) -> ListScores:
         """Scores of a batch."""

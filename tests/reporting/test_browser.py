@@ -95,14 +95,14 @@ def shown(browser, selector):
 
 
 def complaints(browser):
-    """What the console holds that is an error; what a driver without a graphics card says of itself is none."""
+    """What the console holds that is an error; what a driver without graphics hardware says of itself is none."""
     return [
         one["message"] for one in browser.get_log("browser") if one["level"] == "SEVERE" and "GPU" not in one["message"]
     ]
 
 
 def test_every_tab_shows_its_drawings_and_the_console_stays_silent(page):
-    assert [one.text for one in shown(page, "main > section > .cards h3")] == ["point_moe", "unimoe_audio", "toy"]
+    assert [one.text for one in shown(page, "main > section > .tiles h3")] == ["point_moe", "unimoe_audio", "toy"]
     for number in range(3):
         press(page, f"#tab-system-{number}")
         until(page, lambda: shown(page, ".plot .main-svg, .plot canvas"))

@@ -8,6 +8,7 @@ from moeapps.training.callbacks.balance import BiasBalancing
 from moeapps.training.callbacks.experts import ExpertReport
 from moeapps.training.callbacks.finite import DivergedError, StopDiverged
 from moeapps.training.callbacks.first_losses import FirstLosses
+from moeapps.training.callbacks.pictures import EpochPictures
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
 from moeapps.training.callbacks.report import Report
@@ -24,6 +25,7 @@ __all__ = [
     "BiasBalancing",
     "DivergedError",
     "EndTable",
+    "EpochPictures",
     "ExpertReport",
     "FirstLosses",
     "InterruptCheckpoint",

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress: a rich bar on a terminal, a few plain lines anywhere else."""
+"""Progress: a rich bar on a terminal, a few plain lines anywhere else; both name the domain that is evaluated."""
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -19,12 +19,41 @@ def progress_bar() -> ProgressBar:
     """Return the bar that suits the output: rich on a terminal, lines in a file or a pipe."""
     console = Console()
     if console.is_terminal and not console.is_jupyter:
-        return RichProgressBar(leave=True)
+        return DomainBar(leave=True)
     return ProgressLines()
 
 
+def domain_of(trainer: L.Trainer, stage: str, loader: int) -> str:
+    """Return the domain of a loader of ``val``, ``test`` or ``predict``."""
+    return str(cast(Any, trainer).datamodule.eval_domains(stage)[loader])
+
+
+class DomainBar(RichProgressBar):
+    """Lightning's bar, with the name of the domain in place of the number of its loader."""
+
+    def _named(self, word: str, stage: str) -> str:
+        loader = self._current_eval_dataloader_idx
+        # Lightning asks for the text before there is a loader, too, to align the bars.
+        return word if loader is None else f"{word} {domain_of(self.trainer, stage, loader)}"
+
+    @property
+    @override
+    def validation_description(self) -> str:
+        return self._named("Validation", "val")
+
+    @property
+    @override
+    def test_description(self) -> str:
+        return self._named("Testing", "test")
+
+    @property
+    @override
+    def predict_description(self) -> str:
+        return self._named("Predicting", "predict")
+
+
 class ProgressLines(ProgressBar):
-    """One line per epoch and, in long epochs, one per interval: steps, loss, main metrics, seconds.
+    """One line per epoch and, in long epochs and evaluations, one per interval: where it is, loss, metrics, seconds.
 
     Args:
         seconds: shortest time between two lines inside an epoch.
@@ -34,7 +63,7 @@ class ProgressLines(ProgressBar):
         super().__init__()
         self.seconds = seconds
         self._enabled = True
-        self._last = self._begin = 0.0
+        self._last = self._begin = self._began = 0.0
 
     def disable(self) -> None:
         """Say nothing (Lightning calls this on all but the first process)."""
@@ -56,6 +85,40 @@ class ProgressLines(ProgressBar):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._line(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._began = self._last = time.monotonic()
+
+    on_validation_start = on_predict_start = on_test_start
+
+    @override
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, loader: int = 0
+    ) -> None:
+        self._tell(trainer, "test", i, loader)
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, loader: int = 0
+    ) -> None:
+        self._tell(trainer, "val", i, loader)
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, loader: int = 0
+    ) -> None:
+        self._tell(trainer, "predict", i, loader)
+
+    def _tell(self, trainer: L.Trainer, stage: str, batch: int, loader: int) -> None:
+        """Say which domain is evaluated, where the last line is long ago."""
+        now = time.monotonic()
+        if not self._enabled or now - self._last < self.seconds:
+            return
+        self._last = now
+        words = {"val": "validating", "test": "testing", "predict": "predicting"}
+        domain = domain_of(trainer, stage, loader)
+        log.info("%s %s  batch %d  %.1f s", words[stage], domain, batch + 1, now - self._began)
 
     def _line(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._enabled:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table at the end of a test: domains by metrics, role means, and where the files are."""
+"""The table at the end of a test: domains by metrics, role means, what the experts did, and where the files are."""
 
 from __future__ import annotations
 
 import math
+import shlex
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -12,16 +14,23 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from moeapps.text import plain
 from moeapps.training.callbacks.summary import MoESummary
+from moeapps.training.results import told_by_callbacks
 from moeapps.training.run import run_dir
 from moeapps.training.scores import ScoreTable
+from moeapps.training.task import BaseTask
 
 MOST_COLUMNS = 12
 _COLUMN = 3  # what a column takes beside its text
 
 
 class EndTable(L.Callback):
-    """Print the scores of every domain with its role, the means over roles, the gap, and the run folder."""
+    """Print the scores of every domain with its role, the means over roles and the gap; then what else a user came for.
+
+    That is the headline numbers of the task (`Shown.headlines`), a sentence on what the experts did, what the training
+    has cost, and where to look further.
+    """
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -32,16 +41,44 @@ class EndTable(L.Callback):
                 console = Console()
                 main = str(getattr(pl_module, "main_metric", ""))
                 console.print(score_table(table, main=main, width=console.width))
-                for line in compute_lines(trainer):
-                    console.print(line, soft_wrap=True, highlight=False, markup=False)
+                lines = [*headline_lines(cast(BaseTask, pl_module)), *compute_lines(trainer)]
                 if folder is not None:
-                    for label, path in (
-                        ("run folder", folder),
-                        ("figures", folder / "figures"),
-                        ("numbers", folder / "metrics"),
-                    ):
-                        if path.is_dir():
-                            console.print(f"{label + ':':<12}{path}", soft_wrap=True, highlight=False, markup=False)
+                    lines = [*lines, *experts_line(folder), *place_lines(folder)]
+                for line in lines:
+                    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def headline_lines(task: BaseTask) -> list[str]:
+    """Return the numbers beside the scores that the task's users come for, as far as this test has them."""
+    if not task.headlines:
+        return []
+    told: dict[str, dict[str, float]] = told_by_callbacks(task, "describe_results")
+    found = []
+    for key, words in task.headlines.items():
+        group, _, number = key.partition("/")
+        value = told.get(group, {}).get(number)
+        if value is not None:
+            found.append(f"{words}: {_cell(value)}")
+    return [f"{'beside it:' if not place else '':<12}{line}" for place, line in enumerate(found)]
+
+
+def experts_line(folder: Path) -> list[str]:
+    """Return what the experts of a run did, in one sentence; nothing where it cannot be read."""
+    from moeapps.reporting.findings import describe_run
+
+    if not (folder / "metrics" / "routing_test.json").is_file():
+        return []
+    try:
+        return [f"{'experts:':<12}{plain(describe_run(folder).sentence, 1000)}"]
+    except (ValueError, OSError) as error:
+        return [f"{'experts:':<12}not told ({plain(error)})"]
+
+
+def place_lines(folder: Path) -> list[str]:
+    """Return where the files of a run are, and how to look at them."""
+    places = (("run folder", folder), ("figures", folder / "figures"), ("numbers", folder / "metrics"))
+    found = [f"{label + ':':<12}{path}" for label, path in places if path.is_dir()]
+    return [*found, f"{'look:':<12}moeapps report {shlex.quote(str(folder))}"]
 
 
 def compute_lines(trainer: L.Trainer) -> list[str]:

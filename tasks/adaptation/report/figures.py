@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,6 +51,30 @@ def gain_figure(scores: Mapping[str, tuple[float, float]], metric: str) -> Figur
     axis.set_xlabel(f"{metric}: before (open) and after (filled) adaptation", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     return figure
+
+
+def pictures_of(answer: Any, names: Sequence[str], most: int = 6) -> dict[str, Figure]:
+    """Draw images of one episode whose answer adaptation changed, and some that stayed.
+
+    Args:
+        answer: `tasks.adaptation.module.Answer` to images with classes.
+        names: of the classes.
+        most: images of a kind.
+    """
+    before, after, label = answer.before.argmax(-1), answer.after.argmax(-1), answer.query.label
+    kinds = {
+        "mended": (after == label) & (before != label),
+        "spoilt": (after != label) & (before == label),
+        "as it was": after == before,
+    }
+    found = {
+        kind: [
+            (answer.domain, answer.query.image[q].cpu(), int(label[q]), int(before[q]), int(after[q]))
+            for q in (rows & (label >= 0)).nonzero().flatten()[:most].tolist()
+        ]
+        for kind, rows in kinds.items()
+    }
+    return {"adapted": changed_figure(found, names)} if any(found.values()) else {}
 
 
 def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, int]]], names: Sequence[str]) -> Figure:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,15 +70,17 @@ def decibels(wave: Tensor, sample_rate: int) -> Tensor:
     return (level - level.max()).clamp(min=FLOOR_DB)
 
 
-def write_spectrogram(path: Path, wave: Tensor, sample_rate: int, *, title: str = "", kept: float = 0.0) -> Path:
+def spectrogram_figure(wave: Tensor, sample_rate: int, *, title: str = "", kept: float = 0.0) -> Any:
     """Draw time (s) against frequency (kHz) in dB; a line ends what was given.
 
     Args:
-        path: PNG file.
         wave: float32 [n].
         sample_rate: samples per second.
         title: above the picture.
         kept: seconds that were given.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
     """
     from matplotlib.figure import Figure
 
@@ -98,7 +101,12 @@ def write_spectrogram(path: Path, wave: Tensor, sample_rate: int, *, title: str 
     axes.set(xlabel="s", ylabel="kHz")
     axes.set_title(drawable(title), fontsize=8)
     figure.colorbar(image, ax=axes, label="dB")
-    save_figure(figure, path, dpi=100)
+    return figure
+
+
+def write_spectrogram(path: Path, wave: Tensor, sample_rate: int, *, title: str = "", kept: float = 0.0) -> Path:
+    """Write the spectrogram of a wave as PNG, see `spectrogram_figure`."""
+    save_figure(spectrogram_figure(wave, sample_rate, title=title, kept=kept), path, dpi=100)
     return path
 
 

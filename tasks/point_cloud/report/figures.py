@@ -170,10 +170,14 @@ class ScanPicture:
     note: str = ""
 
 
-def scan_figure(scan: ScanPicture) -> Any:
+def scan_figure(scan: ScanPicture, dpi: int = 150) -> Any:
     """Draw truth, prediction and (where there are experts) expert of one scan.
 
     Points named ceiling are not drawn, or every room would be a box with its lid on.
+
+    Args:
+        scan: what to draw.
+        dpi: dots per inch.
 
     Returns:
         A ``matplotlib.figure.Figure``, 3 panels wide.
@@ -198,7 +202,7 @@ def scan_figure(scan: ScanPicture) -> Any:
         panels.append(("expert", tints[expert]))
         present = [e for e in np.unique(expert) if e >= 0]
         handles.append([Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}") for e in present])
-    figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=150, facecolor="white")
+    figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=dpi, facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     figure.subplots_adjust(left=0.01, right=0.99, top=0.85, bottom=0.17, wspace=0.03)
     for axis, (label, colour) in zip(axes, panels, strict=True):
