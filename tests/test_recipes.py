@@ -136,8 +136,8 @@ def test_every_system_is_cited_with_its_paper() -> None:
 
     assert citation["version"] == version
     cited = {re.search(r"arXiv ([\d.]+)", paper["notes"])[1] for paper in citation["references"]}  # type: ignore[index]
-    cards = {system: Path(f"docs/papers/{system}.md").read_text() for system in SYSTEMS}
-    assert {re.search(r"arXiv\s+(\d{4}\.\d{5})", card)[1] for card in cards.values()} == cited  # type: ignore[index]
+    pages = {system: Path(f"docs/papers/{system}.md").read_text() for system in SYSTEMS}
+    assert {re.search(r"arXiv\s+(\d{4}\.\d{5})", page)[1] for page in pages.values()} == cited  # type: ignore[index]
     assert len(citation["references"]) == len(SYSTEMS)
     for paper in citation["references"]:
         assert paper["title"]

@@ -36,10 +36,11 @@ def main(args: list[str]) -> int:
     from moeapps.reporting.page import render
     from moeapps.reporting.view import group, read_run
     from moeapps.text import lines
+    from moeapps.training.run import newest_version
 
     if options.output.is_dir():
         raise ValueError(f"-o {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
-    once = list({path.resolve(): path for path in options.runs}.values())
+    once = list({newest_version(path).resolve(): path for path in options.runs}.values())
     views = [read_run(path, number) for number, path in enumerate(once)]
     for view in views:
         for note in view.notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moeapps.evaluation.results import RunResults
 from moeapps.evaluation.variants import variants_of
@@ -17,21 +18,44 @@ SIZES = {
 }
 
 
+COLUMNS = {"params_total": "parameters", **SIZES}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the runs of a variant cost, on average.
+
+    Args:
+        variant: its name.
+        runs: how many.
+        sizes: name in the header -> number; what some run does not say is left out.
+        ratio: training FLOPs in those of the baseline; None where there is none, or one side is not known.
+    """
+
+    variant: str
+    runs: int
+    sizes: dict[str, float]
+    ratio: float | None
+
+
 def sizes_of(run: RunResults) -> dict[str, float]:
     """Return what a run cost, name in the header -> number; what the file does not say is left out."""
-    sizes = {name: run.header.get(name) for name in SIZES}
+    sizes = {name: run.header.get(name) for name in COLUMNS}
     return {name: float(size) for name, size in sizes.items() if isinstance(size, int | float) and size > 0}
 
 
-def cost_lines(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()) -> list[str]:
-    """Return one line per variant and set of sizes: what it cost."""
+def costs(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()) -> list[Cost]:
+    """Return what each variant cost, in order of appearance."""
     once = list({run.path: run for run in (*runs, *baseline)}.values())
-    names = {run.path: variant.name for variant in variants_of(once) for run in variant.runs}
-    lines: dict[str, None] = {}
-    for run in once:
-        told = ", ".join(f"{SIZES[name]} {size:,.6g}" for name, size in sizes_of(run).items())
-        lines[f"{names[run.path]}: {told or 'cost unknown'}"] = None
-    return list(lines)
+    against = _mean(baseline, "train_flops") if baseline else None
+    found = []
+    for variant in variants_of(once):
+        sizes = {name: _mean(variant.runs, name) for name in COLUMNS}
+        known = {name: size for name, size in sizes.items() if size is not None}
+        mine = known.get("train_flops")
+        ratio = None if mine is None or against is None else mine / against
+        found.append(Cost(variant.name, len(variant.runs), known, ratio))
+    return found
 
 
 def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) -> list[str]:

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from moeapps.evaluation.choices import Choice
+from moeapps.evaluation.compute import Cost, costs
 from moeapps.evaluation.remarks import conclusion, different_data, different_domains
 from moeapps.evaluation.results import Direction, RunResults
 from moeapps.evaluation.statistics import Interval, paired_t_interval, t_interval
@@ -38,7 +40,9 @@ class Row:
         variant: name of its variant.
         seed: seed of the run.
         cells: column -> value; columns are domains, ``mean <role>``, ``worst unseen`` and ``gap``.
-        intervals: domain -> the same value with its interval over test units, where units tell it.
+        intervals: domain -> the same value with its interval over test units, where units tell it; ``worst unseen`` has
+            that of the domain which is the worst.
+        worst: name of that domain.
     """
 
     run: Path
@@ -46,6 +50,7 @@ class Row:
     seed: int | None
     cells: dict[str, float]
     intervals: dict[str, Interval]
+    worst: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Matrix:
         variants: variant -> column -> mean over its runs with a t interval (two or more runs).
         differences: to the baseline, if one was given.
         notes: what a reader of the numbers must know: other test data, means over other domains, missing pairs.
+        costs: parameters and compute of every variant.
+        choices: what rules of choosing among the runs come to, where it was asked for.
     """
 
     metric: str
@@ -91,6 +98,8 @@ class Matrix:
     variants: dict[str, dict[str, Interval]]
     differences: list[Difference]
     notes: list[str] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
 
     @property
     def columns(self) -> list[str]:
@@ -107,6 +116,8 @@ class Matrix:
             "rows": [{**asdict(row), "run": str(row.run)} for row in self.rows],
             "variants": {name: {c: asdict(i) for c, i in cells.items()} for name, cells in self.variants.items()},
             "differences": [asdict(difference) for difference in self.differences],
+            "costs": [asdict(cost) for cost in self.costs],
+            "choices": [asdict(choice) for choice in self.choices],
             "notes": self.notes,
             "conclusion": conclusion(self.metric, self.differences),
         }
@@ -140,14 +151,24 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
     roles = {domain: role for wanted in ROLES for domain, role in found.items() if role == wanted}
     variants = variants_of(every)
     rows = [
-        Row(run.path, variant.name, run.seed, cells(run, chosen), unit_intervals(run, chosen))
+        _row(run, variant.name, chosen)
         for run in every
         for variant in variants
         if any(run is own for own in variant.runs)
     ]
     notes = [*different_data(every), *different_domains(every, chosen)]
     differences = compare(variants, baseline, chosen, direction, notes) if baseline else []
-    return Matrix(chosen, direction, roles, rows, _variants(rows), differences, notes)
+    return Matrix(chosen, direction, roles, rows, _variants(rows), differences, notes, costs(runs, baseline))
+
+
+def _row(run: RunResults, variant: str, metric: str) -> Row:
+    found, intervals = cells(run, metric), unit_intervals(run, metric)
+    worst = next(
+        (d for d, role in run.roles.items() if role == "unseen" and found.get(d) == found.get("worst unseen")), None
+    )
+    if worst in intervals:
+        intervals["worst unseen"] = intervals[worst]
+    return Row(run.path, variant, run.seed, found, intervals, worst)
 
 
 def cells(run: RunResults, metric: str, only: set[str] | None = None) -> dict[str, float]:

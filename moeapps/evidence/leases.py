@@ -100,10 +100,12 @@ class Leases:
         return max(self._all(cell).items(), default=None)
 
     def _all(self, cell: Cell) -> dict[int, Path]:
-        files = (path for path in self.folder.glob("*" + _ENDING) if path.name.startswith(f"{cell.stem}."))
-        return {
-            _number(path): path for path in files if path.name.removesuffix(_ENDING)[len(cell.stem) + 1 :].isdigit()
-        }
+        found = {}
+        for path in self.folder.glob(f"{cell.stem}.*{_ENDING}"):
+            number = path.name.removesuffix(_ENDING)[len(cell.stem) + 1 :]
+            if number.isdigit():  # else of a cell whose name begins alike
+                found[int(number)] = path
+        return found
 
     def _dead(self, path: Path) -> bool:
         """Whether the owner of a lease is gone: its process has ended here, or it has not touched it for its time."""
@@ -119,7 +121,7 @@ class Leases:
 
     def _now(self) -> float:
         """The time by the clock that stamps the files, which may be another machine's."""
-        clock = self.folder / f".clock-{os.getpid()}"
+        clock = self.folder / f".clock-{os.getpid()}-{id(self)}"
         clock.touch()
         now = clock.stat().st_mtime
         clock.unlink(missing_ok=True)

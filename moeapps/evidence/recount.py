@@ -44,7 +44,7 @@ def count_variant(grid: Grid, variant: str, root: Path) -> dict[str, float]:
         The fields of a cell that are named in ``COUNTED``.
     """
     words = grid.arguments(Cell(variant, *grid.pairs(variant)[0]))[1:]
-    with _place(root):
+    with apart(root):
         quiet()
         import_tasks(words)
         cli = Cli(words, run=False)
@@ -80,7 +80,7 @@ def rewrite(folder: Path, system: str, variant: str, definition: str, found: Map
 
 
 @contextmanager
-def _place(root: Path) -> Iterator[None]:
+def apart(root: Path) -> Iterator[None]:
     """The repository as working directory, and a folder for runs that is gone afterwards."""
     before, here = os.environ.get("MOEAPPS_RUNS"), Path.cwd()
     with tempfile.TemporaryDirectory() as folder:

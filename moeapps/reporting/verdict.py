@@ -51,7 +51,7 @@ def sentences(matrix: Matrix) -> list[str]:
 
 
 def in_short(matrix: Matrix) -> str:
-    """The same for a card that shows the means beside it: who is best where, or how far unseen domains are off."""
+    """The same for a tile that shows the means beside it: who is best where, or how far unseen domains are off."""
     found = standings(matrix)
     names = {name for one in found for name, _, _ in one.variants}
     if len(names) < 2:

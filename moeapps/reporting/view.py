@@ -68,7 +68,7 @@ class RunView:
 
     def tell(self, what: str, error: BaseException) -> None:
         """Note what could not be read."""
-        self.notes.append(f"{what}: {plain(error, 400)}")
+        self.notes.append(f"{what}: {plain(' '.join(str(error).split()), 400)}")
 
     def read(self, what: str, reader: Callable[[], Read], otherwise: Read) -> Read:
         """Read something, or note why it is left out."""

@@ -219,7 +219,7 @@ class DomainScores(nn.Module):
             collection = cast(MetricCollection, self.metrics[i])
             values = collection.compute() if len(collection) else {}
             for name, value in values.items():
-                direction: Direction = "min" if _larger_is_better(collection, name) is False else "max"
+                direction: Direction = "min" if larger_is_better(collection, name) is False else "max"
                 scores.append(ScoreRow(domain, role, name, scalar(domain, name, value), n, direction))
             if self.units[domain]:
                 units[domain] = {
@@ -259,7 +259,7 @@ class UnitParts(nn.Module):
         return found
 
 
-def _larger_is_better(collection: MetricCollection, name: str) -> bool | None:
+def larger_is_better(collection: MetricCollection, name: str) -> bool | None:
     """Ask the metric; one that gives several numbers says it for each in an attribute ``larger_is_better``."""
     if name in collection:
         return collection[name].higher_is_better

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeapps.evaluation.compute import cost_lines, cost_warnings
+from moeapps.evaluation.compute import Cost, cost_warnings, costs
 from moeapps.evaluation.results import RunResults
 
 
@@ -19,9 +19,9 @@ def test_a_quarter_of_the_training_is_named_though_a_token_costs_the_same() -> N
     base = [run("dense", s, params_active=100, flops_per_token=200.0, train_flops=4_000) for s in (0, 1)]
     moe = [run("moe", s, params_active=101, flops_per_token=203.0, train_flops=1_000) for s in (0, 1)]
 
-    assert cost_lines(moe, base) == [
-        "toy/moe: active parameters 101, FLOPs a token 203, training FLOPs 1,000",
-        "toy/dense: active parameters 100, FLOPs a token 200, training FLOPs 4,000",
+    assert costs(moe, base) == [
+        Cost("toy/moe", 2, {"params_active": 101, "flops_per_token": 203, "train_flops": 1_000}, 0.25),
+        Cost("toy/dense", 2, {"params_active": 100, "flops_per_token": 200, "train_flops": 4_000}, 1.0),
     ]
     (line,) = cost_warnings([*moe, *base], base)
     assert line.startswith("toy/moe: training FLOPs differ from the baseline's by -75.0 per cent")
@@ -31,5 +31,5 @@ def test_a_quarter_of_the_training_is_named_though_a_token_costs_the_same() -> N
 def test_a_cost_that_is_not_known_is_no_equal_cost() -> None:
     base, old = [run("dense", params_active=100, flops_per_token=200.0, train_flops=4_000)], [run("old")]
 
-    assert cost_lines(old) == ["toy/old: cost unknown"]
+    assert costs(old, base)[0] == Cost("toy/old", 1, {}, None)
     assert cost_warnings(old, base) == ["toy/old: its training FLOPs and the baseline's are not both known"]

@@ -13,7 +13,7 @@
     const made = {
       ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
       font: { color: ink, family: sans, size: 13 }, margin: { l: 56, r: 14, t: 12, b: 44, ...(layout.margin || {}) },
-      legend: { orientation: "h", y: -0.2, yanchor: "top", ...(layout.legend || {}) }, hoverlabel: { namelength: -1 },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", ...(layout.legend || {}) }, hoverlabel: { namelength: -1 },
     };
     for (const key of ["xaxis", "yaxis", ...Object.keys(layout).filter((k) => /^[xy]axis\d/.test(k))]) {
       made[key] = { ...axis, ...(layout[key] || {}) };
@@ -130,12 +130,12 @@
   });
   wide.addEventListener("change", show);
   show();
-  // An address such as report.html#system-1 or #run-2 opens what it names.
+  // An address such as report.html#tab-system-1 or #tab-run-2 opens what it names.
   const open = () => {
-    const named = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    for (let node = named; node; node = node.parentElement) {
-      const tab = node.getAttribute("role") === "tabpanel" && document.getElementById(node.getAttribute("aria-labelledby"));
-      if (tab) select(tab, false);
+    for (let node = document.getElementById(decodeURIComponent(location.hash.slice(1))); node; node = node.parentElement) {
+      const name = node.getAttribute("role") === "tabpanel" ? node.getAttribute("aria-labelledby") : node.id;
+      const tab = name && document.getElementById(name);
+      if (tab && tab.getAttribute("role") === "tab") select(tab, false);
     }
   };
   window.addEventListener("hashchange", open);

@@ -119,8 +119,10 @@ def _trajectories(file: Path) -> list[Plot]:
     names = ("truth", "prediction", "seconds", "name", "title", "given")
     truth, prediction, seconds, name, title, given = arrays_of(file, *names)
     traces: list[dict[str, Any]] = []
-    layout: dict[str, Any] = {"grid": {"rows": 1, "columns": len(truth), "pattern": "independent"}, "annotations": []}
-    for e in range(len(truth)):
+    shown_of = min(len(truth), 2)
+    layout: dict[str, Any] = {"grid": {"rows": 1, "columns": shown_of, "pattern": "independent"}, "annotations": []}
+    layout |= {"legend": {"y": 1.12}, "margin": {"t": 60}}
+    for e in range(shown_of):
         which = "" if e == 0 else str(e + 1)
         layout |= {f"xaxis{which}": {"title": {"text": "seconds"}}, f"yaxis{which}": {}}
         layout["annotations"].append(_heading(str(name[e]), which))
@@ -143,12 +145,12 @@ def _trajectories(file: Path) -> list[Plot]:
                     **{"line": {"color": colour(d), "width": 2}, "showlegend": shown, "name": f"state {d}, model"},
                 }
             )
-    text = f"Truth and prediction of {len(truth)} environments of {title}"
-    return [Plot(str(title), traces, layout, text, height=300)]
+    text = f"Truth and prediction of {shown_of} environments of {title}"
+    return [Plot(str(title), traces, layout, text, height=330)]
 
 
 def _heading(name: str, which: str) -> dict[str, Any]:
-    place = {"xref": f"x{which} domain", "yref": f"y{which} domain", "x": 0, "y": 1.08}
+    place = {"xref": f"x{which} domain", "yref": f"y{which} domain", "x": 0, "y": 1.1}
     return {**place, "text": words(name), "showarrow": False, "xanchor": "left", "font": {"size": 11}}
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Cloud, Colouring, Room, Table, arrays_of
-from moeapps.reporting.figures import colour
+from moeapps.reporting.figures import FAINT, colour
 
 MOST_DOMAINS = 9
 MOST_CLASSES = 12
@@ -22,7 +23,7 @@ def gallery(folder: Path) -> list[Room]:
     if files:
         text = (
             "One scan of each domain. Colour its points by what they are, by what the model says, and by the expert "
-            "that worked on them in its last MoE layer; drag to turn, scroll or pinch to come closer."
+            "that worked on them in one MoE layer; drag to turn. The eight commonest classes have colours of their own."
         )
         rooms.append(Room("Scans", text, [_scan(file) for file in files]))
     tables = folder / "metrics" / "per_class.json"
@@ -37,7 +38,7 @@ def _scan(file: Path) -> Cloud:
     names = ("position", "truth", "prediction", "expert", "name", "title", "note")
     position, truth, prediction, expert, classes, title, note = arrays_of(file, *names)
     words = [str(name) for name in classes]
-    palette = [colour(k) for k in range(len(words))]
+    palette = _palette(truth, len(words))
     right = float(np.mean(truth == prediction)) if len(truth) else 0.0
     colourings = [Colouring("truth", truth, words, palette), Colouring("prediction", prediction, words, palette)]
     if (expert >= 0).any():
@@ -45,6 +46,13 @@ def _scan(file: Path) -> Cloud:
         own = [colour(e) for e in experts]
         colourings.append(Colouring("expert", expert, [f"expert {e}" for e in experts], own))
     return Cloud(str(title), position, colourings, f"{note}; {right:.0%} of these {len(truth):,} points are right.")
+
+
+def _palette(truth: npt.NDArray[np.integer], num_classes: int) -> list[str]:
+    """Colours of the classes with the most points, grey for the others: more colours than eight are not told apart."""
+    count = np.bincount(truth[truth >= 0], minlength=num_classes)
+    rank = np.argsort(np.argsort(-count, kind="stable"))
+    return [colour(int(place)) if place < 8 else FAINT for place in rank]
 
 
 def _classes(name: str, table: dict[str, list[dict[str, float]]]) -> Table:
