@@ -8,9 +8,7 @@ import hashlib
 import io
 import logging
 import shutil
-import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from moeapps.bounds import ZIP_ERRORS
 from moeapps.files import WholeFile, sha256_of
 from moeapps.training.run import RunError
 
@@ -34,7 +33,6 @@ RESUMED = ("interrupted.ckpt", "last.ckpt", "best.ckpt")
 """What a training goes on from, the newest first: an interruption ends a run, so that its checkpoint is the last."""
 
 # Damaged headers may claim a password or another compression (RuntimeError), or sizes that there are not.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OSError, EOFError, OverflowError)
 
 
 class CheckpointError(RunError):
@@ -158,7 +156,7 @@ def check_whole(path: Path) -> None:
             damaged = None if beside.is_file() else entries.testzip()
     except CheckpointError:
         raise
-    except _ZIP_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); use another checkpoint of the run"
         ) from error
