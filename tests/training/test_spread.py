@@ -172,7 +172,9 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("systems_of_two")
     listed: list[Job] = []
     for base in SYSTEMS:
-        words = ["fit", *tiny(base), "--trainer.accelerator", "cpu"]
+        # A schedule without an end: what is resumed goes on beyond it.
+        constant = "--model.init_args.schedule=moeapps.training.optim.Constant"
+        words = ["fit", *tiny(base), "--trainer.accelerator", "cpu", constant]
         listed += [(2, [*words, *overlay(path), "--name", path]) for path in OVERLAYS]
         resumed = ["--name", "resumed", "--trainer.max_epochs", "2"]
         listed.append((2, ["fit", "--run", str(folder / "runs" / base.stem / "ep"), *resumed]))
