@@ -60,7 +60,8 @@ def _means(matrix: Matrix, width: int) -> list[Table]:
     runs = {name: sum(row.variant == name for row in matrix.rows) for name in names}
     system = next(iter(names)).partition("/")[0]
     better = "larger" if matrix.direction == "max" else "smaller"
-    spread = "95 % over seeds" if matrix.variants else "95 % over test units where known"
+    units = any(row.intervals for row in matrix.rows)
+    spread = "; 95 % over seeds" if matrix.variants else "; 95 % over test units" if units else ""
 
     def rows(form: Form, columns: list[str]) -> list[list[str]]:
         return [[names[n], str(runs[n]), *(form_of(form, score(matrix, n, c)) for c in columns)] for n in names]
@@ -72,7 +73,7 @@ def _means(matrix: Matrix, width: int) -> list[Table]:
     without = [column for column in known if column != "gap"]
     fits = [c for c in (known, without) for form in (bracketed, plus_minus) if _wide(head(c), rows(form, c)) <= width]
     columns = fits[0] if fits else known
-    title = f"{system}: {matrix.metric} ({better} is better; {spread})"
+    title = f"{system}: {matrix.metric} ({better} is better{spread})"
     return _fitted(lambda form: rows(form, columns), head(columns), title, width)
 
 
