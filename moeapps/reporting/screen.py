@@ -74,13 +74,13 @@ def _means(matrix: Matrix, width: int) -> list[Table]:
     fits = [c for c in (known, without) for form in (bracketed, plus_minus) if _wide(head(c), rows(form, c)) <= width]
     columns = fits[0] if fits else known
     title = f"{system}: {matrix.metric} ({better} is better{spread})"
-    return _fitted(lambda form: rows(form, columns), head(columns), title, width)
+    return fitted(lambda form: rows(form, columns), head(columns), title, width)
 
 
 def _domains(matrix: Matrix, width: int) -> list[Table]:
     names = _names(matrix)
     head = ["domain", "role", *names.values()]
-    return _fitted(
+    return fitted(
         lambda form: [
             [domain, role, *(form_of(form, score(matrix, name, domain)) for name in names)]
             for domain, role in matrix.roles.items()
@@ -126,7 +126,7 @@ def _differences(matrix: Matrix, width: int) -> list[Table]:
         ]
 
     base = matrix.differences[0].baseline
-    return _fitted(rows, head, f"difference to {names.get(base, base)} (95 %, paired)", width)
+    return fitted(rows, head, f"difference to {names.get(base, base)} (95 %, paired)", width)
 
 
 def _costs(matrix: Matrix) -> list[Table]:
@@ -157,7 +157,7 @@ def _choices(matrix: Matrix, width: int) -> list[Table]:
         ]
 
     head = ["chosen by", "variant (seeds)", "unseen", "worst unseen"]
-    return _fitted(rows, head, "what choosing among these runs comes to (95 % over seeds)", width)
+    return fitted(rows, head, "what choosing among these runs comes to (95 % over seeds)", width)
 
 
 # Forms of a number -----------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _signed(form: Form, interval: Interval) -> str:
 # Width -----------------------------------------------------------------------------------------------------------
 
 
-def _fitted(rows: Rows, head: Sequence[str], title: str, width: int, left: int = 0) -> list[Table]:
+def fitted(rows: Rows, head: Sequence[str], title: str, width: int, left: int = 0) -> list[Table]:
     """Return a table in the richest form that fits; with ``left`` columns kept, several tables where none does."""
     found = next((form for form in (bracketed, plus_minus, number) if _wide(head, rows(form)) <= width), None)
     if found is not None or not left or len(head) < left + 2:
@@ -206,7 +206,7 @@ def _fitted(rows: Rows, head: Sequence[str], title: str, width: int, left: int =
         if parts[-1] and _wide([head[i] for i in keep], [[row[i] for i in keep] for row in lines]) > width:
             parts.append([])
         parts[-1].append(column)
-    tables = []
+    tables: list[Table] = []
     for part in parts:
         keep = [*range(left), *part]
         told = f"{title}, continued" if tables else title
