@@ -18,7 +18,7 @@ import yaml
 from moeapps.cli import RUN_COMMANDS, main
 from moeapps.commands.boundary import UsageError
 from moeapps.commands.names import KEYS, check, read_config
-from moeapps.commands.run import Cli
+from moeapps.commands.run import Cli, quiet
 from moeapps.commands.signatures import Definition, options, resolve, trainer_options
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name
 from tests.toy import TOY
@@ -226,6 +226,7 @@ def test_a_file_may_add_to_the_callbacks_of_files_before_it(tmp_path: Path) -> N
 
     check(words)
 
+    quiet()
     kinds = [type(callback).__name__ for callback in Cli(words[1:], run=False).trainer.callbacks]
     assert kinds[:2] == ["BiasBalancing", "ExpertReport"]
     more.write_text("trainer: {calbacks+: [{class_path: moeapps.training.callbacks.ExpertReport}]}")
