@@ -9,9 +9,12 @@ refused here, before any memory is taken.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +32,15 @@ DEEPEST = 200
 """Most levels of lists and mappings inside one another."""
 RATIO, FLOOR = 10, 200_000_000
 """An archive may give this many bytes for each of its own, beyond what any archive may give."""
+FREE_BYTES, PER_BYTE = 256_000_000, 10
+"""A reader may take this memory beyond ten times a file's size."""
+
+
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, RuntimeError),
+    *(ValueError, OverflowError, KeyError, IndexError),
+)
+"""What zipfile and the decompressors of its parts answer damage with."""
 
 
 class BoundError(ValueError):
@@ -67,6 +79,26 @@ def read_text(path: Path, most: int) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BoundError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it so") from error
+
+
+def check_parts(path: Path | str, size: int, held: int, **parts: tuple[int, int]) -> None:
+    """Refuse a file whose many small parts (rows, cells) would need more memory than a file of its size may take.
+
+    Args:
+        path: the file.
+        size: its bytes.
+        held: bytes of memory that hold it already.
+        parts: kind of part -> how many there are, and the bytes of memory of each.
+
+    Raises:
+        BoundError: they need more.
+    """
+    if held + sum(count * each for count, each in parts.values()) > FREE_BYTES + PER_BYTE * size:
+        told = " and ".join(f"{count:,} {kind}" for kind, (count, _) in parts.items())
+        raise BoundError(
+            f"{path} has {told} in {size:,} bytes, which would fill memory; write them as an array (.npz), or in "
+            "several files"
+        )
 
 
 class _Loader(yaml.SafeLoader):
@@ -164,7 +196,7 @@ def check_zip(path: Path | str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, IndexError, KeyError) as error:
+    except ZIP_ERRORS as error:
         raise BoundError(f"{path} is no readable archive ({error}); write it again") from error
     total = sum(part.file_size for part in parts)
     if total > FLOOR + RATIO * size:
@@ -198,8 +230,7 @@ def check_npz(path: Path | str) -> None:
                         _check_array(stream, f"{path}: {part.filename[:80]}", part.file_size)
     except BoundError:
         raise
-    # zip members answer damage with errors of zlib, lzma and bz2 as well
-    except Exception as error:
+    except ZIP_ERRORS as error:
         raise BoundError(f"{path} cannot be read ({error}); it is damaged: write it again") from error
 
 
@@ -210,8 +241,7 @@ def _check_array(stream: IO[bytes], where: str, size: int) -> None:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, kind = read(stream)
-    # numpy answers a damaged header with errors of its tokenizer and its parser as well
-    except Exception as error:
+    except Exception as error:  # of numpy's and Python's parsers, nearly any; only their calls stand in the try
         raise BoundError(f"{where} has a damaged header ({error}); write it again") from error
     if kind.hasobject:
         raise BoundError(f"{where} holds pickled objects, which are never loaded; write plain numbers")

@@ -122,7 +122,7 @@ def _restore(task: BaseTask, file: Path) -> None:
         state = _read(file)
     except Exception as error:  # each format has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{file} is damaged or no checkpoint ({reason}); give another") from None
+        raise ValueError(f"{file} is damaged or no checkpoint ({reason}); give another") from error
     own = task.state_dict()
     # Counters that only training has (scores of a fit, positions in it) are not of the network.
     missing = [name for name in own if name not in state]

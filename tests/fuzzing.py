@@ -2,8 +2,8 @@
 """``make fuzz``: tests named ``..._is_read_or_told`` at many cases, in guarded processes, with a record per reader.
 
 Such a test is a hypothesis test that damages a file and reads it: anything but a sample or the one error of the reader
-fails it. Where MOEAPPS_FUZZ is a number of cases, each of them runs that many, in processes of 2,500: a crash, a case of
-five seconds, or memory of 256 MB is then a loss like any other exception. What was tried is kept in
+fails it. Where MOEAPPS_FUZZ is a number of cases, each of them runs that many, in processes of 2,500: a crash, a case
+of five seconds, or memory of 256 MB is then a loss like any other exception. What was tried is kept in
 ``runs/fuzz/<reader>.json`` after every process, and the next ``make fuzz`` goes on from there with new seeds.
 """
 

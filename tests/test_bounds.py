@@ -466,3 +466,34 @@ def test_names_that_no_file_can_have_are_told(tmp_path: Path, name: str) -> None
         assert found.kind in ("BoundError", "PointCloudFileError")
         assert "no name of a file" in found.text
         assert found.text.isprintable()
+
+
+# Tables of very short lines: what Python keeps of a line of two bytes is fifty times as much --------------------------
+
+TS_HEAD, ARFF_HEAD = "@classLabel true a b\n@data\n", "@relation x\n@attribute a numeric\n@attribute c {p,q}\n@data\n"
+WIDE_HEAD = ",".join(f"c{place}" for place in range(1000)) + "\n"
+SHORT_LINES: dict[str, tuple[Read, Callable[[int], str]]] = {
+    "a.csv": (read_csv, lambda rows: "x\n" + "1\n" * rows),
+    "cells.csv": (read_csv, lambda cells: WIDE_HEAD + (",".join(["1"] * 1000) + "\n") * (cells // 1000)),
+    "pairs.csv": (read_csv, lambda rows: "trajectory,x\n" + "".join(f"{row // 2},1\n" for row in range(rows))),
+    "a.ts": (read_ts, lambda rows: TS_HEAD + "1:a\n" * rows),
+    "one.ts": (read_ts, lambda rows: TS_HEAD + "1," * rows + "1:a\n"),
+    "a.arff": (read_arff, lambda rows: ARFF_HEAD + "1,p\n" * rows),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SHORT_LINES if name != "cells.csv"])  # read: 34 bytes a cell
+def test_millions_of_short_lines_are_told_before_memory_is_taken(tmp_path: Path, name: str) -> None:
+    read, text = SHORT_LINES[name]
+    (tmp_path / name).write_text(text(6_000_000))
+    told(read, tmp_path / name, "would fill memory")
+
+
+@pytest.mark.parametrize("name", SHORT_LINES)
+def test_short_lines_are_read_within_bounds(tmp_path: Path, name: str) -> None:
+    read, text = SHORT_LINES[name]
+    path = tmp_path / name
+    path.write_text(text(200_000))
+    found = guarded(partial(read, path))
+    assert found.kind == "value", found
+    assert found.within(path.stat().st_size), found

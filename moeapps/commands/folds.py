@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ def setting_of(configs: list[str], metric: str | None) -> Setting:
 
     words = ["fit", *(word for config in configs for word in ("--config", config))]
     check(words)
+    logging.getLogger("lightning").setLevel(logging.WARNING)  # nothing is trained here
     with apart(Path.cwd()):
         quiet()
         located_words = located(words)

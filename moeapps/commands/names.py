@@ -29,7 +29,18 @@ from moeapps.commands.signatures import (
 from moeapps.commands.tasks import moved_prefix, task_names
 from moeapps.training.run import newest_version
 
-_OWN = ("config", "seed_everything", "trainer", "model", "data", "system", "name", "test_after_fit", "ckpt_path")
+_OWN = (
+    "config",
+    "seed_everything",
+    "trainer",
+    "model",
+    "data",
+    "system",
+    "name",
+    "test_after_fit",
+    "pictures",
+    "ckpt_path",
+)
 KEYS: dict[str, tuple[str, ...]] = {
     "fit": (*_OWN, "weights_only"),
     "validate": (*_OWN, "verbose", "weights_only", "untrained"),

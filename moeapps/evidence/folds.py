@@ -74,6 +74,8 @@ def fold_grid(
         raise GridError(
             f"{configs[0]} trains on {', '.join(setting.seen)} alone; leaving one domain out needs two seen ones"
         )
+    if len({_slug(name) for name in setting.seen}) < len(setting.seen):
+        raise GridError(f"domains {', '.join(setting.seen)} have names that no two files can have; rename one")
     variants = {}
     for side, overlays in (("system", configs[1:]), *((("baseline", (*configs[1:], *baseline)),) if baseline else ())):
         for domain in setting.seen:

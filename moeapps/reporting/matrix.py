@@ -47,8 +47,7 @@ def variant_cells(matrix: Matrix) -> Cells:
 
 def unit_cells(matrix: Matrix) -> Cells:
     """Return the scores with their 95 percent intervals over test units; no rows where no run stores units."""
-    known = [*matrix.roles, "worst unseen"]
-    domains = [name for name in known if any(name in row.intervals for row in matrix.rows)]
+    domains = [name for name in matrix.roles if any(name in row.intervals for row in matrix.rows)]
     rows = [
         [f"{row.variant} {row.run.name}", *(_interval(row.intervals.get(name)) for name in domains)]
         for row in matrix.rows

@@ -45,7 +45,7 @@ def score(matrix: Matrix, variant: str, column: str) -> Interval | None:
         return matrix.variants[variant].get(column)
     row = next(row for row in matrix.rows if row.variant == variant)
     value = row.cells.get(column)
-    return row.intervals.get(column, None if value is None else Interval(value, math.nan, math.nan, 1))
+    return row.interval(column) or (None if value is None else Interval(value, math.nan, math.nan, 1))
 
 
 def _names(matrix: Matrix) -> dict[str, str]:
@@ -198,12 +198,18 @@ def _fitted(rows: Rows, head: Sequence[str], title: str, width: int, left: int =
     found = next((form for form in (bracketed, plus_minus, number) if _wide(head, rows(form)) <= width), None)
     if found is not None or not left or len(head) < left + 2:
         return [_table(head, rows(found or number), title)]
-    half = left + math.ceil((len(head) - left) / 2)
-    tables: list[Table] = []
-    for part in (range(left, half), range(half, len(head))):
+    parts: list[list[int]] = [[]]
+    lines = rows(number)
+    for column in range(left, len(head)):
+        keep = [*range(left), *parts[-1], column]
+        if parts[-1] and _wide([head[i] for i in keep], [[row[i] for i in keep] for row in lines]) > width:
+            parts.append([])
+        parts[-1].append(column)
+    tables = []
+    for part in parts:
         keep = [*range(left), *part]
-        some: Rows = lambda form, keep=keep: [[row[i] for i in keep] for row in rows(form)]  # type: ignore[misc]  # noqa: E731
-        tables += _fitted(some, [head[i] for i in keep], f"{title}, continued" if tables else title, width, left)
+        told = f"{title}, continued" if tables else title
+        tables.append(_table([head[i] for i in keep], [[row[i] for i in keep] for row in lines], told))
     return tables
 
 

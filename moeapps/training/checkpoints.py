@@ -8,9 +8,7 @@ import hashlib
 import io
 import logging
 import shutil
-import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from moeapps.bounds import ZIP_ERRORS
 from moeapps.files import WholeFile, sha256_of
 from moeapps.training.run import RunError
 
@@ -27,11 +26,13 @@ log = logging.getLogger("moeapps")
 PARTS = "parts"
 """Entry of a checkpoint of several processes: the folder beside it where each has written its part of the weights."""
 
+SPLIT = "split_banks"
+"""Entry of such a checkpoint: the names of the banks of experts that were cut in two, see `one_process_state`."""
+
 RESUMED = ("interrupted.ckpt", "last.ckpt", "best.ckpt")
 """What a training goes on from, the newest first: an interruption ends a run, so that its checkpoint is the last."""
 
 # Damaged headers may claim a password or another compression (RuntimeError), or sizes that there are not.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OSError, EOFError, OverflowError)
 
 
 class CheckpointError(RunError):
@@ -122,10 +123,12 @@ def _add_parts(held: dict[str, Any], path: Path) -> None:
     """Add the weights that lie in parts beside a checkpoint, whole, as one process would have written them."""
     if PARTS not in held or "state_dict" in held:
         return
+    from moeapps.moe.surgery import one_process_state
     from moeapps.training.parts import read_parts
 
     try:
-        held["state_dict"] = read_parts(path.parent / Path(str(held[PARTS])).name, "state_dict")
+        state = read_parts(path.parent / Path(str(held[PARTS])).name, "state_dict")
+        held["state_dict"] = one_process_state(state, held[SPLIT])
     except Exception as error:  # pickle, zip and key errors of a damaged file have no common class
         raise CheckpointError(
             f"the parts of {path} are damaged ({type(error).__name__}: {error}); use another checkpoint of the run"
@@ -153,7 +156,7 @@ def check_whole(path: Path) -> None:
             damaged = None if beside.is_file() else entries.testzip()
     except CheckpointError:
         raise
-    except _ZIP_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); use another checkpoint of the run"
         ) from error

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from moeapps.bounds import check_npz
+from moeapps.bounds import ZIP_ERRORS, check_npz
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Split
 from moeapps.files import write_arrays
@@ -88,5 +86,5 @@ def load_arrays(path: Path, *names: str) -> dict[str, Any]:
         check_npz(path)
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in names or file.files}
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it, it is made anew") from error

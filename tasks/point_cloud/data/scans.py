@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moeapps.bounds import check_npz
+from moeapps.bounds import ZIP_ERRORS, check_npz
 from tasks.point_cloud.data.labels import IGNORE, label_index
 from tasks.point_cloud.data.scene import Floats, Ints
 
@@ -92,7 +90,7 @@ def load_scans(path: Path) -> list[ScanArrays]:
         check_npz(path)
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
             arrays = {key: data[key] for key in ("pos", "light", "up", "label", "size", "name", "words")}
-    except (OSError, KeyError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         raise ValueError(
             f"cannot read scans from {path} ({error}); delete the file and it will be built anew"
         ) from error

@@ -42,7 +42,9 @@ def columns_of(inputs: Any) -> Columns:
 
         table = csv.read_csv(path) if path.suffix.lower() == ".csv" else parquet.read_table(path)
     except Exception as error:  # each format has errors of its own
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0][:120]}") from None
+        raise ValueError(
+            f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+        ) from error
     return {name: table[name].to_pylist() for name in table.column_names}
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.io import arff
 
-from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError, text_of
+from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError, check_room, count_lines, text_of
 from tasks.dynamics.data.source import Floats
+
+_ROW_BYTES, _VALUE_BYTES = 250, 60
+"""Most memory of a row and of a value while scipy reads them."""
 
 
 def read_arff(path: Path) -> LabelledSeries:
@@ -27,6 +31,10 @@ def read_arff(path: Path) -> LabelledSeries:
             lengths. The text names the line where the file has one that cannot be read.
     """
     text = text_of(path)
+    lines = count_lines(text)
+    held = sys.getsizeof(text) + 4 * len(text)  # scipy reads a stream, which holds each sign in four bytes
+    values = (text.count(",") + text.count("\\n") + lines, _VALUE_BYTES)
+    check_room(path, held, lines=(lines, _ROW_BYTES), values=values)
     try:
         rows, about = _load(text)
     # scipy's reader answers damage with nearly any error.

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from tasks.dynamics.data.readers.ts_format import SeriesFormatError, text_of
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, check_room, count_lines, lines_of, text_of
 from tasks.dynamics.data.source import Floats
 
 MISSING = ("", "nan", "na", "n/a", "#n/a", "null", "none", "?")
@@ -26,6 +28,10 @@ _WITH_COMMA = r"^[+-]?\d*,\d+([eE][+-]?\d+)?$"
 _DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,9})?)?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)?$"
 _ZONE = r"[0-9]{2}:[0-9]{2}[^+-]*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
 _SEPARATORS = (";", "\t", ",")
+_BLOCK = 50_000
+"""Lines that are Python's at one time: as such they take fifty times their bytes."""
+_ROW_BYTES, _CELL_BYTES = 40, 60
+"""Most memory of a row and of a cell beyond their text."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +67,41 @@ def read_cells(path: Path) -> Cells:
     Raises:
         SeriesFormatError: nothing there, a row of another length, a quote without end.
     """
-    lines = re.split(r"\r\n|\r|\n", text_of(path))
-    while lines and not lines[-1].strip("\"' \t,;"):
-        lines.pop()
-    numbered = list(enumerate(lines, 1))
-    while numbered and (not numbered[0][1].strip() or numbered[0][1].lower().startswith("sep=")):
-        numbered.pop(0)
-    if len(numbered) < 2:
-        raise SeriesFormatError(f"{path.name}: needs a line of column names and at least one row")
-    for number, line in numbered:
-        if line.count('"') % 2:
-            raise SeriesFormatError(f"{path.name}, line {number}: a quote is opened and not closed; close or remove it")
-    first, head = numbered[0]
+    text = text_of(path)
+    kept = len(text.rstrip("\"' \t,;\r\n"))
+    end = min((place for mark in "\r\n" if (place := text.find(mark, kept)) >= 0), default=len(text)) if kept else 0
+    numbered = lines_of(text, end)
+    first, head = next(
+        ((n, line) for n, line in numbered if line.strip() and not line.lower().startswith("sep=")), (0, "")
+    )
     separator = next((mark for mark in _SEPARATORS if mark in re.sub('"[^"]*"', "", head)), ",")
+    if next(numbered, None) is None:
+        raise SeriesFormatError(f"{path.name}: needs a line of column names and at least one row")
+    lines = count_lines(text)
+    cells = (lines + text.count(separator), _CELL_BYTES)
+    check_room(path, sys.getsizeof(text), lines=(lines, _ROW_BYTES), cells=cells)
+    for number, line in lines_of(text, end) if '"' in text else ():
+        if number >= first and line.count('"') % 2:
+            raise SeriesFormatError(f"{path.name}, line {number}: a quote is opened and not closed; close or remove it")
     head_cells = _columns(path.name, [(first, head)], separator, 0)
     names = [cell[0].as_py().lstrip("#").strip() for cell in head_cells]
     # A line of tabs alone is a row of missing values where tabs divide the columns.
-    rows = [(n, line) for n, line in numbered[1:] if line.strip() or separator in line or len(names) == 1]
-    columns = _columns(path.name, rows, separator, len(names))
+    rows = (
+        (n, line)
+        for n, line in lines_of(text, end)
+        if n > first and (line.strip() or separator in line or len(names) == 1)
+    )
+    blocks: list[list[Any]] = []
+    places: list[npt.NDArray[np.int64]] = []
+    while block := list(islice(rows, _BLOCK)):
+        blocks.append(_columns(path.name, block, separator, len(names)))
+        places.append(np.array([n for n, _ in block]))
+    if not blocks:
+        raise SeriesFormatError(f"{path.name}: needs at least one row below its column names")
+    columns = [pa.concat_arrays(parts) for parts in zip(*blocks, strict=True)]
     if len(names) > 1 and not names[-1] and pc.all(pc.equal(columns[-1], "")).as_py():
         names, columns = names[:-1], columns[:-1]
-    return Cells(path.name, tuple(names), tuple(columns), np.array([n for n, _ in rows]), first)
+    return Cells(path.name, tuple(names), tuple(columns), np.concatenate(places), first)
 
 
 def _columns(file: str, rows: list[tuple[int, str]], separator: str, count: int) -> list[Any]:

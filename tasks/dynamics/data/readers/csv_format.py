@@ -9,9 +9,10 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from tasks.dynamics.data.readers.cells import MISSING, NUMBER, Cells, is_value, numbers, read_cells, seconds
-from tasks.dynamics.data.readers.ts_format import SeriesFormatError
+from tasks.dynamics.data.readers.ts_format import SeriesFormatError, check_room
 from tasks.dynamics.data.source import Floats
 
 TRAJECTORY = "trajectory"
@@ -20,6 +21,8 @@ TIMES = ("time", "t", "timestamp", "date", "datetime", "date_time", "datetime_ut
 INDEX = ("", "unnamed: 0", "index")
 """Names of a column that counts rows, or holds times, where a program wrote its index without a name."""
 UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
+_TRAJECTORY_BYTES = 500
+"""Most memory of a trajectory beside its numbers."""
 _EVEN = 1e-2
 """Largest relative difference of a time step from the median one."""
 
@@ -70,7 +73,7 @@ def read_csv(path: Path, dt: float = 1.0) -> CsvFile:
     places = [i for i in range(len(cells.names)) if i not in (*groups, *counting, *clocks)]
     if not places:
         raise SeriesFormatError(f"{cells.file}: columns {list(cells.names)} hold no channel beside time and trajectory")
-    values, rows = numbers(cells, places), _trajectories(cells, groups)
+    values, rows = numbers(cells, places), _trajectories(path, cells, groups)
     if clocks:
         times = seconds(cells, clocks[0], _unit(cells.names[clocks[0]]) or 1.0)
         dt = _step(cells, times, rows, cells.names[clocks[0]])
@@ -108,20 +111,26 @@ def _unit(name: str) -> float | None:
 
 
 def _counts_rows(cells: Cells, place: int) -> bool:
-    text = cells.columns[place].to_pylist()
-    return text[0].isdecimal() and text == [str(int(text[0]) + i) for i in range(len(text))] and int(text[0]) in (0, 1)
+    column = cells.columns[place]
+    first = column[0].as_py()
+    counted = pa.array(np.arange(len(column)) + (first == "1")).cast(pa.string())
+    return first in ("0", "1") and bool(column.equals(counted))
 
 
-def _trajectories(cells: Cells, groups: list[int]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def _trajectories(path: Path, cells: Cells, groups: list[int]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
     """Rows of each trajectory, in the order in which they begin; 1 and 1.0 are one."""
     if not groups:
         return [np.arange(len(cells.lines))]
-    found: dict[str | Decimal, list[int]] = {}
-    for row, key in enumerate(cells.columns[groups[0]].to_pylist()):
-        if key.lower() in MISSING:
-            raise SeriesFormatError(f"{cells.where(row)}: {TRAJECTORY} is missing; fill it in")
-        found.setdefault(Decimal(key) if re.match(NUMBER, key) else key, []).append(row)
-    return [np.array(rows) for rows in found.values()]
+    coded = cells.columns[groups[0]].dictionary_encode()  # in the order of first rows
+    code, keys = coded.indices.to_numpy(), coded.dictionary.to_pylist()
+    check_room(path, 100 * len(code), trajectories=(len(keys), _TRAJECTORY_BYTES))
+    missing = np.flatnonzero(np.isin(code, [k for k, key in enumerate(keys) if key.lower() in MISSING]))
+    if len(missing):
+        raise SeriesFormatError(f"{cells.where(missing[0])}: {TRAJECTORY} is missing; fill it in")
+    places: dict[str | Decimal, int] = {}
+    merged = [places.setdefault(Decimal(key) if re.match(NUMBER, key) else key, len(places)) for key in keys]
+    group = np.array(merged)[code]
+    return np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
 
 
 def _step(cells: Cells, times: Floats, rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]], name: str) -> float:

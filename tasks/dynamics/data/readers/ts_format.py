@@ -9,14 +9,20 @@ begin with ``#`` or ``%`` are comments.
 from __future__ import annotations
 
 import codecs
-import io
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moeapps.bounds import BoundError, require_file
+from moeapps.bounds import BoundError, check_parts, require_file
 from tasks.dynamics.data.source import Floats
+
+_LINE = re.compile(r"(?!\Z)([^\r\n]*)(?:\r\n|\r|\n|\Z)")
+_SERIES_BYTES, _PARSED_BYTES = 350, 100
+"""Most memory of a series and its label beside its values, and of a value while its line is read."""
 
 
 class SeriesFormatError(ValueError):
@@ -59,6 +65,28 @@ def text_of(path: Path) -> str:
         return data.decode("latin-1")
 
 
+def lines_of(text: str, end: int | None = None) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each line before ``end``; never all of them at once."""
+    return enumerate((found[1] for found in _LINE.finditer(text, 0, len(text) if end is None else end)), 1)
+
+
+def count_lines(text: str) -> int:
+    """Count lines without taking them apart."""
+    return text.count("\n") + text.count("\r") - text.count("\r\n") + 1
+
+
+def check_room(path: Path, held: int, **parts: tuple[int, int]) -> None:
+    """Refuse a file of so many short lines that what is read of it would fill memory; see `check_parts`.
+
+    Raises:
+        SeriesFormatError: it would.
+    """
+    try:
+        check_parts(path.name, path.stat().st_size, held, **parts)
+    except BoundError as error:
+        raise SeriesFormatError(str(error)) from error
+
+
 def read_ts(path: Path) -> LabelledSeries:
     """Read a .ts file.
 
@@ -69,25 +97,26 @@ def read_ts(path: Path) -> LabelledSeries:
     header: dict[str, list[str]] = {}
     series: list[Floats] = []
     last: list[str] = []
-    with io.StringIO(text_of(path), newline=None) as handle:
-        in_data = regression = False
-        for number, line in enumerate(handle, 1):
-            text = line.strip()
-            if not text or text[0] in "#%":
-                continue
-            if in_data:
-                values, label = _series(text, f"{path.name}, line {number}", _classes(header), regression)
-                series.append(values)
-                last += [] if label is None else [label]
-            elif text.lower() == "@data":
-                in_data, regression = True, _says(header, "targetlabel")
-                if regression and _says(header, "classlabel"):
-                    raise SeriesFormatError(f"{path.name} announces a class and a target; a line ends in one of them")
-                if _says(header, "timestamps"):
-                    raise SeriesFormatError(f"{path.name} has time stamps, which are not read; resample it to a grid")
-            else:
-                key, *words = text.split()
-                header[key.lstrip("@").lower()] = words
+    whole = text_of(path)
+    _check_lines(path, whole)
+    in_data = regression = False
+    for number, line in lines_of(whole):
+        text = line.strip()
+        if not text or text[0] in "#%":
+            continue
+        if in_data:
+            values, label = _series(text, f"{path.name}, line {number}", _classes(header), regression)
+            series.append(values)
+            last += [] if label is None else [label]
+        elif text.lower() == "@data":
+            in_data, regression = True, _says(header, "targetlabel")
+            if regression and _says(header, "classlabel"):
+                raise SeriesFormatError(f"{path.name} announces a class and a target; a line ends in one of them")
+            if _says(header, "timestamps"):
+                raise SeriesFormatError(f"{path.name} has time stamps, which are not read; resample it to a grid")
+        else:
+            key, *words = text.split()
+            header[key.lstrip("@").lower()] = words
     if not series:
         raise SeriesFormatError(f"{path.name} holds no series; is it a .ts file with an @data line?")
     widths = {values.shape[1] for values in series}
@@ -96,6 +125,13 @@ def read_ts(path: Path) -> LabelledSeries:
     if regression:
         return LabelledSeries(series, None, [float(number) for number in last])
     return LabelledSeries(series, last if last else None)
+
+
+def _check_lines(path: Path, text: str) -> None:
+    lines = count_lines(text)
+    longest = max((line.count(",") for _, line in lines_of(text)), default=0) + 1
+    parts = {"lines": (lines, _SERIES_BYTES), "values": (text.count(",") + lines, 8)}
+    check_room(path, sys.getsizeof(text), **parts, **{"values in one line": (longest, _PARSED_BYTES)})
 
 
 def _says(header: dict[str, list[str]], key: str) -> bool:

@@ -9,12 +9,10 @@ exactly as long as the header says.
 from __future__ import annotations
 
 import io
-import lzma
 import math
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from moeapps.bounds import FLOOR, RATIO, BoundError, require_file
+from moeapps.bounds import FLOOR, RATIO, ZIP_ERRORS, BoundError, require_file
 from tasks.point_cloud.data.readers.scan import PointCloudFileError
 
 _PLAIN = re.compile(r"\|[biu]1|<[iu][248]|<f[248]")
 _ONE, _TWO = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
 _HEADERS = {(1, 0): _ONE, (2, 0): _TWO, (3, 0): _TWO}  # 3 differs from 2 in the encoding of columns' names alone
-_ZIP_ERRORS = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, OSError, EOFError),
-    *(ValueError, OverflowError, KeyError, IndexError, MemoryError),
-)
 COPY_AGAIN = "copy or export the file again"
 
 
@@ -127,8 +121,8 @@ def _header(data: bytes, path: Path | str) -> tuple[tuple[int, ...], bool, np.dt
         if any(size < 0 for size in shape):
             raise ValueError
     # numpy answers damage with nearly any error, those of Python's parser among them.
-    except Exception:
-        raise PointCloudFileError(path, "no readable .npy header", "a numpy array file", COPY_AGAIN) from None
+    except Exception as error:
+        raise PointCloudFileError(path, "no readable .npy header", "a numpy array file", COPY_AGAIN) from error
     return shape, columns_first, dtype, stream.tell()
 
 
@@ -162,7 +156,7 @@ def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
             contents = {key: archive.read(members[key]) for key in keys if key in members}
     except PointCloudFileError:
         raise
-    except _ZIP_ERRORS:
+    except (*ZIP_ERRORS, MemoryError):
         raise PointCloudFileError(path, "a damaged archive", "an .npz file of arrays", COPY_AGAIN) from None
     for key, content in contents.items():
         found[key] = parse_npy(content, f"{path}:{key}")
