@@ -88,6 +88,23 @@ def test_a_laz_table_of_four_thousand_million_chunks_is_told(tmp_path: Path, poi
     told(read_las, path, "4294967295 chunks, 1 at most hold 5 points")
 
 
+@pytest.mark.parametrize("point_format", [1, 3, 6, 7])
+def test_a_laz_table_of_fewer_points_than_the_header_is_told(tmp_path: Path, point_format: int) -> None:
+    """The decompressor went on where no chunk had been looked at, and took gigabytes; the fuzzer found it."""
+    path = laz(tmp_path / "a.laz", point_format, {4: bytes(4)}, in_table=True)
+    told(read_las, path, "its table of chunks tells of 0 points, its header of 5")
+
+
+@pytest.mark.parametrize("size", [100, 150, 200])
+def test_a_las_header_that_ends_before_its_numbers_is_told(tmp_path: Path, size: int) -> None:
+    """laspy answers it with struct.error; the fuzzer found it."""
+    write_las(tmp_path / "a.las", np.zeros((5, 3)), point_format=7)
+    data = bytearray((tmp_path / "a.las").read_bytes())
+    struct.pack_into("<H", data, 94, size)
+    (tmp_path / "a.las").write_bytes(data)
+    told(read_las, tmp_path / "a.las", "a.las ")
+
+
 @pytest.mark.parametrize("point_format", [6, 7])
 def test_laz_layers_of_gigabytes_are_told(tmp_path: Path, point_format: int) -> None:
     for layer in range(9):

@@ -31,6 +31,8 @@ AROUND_OURS = {
     "moeapps/commands/export.py _write_program": "a network is traced, whatever it is",
     "tasks/point_cloud/data/readers/las.py read_las": "only a panic of the decompressor is taken, all else is raised",
     "tasks/point_cloud/data/readers/las.py _check_compression": "the same",
+    "moeapps/commands/new_task.py write_task": "removes what it has written and raises again",
+    "moeapps/training/checkpoints.py _add_parts": "read_parts is torch's reader of parts, which names its errors",
     "tasks/dynamics/data/readers/npz_format.py _readable": "around numpy's readers; what they read is judged outside",
     "tasks/dynamics/data/readers/arff_format.py read_arff": "_load is scipy's reader with the bound on cells kept",
     "tasks/dynamics/data/readers/arff_format.py _fails": "the same",

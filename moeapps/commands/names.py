@@ -225,7 +225,7 @@ class _Reader:
             self._key(str(key))
             if key == "trainer" and isinstance(value, dict):
                 for word, inner in value.items():
-                    self._trainer(str(word))
+                    self._trainer(str(word).removesuffix("+"))  # `callbacks+` adds to a list
                     self._any(inner, f"trainer.{word}")
             elif key in PARTS:
                 self._value(value, key, None)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -18,7 +20,7 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from moeapps.moe import JoinedExperts, MoELayer
-from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, read_checkpoint
+from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_folders, read_checkpoint, write_checkpoint
 
 STATES: tuple[str, ...] = ("state_dict", "current_model_state")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -136,12 +138,19 @@ class ModelParallel(ModelParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         from moeapps.moe.parallel import split_banks
-        from moeapps.training.parts import write_parts
+        from moeapps.training.parts import save_parts
 
         rest = {**checkpoint, SPLIT: split_banks(cast(nn.Module, self.model))}
         states: dict[str, Any] = {name: rest.pop(name) for name in STATES if name in rest}
         states |= {f"optimizer_{i}": state for i, state in enumerate(rest.pop("optimizer_states", []))}
-        write_parts(states, rest, Path(self.broadcast(filepath)))
+        path, number = self.broadcast((Path(filepath), secrets.token_hex(4)))
+        folder = path.with_name(f"{path.name}.parts-{number}")
+        save_parts(states, folder)
+        if self.is_global_zero:
+            write_checkpoint({**rest, PARTS: folder.name}, path)
+            for older in parts_folders(path):
+                if older != folder:
+                    shutil.rmtree(older)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

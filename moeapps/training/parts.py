@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import io
 import pickle
-import secrets
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -29,8 +26,6 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
-
-from moeapps.training.checkpoints import PARTS, parts_folders, write_checkpoint
 
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _NAMES = {
@@ -45,26 +40,9 @@ _NAMES = {
 }
 
 
-def write_parts(states: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint, each process its part; all must call this.
-
-    Args:
-        states: what lies in parts: state dicts by name.
-        rest: everything else, written by the first process.
-        path: file to write.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    told = [f"{path.name}.parts-{secrets.token_hex(4)}"]
-    dist.broadcast_object_list(told)
-    folder = path.parent / told[0]
+def save_parts(states: dict[str, Any], folder: Path) -> None:
+    """Write state dicts, each process its part; all must call this."""
     save(states, checkpoint_id=str(folder))
-    if dist.get_rank() == 0:
-        write_checkpoint({**rest, PARTS: folder.name}, path)
-        for older in parts_folders(path):
-            if older != folder:
-                shutil.rmtree(older)
 
 
 def load_parts(states: dict[str, Any], folder: Path) -> None:

@@ -133,7 +133,7 @@ def read_las(path: Path | str) -> LasCloud:
             _rename_doubles(file.header.point_format)
             points = file.read_points(-1)
             header = file.header
-    except (laspy.errors.LaspyException, RuntimeError, ValueError, OSError, MemoryError, NotImplementedError) as error:
+    except (laspy.errors.LaspyException, RuntimeError, ValueError, OSError, MemoryError, struct.error) as error:
         raise LasError(f"{path.name} cannot be read: {error}; fetch it again") from error
     except BaseException as error:
         # The decompressor is Rust: a damaged chunk can end in its panic, which does not derive from Exception.

@@ -55,13 +55,16 @@ def check_laz(stream: io.BufferedIOBase, size: int, records: tuple[int, int], st
     length = sum(width for _, width in setup.items)
     if count * length > max(_ANY_SIZE, _MOST_RATIO * size):
         raise LazSizeError(f"its header tells of {count} points of {length} bytes in a file of {size}")
-    place = start + 8
+    place, told = start + 8, 0
     for points, width in _chunks(stream, setup, size, start, count):
+        told += points
         if points > max(count, setup.chunk_size if setup.chunk_size != _VARIABLE else 0) or place + width > size:
             raise LazSizeError(f"a chunk of {points} points and {width} bytes at byte {place} of {size}")
         if setup.compressor == _LAYERED and width:
             _check_layers(stream, setup, place, width, length)
         place += width
+    if told < count:  # the decompressor would go on behind the last chunk that was looked at
+        raise LazSizeError(f"its table of chunks tells of {told} points, its header of {count}")
 
 
 def _setup(stream: io.BufferedIOBase, records: tuple[int, int], start: int) -> _Setup:
