@@ -52,6 +52,10 @@ CLAIMS = (
     ("unimoe_audio", "C3b"),
     ("unimoe_audio", "C2d"),
     ("unimoe_audio", "C7m"),
+    ("meta_dmoe", "C2b"),
+    ("meta_dmoe", "C2d"),
+    ("meta_dmoe", "C1c"),
+    ("meta_dmoe", "C7g"),
 )
 """System and claim: the mixture beside its dense twin or its first rival, as published and where experts pay."""
 _NAMES = {
@@ -61,6 +65,7 @@ _NAMES = {
     "mixer": "MixER",
     "promoe": "ProMoE",
     "unimoe_audio": "UniMoE-Audio",
+    "meta_dmoe": "Meta-DMoE",
 }
 _WORDS = {"supported": "**yes**", "not supported": "**no**", "inconclusive": "open"}
 

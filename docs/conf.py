@@ -24,7 +24,7 @@ author = "The moeapps developers"
 copyright = f"{author}; Apache-2.0"
 version = release = moeapps.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md", "tasks/*/README.md"]
 # Named for speed: Sphinx looks into every folder that is not excluded.

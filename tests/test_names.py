@@ -18,6 +18,7 @@ import yaml
 from moeapps.cli import RUN_COMMANDS, main
 from moeapps.commands.boundary import UsageError
 from moeapps.commands.names import KEYS, check, read_config
+from moeapps.commands.run import Cli, quiet
 from moeapps.commands.signatures import Definition, options, resolve, trainer_options
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name
 from tests.toy import TOY
@@ -215,3 +216,19 @@ def test_a_wrong_word_is_told_without_torch_in_two_seconds_of_cpu() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_a_file_may_add_to_the_callbacks_of_files_before_it(tmp_path: Path) -> None:
+    first, more = tmp_path / "first.yaml", tmp_path / "more.yaml"
+    first.write_text("trainer: {callbacks: [{class_path: moeapps.training.callbacks.BiasBalancing}]}")
+    more.write_text("trainer: {callbacks+: [{class_path: moeapps.training.callbacks.ExpertReport}]}")
+    words = ["fit", *TOY, "--config", str(first), "--config", str(more)]
+
+    check(words)
+
+    quiet()
+    kinds = [type(callback).__name__ for callback in Cli(words[1:], run=False).trainer.callbacks]
+    assert kinds[:2] == ["BiasBalancing", "ExpertReport"]
+    more.write_text("trainer: {calbacks+: [{class_path: moeapps.training.callbacks.ExpertReport}]}")
+    with pytest.raises(UsageError, match="did you mean 'callbacks'"):
+        check(words)

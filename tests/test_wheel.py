@@ -112,3 +112,5 @@ def test_the_wheel_alone_trains_and_lists_in_a_bare_environment(wheel: Path, tmp
         folder=folder,
     )
     assert (folder / "runs" / "home" / "base" / "version_0" / "metrics" / "test.json").is_file()
+    assert "1 run, " in call(programs / "moeapps", "report", "runs/home/base", folder=folder)
+    assert "Ranked impressions" in (folder / "report.html").read_text(encoding="utf-8")

@@ -38,8 +38,8 @@ def parser(program: str = "moeapps evidence") -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what can be done with a grid."""
+def add_options(parser: argparse._ActionsContainer) -> None:
+    """Add what can be done with a grid to a parser, or to a group of one."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--list", action="store_true", help="print the cells of the grid and which are finished; run nothing"

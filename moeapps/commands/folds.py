@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ def leave_one_out(options: argparse.Namespace, words: str, console: Console) -> 
     from moeapps.commands.evidence import run_grid
     from moeapps.evidence.evidence import Evidence, Place
     from moeapps.evidence.folds import as_dict, fold_cells, fold_grid, fold_rows
-    from moeapps.reporting.matrix import markdown_table, tables
+    from moeapps.reporting.matrix import markdown_table
+    from moeapps.reporting.screen import bracketed, fitted
 
     configs = [str(path) for path in options.leave_one_out]
     setting = setting_of(configs, options.metric)
@@ -34,10 +36,10 @@ def leave_one_out(options: argparse.Namespace, words: str, console: Console) -> 
         console.print(f"{missing} of {len(planned)} cells are not run yet; the table comes with the last one")
         return status
     rows = fold_rows(setting, file.grid, done)
-    head, lines = fold_cells(setting, rows)
+    head, lines = fold_cells(setting, rows, bracketed)
     better = "larger" if setting.direction == "max" else "smaller"
     title = f"{setting.metric} on the domain left out ({better} is better), 95 % over {len(options.seeds)} seeds"
-    for table in tables(head, lines, title, console.width):
+    for table in fitted(lambda form: fold_cells(setting, rows, form)[1], head, title, console.width):
         console.print(table)
     if options.out is not None:
         from moeapps.files import write_json, write_text
@@ -64,6 +66,8 @@ def setting_of(configs: list[str], metric: str | None) -> Setting:
 
     words = ["fit", *(word for config in configs for word in ("--config", config))]
     check(words)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # nothing is trained here
     with apart(Path.cwd()):
         quiet()
         located_words = located(words)

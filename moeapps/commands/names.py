@@ -29,7 +29,18 @@ from moeapps.commands.signatures import (
 from moeapps.commands.tasks import moved_prefix, task_names
 from moeapps.training.run import newest_version
 
-_OWN = ("config", "seed_everything", "trainer", "model", "data", "system", "name", "test_after_fit", "ckpt_path")
+_OWN = (
+    "config",
+    "seed_everything",
+    "trainer",
+    "model",
+    "data",
+    "system",
+    "name",
+    "test_after_fit",
+    "pictures",
+    "ckpt_path",
+)
 KEYS: dict[str, tuple[str, ...]] = {
     "fit": (*_OWN, "weights_only"),
     "validate": (*_OWN, "verbose", "weights_only", "untrained"),
@@ -214,7 +225,7 @@ class _Reader:
             self._key(str(key))
             if key == "trainer" and isinstance(value, dict):
                 for word, inner in value.items():
-                    self._trainer(str(word))
+                    self._trainer(str(word).removesuffix("+"))  # `callbacks+` adds to a list
                     self._any(inner, f"trainer.{word}")
             elif key in PARTS:
                 self._value(value, key, None)

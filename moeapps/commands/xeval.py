@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeapps.commands.boundary import UsageError
+
 if TYPE_CHECKING:
     from moeapps.evaluation.results import RunResults
 
@@ -115,7 +117,7 @@ def read_all(paths: list[Path]) -> list[RunResults]:
     """Read the results of runs.
 
     Raises:
-        ValueError: some cannot be read; each has a line of the text.
+        UsageError: some cannot be read; each has a line of the text.
     """
     from moeapps.evaluation.results import read_results
 
@@ -126,5 +128,5 @@ def read_all(paths: list[Path]) -> list[RunResults]:
         except (OSError, ValueError) as error:
             told.append(" ".join(str(error).split()))
     if told:
-        raise ValueError("\n".join(told))
+        raise UsageError("\n".join(told))
     return found

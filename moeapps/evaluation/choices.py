@@ -80,8 +80,11 @@ def _choice(
     chosen: dict[str, int] = {}
     for run in taken:
         chosen[names[run.path]] = chosen.get(names[run.path], 0) + 1
-    columns = [[cells[run.path].get(column, math.nan) for run in taken] for column in ("mean unseen", "worst unseen")]
-    return Choice(rule, chosen, *map(_over_seeds, columns))
+    unseen, worst = (
+        _over_seeds([cells[run.path].get(column, math.nan) for run in taken])
+        for column in ("mean unseen", "worst unseen")
+    )
+    return Choice(rule, chosen, unseen, worst)
 
 
 def _over_seeds(values: list[float]) -> Interval | None:

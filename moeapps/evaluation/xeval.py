@@ -40,9 +40,8 @@ class Row:
         variant: name of its variant.
         seed: seed of the run.
         cells: column -> value; columns are domains, ``mean <role>``, ``worst unseen`` and ``gap``.
-        intervals: domain -> the same value with its interval over test units, where units tell it; ``worst unseen`` has
-            that of the domain which is the worst.
-        worst: name of that domain.
+        intervals: domain -> the same value with its interval over test units, where units tell it.
+        worst: the unseen domain with the worst score.
     """
 
     run: Path
@@ -51,6 +50,10 @@ class Row:
     cells: dict[str, float]
     intervals: dict[str, Interval]
     worst: str | None = None
+
+    def interval(self, column: str) -> Interval | None:
+        """Return a value with its interval over test units; of ``worst unseen`` that of the domain which is it."""
+        return self.intervals.get(self.worst or "" if column == "worst unseen" else column)
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,11 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
 
 
 def _row(run: RunResults, variant: str, metric: str) -> Row:
-    found, intervals = cells(run, metric), unit_intervals(run, metric)
+    found = cells(run, metric)
     worst = next(
         (d for d, role in run.roles.items() if role == "unseen" and found.get(d) == found.get("worst unseen")), None
     )
-    if worst in intervals:
-        intervals["worst unseen"] = intervals[worst]
-    return Row(run.path, variant, run.seed, found, intervals, worst)
+    return Row(run.path, variant, run.seed, found, unit_intervals(run, metric), worst)
 
 
 def cells(run: RunResults, metric: str, only: set[str] | None = None) -> dict[str, float]:

@@ -273,6 +273,8 @@ class Evidence:
     def summarise(self) -> dict[str, Any]:
         """Compute and write the results file and the page of all results in its folder; give the former."""
         results = summarise(self.grid, self.read(), self.place.command)
+        if self.place.name != self.grid.system:  # one of several grids of a system
+            results = {"name": self.place.name, **results}
         write_text(self.place.summary, to_json(results))
         folder = self.place.results
         write_text(self.root / self.place.page, render(all_results(self.root / folder), folder.as_posix()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,8 @@ def fold_grid(
         raise GridError(
             f"{configs[0]} trains on {', '.join(setting.seen)} alone; leaving one domain out needs two seen ones"
         )
+    if len({_slug(name) for name in setting.seen}) < len(setting.seen):
+        raise GridError(f"domains {', '.join(setting.seen)} have names that no two files can have; rename one")
     variants = {}
     for side, overlays in (("system", configs[1:]), *((("baseline", (*configs[1:], *baseline)),) if baseline else ())):
         for domain in setting.seen:
@@ -122,17 +124,25 @@ def fold_rows(setting: Setting, grid: Grid, done: Mapping[Cell, CellResult]) -> 
     return [_row(name, scores["system"][name], scores.get("baseline", {}).get(name)) for name in scores["system"]]
 
 
-def fold_cells(setting: Setting, rows: Sequence[FoldRow]) -> tuple[list[str], list[list[str]]]:
-    """Give head and lines of the table."""
+def fold_cells(
+    setting: Setting, rows: Sequence[FoldRow], form: Callable[[Interval], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Give head and lines of the table.
+
+    Args:
+        setting: what was run.
+        rows: of `fold_rows`.
+        form: how a number and its interval are written.
+    """
     with_baseline = any(row.baseline is not None for row in rows)
     head = ["left out", setting.system, *(["baseline", "difference"] if with_baseline else [])]
-    lines = [
-        [
-            *(row.domain, _shown(row.system)),
-            *([_shown(row.baseline), _shown(row.difference, signed=True)] if with_baseline else []),
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        line = [row.domain, form(row.system)]
+        if row.baseline is not None and row.difference is not None:
+            difference = form(row.difference)
+            line += [form(row.baseline), difference if difference.startswith("-") else f"+{difference}"]
+        lines.append(line)
     return head, lines
 
 
@@ -154,13 +164,6 @@ def _row(domain: str, system: list[float], baseline: list[float] | None) -> Fold
 
 def _interval(values: list[float]) -> Interval:
     return t_interval(values) if len(values) > 1 else Interval(values[0], math.nan, math.nan, 1)
-
-
-def _shown(interval: Interval | None, *, signed: bool = False) -> str:
-    if interval is None:
-        return ""
-    mean = f"{interval.mean:{'+' if signed else ''}.4f}"
-    return mean if math.isnan(interval.low) else f"{mean} [{interval.low:.4f}, {interval.high:.4f}]"
 
 
 def _slug(name: str) -> str:

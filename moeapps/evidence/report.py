@@ -33,11 +33,16 @@ def render(systems: Sequence[Mapping[str, Any]], folder: str = "evidence") -> st
         systems: contents of results files, in any order.
         folder: where they lie, for the text.
     """
-    ordered = sorted(systems, key=lambda results: str(results["system"]))
+    ordered = sorted(systems, key=_name)
     parts = [_INTRO.format(command=_command(ordered), folder=folder)]
     parts += [_overview(ordered)] if ordered else [_NONE]
     parts += [_system(results) for results in ordered]
     return wrapped("\n".join(part.strip("\n") + "\n" for part in parts))
+
+
+def _name(results: Mapping[str, Any]) -> str:
+    """Name of a grid: that of its system, unless there are several."""
+    return str(results.get("name", results["system"]))
 
 
 def _command(systems: Sequence[Mapping[str, Any]]) -> str:
@@ -51,15 +56,13 @@ def _overview(systems: Sequence[Mapping[str, Any]]) -> str:
     for results in systems:
         counts = [sum(c["verdict"].split(" (")[0] == verdict for c in results["claims"]) for verdict in _VERDICTS]
         cells = f"{results['cells']} of {results['cells_planned']}"
-        rows.append(
-            [f"[{results['system']}](#{results['system']})", cells, _hours(results["cpu_s"]), *map(str, counts)]
-        )
+        rows.append([f"[{_name(results)}](#{_name(results)})", cells, _hours(results["cpu_s"]), *map(str, counts)])
     return "\n" + _table(["system", "cells", "CPU", *_VERDICTS], rows)
 
 
 def _system(results: Mapping[str, Any]) -> str:
     lines = [
-        f"## {results['system']}",
+        f"## {_name(results)}",
         "",
         f"`{results['command']}` on `{results['config']}`. Pairs of (seed, data seed): {_pairs(results['seeds'])}. "
         f"{results['cells']} of {results['cells_planned']} cells, {_hours(results['cpu_s'])} of CPU time; "

@@ -86,9 +86,10 @@ class ExpertParallel(ParallelStyle):
             else bank
             for bank, routed in banks
         ]
-        # A bank that was one of several stays one of several, so that its parameters keep their names.
-        joined = len(spread) > 1 or isinstance(module.experts, JoinedExperts)
-        module.experts = JoinedExperts(spread) if joined else spread[0]
+        if isinstance(module.experts, JoinedExperts):  # also of one bank, so that its parameters keep their names
+            module.experts = JoinedExperts(spread)
+        else:
+            module.experts = SplitExperts(spread) if len(spread) > 1 else spread[0]
         module.backend = "auto"  # what the layer itself does is one exchange; the experts run on theirs
         return module
 
@@ -231,6 +232,20 @@ class ShardedExperts(Experts):
     @override
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, here={self.own.start}..{self.own.stop - 1}"
+
+
+class SplitExperts(JoinedExperts):
+    """A stacked bank that was cut in two, routed experts and shared ones: only the first are spread.
+
+    Example:
+        >>> issubclass(SplitExperts, JoinedExperts)
+        True
+    """
+
+
+def split_banks(module: nn.Module) -> list[str]:
+    """Return the names of the banks within a network that were cut in two."""
+    return [name for name, bank in module.named_modules() if isinstance(bank, SplitExperts)]
 
 
 def expert_counts(num_experts: int, ranks: int) -> list[int]:

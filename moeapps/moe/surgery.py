@@ -9,7 +9,7 @@ Shape legend: E experts, D input width, F hidden width, O output width, H = F, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -301,27 +301,29 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean(0) if values[0].is_floating_point() else values[0].clone()
 
 
-def one_process_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def one_process_state(state: Mapping[str, Any], split: Iterable[str]) -> dict[str, Any]:
     """Name the weights of a spread network as the network has them in one process, where nothing is spread.
 
-    :class:`~moeapps.moe.parallel.ExpertParallel` gives shared experts of a stacked bank a bank of their own; here they
+    :class:`~moeapps.moe.parallel.ExpertParallel` cuts a stacked bank that also holds shared experts in two; here these
     become its last rows again.
 
     Args:
-        module: the network in one process.
-        state: names and whole tensors, as read from a checkpoint (of this network or a spread one).
+        state: names and whole tensors, as read from a checkpoint.
+        split: names of the banks that were cut, see :func:`~moeapps.moe.parallel.split_banks`.
 
     Example:
-        >>> one_process_state(nn.Linear(1, 1), {"weight": torch.ones(1, 1)})
-        {'weight': tensor([[1.]])}
+        >>> state = {"moe.experts.banks.0.b_out": torch.zeros(3, 1), "moe.experts.banks.1.b_out": torch.ones(1, 1)}
+        >>> one_process_state(state, ["moe.experts"])
+        {'moe.experts.b_out': tensor([[0.],
+                [0.],
+                [0.],
+                [1.]])}
     """
     found = dict(state)
-    for name, layer in module.named_modules():
-        if not isinstance(layer, MoELayer) or isinstance(layer.experts, JoinedExperts):
-            continue
-        bank = f"{name}.experts." if name else "experts."
-        for key, _ in layer.experts.named_parameters():
-            parts = [found.pop(f"{bank}banks.{i}.{key}", None) for i in range(2)]
-            if parts[0] is not None and parts[1] is not None:
-                found[bank + key] = torch.cat(parts) if key in _STACKS else parts[0]
+    for bank in split:
+        routed = f"{bank}.banks.0." if bank else "banks.0."
+        for key in [key for key in found if key.startswith(routed)]:
+            name = key.removeprefix(routed)
+            parts = [found.pop(key), found.pop(f"{routed[:-2]}1.{name}")]
+            found[f"{bank}.{name}" if bank else name] = torch.cat(parts) if name in _STACKS else parts[0]
     return found

@@ -90,9 +90,8 @@ def summarise(layers: Sequence[LayerFinding]) -> str:
     if not layers:
         return "Nothing was routed in its test."
     if len(layers) == 1:
-        sentence = next(iter(layers)).sentence
-        number = int(next(iter(layers)).numbers["experts"])
-        return f"The {number} experts of its one MoE layer: {sentence}"
+        number = int(layers[0].numbers["experts"])
+        return f"The {number} experts of its one MoE layer{_of_them(layers[0].sentence)}"
     total = len(layers)
     parts = []
     for kind, words in (("specialised", "specialise"), ("leaning", "lean")):
@@ -120,6 +119,23 @@ def summarise(layers: Sequence[LayerFinding]) -> str:
     )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+_BEGINNINGS = {
+    "specialised by": " are specialised by",
+    "leans by": " lean by",
+    "collapsed:": " have collapsed:",
+    "even: its": " are even: all",
+    "uneven, yet": " are uneven, yet",
+}
+
+
+def _of_them(sentence: str) -> str:
+    """The sentence of a layer, said of its experts."""
+    for beginning, words in _BEGINNINGS.items():
+        if sentence.startswith(beginning):
+            return words + sentence.removeprefix(beginning)
+    return f": {sentence}"
 
 
 def _singular(words: str) -> str:

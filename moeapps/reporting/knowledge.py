@@ -173,7 +173,8 @@ def _main_clause(
         return f"too little was routed ({rows:.0f} rows) to say what its {len(load_E)} experts do", ["unknown"], ""
     if alive == 1 and len(load_E) > 1:
         winner = first.expert(int(load_E.argmax()))
-        return f"collapsed: {winner} does all the work, the other {len(load_E) - 1} are dead", ["collapsed"], ""
+        others = "the other is" if len(load_E) == 2 else f"the other {len(load_E) - 1} are"
+        return f"collapsed: {winner} does all the work, {others} dead", ["collapsed"], ""
     followed = sorted(
         (t for t in tables if _beyond_chance(t, limits) and t.strength() >= limits.leaning),
         key=lambda t: -t.strength(),

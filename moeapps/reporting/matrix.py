@@ -47,8 +47,7 @@ def variant_cells(matrix: Matrix) -> Cells:
 
 def unit_cells(matrix: Matrix) -> Cells:
     """Return the scores with their 95 percent intervals over test units; no rows where no run stores units."""
-    known = [*matrix.roles, "worst unseen"]
-    domains = [name for name in known if any(name in row.intervals for row in matrix.rows)]
+    domains = [name for name in matrix.roles if any(name in row.intervals for row in matrix.rows)]
     rows = [
         [f"{row.variant} {row.run.name}", *(_interval(row.intervals.get(name)) for name in domains)]
         for row in matrix.rows
@@ -108,15 +107,12 @@ def rich_tables(matrix: Matrix, width: int = 80) -> list[Table]:
         matrix: what to show.
         width: characters of a line.
     """
-    every = zip(_titles(matrix), _all_cells(matrix), strict=True)
-    return [table for title, (head, rows) in every for table in tables(head, rows, title, width) if rows]
-
-
-def tables(head: Sequence[str], rows: Sequence[Sequence[str]], title: str, width: int) -> list[Table]:
-    """Return head and rows as tables to print, none wider than ``width``."""
-    lines = [[plain(cell) for cell in line] for line in (head, *rows)]
-    parts = _fitting(lines, width)
-    return [_table(part, title if number == 0 else f"{title}, continued") for number, part in enumerate(parts)]
+    found = []
+    for title, (head, rows) in zip(_titles(matrix), _all_cells(matrix), strict=True):
+        if rows:
+            parts = _fitting([[plain(cell) for cell in line] for line in (head, *rows)], width)
+            found += [_table(part, title if i == 0 else f"{title}, continued") for i, part in enumerate(parts)]
+    return found
 
 
 def _table(lines: list[list[str]], title: str) -> Table:

@@ -26,7 +26,7 @@ def csv_text(matrix: Matrix) -> str:
     lines.writerow(["kind", "variant", "run", "seed", "metric", "column", "value", "low", "high", "n"])
     for row in matrix.rows:
         for column, value in row.cells.items():
-            bounds = row.intervals.get(column)
+            bounds = row.interval(column)
             seed = "" if row.seed is None else row.seed
             ends = ["", "", ""] if bounds is None else _numbers(bounds)[1:]
             lines.writerow(["run", row.variant, row.run, seed, matrix.metric, column, _blank(value), *ends])

@@ -45,7 +45,7 @@ def score(matrix: Matrix, variant: str, column: str) -> Interval | None:
         return matrix.variants[variant].get(column)
     row = next(row for row in matrix.rows if row.variant == variant)
     value = row.cells.get(column)
-    return row.intervals.get(column, None if value is None else Interval(value, math.nan, math.nan, 1))
+    return row.interval(column) or (None if value is None else Interval(value, math.nan, math.nan, 1))
 
 
 def _names(matrix: Matrix) -> dict[str, str]:
@@ -60,7 +60,8 @@ def _means(matrix: Matrix, width: int) -> list[Table]:
     runs = {name: sum(row.variant == name for row in matrix.rows) for name in names}
     system = next(iter(names)).partition("/")[0]
     better = "larger" if matrix.direction == "max" else "smaller"
-    spread = "95 % over seeds" if matrix.variants else "95 % over test units where known"
+    units = any(row.intervals for row in matrix.rows)
+    spread = "; 95 % over seeds" if matrix.variants else "; 95 % over test units" if units else ""
 
     def rows(form: Form, columns: list[str]) -> list[list[str]]:
         return [[names[n], str(runs[n]), *(form_of(form, score(matrix, n, c)) for c in columns)] for n in names]
@@ -72,14 +73,14 @@ def _means(matrix: Matrix, width: int) -> list[Table]:
     without = [column for column in known if column != "gap"]
     fits = [c for c in (known, without) for form in (bracketed, plus_minus) if _wide(head(c), rows(form, c)) <= width]
     columns = fits[0] if fits else known
-    title = f"{system}: {matrix.metric} ({better} is better; {spread})"
-    return _fitted(lambda form: rows(form, columns), head(columns), title, width)
+    title = f"{system}: {matrix.metric} ({better} is better{spread})"
+    return fitted(lambda form: rows(form, columns), head(columns), title, width)
 
 
 def _domains(matrix: Matrix, width: int) -> list[Table]:
     names = _names(matrix)
     head = ["domain", "role", *names.values()]
-    return _fitted(
+    return fitted(
         lambda form: [
             [domain, role, *(form_of(form, score(matrix, name, domain)) for name in names)]
             for domain, role in matrix.roles.items()
@@ -125,7 +126,7 @@ def _differences(matrix: Matrix, width: int) -> list[Table]:
         ]
 
     base = matrix.differences[0].baseline
-    return _fitted(rows, head, f"difference to {names.get(base, base)} (95 %, paired)", width)
+    return fitted(rows, head, f"difference to {names.get(base, base)} (95 %, paired)", width)
 
 
 def _costs(matrix: Matrix) -> list[Table]:
@@ -156,7 +157,7 @@ def _choices(matrix: Matrix, width: int) -> list[Table]:
         ]
 
     head = ["chosen by", "variant (seeds)", "unseen", "worst unseen"]
-    return _fitted(rows, head, "what choosing among these runs comes to (95 % over seeds)", width)
+    return fitted(rows, head, "what choosing among these runs comes to (95 % over seeds)", width)
 
 
 # Forms of a number -----------------------------------------------------------------------------------------------
@@ -193,17 +194,23 @@ def _signed(form: Form, interval: Interval) -> str:
 # Width -----------------------------------------------------------------------------------------------------------
 
 
-def _fitted(rows: Rows, head: Sequence[str], title: str, width: int, left: int = 0) -> list[Table]:
+def fitted(rows: Rows, head: Sequence[str], title: str, width: int, left: int = 0) -> list[Table]:
     """Return a table in the richest form that fits; with ``left`` columns kept, several tables where none does."""
     found = next((form for form in (bracketed, plus_minus, number) if _wide(head, rows(form)) <= width), None)
     if found is not None or not left or len(head) < left + 2:
         return [_table(head, rows(found or number), title)]
-    half = left + math.ceil((len(head) - left) / 2)
+    parts: list[list[int]] = [[]]
+    lines = rows(number)
+    for column in range(left, len(head)):
+        keep = [*range(left), *parts[-1], column]
+        if parts[-1] and _wide([head[i] for i in keep], [[row[i] for i in keep] for row in lines]) > width:
+            parts.append([])
+        parts[-1].append(column)
     tables: list[Table] = []
-    for part in (range(left, half), range(half, len(head))):
+    for part in parts:
         keep = [*range(left), *part]
-        some: Rows = lambda form, keep=keep: [[row[i] for i in keep] for row in rows(form)]  # type: ignore[misc]  # noqa: E731
-        tables += _fitted(some, [head[i] for i in keep], f"{title}, continued" if tables else title, width, left)
+        told = f"{title}, continued" if tables else title
+        tables.append(_table([head[i] for i in keep], [[row[i] for i in keep] for row in lines], told))
     return tables
 
 

@@ -26,6 +26,9 @@ log = logging.getLogger("moeapps")
 PARTS = "parts"
 """Entry of a checkpoint of several processes: the folder beside it where each has written its part of the weights."""
 
+SPLIT = "split_banks"
+"""Entry of such a checkpoint: the names of the banks of experts that were cut in two, see `one_process_state`."""
+
 RESUMED = ("interrupted.ckpt", "last.ckpt", "best.ckpt")
 """What a training goes on from, the newest first: an interruption ends a run, so that its checkpoint is the last."""
 
@@ -120,10 +123,12 @@ def _add_parts(held: dict[str, Any], path: Path) -> None:
     """Add the weights that lie in parts beside a checkpoint, whole, as one process would have written them."""
     if PARTS not in held or "state_dict" in held:
         return
+    from moeapps.moe.surgery import one_process_state
     from moeapps.training.parts import read_parts
 
     try:
-        held["state_dict"] = read_parts(path.parent / Path(str(held[PARTS])).name, "state_dict")
+        state = read_parts(path.parent / Path(str(held[PARTS])).name, "state_dict")
+        held["state_dict"] = one_process_state(state, held[SPLIT])
     except Exception as error:  # pickle, zip and key errors of a damaged file have no common class
         raise CheckpointError(
             f"the parts of {path} are damaged ({type(error).__name__}: {error}); use another checkpoint of the run"

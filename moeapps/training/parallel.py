@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from fnmatch import fnmatchcase
@@ -10,16 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from moeapps.moe import JoinedExperts, MoELayer
-from moeapps.training.checkpoints import PARTS, CheckpointError, read_checkpoint
+from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_folders, read_checkpoint, write_checkpoint
 
+STATES: tuple[str, ...] = ("state_dict", "current_model_state")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -134,12 +137,20 @@ class ModelParallel(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        from moeapps.training.parts import write_parts
+        from moeapps.moe.parallel import split_banks
+        from moeapps.training.parts import save_parts
 
-        rest = dict(checkpoint)
-        states = {name: rest.pop(name) for name in ("state_dict", "current_model_state") if name in rest}
+        rest = {**checkpoint, SPLIT: split_banks(cast(nn.Module, self.model))}
+        states: dict[str, Any] = {name: rest.pop(name) for name in STATES if name in rest}
         states |= {f"optimizer_{i}": state for i, state in enumerate(rest.pop("optimizer_states", []))}
-        write_parts(states, rest, Path(self.broadcast(filepath)))
+        path, number = self.broadcast((Path(filepath), secrets.token_hex(4)))
+        folder = path.with_name(f"{path.name}.parts-{number}")
+        save_parts(states, folder)
+        if self.is_global_zero:
+            write_checkpoint({**rest, PARTS: folder.name}, path)
+            for older in parts_folders(path):
+                if older != folder:
+                    shutil.rmtree(older)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -171,7 +182,7 @@ class ModelParallel(ModelParallelStrategy):
         set_model_state_dict(model, states["state_dict"])
         for i, optimizer in enumerate(optimizers):
             set_optimizer_state_dict(model, optimizer, states[f"optimizer_{i}"])
-        return held | {name: states[name] for name in ("state_dict", "current_model_state") if name in states}
+        return held | {name: states[name] for name in STATES if name in states}
 
 
 def _scalars(task: nn.Module) -> set[nn.Parameter]:

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import io
 import pickle
-import secrets
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
-
-from moeapps.training.checkpoints import PARTS, parts_folders, write_checkpoint
 
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _NAMES = {
@@ -42,31 +40,14 @@ _NAMES = {
 }
 
 
-def write_parts(states: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint, each process its part; all must call this.
-
-    Args:
-        states: what lies in parts: state dicts by name.
-        rest: everything else, written by the first process.
-        path: file to write.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    told = [f"{path.name}.parts-{secrets.token_hex(4)}"]
-    dist.broadcast_object_list(told)
-    folder = path.parent / told[0]
-    checkpoint.save(states, checkpoint_id=str(folder))
-    if dist.get_rank() == 0:
-        write_checkpoint({**rest, PARTS: folder.name}, path)
-        for older in parts_folders(path):
-            if older != folder:
-                shutil.rmtree(older)
+def save_parts(states: dict[str, Any], folder: Path) -> None:
+    """Write state dicts, each process its part; all must call this."""
+    save(states, checkpoint_id=str(folder))
 
 
 def load_parts(states: dict[str, Any], folder: Path) -> None:
     """Fill the tensors of state dicts in place, each process its part; all must call this."""
-    checkpoint.load(states, storage_reader=_Reader(str(folder)), planner=_Planner())
+    load(states, storage_reader=_Reader(str(folder)), planner=_Planner())
 
 
 def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
@@ -79,7 +60,9 @@ def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
         for key, about in held.state_dict_metadata.items()
         if places[key][0] == name and isinstance(about, TensorStorageMetadata)
     }
-    checkpoint.load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
     return {".".join(map(str, places[key][1:])): value for key, value in wanted.items()}
 
 

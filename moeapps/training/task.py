@@ -22,7 +22,6 @@ from moeapps.data.domain import STAGE_ROLES, DomainDataModule
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
-from moeapps.moe.surgery import one_process_state
 from moeapps.training.contract import (
     ContractError,
     check_facts,
@@ -366,8 +365,6 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
         self._trained = {name: int(checkpoint[name]) for name in ("epoch", "global_step") if name in checkpoint}
         if "started_from" in checkpoint:
             self.origin = Origin.of(checkpoint["started_from"])
-        if not is_placed(self):
-            checkpoint["state_dict"] = one_process_state(self, checkpoint["state_dict"])
 
     def on_train_start(self) -> None:
         """Remember where the optimizer stands (a resumed run does not start at 0); hold what is frozen."""

@@ -126,6 +126,8 @@ def test_families_are_counted_over_the_committed_seeds() -> None:
     assert f"With {len(found)} other seeds" in told
     assert f"all families {sum(value > 1 - 1e-9 for value in found)} times" in told
     assert f"{min(found):.2f} at worst" in told
+    whole = sum(value > 1 - 1e-9 for value in found)
+    assert f"1.00 with {whole} of {len(found)} seeds" in Path("README.md").read_text()
 
 
 def merged(*files: str) -> dict[str, Any]:

@@ -244,6 +244,7 @@ def test_a_grid_of_a_package_of_ones_own_in_a_folder_of_ones_own(tmp_path: Path)
     assert claim["verdict"] == "supported"
     assert claim["train_flops_ratio"] == 2.0
     page = (tmp_path / "evidence" / "evidence.md").read_text()
+    assert "## grid" in page.splitlines(), "a system may have several grids: each has its own name"
     assert "`moeapps evidence grid.yaml`" in page
     assert {path.name for path in (tmp_path / "evidence" / "grid" / "cells").iterdir()} == {
         "long-s1-d1.json",

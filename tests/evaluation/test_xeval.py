@@ -17,32 +17,7 @@ from moeapps.evaluation.statistics import paired_t_interval
 from moeapps.evaluation.xeval import build_matrix, cells
 from moeapps.reporting.matrix import markdown, rich_tables
 from moeapps.training.run import seeds_of, variant_hash
-
-ROLES = {"a": "seen", "b": "seen", "v": "validation", "u": "unseen", "w": "unseen"}
-
-
-def write_run(
-    folder: Path,
-    values: list[float | None],
-    *,
-    variant: str = "moe",
-    seed: int = 0,
-    units: dict[str, Any] | None = None,
-    direction: str = "max",
-    system: str = "toy",
-    parts: dict[str, Any] | None = None,
-    **header: Any,
-) -> Path:
-    rows = [
-        {"domain": d, "role": r, "metric": m, "value": x if m == "acc" else 1.0, "n": 4, "direction": direction}
-        for (d, r), x in zip(ROLES.items(), values, strict=True)
-        for m in ("loss", "acc")
-    ]
-    header = {"system": system, "name": variant, "seed": seed, "main_metric": "acc", **header}
-    (folder / "metrics").mkdir(parents=True)
-    text = json.dumps({"header": header, "rows": rows, "units": units or {}, "parts": parts or {}})
-    (folder / "metrics" / "test.json").write_text(text)
-    return folder
+from tests.evaluation.xeval_common import write_run
 
 
 def test_columns_are_domains_means_worst_and_gap(tmp_path: Path) -> None:

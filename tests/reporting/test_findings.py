@@ -39,6 +39,22 @@ def test_a_run_says_what_each_layer_did_and_sums_it_up(tmp_path):
     assert found.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (EYE, " are specialised by domain: the expert tells 100 % of it"),
+        (EVEN, " are even: all 2 experts share the work alike"),
+        ([[90.0, 0.0], [90.0, 0.0]], " have collapsed: expert 0 does all the work, the other is dead."),
+        ([[90.0, 30.0], [90.0, 30.0]], " are uneven, yet not specialised"),
+        ([[1.0, 2.0], [2.0, 1.0]], ": too little was routed (6 rows)"),
+    ],
+)
+def test_a_run_of_one_layer_speaks_of_its_experts(tmp_path, work, words):
+    told = 1.0 if work is EYE else 0.0
+    found = describe_run(run_of(tmp_path, {"net.layer": layer(work, told)}))
+    assert found.sentence.startswith(f"The 2 experts of its one MoE layer{words}")
+
+
 def test_the_factors_of_a_report_are_read_with_their_names_and_numbers(tmp_path):
     work = {"experts.0": {"colour": [[[80.0, 0.0], [20.0, 0.0]], [[0.0, 20.0], [0.0, 80.0]]]}}
     # over both domains: red [80, 20], blue [20, 80]

@@ -43,12 +43,12 @@ def test_a_strategy_for_networks_that_place_themselves_is_refused() -> None:
 def test_names_of_a_spread_network_become_those_of_one_process() -> None:
     net = nn.Sequential(layer(MLPExperts(5, 6, 8), 2), layer(MLPExperts(3, 6, 8)), layer(two_widths(), 1))
     whole = net.state_dict()
-    split = {key: value for key, value in whole.items() if not key.startswith("0.experts.")}
+    cut = {key: value for key, value in whole.items() if not key.startswith("0.experts.")}
     for name, value in net[0].experts.named_parameters():
-        split[f"0.experts.banks.0.{name}"], split[f"0.experts.banks.1.{name}"] = value[:3], value[3:]
+        cut[f"0.experts.banks.0.{name}"], cut[f"0.experts.banks.1.{name}"] = value[:3], value[3:]
 
-    for state in (split, whole):
-        found = one_process_state(net, state)
+    for state, split in ((cut, ["0.experts"]), (whole, [])):
+        found = one_process_state(state, split)
         assert set(found) == set(whole)
         assert all(torch.equal(value, whole[key]) for key, value in found.items())
 

@@ -103,7 +103,7 @@ def test_bars_and_lines_name_the_domain_that_is_evaluated(
     monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr("moeapps.training.callbacks.progress.log.propagate", True)
     with caplog.at_level("INFO", logger="moeapps"):
-        lines.on_test_start(trainer)
+        lines.on_test_start(trainer, built.model)
         for loader, batch in ((0, 0), (1, 2), (2, 0), (4, 1)):
             lines.on_test_batch_end(trainer, built.model, None, None, batch, loader)
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("testing ")]

@@ -47,12 +47,10 @@ def in_one(folder: Path, variant: str) -> list[str]:
     return ["test", "--run", str(run), "--trainer.devices", "1", "--trainer.strategy", "auto"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process and of two."""
-    folder = tmp_path_factory.mktemp("runs_of_two")
+def jobs(folder: Path) -> list[Job]:
+    """Runs of one process, and of several that must equal them."""
     short = ["--name", "short", "--trainer.max_epochs", "1"]
-    jobs: list[Job] = [
+    return [
         (1, [*TOY, *ONE, "--name", "one"]),
         (1, [*TOY, *ONE, *EMA, "--name", "one_ema"]),
         *((2, [*TOY, *TWO, *overlay(path), "--name", path]) for path in OVERLAYS),
@@ -64,7 +62,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, in_one(folder, "ep")),
         (1, in_one(folder, "ep_fsdp2")),
     ]
-    run_jobs(folder, jobs, seconds=900)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of these runs."""
+    folder = tmp_path_factory.mktemp("runs_of_two")
+    run_jobs(folder, jobs(folder), seconds=900)
     return folder
 
 
@@ -159,20 +163,19 @@ SYSTEMS = [CONFIGS / f"{system}.yaml" for system in ("point_moe", "promoe", "uni
 
 @pytest.fixture(scope="module")
 def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the systems' runs on two processes, one overlay after the other."""
     folder = tmp_path_factory.mktemp("systems_of_two")
-    cpu = ["--trainer.accelerator", "cpu"]
-    jobs: list[Job] = []
+    listed: list[Job] = []
     for base in SYSTEMS:
-        words = ["fit", *tiny(base), *cpu]
-        jobs.append((2, [*words, *overlay("ep"), "--name", "ep"]))
+        words = ["fit", *tiny(base), "--trainer.accelerator", "cpu"]
+        listed += [(2, [*words, *overlay(path), "--name", path]) for path in OVERLAYS]
         resumed = ["--name", "resumed", "--trainer.max_epochs", "2"]
-        jobs.append((2, ["fit", "--run", str(folder / "runs" / base.stem / "ep"), *resumed]))
-        jobs += [(2, [*words, *overlay(path), "--name", path]) for path in ("fsdp2", "ep_fsdp2")]
-    run_jobs(folder, jobs, seconds=1800)
+        listed.append((2, ["fit", "--run", str(folder / "runs" / base.stem / "ep"), *resumed]))
+    run_jobs(folder, listed, seconds=1800)
     return folder
 
 
-@pytest.mark.parametrize("variant", ["ep", "resumed", "fsdp2", "ep_fsdp2"])
+@pytest.mark.parametrize("variant", [*OVERLAYS, "resumed"])
 @pytest.mark.parametrize("base", SYSTEMS, ids=name)
 def test_a_system_trains_and_tests_on_two_processes(systems: Path, base: Path, variant: str) -> None:
     found = json.loads((systems / "runs" / base.stem / variant / "version_0/metrics/test.json").read_text())

@@ -51,9 +51,9 @@
   const draw = (node) => {
     if (drawn.has(node) || !node.offsetParent) return;
     if (node.dataset.cloud) {
-      const cloud = readCloud(node), scene = { aspectmode: "data", dragmode: "turntable", camera: { eye: { x: 1.1, y: -1.1, z: 1.0 } } };
-      drawn.set(node, { cloud, layout: { scene, uirevision: "kept", margin: { l: 0, r: 0, t: 0, b: 0 }, legend: { y: 0, itemsizing: "constant" } } });
-      Plotly.newPlot(node, cloudTraces(cloud, 0), dressed(drawn.get(node).layout), options);
+      const cloud = readCloud(node), scene = { aspectmode: "data", dragmode: "turntable", camera: { eye: { x: 1.35, y: -1.35, z: 1.1 } } };
+      drawn.set(node, { cloud, layout: { scene, uirevision: "kept", margin: { l: 0, r: 0, t: 0, b: 56 }, legend: { y: 0, yanchor: "top", itemsizing: "constant" } } });
+      Plotly.newPlot(node, cloudTraces(cloud, Number(node.dataset.which || 0)), dressed(drawn.get(node).layout), options);
     } else {
       const figure = JSON.parse(document.getElementById(node.dataset.plot).textContent);
       drawn.set(node, figure);
@@ -62,13 +62,18 @@
   };
   const plots = [...document.querySelectorAll(".plot")];
   const near = new IntersectionObserver((found) => {
-    for (const one of found) if (one.isIntersecting) draw(one.target);
+    for (const one of found) {
+      if (one.isIntersecting) draw(one.target);
+      // A browser keeps sixteen drawings in space at once and drops the oldest: those out of sight are given back.
+      else if (one.target.dataset.cloud && drawn.delete(one.target)) Plotly.purge(one.target);
+    }
   }, { rootMargin: "200px" });
   plots.forEach((node) => near.observe(node));
   const redress = () => drawn.forEach((figure, node) => Plotly.relayout(node, dressed(figure.layout)));
 
   document.querySelectorAll("[data-colouring]").forEach((button) => button.addEventListener("click", () => {
     const node = document.getElementById(button.dataset.of);
+    node.dataset.which = button.dataset.colouring;
     draw(node);
     const held = drawn.get(node);
     button.parentElement.querySelectorAll("button").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -53,7 +54,7 @@ class AveragedWeights(WeightAveraging):
         if self._average_model is not None and is_placed(pl_module):
             cast(Any, trainer.strategy).spread(self._average_model.module)
 
-    def average(self, mean: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
+    def average(self, mean: Sequence[Tensor], now: Sequence[Tensor], count: Tensor | int) -> None:
         """Move the averages towards the weights in place; ``count`` averages were taken before."""
         if not torch.is_floating_point(mean[0]):  # counters and flags
             for old, new in zip(mean, now, strict=True):

@@ -87,7 +87,7 @@ class ProgressLines(ProgressBar):
         self._line(trainer, pl_module)
 
     @override
-    def on_test_start(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = self._last = time.monotonic()
 
     on_validation_start = on_predict_start = on_test_start
