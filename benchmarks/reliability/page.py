@@ -155,16 +155,15 @@ def leaks(report: Report) -> str:
     outside = [name for name, found in grown.items() if not found["within"]]
     lead = (
         f"{LEAK_STEPS:,} steps at debug size with a validation every {EVERY}; what is added between step {FIRST:,} "
-        f"and the last, after the first validation, whose metrics keep a state. Bounds: {BOUND_MIB:.1f} MiB of resident memory, which is a page of {PAGE_KIB} KiB per step and "
-        f"less than any kept batch or graph, and {BOUND_TENSORS} live tensors, a tenth of one per step. Outside of "
-        f"them: {', '.join(outside) or 'none'}."
+        "and the last, after the first validation, whose metrics keep a state. Bounds: "
+        f"{BOUND_MIB:.1f} MiB of resident memory, which is a page of {PAGE_KIB} KiB per step and less than any kept "
+        f"batch or graph, and {BOUND_TENSORS} live tensors, a tenth of one per step. Outside of them: "
+        f"{', '.join(outside) or 'none'}."
     )
     rows = ["| system | resident, MiB | live tensors | their memory at the end, MiB |", "|---|---|---|---|"]
     for name, row in held.items():
-        end = row["marks"][str(LEAK_STEPS)]
-        rows.append(
-            _row((name, _signed(grown[name]["grown_mib"]), _signed(grown[name]["grown_tensors"]), end["tensors_mib"]))
-        )
+        found, end = grown[name], row["marks"][str(LEAK_STEPS)]
+        rows.append(_row((name, _signed(found["grown_mib"]), _signed(found["grown_tensors"]), end["tensors_mib"])))
     return "\n".join((title, "", lead, "", *rows))
 
 
