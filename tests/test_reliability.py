@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability.__main__ import RESULTS, read
+from benchmarks.reliability.counted import count_cases
+
 PAGE = Path("docs") / "reliability.md"
 READMES = [Path("README.md"), *sorted(Path("tasks").glob("*/README.md"))]
+SLOW = {
+    name
+    for path in Path("tests").rglob("test_*.py")
+    for name in re.findall(
+        r"^@pytest\.mark\.slow\n(?:@.*\n|[ )].*\n)*def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+}
 # Words that promise something about faults, strangers' files or errors: a README may use one that the page has.
 PROMISES = (
     *("resum", "goes on after an interruption", "goes on where", "bit-equal", "to the bit", "crash", "is lost"),
@@ -33,6 +43,26 @@ def test_every_promise_names_a_test_that_exists() -> None:
         named = re.findall(r"`(test_\w+)`", row[1])
         assert named, row[0]
         assert set(named) <= tests, (row[0], set(named) - tests)
+
+
+@pytest.mark.slow
+def test_every_test_that_the_page_names_is_collected_as_often_as_it_says() -> None:
+    """Collecting everything takes half a minute, so this is of `make test-slow`."""
+    cases = count_cases(PAGE)
+
+    assert [name for name, found in cases.items() if not found] == []
+    assert read(RESULTS)["tests"] == cases, "run python -m benchmarks.reliability tests"
+
+
+def test_every_promise_has_a_count_of_cases_and_slow_tests_are_called_so() -> None:
+    text, cases = PAGE.read_text(encoding="utf-8").partition("## Measured")[0], read(RESULTS)["tests"]
+    rows = re.findall(r"^\|.*`test_\w+`.*\|$", text, re.MULTILINE)
+
+    assert len(rows) >= 45
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`( \(slow\))?", row)
+        assert row.rsplit("|", 2)[1].strip() == f"{sum(cases[name] for name, _ in named):,}"
+        assert [name for name, slow in named if bool(slow) != (name in SLOW)] == []
 
 
 def test_every_test_that_the_page_names_is_there() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability import faults, memory
+from benchmarks.reliability.counted import count_cases
 from benchmarks.reliability.page import PAGE, write_page
 from moeapps.files import write_json
 from moeapps.training.run import git_commit, machine
@@ -92,7 +93,7 @@ def collect_fuzz(results: Results, records: Path) -> None:
 def main(args: list[str] | None = None) -> int:
     """Measure the named parts, or all, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=(__doc__ or "").split(":")[0])
-    parts = ("faults", "peak", "leak", "fuzz", "page")
+    parts = ("faults", "peak", "leak", "fuzz", "tests", "page")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--only", nargs="+", default=systems(), metavar="SYSTEM", help="systems (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the drawn faults (default 0 1 2)")
@@ -110,6 +111,9 @@ def main(args: list[str] | None = None) -> int:
             measure_memory(what, results, options.only)
     if "fuzz" in wanted:
         collect_fuzz(results, RECORDS)
+    if "tests" in wanted:
+        results.report["tests"] = count_cases(PAGE)
+        results.write()
     write_page(read(RESULTS), PAGE)
     return 0
 

@@ -24,7 +24,8 @@ from moeapps.files import write_json
 
 What = Literal["peak", "leak"]
 PEAK_STEPS = 20
-LEAK_STEPS, FIRST = 2000, 500
+LEAK_STEPS, EVERY, FIRST = 2000, 500, 1000
+"""Steps, between two marks, and of the mark that growth counts from: after a validation, whose metrics keep a state."""
 PAGE_KIB = 4
 """What the kernel gives at least: a step that keeps anything at all for good needs new pages sooner or later."""
 BOUND_MIB = (LEAK_STEPS - FIRST) * PAGE_KIB / 1024
@@ -87,7 +88,7 @@ def words_of(what: What, system: str) -> list[str]:
     if what == "leak":
         files += [_CONFIGS / "debug" / "tiny.yaml", _CONFIGS / "debug" / f"{system}.yaml"]
     most = 4 * LEAK_STEPS  # of optimizers, of which a step may move several; schedules need an end
-    own = ["--trainer.limit_train_batches=1.0", f"--trainer.val_check_interval={FIRST}"]
+    own = ["--trainer.limit_train_batches=1.0", f"--trainer.val_check_interval={EVERY}"]
     own += ["--trainer.check_val_every_n_epoch=null", "--trainer.log_every_n_steps=50"]
     return [
         *(word for file in files for word in ("--config", str(file))),
@@ -113,7 +114,7 @@ def fit(what: What, system: str) -> dict[str, Any]:
     imported = settled_mib()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     begun = time.process_time()
-    at = [*range(FIRST, LEAK_STEPS + 1, FIRST)]
+    at = [*range(EVERY, LEAK_STEPS + 1, EVERY)]
     marks = Marks([], PEAK_STEPS) if what == "peak" else Marks(at, LEAK_STEPS)
     built = Cli(words_of(what, system), run=False)
     built.trainer.callbacks.insert(0, marks)  # type: ignore[attr-defined]

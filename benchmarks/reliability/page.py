@@ -9,20 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import wrapped
-from benchmarks.reliability.memory import BOUND_MIB, BOUND_TENSORS, FIRST, LEAK_STEPS, PAGE_KIB, PEAK_STEPS
+from benchmarks.reliability.memory import (
+    BOUND_MIB,
+    BOUND_TENSORS,
+    EVERY,
+    FIRST,
+    LEAK_STEPS,
+    PAGE_KIB,
+    PEAK_STEPS,
+    growth,
+)
 from moeapps.files import write_text
 
 PAGE = Path("docs") / "reliability.md"
 BLOCK = re.compile(r"(<!-- measured:begin -->\n).*?(<!-- measured:end -->)", re.DOTALL)
+NAMED = re.compile(r"`(test_\w+)`")
+_ROW = re.compile(r"^(\|[^\n]*`test_\w+`[^\n]*\|)[^|\n]*\|$", re.MULTILINE)
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 TEST = "test_a_chain_of_killed_and_interrupted_processes_takes_every_step_to_the_bit"
 Report = dict[str, Any]
 
 
 def write_page(report: Report, page: Path) -> None:
-    """Replace what stands between the marks of the section."""
-    text = page.read_text(encoding="utf-8")
+    """Replace what stands between the marks of the section, and the last column of the tables of promises."""
+    text = with_cases(page.read_text(encoding="utf-8"), report.get("tests", {}))
     write_text(page, BLOCK.sub(lambda found: found[1] + wrapped(measured(report)) + found[2], text))
+
+
+def with_cases(text: str, cases: dict[str, int]) -> str:
+    """Write how many cases of the named tests pytest collects into the last cell of each promise."""
+
+    def counted(row: re.Match[str]) -> str:
+        known = [cases.get(name, 0) for name in NAMED.findall(row[1])]
+        return f"{row[1]} {sum(known):,} |" if all(known) else f"{row[1]} not counted |"
+
+    return _ROW.sub(counted, text)
 
 
 def measured(report: Report) -> str:
@@ -130,17 +151,19 @@ def leaks(report: Report) -> str:
     title = "### What a long training keeps"
     if not held:
         return f"{title}\n\nNot measured yet."
-    outside = [name for name, row in held.items() if not row["within"]]
+    grown = {name: growth(row["marks"]) for name, row in held.items()}
+    outside = [name for name, found in grown.items() if not found["within"]]
     lead = (
-        f"{LEAK_STEPS:,} steps at debug size with a validation every {FIRST}; what is added between step {FIRST} and "
-        f"the last. Bounds: {BOUND_MIB:.1f} MiB of resident memory, which is a page of {PAGE_KIB} KiB per step and "
-        f"less than any kept batch or graph, and {BOUND_TENSORS} live tensors, a tenth of one per step. Outside of "
-        f"them: {', '.join(outside) or 'none'}."
+        f"{LEAK_STEPS:,} steps at debug size with a validation every {EVERY}; what is added between step {FIRST:,} "
+        "and the last, after the first validation, whose metrics keep a state. Bounds: "
+        f"{BOUND_MIB:.1f} MiB of resident memory, which is a page of {PAGE_KIB} KiB per step and less than any kept "
+        f"batch or graph, and {BOUND_TENSORS} live tensors, a tenth of one per step. Outside of them: "
+        f"{', '.join(outside) or 'none'}."
     )
     rows = ["| system | resident, MiB | live tensors | their memory at the end, MiB |", "|---|---|---|---|"]
     for name, row in held.items():
-        end = row["marks"][str(LEAK_STEPS)]
-        rows.append(_row((name, _signed(row["grown_mib"]), _signed(row["grown_tensors"]), end["tensors_mib"])))
+        found, end = grown[name], row["marks"][str(LEAK_STEPS)]
+        rows.append(_row((name, _signed(found["grown_mib"]), _signed(found["grown_tensors"]), end["tensors_mib"])))
     return "\n".join((title, "", lead, "", *rows))
 
 

@@ -94,13 +94,18 @@ def test_digest_sees_every_bit_and_every_name() -> None:
 
 def test_growth_is_judged_by_both_bounds() -> None:
     def marks(rss: float, tensors: int) -> dict[str, dict[str, float]]:
-        return {"500": {"rss_mib": 100.0, "tensors": 40}, "2000": {"rss_mib": rss, "tensors": tensors}}
+        before = {"rss_mib": 90.0, "tensors": 10}  # the first validation, at step 500, leaves the state of its metrics
+        return {
+            "500": before,
+            "1000": {"rss_mib": 100.0, "tensors": 40},
+            "2000": {"rss_mib": rss, "tensors": tensors},
+        }
 
-    # 1,500 steps: a page of 4 KiB each are 5.86 MiB; one tensor in ten steps are 150.
-    assert (round(BOUND_MIB, 2), BOUND_TENSORS) == (5.86, 150)
-    assert growth(marks(105.8, 189)) == {"grown_mib": 5.8, "grown_tensors": 149, "within": True}
-    assert not growth(marks(105.9, 40))["within"]
-    assert not growth(marks(100.0, 190))["within"]
+    # 1,000 steps: a page of 4 KiB each are 3.91 MiB; one tensor in ten steps are 100.
+    assert (round(BOUND_MIB, 2), BOUND_TENSORS) == (3.91, 100)
+    assert growth(marks(103.9, 139)) == {"grown_mib": 3.9, "grown_tensors": 99, "within": True}
+    assert not growth(marks(104.0, 40))["within"]
+    assert not growth(marks(100.0, 140))["within"]
 
 
 def test_results_go_on_where_they_stopped_and_the_page_counts_them(tmp_path: Path) -> None:
