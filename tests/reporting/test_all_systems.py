@@ -15,7 +15,7 @@ import pytest
 
 from moeapps.cli import main
 from moeapps.reporting.view import read_run
-from tests.reporting.runs import write
+from tests.reporting.made_runs import write
 from tests.reporting.test_page import Reader
 from tests.systems import BASES, tiny
 

@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from moeapps.cli import main
-from tests.reporting.runs import tone, write, write_run, write_scan
+from tests.reporting.made_runs import tone, write, write_run, write_scan
 
 pytestmark = pytest.mark.slow
 NEEDED = (

@@ -21,7 +21,7 @@ from tasks.dynamics.report.figures import write_trajectories
 from tasks.point_cloud.report import gallery as point_cloud
 from tasks.point_cloud.report.figures import ScanPicture, write_scan
 from tasks.recommendation.report import gallery as recommendation
-from tests.reporting.runs import tone, write
+from tests.reporting.made_runs import tone, write
 
 
 def test_a_scan_keeps_labelled_points_evenly_and_no_more_than_allowed(tmp_path):

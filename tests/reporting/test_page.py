@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moeapps.cli import main
-from tests.reporting.runs import DOMAINS, layer, tone, write, write_run, write_scan
+from tests.reporting.made_runs import DOMAINS, layer, tone, write, write_run, write_scan
 
 HOSTILE = "<script>alert(1)</script>\"'{{7*7}}&</style>"
 
