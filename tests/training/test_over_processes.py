@@ -255,7 +255,7 @@ def test_what_the_first_process_measures_waits_for_no_other(monkeypatch: pytest.
     counts = {"estimated_stepping_batches": 4, "accumulate_grad_batches": 1, "world_size": 2}
     trainer: Any = SimpleNamespace(is_global_zero=True, precision_plugin=None, **counts)
     batches = SimpleNamespace(example_batch=lambda: None, first_training_batch=lambda: None)
-    task: Any = SimpleNamespace(data=batches)
+    task: Any = SimpleNamespace(data=batches, parameters=lambda: iter(()))
 
     def first(rank: int) -> bool:
         if rank == 0:
