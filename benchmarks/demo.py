@@ -61,7 +61,7 @@ class Part:
     def words(self) -> list[str]:
         """The words of the training, or of going on with one that was interrupted."""
         run = newest_version(self.folder)
-        if list(run.glob("checkpoints/*.ckpt")):
+        if (run / "config.yaml").is_file() and list(run.glob("checkpoints/*.ckpt")):
             return ["fit", "--run", str(run)]
         named = [word for config in self.configs for word in ("--config", config)]
         return ["fit", *named, "--name", self.name]

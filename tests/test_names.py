@@ -19,7 +19,7 @@ from moeapps.cli import RUN_COMMANDS, main
 from moeapps.commands.boundary import UsageError
 from moeapps.commands.names import KEYS, check, read_config
 from moeapps.commands.run import Cli, quiet
-from moeapps.commands.signatures import Definition, options, resolve, trainer_options
+from moeapps.commands.signatures import Definition, Missing, options, resolve, trainer_options
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name
 from tests.toy import TOY
 
@@ -140,6 +140,16 @@ def test_a_wrong_word_of_a_file_is_told_with_its_line(text: str, told: str, tmp_
     with pytest.raises(UsageError, match=told) as caught:
         check(["fit", *TOY, "--config", str(file)])
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_package_is_the_users_where_the_working_directory_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        assert resolve("tests.toy.ToyNett") is None  # somebody else's: for the parser to say
+
+    assert isinstance(resolve("tests.toy.ToyNett"), Missing)
 
 
 @pytest.mark.parametrize(

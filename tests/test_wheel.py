@@ -8,6 +8,7 @@ wheel asks for.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -67,6 +68,15 @@ def test_the_wheel_holds_every_source_and_config(wheel: Path) -> None:
     assert held == code | configs | tables | readmes | templates | {"moeapps/py.typed"}
 
 
+def test_a_package_index_shows_no_link_of_readme_that_leads_nowhere(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        shown = archive.read(name).decode()
+
+    assert "make demo" in shown
+    assert not re.search(r"\]\((?!https?:|#)", shown)
+
+
 def test_the_source_archive_holds_the_tests_and_what_they_read(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
@@ -102,6 +112,8 @@ def test_the_wheel_alone_trains_and_lists_in_a_bare_environment(wheel: Path, tmp
     lines = call(programs / "moeapps", "list", folder=folder).splitlines()
     assert [line.split()[0] for line in lines[: len(systems)]] == systems
     assert "sample" in call(programs / "moeapps", "--help", folder=folder)
+    call(programs / "moeapps", "new-task", "my_task", folder=folder)
+    assert (folder / "my_task" / "my_task" / "model.py").is_file()
     call(
         programs / "lightning",
         "fit",

@@ -63,12 +63,14 @@ class Missing:
     names: tuple[str, ...] | None
 
 
-@cache
 def source(module: str) -> Source | None:
     """Return a module of this project or of the user; None for installed packages and modules without source."""
     path = _file(module)
-    if path is None or path.suffix != ".py":
-        return None
+    return None if path is None or path.suffix != ".py" else _parsed(module, path)
+
+
+@cache
+def _parsed(module: str, path: Path) -> Source:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names: dict[str, ast.stmt | tuple[str, str]] = {}
     is_open = False
@@ -111,9 +113,13 @@ def _file(module: str) -> Path | None:
     return None
 
 
-@cache
 def _roots(package: str) -> tuple[Path, ...]:
     """Return the folders (or the file without its ending) of a top-level package; none where others installed it."""
+    return _roots_seen_from(package, Path.cwd())
+
+
+@cache
+def _roots_seen_from(package: str, here: Path) -> tuple[Path, ...]:
     try:
         spec = find_spec(package)
     except (ImportError, ValueError):
@@ -123,7 +129,7 @@ def _roots(package: str) -> tuple[Path, ...]:
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     found = folders or ([Path(spec.origin).with_suffix("")] if spec.origin and spec.origin.endswith(".py") else [])
     ours = package in ("moeapps", "tasks")
-    return tuple(p for p in found if ours or ("site-packages" not in p.parts and p.is_relative_to(Path.cwd())))
+    return tuple(p for p in found if ours or ("site-packages" not in p.parts and p.is_relative_to(here)))
 
 
 def is_ours(module: str) -> bool:

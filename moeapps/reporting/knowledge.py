@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,7 @@ class ExpertTable:
         experts: names of the E experts; empty for their numbers.
         told: I(expert; factor) / H(factor) as the run's files have it; None computes it from the table.
         rows: rows behind the table; None for the sum of ``work``.
+        given: what is told by construction, before anything is learned: by a mask that lets a gate see some experts.
         score: a number that says better than ``told`` how well experts follow the factor, 1 at best, with its name.
     """
 
@@ -71,6 +72,7 @@ class ExpertTable:
     experts: Sequence[str] = ()
     told: float | None = None
     rows: float | None = None
+    given: float = 0.0
     score: tuple[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -94,9 +96,12 @@ class ExpertTable:
         return f"expert {self.experts[number] if self.experts else number}"
 
     def strength(self) -> float:
-        """How much of the factor experts tell, over the most that so many experts could; or the table's own score."""
-        told = information(self.array) if self.told is None else self.told
-        share = told / reachable(self.array)
+        """How much of the factor experts tell, over the most that so many experts could; or the table's own score.
+
+        What is told by construction counts on neither side.
+        """
+        told, most = _known(self) - self.given, reachable(self.array) - self.given
+        share = max(0.0, told) / most if most > 1e-9 else 0.0
         return share if self.score is None else max(share, self.score[1])
 
 
@@ -140,6 +145,9 @@ def describe_layer(
     """
     if not tables:
         raise ValueError("a layer is described by at least one table of its work")
+    names = next((t.experts for t in tables if t.experts and len(t.experts) == len(tables[0].work[0])), ())
+    first, *others = tables
+    tables = [replace(first, experts=first.experts or names), *others]
     first = tables[0]
     load_E = loads(first.array)
     dead = [e for e, x in enumerate(load_E) if x < limits.dead]
@@ -187,8 +195,10 @@ def _main_clause(
         words = f"{lead} {best.factor}: {_told(best)}{_pairs(best)}"
         words += "".join(f"; also by {t.factor} ({_percent(_known(t))} of it told)" for t in also)
         return words, ["specialised" if strong else "leaning"], best.factor
-    highest = max(tables, key=lambda t: _known(t))
-    nothing = f"at most {_percent(_known(highest))} of {highest.factor} told by the expert"
+    highest = max(tables, key=lambda t: _known(t) - t.given)
+    beyond = " beyond what its gate may see" if highest.given else ""
+    told = max(0.0, _known(highest) - highest.given)
+    nothing = f"at most {_percent(told)} of {highest.factor} told by the expert{beyond}"
     if float(load_E.std()) <= limits.even:
         return (
             f"even: its {len(load_E)} experts share the work alike and follow nothing known here ({nothing})",
@@ -222,7 +232,8 @@ def _told(table: ExpertTable) -> str:
         return f"{table.score[0]} {table.score[1]:.2f} of at most 1"
     most = reachable(table.array)
     limit = f", of at most {_percent(most)} that {table.array.shape[1]} experts can tell" if most < 0.95 else ""
-    return f"the expert tells {_percent(_known(table))} of it{limit}"
+    built = f", {_percent(table.given)} by what its gate may see" if table.given else ""
+    return f"the expert tells {_percent(_known(table))} of it{limit}{built}"
 
 
 def _pairs(table: ExpertTable, most: int = 3) -> str:

@@ -114,8 +114,9 @@ def read_run(path: Path, number: int = 0) -> RunView:
             f"{path} is not a run folder: it has no config.yaml, run.json or metrics/test.json; give runs/SYSTEM/NAME"
         )
     view = RunView(number, folder)
-    config = view.read("config.yaml", lambda: _config(view), {})
-    about = view.read("run.json", lambda: _json_of(folder / "run.json"), {})
+    nothing: dict[str, Any] = {}
+    config = view.read("config.yaml", lambda: _config(view), nothing)
+    about = view.read("run.json", lambda: _json_of(folder / "run.json"), nothing)
     if (folder / "metrics" / "test.json").is_file():
         view.results = view.read("results", lambda: read_results(folder / "metrics" / "test.json"), None)
     else:

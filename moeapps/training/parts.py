@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -27,8 +28,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
 
-_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+# Whole names, one by one: a module also holds what it imports, and pickle follows dots.
+_DESCRIPTIONS = (
+    *("Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata"),
+    *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+)
 _NAMES = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _DESCRIPTIONS),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
@@ -46,12 +53,20 @@ def save_parts(states: dict[str, Any], folder: Path) -> None:
 
 
 def load_parts(states: dict[str, Any], folder: Path) -> None:
-    """Fill the tensors of state dicts in place, each process its part; all must call this."""
-    load(states, storage_reader=_Reader(str(folder)), planner=_Planner())
+    """Fill the tensors of state dicts in place, each process its part; all must call this.
+
+    Raises:
+        ValueError: a part is damaged or gone, or of another network.
+    """
+    _load(states, _Reader(str(folder)))
 
 
 def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read one of the states whole, in one process without any other."""
+    """Read one of the states whole, in one process without any other.
+
+    Raises:
+        ValueError: a part is damaged or gone.
+    """
     reader = _Reader(str(folder))
     held = reader.read_metadata()
     places = cast(dict[str, tuple[Any, ...]], held.planner_data)
@@ -62,8 +77,17 @@ def read_parts(folder: Path, name: str) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
-        load(wanted, storage_reader=reader, planner=_Planner(), no_dist=True)
+        _load(wanted, reader, no_dist=True)
     return {".".join(map(str, places[key][1:])): value for key, value in wanted.items()}
+
+
+def _load(states: dict[str, Any], reader: FileSystemReader, *, no_dist: bool = False) -> None:
+    try:
+        load(states, storage_reader=reader, planner=_Planner(), no_dist=no_dist)
+    except CheckpointException as error:  # no Exception, so that it would pass everywhere
+        causes = [failure[0] for failure in error.failures.values()]
+        told = str(causes[0]) or type(causes[0]).__name__ if causes else str(error)
+        raise ValueError(f"{reader.path}: {told}") from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -71,8 +95,7 @@ class _Unpickler(pickle.Unpickler):
 
     @override
     def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in _NAMES or (module in _MODULES and not name.startswith("__"))
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in _NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
 

@@ -149,7 +149,7 @@ def git_commit(folder: Path | None = None) -> str | None:
     Args:
         folder: of the package, or the file of a module that is in none; None for moeapps.
     """
-    folder = folder or Path(__file__).resolve().parents[1]
+    folder = (folder or Path(__file__).parents[1]).resolve()
     place = folder.parent if folder.is_file() else folder
     # A grid rewrites its results and their page after every variant; they are no part of what makes a run.
     counted = ("--", ":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)docs/evidence.md")

@@ -66,6 +66,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_interrupted_goes_on(
     kept = runs / "promoe" / "demo" / "version_0"
     (kept / "checkpoints").mkdir(parents=True)
     (kept / "checkpoints" / "interrupted.ckpt").write_text("half")
+    (kept / "config.yaml").write_text("{}")
     done = runs / "mixer" / "demo" / "version_0" / "metrics"
     done.mkdir(parents=True)
     (done / "test.json").write_text("{}")
@@ -77,6 +78,14 @@ def test_what_is_finished_is_not_run_again_and_what_was_interrupted_goes_on(
     assert "is there already" in capfd.readouterr().out
     assert demo.main([PARTS[0], PARTS[2]]) == 0
     assert [line for line in calls(runs) if line.startswith("fit")] == trained
+
+
+def test_what_is_left_of_a_run_that_wrote_no_config_begins_anew(runs: Path) -> None:
+    left = runs / "promoe" / "demo" / "version_0" / "checkpoints"
+    left.mkdir(parents=True)
+    (left / "interrupted.ckpt").write_text("half")
+
+    assert PARTS[2].words() == ["fit", "--config", "configs/promoe.yaml", "--name", "demo"]
 
 
 def results(value: float) -> dict[str, Any]:

@@ -116,6 +116,25 @@ def test_a_score_of_its_own_decides_where_weights_are_soft():
     assert "adjusted Rand index 0.90" in found.sentence
 
 
+def test_what_a_mask_tells_is_no_specialisation():
+    # Two gates that see two experts each weigh these evenly: all is told, nothing was learned.
+    masked = table([[50.0, 50.0, 0.0, 0.0], [0.0, 0.0, 50.0, 50.0]], factor="gate", labels=("a", "b"), given=1.0)
+    found = describe_layer([masked])
+    assert found.numbers["told_gate"] == pytest.approx(1.0)
+    assert found.kinds == ("even",)
+    assert "(at most 0 % of gate told by the expert beyond what its gate may see)" in found.sentence
+    half = table([[90.0, 10.0], [10.0, 90.0]], factor="gate", labels=("a", "b"), given=0.25)
+    # (0.5310 - 0.25) / (1 - 0.25)
+    assert half.strength() == pytest.approx(0.3746725)
+    assert "the expert tells 53 % of it, 25 % by what its gate may see" in describe_layer([half]).sentence
+
+
+def test_experts_named_by_one_table_are_named_in_the_load():
+    first = table([[70.0, 20.0, 10.0]] * 4)
+    named = table([[1.0, 1.0, 1.0]] * 2, factor="gate", labels=("x", "y"), experts=("shared", "click", "like"))
+    assert "expert shared takes 70 % of the work" in describe_layer([first, named]).sentence
+
+
 def test_names_of_experts_and_numbers_of_files_are_used():
     named = table([[80.0, 20.0], [20.0, 80.0]], labels=("a", "b"), experts=("click", "watch"), told=0.5)
     found = describe_layer([named], entropy=0.7)

@@ -51,7 +51,10 @@ def test_a_package_in_no_commit_has_none_although_its_folder_lies_in_a_checkout(
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-m", "first")
 
-    assert git_commit(tmp_path / "mine") is not None
+    commit = git_commit(tmp_path / "mine")
+    assert commit is not None
+    (tmp_path / "link").symlink_to("mine")
+    assert git_commit(tmp_path / "link") == commit
     assert git_commit(tmp_path / "env" / "lib" / "theirs") is None
 
 

@@ -127,7 +127,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 class Router(RouterBase):
-    r"""Score, then choose: :math:`R = capacity(choose(adjust(noise(score(features)))))`.
+    """Score, then choose: ``R = capacity(choose(adjust(noise(score(features)))))``.
 
     Logits, probabilities and weights are float32 under any autocast (float64 features stay float64).
 

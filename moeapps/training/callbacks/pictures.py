@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from moeapps.moe.ranks import alone
 from moeapps.training.callbacks.side import SideReport
 from moeapps.training.shown import Sound
 from moeapps.training.task import BaseTask
@@ -50,7 +51,7 @@ class EpochPictures(SideReport):
             return
         task = cast(BaseTask, pl_module)
         domain = str(task.last_domain)
-        with isolate_rng():
+        with isolate_rng(), alone():  # the other processes draw nothing, and must not be waited for
             shown = task.pictures(batch, domain)
         for name, picture in shown.items():
             for board in boards:

@@ -196,14 +196,17 @@ class DomainReport(Report):
 
 def write_changed(path: Path, changed: Changed, names: list[str]) -> None:
     """Write images whose answer adaptation changed: pixels, domain, what it is, and what was said before and after."""
-    items = [(kind, *item) for kind, found in changed.items() for item in found]
-    pixels = torch.stack([image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1) for _, _, image, *_ in items])
+    items = [(kind, item) for kind, found in changed.items() for item in found]
+    images = [item[1] for _, item in items]
+    pixels = torch.stack([image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1) for image in images])
     write_arrays(
         path,
         image=((pixels + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(),
-        kind=np.array([item[0] for item in items]),
-        domain=np.array([item[1] for item in items]),
-        **{key: np.array([names[item[3 + k]] for item in items]) for k, key in enumerate(("label", "before", "after"))},
+        kind=np.array([kind for kind, _ in items]),
+        domain=np.array([item[0] for _, item in items]),
+        label=np.array([names[item[2]] for _, item in items]),
+        before=np.array([names[item[3]] for _, item in items]),
+        after=np.array([names[item[4]] for _, item in items]),
     )
 
 

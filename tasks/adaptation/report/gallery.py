@@ -65,12 +65,12 @@ def _gains(domains: dict[str, dict[str, Any]]) -> list[Plot]:
         return []
     rows = [f"{words(name)} ({words(told['role'])})" for name, told in known.items()]
     pairs = [_pair(told) for told in known.values()]
-    lines = {"x": [], "y": []}  # type: dict[str, list[Any]]
+    lines: dict[str, list[Any]] = {"x": [], "y": []}
     for row, pair in zip(rows, pairs, strict=True):
         lines["x"] += [*(pair or ()), None]
         lines["y"] += [row, row, None]
     dots = {"type": "scatter", "mode": "markers", "y": rows}
-    traces = [
+    traces: list[dict[str, Any]] = [
         {"type": "scatter", "mode": "lines", **lines, "line": {"color": FAINT, "width": 3}, "showlegend": False},
         {**dots, "x": [p[0] for p in pairs if p], "name": "before", "marker": _dot("circle-open")},
         {**dots, "x": [p[1] for p in pairs if p], "name": "after", "marker": _dot("circle")},

@@ -10,10 +10,30 @@ import numpy as np
 
 from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Picture, Plot, Room, arrays_of, picture_of
+from moeapps.reporting.knowledge import ExpertTable
 from moeapps.reporting.plots import heat
 
 MOST_CLASSES = 60
 MOST_GRIDS = 4
+
+
+def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
+    """Work by domain, with a name for the expert of samples without a class, where there is one: the last.
+
+    Evaluation routes every image twice, once without its class: that expert has half of all work.
+    """
+    factors, routing = folder / "metrics" / "experts.json", folder / "metrics" / "routing_test.json"
+    work = read_json(factors).get("work", {}) if factors.is_file() else {}
+    routed = {len(tables["class"][0][0]) for tables in work.values() if "class" in tables}
+    raw = read_json(routing)
+    found = []
+    for layer, number in layers.items():
+        if routed == {number - 1}:
+            names = [*map(str, range(number - 1)), "of no class"]
+            own = raw["layers"][layer]
+            table = ExpertTable(layer, "domain", raw["domains"], own["work"], names, told=own["mi_domain"])
+            found.append(table)
+    return found
 
 
 def gallery(folder: Path) -> list[Room]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,7 @@ def _palette(truth: npt.NDArray[np.integer], num_classes: int) -> list[str]:
     return [colour(int(place)) if place < 8 else FAINT for place in rank]
 
 
-def _classes(name: str, table: dict[str, list[dict[str, float]]]) -> Table:
+def _classes(name: str, table: dict[str, Any]) -> Table:
     rows = sorted(table["classes"], key=lambda row: -row["support"])[:MOST_CLASSES]
     cells = [[str(row["class"]), row["iou"], row["accuracy"], str(row["support"])] for row in rows]
     return Table(f"{name} ({table['role']})", ("class", "IoU", "accuracy", "points"), cells)

@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Room, Table
-from moeapps.reporting.knowledge import ExpertTable
+from moeapps.reporting.knowledge import ExpertTable, information
 
 MOST_LISTS, MOST_PAST = 6, 12
 
@@ -22,9 +24,10 @@ def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
         told: list[dict[str, Any]] = read_json(levels).get("levels", [])
         for layer, level in zip(layers, told, strict=False):
             if level.get("share"):
-                found.append(
-                    ExpertTable(layer, "gate", level["gates"], level["share"], level["experts"], rows=math.inf)
-                )
+                share = np.asarray(level["share"], dtype=np.float64)
+                seen = (share > 0) / np.maximum((share > 0).sum(1, keepdims=True), 1)  # even weights on what is seen
+                names = {"labels": level["gates"], "work": level["share"], "experts": level["experts"]}
+                found.append(ExpertTable(layer, "gate", **names, rows=math.inf, given=information(seen)))
     if gates.is_file() and layers:
         raw = read_json(gates)
         rows = [(f, w) for f, w in zip(raw["factors"], raw["mean_gate"], strict=True) if None not in w]
