@@ -110,7 +110,7 @@ def fuzzed(report: Report) -> str:
     held: Report = report.get("fuzz", {})
     title = (
         "### Damaged files\n\nA damaged file gives a sample or is refused in one sentence, whatever its format: tests "
-        "named `..._is_read_or_told`, which `make fuzz` runs at 10,000 cases each."
+        "named `..._is_read_or_told`. `make fuzz` goes on from what it has tried, up to 10,000 cases each."
     )
     if not held:
         return f"{title}\n\nNot measured yet."
@@ -118,7 +118,8 @@ def fuzzed(report: Report) -> str:
     lead = (
         f"{cases:,} damaged files for {len(held)} readers (`make fuzz`), at least "
         f"{min(row['cases'] for row in held.values()):,} each, in guarded processes. A loss is anything but a sample "
-        "or the reader's error: another exception, a crash, five seconds for a file of some kilobytes, or 256 MiB. "
+        "or the reader's error: another exception, a crash, five seconds for a file of some kilobytes, or 256 MB. A "
+        "reader that had a loss is mended and tried anew from its first case. "
         f"Losses: {losses or 'none'}."
     )
     rows = ["| reader | cases | read | refused | losses |", "|---|---|---|---|---|"]
@@ -160,6 +161,8 @@ def leaks(report: Report) -> str:
         f"batch or graph, and {BOUND_TENSORS} live tensors, a tenth of one per step. Outside of them: "
         f"{', '.join(outside) or 'none'}."
     )
+    if missing := sorted({*report.get("peak", {})} - {*held}):
+        lead += f" Still to be measured: {', '.join(missing)}."
     rows = ["| system | resident, MiB | live tensors | their memory at the end, MiB |", "|---|---|---|---|"]
     for name, row in held.items():
         found, end = grown[name], row["marks"][str(LEAK_STEPS)]
