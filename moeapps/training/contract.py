@@ -166,16 +166,27 @@ def _unknown(name: str, known: Collection[str]) -> str:
 def tell_idle_layers(module: nn.Module, ran: Collection[str]) -> None:
     """Say which MoE layers have not run by the end of the first training batch: their experts learn nothing.
 
-    A warning, not an error: a layer may be there for later steps.
+    A warning, not an error: a layer may be there for later steps. One that is frozen, or whose experts got a gradient
+    without it (a stage may call them one by one), is left alone.
 
     Args:
         module: the task.
         ran: names of the layers that have run.
     """
-    idle = [name for name, layer in module.named_modules() if isinstance(layer, MoELayer) and name not in ran]
+    idle = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, MoELayer) and name not in ran and _waits_for_gradients(layer)
+    ]
     if idle:
         log.warning(
             "%s did not run in the first training batch: no loss or report sees %s, and no gradient reaches %s; call "
             "it in forward, or take it out of the network",
             *(f"MoE layer {', '.join(idle)}", *(("it", "it") if len(idle) == 1 else ("them", "them"))),
         )
+
+
+def _waits_for_gradients(layer: nn.Module) -> bool:
+    """Whether a layer has something to train and none of it got a gradient."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return bool(trained) and all(parameter.grad is None for parameter in trained)

@@ -18,8 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from moeapps.cli import main
 from moeapps.data.domain import Split
+from moeapps.moe import LinearScore, MLPExperts, MoELayer, Router, TopK
 from moeapps.moe.presets import point_moe
-from moeapps.training.contract import ContractError, check_facts
+from moeapps.training.contract import ContractError, check_facts, tell_idle_layers
 from moeapps.training.task import Stage, StepOutput
 from tests.toy import TOY, ToyData, ToyNet, ToyTask
 
@@ -191,6 +192,20 @@ def test_a_layer_that_does_not_run_is_named_once(tmp_path: Path, caplog: pytest.
     lines = [record.getMessage() for record in caplog.records if "did not run" in record.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("MoE layer net.second did not run in the first training batch: ")
+
+
+def test_a_layer_that_is_frozen_or_whose_experts_are_called_one_by_one_is_left_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = nn.Sequential(*(MoELayer(Router(LinearScore(2, 2), TopK(1)), MLPExperts(2, 2, 3)) for _ in range(3)))
+    net[1].requires_grad_(False)
+    net[2].experts.grouped(torch.ones(2, 2), [1, 1]).sum().backward()
+
+    tell_idle_layers(net, ())
+
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith("MoE layer 0 did not run")
 
 
 @pytest.mark.parametrize(
