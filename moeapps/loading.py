@@ -16,7 +16,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from moeapps.commands.tasks import extend_path
+from moeapps.commands.tasks import extend_path, foreign_tasks
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
 from moeapps.training.checkpoints import read_checkpoint
@@ -77,9 +77,11 @@ def load_run(
     """Build the system of a run or of an exported folder, with its weights; see `moeapps.load`.
 
     Raises:
-        ValueError: no such run, no weights, or weights of another network.
+        ValueError: no such run, no weights, weights of another network, or something else is called ``tasks``.
     """
     extend_path()
+    if (complaint := foreign_tasks()) is not None:
+        raise ValueError(complaint.removeprefix("error: "))
     folder = newest_version(Path(run))
     if not (folder / "config.yaml").is_file():
         what = "an empty run" if folder.is_dir() else "no such folder"

@@ -189,6 +189,15 @@ def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path) -> None:
         moeapps.load(tmp_path / "empty")
 
 
+def test_a_package_that_hides_ours_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "__init__.py").touch()
+    code = f"import sys, moeapps; sys.path.insert(0, {str(tmp_path)!r}); moeapps.load('runs/x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert f"ValueError: {tmp_path / 'tasks'} hides the package `tasks` of moeapps; rename it" in done.stderr
+
+
 def test_wrong_weights_are_named_and_nothing_else_is_unpickled(tmp_path: Path) -> None:
     make_run("home", tmp_path / "run")
     best = tmp_path / "run" / "checkpoints" / "best.ckpt"
