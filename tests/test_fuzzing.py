@@ -120,6 +120,17 @@ def test_a_reader_that_fails_in_any_way_is_a_loss_and_the_next_cases_are_tried(
         assert "KeyError: 'at 0'" in record.losses[0]["message"]
 
 
+def test_memory_that_is_free_here_counts_where_a_case_takes_it(
+    item: pytest.Item, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [take(0)[::50], take(0)[::50]]  # the rest is free, and glibc keeps it
+
+    record = run(take, item, 1, monkeypatch)
+
+    assert [loss["kind"] for loss in record.losses] == ["memory"]
+    assert kept
+
+
 def test_names_of_readers() -> None:
     assert reader_name("test_a_damaged_image_file_is_read_or_told[.png]") == "image file .png"
     assert reader_name("test_a_mesh_with_a_damaged_header_is_read_or_told") == "a mesh with a damaged header"
