@@ -38,7 +38,7 @@ demo: setup  ## three systems and a dense twin on two cores, then one page of wh
 audio-curriculum: setup  ## train UniMoE-Audio in its four stages; goes on where it stopped (under 25 minutes)
 	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/unimoe_audio.yaml $(STAGES)
 
-adaptation: setup  ## train the four stages of Meta-DMoE, then test on domains never seen (about 3 minutes); resumable
+adaptation: setup  ## train the four stages of Meta-DMoE, then test on domains never seen (under 5 minutes); resumable
 	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/meta_dmoe.yaml $(foreach stage,student experts aggregator meta,--stage configs/stages/meta_dmoe_$(stage).yaml)
 
 test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
