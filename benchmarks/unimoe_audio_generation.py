@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +28,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.markdown import wrapped
+from benchmarks.timed import ROOT, timed
 from moeapps.data.archives import fetch_package
 from moeapps.data.cache import cache_dir
 from moeapps.files import write_json, write_text
 from moeapps.training.run import newest_version
 from tasks.audio.packages import PACKAGES
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "unimoe_audio_generation.json"
 README = ROOT / "tasks" / "audio" / "README.md"
 BLOCK = re.compile(r"(<!-- generation:begin -->\n).*?(<!-- generation:end -->)", re.DOTALL)
@@ -90,21 +87,10 @@ def measure(name: str, flags: Sequence[str], work: Path) -> dict[str, Any]:
     cache = work / "cache"
     cache.mkdir()
     (cache / "packages").symlink_to(cache_dir("packages").resolve())
-    own = {"MOEAPPS_RUNS": str(work.resolve()), "MOEAPPS_CACHE": str(cache.resolve()), "MPLBACKEND": "Agg"}
-    variables = {**os.environ, **own, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "moeapps", *words_of(name, flags)]
-    log, begun = work / "log.txt", time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=stream, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.monotonic() - begun
-    if process.returncode:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
+    own = {"MOEAPPS_RUNS": str(work.resolve()), "MOEAPPS_CACHE": str(cache.resolve())}
+    cost = timed(words_of(name, flags), work / "log.txt", own)
     shutil.rmtree(cache)
     run = newest_version(work / "unimoe_audio" / f"generation_{name.rpartition('-')[0]}")
-    cost = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "seconds": round(seconds, 1)}
     return {"command": " ".join(["moeapps", *words_of(name, flags)]), **cost, **read_run(run)}
 
 
