@@ -40,9 +40,11 @@ def measure(flags: Sequence[str], work: Path) -> dict[str, Any]:
         flags: further words, for trying it out.
         work: an empty folder.
     """
-    first, *rest = words_of_make()
+    words = words_of_make()
+    at = words.index("--stage")  # what follows belongs to the stages
+    words[at:at] = flags
     own = {"MOEAPPS_RUNS": str(work / "runs"), "MOEAPPS_CACHE": str(work / "cache")}
-    cost = timed([first, *rest, *flags], work / "log.txt", own)
+    cost = timed(words, work / "log.txt", own)
     run = newest_version(work / "runs" / "meta_dmoe" / "curriculum")
     test = json.loads((run / "metrics" / "test.json").read_text(encoding="utf-8"))
     scores: dict[str, dict[str, list[float]]] = {}
@@ -51,7 +53,7 @@ def measure(flags: Sequence[str], work: Path) -> dict[str, Any]:
             scores.setdefault(row["role"], {}).setdefault(row["metric"], []).append(row["value"])
     means = {role: {name: round(sum(v) / len(v), 4) for name, v in found.items()} for role, found in scores.items()}
     about = {key: test["header"][key] for key in ("seed", "commit", "config_hash", "machine", "versions")}
-    command = " ".join(["moeapps", first, *rest, *flags])
+    command = " ".join(["moeapps", *words])
     return {"command": command, **cost, "most_seconds": MOST_SECONDS, "mean": means,
             "date": datetime.now(UTC).date().isoformat(), **about}  # fmt: skip
 

@@ -24,6 +24,8 @@ def test_the_committed_figure_is_of_that_command_and_within_eight_minutes() -> N
     assert found["command"].split()[1:] == pipeline.words_of_make()
     assert found["seconds"] <= 480
     assert not found["commit"].endswith("dirty")
+    page = Path("tasks/adaptation/README.md").read_text(encoding="utf-8")
+    assert f"it takes {found['seconds'] / 60:.1f} minutes of one core" in page
     assert found["mean"]["unseen"]["accuracy"] > found["mean"]["unseen"]["accuracy_before"]
 
 
