@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank gates on the input of a group of experts.
 
-Shape legend: N rows, C rows of a chunk, S states (inputs of a level), d width of a state, V views, L low-rank gates of a
-view, Q = V L, r rank, k = r + 1.
+Shape legend: N rows, S states (inputs of a level), d width of a state, V views, L low-rank gates of a view, r rank.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The views of `FeatureGates` without waste: few products, and elementwise steps on rows that stay in the cache.
 
-With ``u_l = x B_l A_l / 2``, ``t_l = tanh(u_l)``, ``s = softmax(G x)`` a view is ``x + x sum_l s_l t_l``. Backward, with
-``g`` its gradient and ``p = g x``:
+With ``u_l = x B_l A_l / 2``, ``t_l = tanh(u_l)``, ``s = softmax(G x)`` a view is ``x + x sum_l s_l t_l``. Backward,
+with ``g`` its gradient and ``p = g x``:
 
     ds_l = <p, t_l>              du_l = s_l p (1 - t_l^2)          dx = g (1 + sum_l s_l t_l) + ...
 
@@ -16,7 +16,7 @@ r rank, k = r + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +174,7 @@ class _Pass:
         most = max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // self.size)
         num = -(-self.num_rows // most) if self.x_SNd.device.type == "cpu" else 1
         bounds = [i * self.num_rows // max(num, 1) for i in range(num + 1)]
-        return ((start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
+        return itertools.pairwise(bounds)
 
     def _wide(self, rows: int, num_low: int, use: str = "tanh") -> Tensor:
         """Memory of a chunk, [V, L, C, d]."""
