@@ -16,6 +16,7 @@ r rank, k = r + 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
