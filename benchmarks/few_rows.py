@@ -111,17 +111,17 @@ def core_rows(pairs: int) -> list[dict[str, Any]]:
 
 def auto_rows(pairs: int) -> list[dict[str, Any]]:
     """``auto`` over each backend at the levels of Point-MoE; the largest median counts."""
+    from benchmarks.core_rows import BACKENDS
+
     found = []
     for name, size in (("finest", Size(15000, 4, 2, 32, 32)), ("deepest", Size(1500, 4, 2, 96, 96))):
         modes: tuple[Mode, Mode] = ("forward", "fwd+bwd")
         for mode in modes:
             auto = moe_step(size, "reglu", mode, "auto")
-            over = {
-                backend: round(
-                    statistics.median(paired_ratios(auto, moe_step(size, "reglu", mode, backend), pairs=pairs)), 3
-                )
-                for backend in ("segments", "grouped_mm", "loop")
-            }
+            over: dict[str, float] = {}
+            for backend in BACKENDS[1:]:
+                values = paired_ratios(auto, moe_step(size, "reglu", mode, backend), pairs=pairs)
+                over[backend] = round(statistics.median(values), 3)
             value = max(over.values())
             row = {"name": f"Point-MoE, {name} level", "mode": mode, "auto_over": over, "ratio": value}
             gated = name == "finest" and mode == "fwd+bwd"
