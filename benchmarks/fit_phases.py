@@ -72,12 +72,10 @@ class Clock:
 def watch(clock: Clock, out: Path, *, first_only: bool) -> None:
     """Wrap Lightning's loops, loggers and hooks."""
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
     from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
     from lightning.pytorch.loops.optimization import automatic, manual
-    from lightning.pytorch.trainer import call
     from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
 
     clock.base("setup")
@@ -94,33 +92,41 @@ def watch(clock: Clock, out: Path, *, first_only: bool) -> None:
     clock.wrap(Trainer, "save_checkpoint", "checkpoint")
     clock.wrap(Trainer, "test", "test")
     for kind in (automatic._AutomaticOptimization, manual._ManualOptimization):
-        run = kind.run
+        watch_steps(clock, kind, out, first_only=first_only)
+    watch_callbacks(clock)
 
-        def step(self: Any, *args: Any, _run: Any = run, **kwargs: Any) -> Any:
-            clock.start = time.process_time() if clock.start is None else clock.start
-            if first_only:
-                write(clock, out)
-                os._exit(0)
-            clock.steps += 1
-            return _run(self, *args, **kwargs)
 
-        kind.run = step  # type: ignore[assignment]
-        clock.wrap(kind, "run", "steps")
+def watch_steps(clock: Clock, kind: Any, out: Path, *, first_only: bool) -> None:
+    """Count training steps, and note when the first one begins."""
+    run = kind.run
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        clock.start = time.process_time() if clock.start is None else clock.start
+        if first_only:
+            write(clock, out)
+            os._exit(0)
+        clock.steps += 1
+        return run(self, *args, **kwargs)
+
+    kind.run = step
+    clock.wrap(kind, "run", "steps")
+
+
+def watch_callbacks(clock: Clock) -> None:
+    """Count the hooks of callbacks at the ends of batches and evaluations, once it is known which there are."""
+    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.trainer import call
 
     hooks = call._call_callback_hooks
 
     def calling(trainer: Any, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        told = hook_name.startswith(("on_test", "on_validation"))
-        for callback in trainer.callbacks:
-            found = getattr(callback, hook_name)
-            if getattr(found, "counted", False):
-                continue
-            if not (told or hook_name.startswith("on_train_batch")):
-                continue
-            part = "checkpoint" if isinstance(callback, Checkpoint) else "reports" if told else "callbacks"
-            part = "gate fits" if type(callback).__name__ == "RouterFit" else part
-            clock.wrap(callback, hook_name, part)
-            getattr(callback, hook_name).counted = True
+        evaluating = hook_name.startswith(("on_test", "on_validation"))
+        for callback in trainer.callbacks if evaluating or hook_name.startswith("on_train_batch") else ():
+            if not getattr(getattr(callback, hook_name), "counted", False):
+                part = "reports" if evaluating else "callbacks"
+                part = "checkpoint" if isinstance(callback, Checkpoint) else part
+                clock.wrap(callback, hook_name, "gate fits" if type(callback).__name__ == "RouterFit" else part)
+                getattr(callback, hook_name).counted = True
         hooks(trainer, hook_name, *args, **kwargs)
 
     call._call_callback_hooks = calling
