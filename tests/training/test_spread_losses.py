@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[str, str, list[str]]] = {
     "unimoe_audio": (
         *("tasks.audio.module.AudioTask", "CutClips"),
         [f"{NET}.prompt_dropout=0", f"{NET}.moe.init_args.jitter=0", "model.init_args.aux_losses=[]",
-         "data.init_args.max_frames=1000", "data.init_args.label_dropout=0", "trainer.precision=64-true"],
+         "data.init_args.max_frames=1000", "data.init_args.label_dropout=0"],
     ),
 }  # fmt: skip
 BATCH = {"point_moe": 3, "promoe": 4, "unimoe_audio": 3}  # of each of two processes
