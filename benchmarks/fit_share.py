@@ -32,7 +32,7 @@ GOALS = {"start_s": 4.0, "share": 0.75}
 FITTED = ("home", "mixer")
 PARTS = ("imports", "setup", "steps", "gate fits", "loader", "logging", "callbacks", "loop", "checkpoint", "validation",
          "test", "reports", "end")  # fmt: skip
-"""`setup` goes until the loop begins; `loop` is what Lightning's loop and hooks take; `end` is after the last report."""
+"""`setup` is until the loop begins; `loop` what Lightning's loop and hooks take; `end` is after the last report."""
 
 
 def systems() -> list[str]:
