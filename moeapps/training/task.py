@@ -244,8 +244,9 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
         A call of Lightning's ``log`` costs half a millisecond, and a step of a small network takes ten.
         """
         trainer = cast(Any, self.trainer)
-        due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or trainer.fast_dev_run
-        return bool(due and not trainer.barebones)
+        if trainer.barebones:
+            return False
+        return bool(trainer._logger_connector.should_update_logs or trainer.is_last_batch or trainer.fast_dev_run)
 
     def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
         """Log one training scalar of this step as ``train/<name>``, at the steps whose scalars are kept."""
