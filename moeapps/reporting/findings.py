@@ -122,15 +122,18 @@ def summarise(layers: Sequence[LayerFinding]) -> str:
         number = int(layers[0].numbers["experts"])
         return f"The {number} experts of its one MoE layer{_of_them(layers[0].sentence)}"
     total = len(layers)
-    parts = []
+    parts = [
+        f"in layer {place} of {total} {layer.clause}"
+        for place, layer in enumerate(layers, 1)
+        if layer.clause and not layer.factor
+    ]
     for kind, words in (("specialised", "specialise"), ("leaning", "lean")):
         own = [layer for layer in layers if kind in layer.kinds]
         if own:
-            best = max(own, key=lambda layer: layer.numbers[f"told_{layer.factor}"])
-            told = f"{100 * best.numbers[f'told_{best.factor}']:.0f} %"
+            best = own[clearest(own)]
             parts.append(
-                f"in {len(own)} of {total} MoE layers the experts {words}, most by {best.factor} "
-                f"({told} of it told by the expert in {best.layer})"
+                f"in {len(own)} of {total} MoE layers the experts {words}, most by {best.factor} in layer "
+                f"{layers.index(best) + 1}: {best.clause}"
             )
     for kind, words in (
         ("collapsed", "have collapsed onto one expert"),
@@ -140,7 +143,7 @@ def summarise(layers: Sequence[LayerFinding]) -> str:
         ("single", "have one expert, always on"),
         ("unknown", "saw too few rows to say anything"),
     ):
-        count = sum(kind in layer.kinds for layer in layers)
+        count = sum(kind in layer.kinds and not layer.clause for layer in layers)
         if count:
             parts.append(f"{count} of {total} MoE layers {words if count > 1 else _singular(words)}")
     dead = sum(int(layer.numbers["dead"]) for layer in layers)
@@ -150,6 +153,18 @@ def summarise(layers: Sequence[LayerFinding]) -> str:
     )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def clearest(layers: Sequence[LayerFinding]) -> int:
+    """The place of the layer whose experts follow something most; of layers that follow nothing, of the last one."""
+    order = ("specialised", "leaning")
+
+    def clear(place: int) -> tuple[int, float, int]:
+        layer = layers[place]
+        rank = next((len(order) - k for k, kind in enumerate(order) if kind in layer.kinds), 0)
+        return rank, layer.numbers[f"told_{layer.factor}"] if rank else 0.0, place
+
+    return max(range(len(layers)), key=clear)
 
 
 _BEGINNINGS = {

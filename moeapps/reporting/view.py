@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from yaml import YAMLError
 
 from moeapps.bounds import read_json, read_text, read_yaml
+from moeapps.commands.listing import systems
 from moeapps.evaluation.results import RunResults, read_results
 from moeapps.evaluation.xeval import Matrix, build_matrix
 from moeapps.reporting.curves import Curves, read_curves
@@ -24,6 +25,8 @@ Read = TypeVar("Read")
 UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, YAMLError, OverflowError)
 """What a file that is not what a run writes makes its reader raise."""
 LARGEST_CONFIG = 400_000
+LONGEST_TITLE = 40
+"""Characters of a published name; what is longer is a sentence with a colon."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class RunView:
         number: its place on the page.
         folder: of the run.
         system: its name.
+        about: the first comment line of its base config: the published name, a colon, and what the system is.
         name: of the run.
         seed: of the run, None where no file says.
         results: of its test; None where there are none.
@@ -49,6 +53,7 @@ class RunView:
     number: int
     folder: Path
     system: str = "unknown"
+    about: str = ""
     name: str = "?"
     seed: int | None = None
     results: RunResults | None = None
@@ -95,6 +100,21 @@ class SystemView:
     matrix: Matrix | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def title(self) -> str:
+        """What people call it: the published name where its config begins with one, else that of its folder."""
+        name, colon, _ = self._comment.partition(": ")
+        return name if colon and len(name) <= LONGEST_TITLE else self.name
+
+    @property
+    def about(self) -> str:
+        """What it is, in a line; empty where its config does not say."""
+        return self._comment.removeprefix(f"{self.title}: ")
+
+    @property
+    def _comment(self) -> str:
+        return next((run.about for run in self.runs if run.about), "").rstrip(".")
+
 
 def read_run(path: Path, number: int = 0, packages: frozenset[str] | None = None) -> RunView:
     """Read one run folder, finished or not.
@@ -128,6 +148,7 @@ def read_run(path: Path, number: int = 0, packages: frozenset[str] | None = None
     header = {**about, **({} if view.results is None else view.results.header)}
     view.system = str(header.get("system") or config.get("system") or "unknown")
     view.name = str(header.get("name") or config.get("name") or folder.parent.name)
+    view.about = str(header.get("about") or packaged_comment(view.system))
     seed = header.get("seed", config.get("seed_everything"))
     view.seed = seed if isinstance(seed, int) else None
     view.facts = facts_of(header)
@@ -170,6 +191,11 @@ def _matrix(system: SystemView, tested: list[RunResults]) -> Matrix | None:
             system.notes += matrix.notes
             return matrix
     return None
+
+
+def packaged_comment(system: str) -> str:
+    """The first comment line of the config of a system at hand, for runs whose run.json has none; empty without one."""
+    return next((one.summary for one in systems() if one.name == system), "")
 
 
 # --- parts of a run ---------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from moeapps.reporting.findings import describe_run, gallery_of
+from moeapps.reporting.findings import clearest, describe_run, gallery_of
 from moeapps.reporting.view import read_run
 
 EYE = [[100.0, 0.0], [0.0, 100.0]]
@@ -33,8 +34,9 @@ def test_a_run_says_what_each_layer_did_and_sums_it_up(tmp_path):
     found = describe_run(run_of(tmp_path, layers))
     assert [one.kinds[0] for one in found.layers] == ["even", "specialised"]
     assert found.sentence == (
-        "In 1 of 2 MoE layers the experts specialise, most by domain (100 % of it told by the expert in "
-        "net.blocks.1.ffn); 1 of 2 MoE layers shares the work alike and follows nothing known; no expert is dead."
+        "In 1 of 2 MoE layers the experts specialise, most by domain in layer 2: the expert tells 100 % of it (expert "
+        "0 takes 100 % of a, expert 1 takes 100 % of b); 1 of 2 MoE layers shares the work alike and follows nothing "
+        "known; no expert is dead."
     )
     assert found.layers[1].numbers["entropy"] == 0.5
     assert found.notes == ()
@@ -116,6 +118,48 @@ def test_the_gallery_of_a_task_brings_tables_of_its_own(tmp_path):
     assert found.factor == "hidden family"
     assert "adjusted Rand index of experts and families 1.00" in found.sentence
     assert "expert 0 takes 100 % of swing, expert 1 takes 100 % of decay" in found.sentence
+
+
+def test_gates_of_tasks_are_told_by_what_they_choose_of_what_they_may_see(tmp_path):
+    # click sees click, watch and shared; like sees like, talk and shared. By hand: own (0.1 + 0.5) / 2 = 30 %,
+    # shared (0.7 + 0.3) / 2 = 50 %, the rest 20 %; a third each where weights are even.
+    level = {
+        "gates": ["click", "like"],
+        "experts": ["watch", "click", "talk", "like", "shared"],
+        "share": [[0.2, 0.1, 0.0, 0.0, 0.7], [0.0, 0.0, 0.2, 0.5, 0.3]],
+    }
+    work = [[10.0, 5.0, 10.0, 25.0, 50.0]] * 2
+    layers = {f"net.levels.{k}.moe": layer(work, 0.0) for k in range(2)}
+    task = "tasks.recommendation.module.RankingTask"
+    found = describe_run(run_of(tmp_path, layers, task=task, experts={"levels": [level, level]}))
+    story = (
+        "the gates of click and like put 30 % of their weight on their own experts (click 10 % to like 50 %), 50 % on "
+        "shared ones and 20 % on talk or watch, their category's (even weights: 33 : 33 : 33)"
+    )
+    assert found.notes == ()
+    assert found.sentence == f"In layer 1 of 2 {story}; in layer 2 of 2 {story}; no expert is dead."
+    assert (
+        found.layers[0].sentence
+        == f"{story}; the expert tells 0 % of the domain; expert shared takes 50 % of the work."
+    )
+
+
+def test_gates_without_experts_of_their_own_have_no_story():
+    from tasks.recommendation.report.gallery import gate_story
+
+    assert gate_story(["click", "like"], ["shared.0", "shared.1"], np.full((2, 2), 0.5)) == ""
+    assert gate_story(["click"], ["click.0", "click.1"], np.full((1, 2), 0.5)) == ""  # nothing besides its own
+
+
+def test_the_layer_to_look_at_first_is_the_one_that_follows_most(tmp_path):
+    layers = {
+        "net.0.moe": layer(EVEN, 0.0),
+        "net.1.moe": layer(EYE, 1.0),
+        "net.2.moe": layer([[90.0, 10.0], [10.0, 90.0]], 0.53),
+    }
+    found = describe_run(run_of(tmp_path, layers)).layers
+    assert clearest(found) == 1
+    assert clearest(found[:1] * 3) == 2
 
 
 def test_a_task_that_is_not_installed_is_never_imported(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -177,6 +178,8 @@ class RoutingMonitor(SideReport):
             self._warned = True
 
     def _draw(self, trainer: L.Trainer, result: dict[str, dict[str, Any]], stage: str) -> None:
+        from PIL import Image
+
         from moeapps.reporting.figures import save_figure
         from moeapps.reporting.routing import routing_figure
 
@@ -184,10 +187,13 @@ class RoutingMonitor(SideReport):
         if folder is None:
             return
         figure = routing_figure({name: report["work"] for name, report in result.items()}, self._domains)
-        save_figure(figure, folder / "figures" / f"routing_{stage}.png")
+        path = folder / "figures" / f"routing_{stage}.png"
+        save_figure(figure, path)
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-                logger.experiment.add_figure(f"routing/{stage}", figure, trainer.global_step, close=False)
+                with Image.open(path) as drawn:  # once: the file holds what TensorBoard would draw
+                    image = np.asarray(drawn.convert("RGB"))
+                logger.experiment.add_image(f"routing/{stage}", image, trainer.global_step, dataformats="HWC")
 
 
 def layer_report(table_SE: Tensor, entropy: Tensor) -> dict[str, Any]:
