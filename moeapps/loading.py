@@ -20,7 +20,7 @@ from moeapps.commands.tasks import extend_path, foreign_tasks
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
 from moeapps.training.checkpoints import read_checkpoint
-from moeapps.training.run import newest_version
+from moeapps.training.run import newest_version, versions_of
 from moeapps.training.task import BaseTask
 
 WEIGHTS = "model.safetensors"
@@ -106,9 +106,10 @@ def _weights_of(folder: Path) -> Path:
     names = (WEIGHTS, "checkpoints/best.ckpt", "checkpoints/last.ckpt")
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise ValueError(
-            f"{folder}: no checkpoint, looked for {', '.join(names)}; give a file as checkpoint=..., or train the run"
-        )
+        others = [one for one in versions_of(folder.parent) if any((one / name).is_file() for name in names)]
+        earlier = f"give {others[0]}, which has one, or " if others else "give "
+        looked = f"no checkpoint, looked for {', '.join(names)}"
+        raise ValueError(f"{folder}: {looked}; {earlier}a file as checkpoint=..., or train the run")
     return found
 
 

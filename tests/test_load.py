@@ -189,6 +189,20 @@ def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path) -> None:
         moeapps.load(tmp_path / "empty")
 
 
+def test_a_newest_version_without_weights_names_the_newest_that_has_them(tmp_path: Path) -> None:
+    for number, whole in enumerate((True, True, False)):
+        folder = tmp_path / f"version_{number}"
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.yaml").write_text("{}")
+        if whole:
+            (folder / "checkpoints" / "best.ckpt").touch()
+
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path / 'version_2'}: no checkpoint, .*; give {tmp_path / 'version_1'},"
+    ):
+        moeapps.load(tmp_path)
+
+
 def test_a_package_that_hides_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "__init__.py").touch()

@@ -271,6 +271,19 @@ def test_a_working_directory_inside_of_a_run_is_not_imported_from(
         assert (str(folder) in sys.path) is found
 
 
+def test_code_is_named_with_the_file_of_the_run_and_not_with_a_copy_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "module_of_mine.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trust = Trust(copies={"/tmp/copy/config.yaml": Path("runs/mine/base/version_0/config.yaml")})
+
+    with caplog.at_level(logging.INFO, logger="moeapps"):
+        trust.admit({"/tmp/copy/config.yaml": {"class_path": "module_of_mine.Net"}})
+
+    assert "named in runs/mine/base/version_0/config.yaml, imported now: module_of_mine (" in caplog.text
+
+
 @pytest.mark.parametrize("first", ["", "/nowhere"], ids=["as at a prompt or in a notebook", "as in a program"])
 def test_code_of_the_working_directory_is_found_while_a_file_elsewhere_is_read(
     first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,7 +87,9 @@ def _classes_near(found: Definition) -> Iterator[tuple[str, Definition]]:
     for file in files:
         module = ".".join([*package, *_below(file, top)])
         text = source(module)
-        for name, node in text.names.items() if text is not None else ():
+        if text is None:
+            continue
+        for name, node in text.names.items():
             if isinstance(node, ast.ClassDef):
                 yield f"{module}.{name}", Definition(node, text)
 

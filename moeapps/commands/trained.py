@@ -40,15 +40,16 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
 
     quiet()
     configs = [find_config(str(path)) for path in configs]
+    copies = {}
     with TemporaryDirectory() as folder:
         words = [word for path in configs for word in ("--config", str(path))]
         if run is not None:
             held = read_yaml(config_of(run))
             part = Path(folder) / "config.yaml"
             part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
-            words = ["--config", str(part), *words]
+            words, copies = ["--config", str(part), *words], {str(part): config_of(run)}
         import_tasks(words)
-        return Cli([*words, "--trainer.logger", "false"], run=False, trust=Trust(packages, run))
+        return Cli([*words, "--trainer.logger", "false"], run=False, trust=Trust(packages, run, copies))
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

@@ -47,10 +47,12 @@ class Trust:
     Args:
         packages: what ``--trust`` allows beside `FREE`; None: whatever is on Python's path and not in a run folder.
         run: the run folder that the command was given, whose code is never imported.
+        copies: files that are copies -> the files that people know.
     """
 
     packages: frozenset[str] | None = None
     run: Path | None = None
+    copies: Mapping[str, Path] = field(default_factory=dict)
     _allowed: set[str] = field(default_factory=set)
 
     def admit(self, sources: Mapping[str, Any]) -> None:
@@ -63,7 +65,8 @@ class Trust:
             TrustError: a module in a run folder.
         """
         news: dict[str, tuple[str, Path]] = {}
-        for where, value in sources.items():
+        for source, value in sources.items():
+            where = str(self.copies.get(source, source))
             for path in dict.fromkeys(class_paths(value)):
                 if path.partition(".")[0] in FREE or (found := locate(path)) is None:
                     continue
