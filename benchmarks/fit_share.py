@@ -32,7 +32,7 @@ GOALS = {"start_s": 4.0, "share": 0.75}
 FITTED = ("home", "mixer")
 PARTS = ("imports", "setup", "steps", "gate fits", "loader", "logging", "callbacks", "loop", "checkpoint", "validation",
          "test", "reports", "end")  # fmt: skip
-"""`setup` goes until the loop begins; `loop` is what Lightning's loop and hooks take; `end` is after the last report."""
+"""`setup` goes until the loop begins; `loop` is what Lightning's loop and hooks take; `end` is all that is left."""
 
 
 def systems() -> list[str]:
@@ -117,11 +117,12 @@ def show(report: dict[str, Any]) -> None:
     for system, row in report["starts"].items():
         table.add_row(system, *(str(row.get(key, "")) for key in ("start_s", "before_s", "over_before")))
     console.print(table)
-    table = Table("fit", "share of training", "CPU s", *PARTS)
-    for system, fits in report["fits"].items():
-        for when, fit in fits.items():
-            seconds = [f"{fit['parts_s'][part]:.1f}" for part in PARTS]
-            table.add_row(f"{system}, {when}", f"{fit['share']:.0%}", f"{fit['total_s']:.1f}", *seconds)
+    table = Table("CPU s of a fit", *(f"{system}, {when}" for system, fits in report["fits"].items() for when in fits))
+    every = [fit for fits in report["fits"].values() for fit in fits.values()]
+    table.add_row("share of training", *(f"{fit['share']:.0%}" for fit in every))
+    table.add_row("all", *(f"{fit['total_s']:.1f}" for fit in every))
+    for part in PARTS:
+        table.add_row(part, *(f"{fit['parts_s'][part]:.1f}" for fit in every))
     console.print(table)
 
 
