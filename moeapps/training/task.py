@@ -57,7 +57,8 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
 
     ``needed_facts`` are the entries of ``facts`` without which nothing can be built, ``facts_from`` says in the error
     which data has them. ``monitor`` chooses best.ckpt if at least ``monitor_minimum`` scorable units (called
-    ``monitor_unit``) lie behind it, see `moeapps.training.selection`.
+    ``monitor_unit``) lie behind it, see `moeapps.training.selection`. ``stays_whole``: the network is used between
+    steps, too, so that no strategy may cut it over processes.
 
     Args:
         facts: plain values from the data module (linked by the command line); ``facts["domains"]`` names the roles.
@@ -79,6 +80,7 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
     monitor_unit: ClassVar[str] = "items"
     needed_facts: ClassVar[tuple[str, ...]] = ()
     facts_from: ClassVar[str] = "those of the task's data module"
+    stays_whole: ClassVar[bool] = False
 
     def __init__(
         self,

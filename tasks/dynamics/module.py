@@ -70,6 +70,7 @@ class DynamicsTask(BaseTask):
         "partition/experts": "experts in use",
     }
     needed_facts: ClassVar[tuple[str, ...]] = ("num_environments", "state_dim", "kind")
+    stays_whole: ClassVar[bool] = True  # the gate is fitted between steps, which average their gradients themselves
     inner_step: Tensor
     skipped: Tensor
 

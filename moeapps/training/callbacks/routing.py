@@ -18,7 +18,7 @@ from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information
 from moeapps.moe.objectives import counted_rows
 from moeapps.moe.ranks import sum_over_ranks, sums_of_all_ranks
 from moeapps.moe.record import Record
-from moeapps.moe.routing import Routing
+from moeapps.moe.routing import DenseRouting, Routing
 from moeapps.training.callbacks.side import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
@@ -71,6 +71,7 @@ class RoutingMonitor(SideReport):
         self.figures = figures
         self.min_mean_load = min_mean_load
         self._layers: dict[str, _Layer] = {}
+        self._always: set[str] = set()
         self._train: dict[str, Tensor] = {}
         self._domains: list[str] = []
         self._warned = False
@@ -110,6 +111,8 @@ class RoutingMonitor(SideReport):
             if record.name not in self._layers:
                 table_SE = work_E.new_zeros(len(self._domains), len(work_E))
                 self._layers[record.name] = _Layer(table_SE, work_E.new_zeros(()), work_E.new_zeros(()))
+            if isinstance(record.routing, DenseRouting):
+                self._always.add(record.name)
             layer = self._layers[record.name]
             layer.table_SE[self._domains.index(str(task.last_domain))] += work_E
             entropy, rows = routing_entropy(record)
@@ -135,6 +138,7 @@ class RoutingMonitor(SideReport):
         result: dict[str, dict[str, Any]] = {}
         for name, layer in self._layers.items():
             result[name] = layer_report(layer.table_SE, layer.entropy / layer.rows.clamp_min(1.0))
+            result[name]["always"] = name in self._always  # every expert works on every row, whatever is routed
             for key in ("load_cv", "entropy", "dead", "mi_domain"):
                 prefix = "moe" if stage == "val" else "moe_test"
                 pl_module.log(f"{prefix}/{name}/{key}", result[name][key], batch_size=1, sync_dist=True)
