@@ -35,6 +35,8 @@ WAITING: dict[str, tuple[str, ...]] = {
     "timm": ("torchvision", "torch._dynamo"),
     "torch_geometric": ("torch._dynamo",),
 }
+OLD_NAMES = "srmrpy"
+"""Where this is installed, torchmetrics must give scipy.signal the old name that it needs."""
 COMPILER = "torch._dynamo"
 KEPT = "__dynamo_disable"
 """Where a function that ``torch._disable_dynamo`` marked keeps what is called in its place."""
@@ -144,7 +146,7 @@ class Waiting(MetaPathFinder):
         if spec is None or spec.loader is None:
             return spec
         packages = WAITING[fullname]
-        if find_spec("srmrpy") is not None:  # torchmetrics gives scipy.signal an old name, which this package needs
+        if find_spec(OLD_NAMES) is not None:
             packages = tuple(name for name in packages if name != "scipy.signal")
         loader: Any = spec.loader
         run = loader.exec_module
