@@ -145,7 +145,8 @@ def main(words: list[str]) -> int:
     first_only = words[0] == FIRST
     words = words[1:] if first_only else words
     clock = Clock()
-    real = moeapps.cli.import_module
+    cli: Any = moeapps.cli
+    real = cli.import_module
 
     def importing(name: str) -> Any:
         module = real(name)
@@ -153,8 +154,8 @@ def main(words: list[str]) -> int:
             watch(clock, out, first_only=first_only)
         return module
 
-    moeapps.cli.import_module = importing  # type: ignore[assignment]
-    code = moeapps.cli.main(words)
+    cli.import_module = importing
+    code = int(cli.main(words))
     write(clock, out)
     return code
 

@@ -21,6 +21,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -34,6 +35,8 @@ WAITING: dict[str, tuple[str, ...]] = {
     "timm": ("torchvision", "torch._dynamo"),
     "torch_geometric": ("torch._dynamo",),
 }
+OLD_NAMES = "srmrpy"
+"""Where this is installed, torchmetrics must give scipy.signal the old name that it needs."""
 COMPILER = "torch._dynamo"
 KEPT = "__dynamo_disable"
 """Where a function that ``torch._disable_dynamo`` marked keeps what is called in its place."""
@@ -143,7 +146,7 @@ class Waiting(MetaPathFinder):
         if spec is None or spec.loader is None:
             return spec
         packages = WAITING[fullname]
-        if find_spec("srmrpy") is not None:  # torchmetrics gives scipy.signal an old name, which this package needs
+        if find_spec(OLD_NAMES) is not None:
             packages = tuple(name for name in packages if name != "scipy.signal")
         loader: Any = spec.loader
         run = loader.exec_module
@@ -164,10 +167,11 @@ class WithoutCompiler(MetaPathFinder):
 
     def __init__(self) -> None:
         self._filled: list[Any] = []
+        self._over = False
 
     def begin(self) -> None:
         """From now on nothing of torch imports the compiler only to be left alone by it."""
-        import torch
+        torch: Any = import_module("torch")
         from torch.optim import Optimizer
         from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -180,7 +184,7 @@ class WithoutCompiler(MetaPathFinder):
             step = vars(kind).get("step")
             if getattr(getattr(step, "__code__", None), "co_name", "") == "_use_grad":
                 kind.step = _without_graph_breaks(step)
-        torch._disable_dynamo = self._marked  # type: ignore[assignment]
+        torch._disable_dynamo = self._marked
         sys.meta_path.insert(0, self)
 
     def _marked(self, function: Any = None, recursive: bool = True) -> Any:
@@ -197,11 +201,10 @@ class WithoutCompiler(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> None:
         """Find nothing; when the compiler is imported, leave torch as it was."""
-        if fullname != COMPILER:
+        if fullname != COMPILER or self._over:
             return
-        import torch
-
-        sys.meta_path.remove(self)
+        torch: Any = import_module("torch")
+        self._over = True  # it stays among the finders, which are being gone through
         torch._disable_dynamo = self._mark
         for function in self._filled:
             vars(function).pop(KEPT, None)
@@ -237,10 +240,9 @@ def _without_graph_breaks(step: Any) -> Callable[..., Any]:
 @contextmanager
 def methods_without_compiler() -> Iterator[None]:
     """Let classes that are made meanwhile keep the compiler out of methods of theirs without importing it."""
-    import torch
-
     from moeapps.moe.eager import runs_eagerly
 
+    torch: Any = import_module("torch")
     real = torch.compiler.disable
 
     def disable(function: Any = None, recursive: bool = True, **kwargs: Any) -> Any:
