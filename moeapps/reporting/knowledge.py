@@ -63,6 +63,7 @@ class ExpertTable:
         rows: rows behind the table; None for the sum of ``work``.
         given: what is told by construction, before anything is learned: by a mask that lets a gate see some experts.
         score: a number that says better than ``told`` how well experts follow the factor, 1 at best, with its name.
+        always: every expert works on every row, as the layer is built; ``work`` is how much each of them counts.
         story: what the table says in the words of its task, in a clause, where one number cannot tell it.
     """
 
@@ -75,6 +76,7 @@ class ExpertTable:
     rows: float | None = None
     given: float = 0.0
     score: tuple[str, float] | None = None
+    always: bool = False
     story: str = ""
 
     def __post_init__(self) -> None:
@@ -115,7 +117,8 @@ class LayerFinding:
         layer: its name.
         sentence: the finding in plain English.
         kinds: the words it was decided on, most important first, out of ``collapsed``, ``specialised``, ``leaning``,
-            ``even``, ``uneven``, ``unknown`` (too few rows), ``dead``, ``idle``.
+            ``even``, ``uneven``, ``unknown`` (too few rows), ``single`` (one expert, always on), ``always`` (all work
+            on every row, and nothing known is followed), ``dead``, ``idle``.
         factor: what experts specialise or lean by; empty for nothing.
         numbers: what the sentence rests on: ``experts``, ``dead``, ``idle``, ``load_cv``, ``least`` and ``most`` (load
             over the mean), ``entropy`` (of the router's probabilities, nats) where known, ``told_<factor>``.
@@ -186,6 +189,8 @@ def _main_clause(
 ) -> tuple[str, list[str], str]:
     """The first words, the kinds, and the factor that decides."""
     first = tables[0]
+    if len(load_E) == 1:
+        return "one expert, always on: there is nothing to choose", ["single"], ""
     rows = float(first.array.sum()) if first.rows is None else first.rows
     if rows < limits.rows:
         return f"too little was routed ({rows:.0f} rows) to say what its {len(load_E)} experts do", ["unknown"], ""
@@ -209,6 +214,11 @@ def _main_clause(
     beyond = " beyond what its gate may see" if highest.given else ""
     told = max(0.0, _known(highest) - highest.given)
     nothing = f"at most {_percent(told)} of {highest.factor} told by the expert{beyond}"
+    if first.always:
+        alike = float(load_E.std()) < 1e-6 and told < 1e-6
+        weighed = f"and none counts more for some of them ({nothing})"
+        how = "as the layer is built: nothing is chosen" if alike else weighed
+        return f"all {len(load_E)} experts work on every row, {how}", ["always"], ""
     if float(load_E.std()) <= limits.even:
         return (
             f"even: its {len(load_E)} experts share the work alike and follow nothing known here ({nothing})",

@@ -17,7 +17,7 @@ from moeapps.evaluation.results import RunResults, read_results
 from moeapps.evaluation.xeval import Matrix, build_matrix
 from moeapps.reporting.curves import Curves, read_curves
 from moeapps.reporting.exhibits import Room
-from moeapps.reporting.findings import RunFinding, describe_run, gallery_of
+from moeapps.reporting.findings import RunFinding, describe_run, gallery_of, untold_gallery
 from moeapps.text import plain
 from moeapps.training.run import newest_version
 
@@ -116,12 +116,13 @@ class SystemView:
         return next((run.about for run in self.runs if run.about), "").rstrip(".")
 
 
-def read_run(path: Path, number: int = 0) -> RunView:
+def read_run(path: Path, number: int = 0, packages: frozenset[str] | None = None) -> RunView:
     """Read one run folder, finished or not.
 
     Args:
         path: the run folder, or runs/<system>/<name> for its newest version.
         number: its place on the page.
+        packages: of the user's own, whose galleries are imported; None: none, and a note says which there are.
 
     Raises:
         ValueError: no such folder, or a folder that is not of a run.
@@ -155,9 +156,12 @@ def read_run(path: Path, number: int = 0) -> RunView:
     metric = str(header.get("main_metric") or "loss")
     view.curves = view.read("training curves", lambda: read_curves(folder, metric), Curves())
     if view.results is not None:
-        view.finding = view.read("experts", lambda: describe_run(folder), None)
+        view.finding = view.read("experts", lambda: describe_run(folder, packages=packages or frozenset()), None)
         view.notes += [] if view.finding is None else view.finding.notes
-        view.rooms = view.read("samples", lambda: _rooms(folder), [])
+        view.rooms = view.read("samples", lambda: _rooms(folder, packages or frozenset()), [])
+        own = untold_gallery(folder)
+        if packages is None and own is not None and gallery_of(folder) is None:
+            view.notes.append(f"{own} has a gallery of its own for this run: moeapps report --trust {own} imports it.")
         failed = header.get("failed_reports")
         if isinstance(failed, dict):
             view.notes += [f"{name} failed in its test: {what}" for name, what in failed.items()]
@@ -213,8 +217,8 @@ def _config(view: RunView) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _rooms(folder: Path) -> list[Room]:
-    gallery = gallery_of(folder)
+def _rooms(folder: Path, packages: frozenset[str]) -> list[Room]:
+    gallery = gallery_of(folder, packages)
     rooms: list[Room] = [] if gallery is None or not hasattr(gallery, "gallery") else gallery.gallery(folder)
     return [room for room in rooms if room.exhibits]
 

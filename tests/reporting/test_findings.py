@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moeapps.reporting.findings import clearest, describe_run, gallery_of
+from moeapps.reporting.view import read_run
 
 EYE = [[100.0, 0.0], [0.0, 100.0]]
 EVEN = [[50.0, 50.0], [50.0, 50.0]]
@@ -55,6 +56,39 @@ def test_a_run_of_one_layer_speaks_of_its_experts(tmp_path, work, words):
     told = 1.0 if work is EYE else 0.0
     found = describe_run(run_of(tmp_path, {"net.layer": layer(work, told)}))
     assert found.sentence.startswith(f"The 2 experts of its one MoE layer{words}")
+
+
+@pytest.mark.parametrize(
+    ("work", "told", "sentence"),
+    [
+        (
+            EVEN,
+            0.0,
+            "The 2 experts of its one MoE layer all work on every row, as the layer is built: nothing is chosen.",
+        ),
+        (
+            [[52.0, 48.0], [48.0, 52.0]],
+            0.001,
+            "The 2 experts of its one MoE layer all work on every row, and none counts more for some of them "
+            "(at most 0.1 % of domain told by the expert).",
+        ),
+        ([[50.0], [50.0]], 0.0, "Its one MoE layer has one expert, always on: there is nothing to choose."),
+    ],
+)
+def test_where_nothing_is_chosen_the_sentence_says_so(tmp_path, work, told, sentence):
+    found = describe_run(run_of(tmp_path, {"net.layer": {**layer(work, told), "always": len(work[0]) > 1}}))
+    assert found.sentence == sentence
+
+
+def test_twins_of_one_expert_are_not_said_to_share_work(tmp_path):
+    one = layer([[50.0], [50.0]], 0.0)
+    found = describe_run(run_of(tmp_path, {"net.blocks.0.moe": one, "net.blocks.1.moe": one}))
+    assert found.sentence == "Each of its 2 MoE layers has one expert, always on: there is nothing to choose."
+
+
+def test_experts_that_always_work_and_follow_something_are_told_by_it(tmp_path):
+    found = describe_run(run_of(tmp_path, {"net.layer": {**layer(EYE, 1.0), "always": True}}))
+    assert found.layers[0].kinds == ("specialised",)
 
 
 def test_the_factors_of_a_report_are_read_with_their_names_and_numbers(tmp_path):
@@ -159,3 +193,46 @@ def test_a_broken_file_of_factors_is_a_note_and_costs_no_sentence(tmp_path, text
     assert found.layers[0].kinds == ("specialised",)
     assert len(found.notes) == 1
     assert "left out" in found.notes[0]
+
+
+GALLERY = """
+from moeapps.reporting.exhibits import Room, Table
+
+def gallery(folder):
+    return [Room("Moves", "What was seen.", [Table("Moves", ["move", "times"], [["left", 3.0]])])]
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A run of a package of the user's own that has a gallery."""
+    package = tmp_path / "moves_of_mine"
+    (package / "report").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "report" / "gallery.py").write_text(GALLERY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "out").mkdir()
+    yield run_of(tmp_path / "out", {"net.layer": layer(EYE, 1.0)}, task="moves_of_mine.module.Task")
+    for name in [name for name in sys.modules if name.startswith("moves_of_mine")]:
+        del sys.modules[name]
+
+
+def test_a_gallery_of_the_users_own_is_imported_where_its_package_is_named(own):
+    assert gallery_of(own) is None
+    view = read_run(own)
+    assert view.rooms == []
+    assert "moves_of_mine has a gallery of its own for this run: moeapps report --trust moves_of_mine imports it." in (
+        view.notes
+    )
+    assert not any(name.startswith("moves_of_mine") for name in sys.modules)
+
+    view = read_run(own, packages=frozenset({"moves_of_mine"}))
+    assert [room.title for room in view.rooms] == ["Moves"]
+    assert not any("--trust" in note for note in view.notes)
+
+
+def test_a_gallery_inside_of_a_run_is_never_imported(own, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "run.json").touch()  # what the package lies in is a run now
+    assert gallery_of(own, frozenset({"moves_of_mine"})) is None
+    assert not any(name.startswith("moves_of_mine") for name in sys.modules)

@@ -29,8 +29,8 @@ def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
     if not shares:
         return []
     experts = [name or str(number) for number, name in enumerate(raw["experts"])]
-    work = {"labels": list(shares), "work": list(shares.values()), "experts": experts}
-    return [ExpertTable(next(iter(layers)), "domain", **work, rows=math.inf, story=adaptation_story(raw["domains"]))]
+    layer, work, story = next(iter(layers)), list(shares.values()), adaptation_story(raw["domains"])
+    return [ExpertTable(layer, "domain", list(shares), work, experts, rows=math.inf, always=True, story=story)]
 
 
 def adaptation_story(domains: dict[str, dict[str, Any]]) -> str:
