@@ -170,9 +170,10 @@ def describe_layer(
         **{f"told_{t.factor}": information(t.array) if t.told is None else t.told for t in tables},
     }
     words, kinds, factor = _main_clause(tables, load_E, len(load_E) - len(dead), limits)
-    story = "" if kinds[0] in ("unknown", "collapsed") else "; ".join(t.story for t in tables if t.story)
+    story = "" if kinds[0] in ("unknown", "collapsed", "single") else "; ".join(t.story for t in tables if t.story)
     if story and not factor:
         words = f"{story}{_hardly(first)}"
+        words = f"all {len(load_E)} experts work on every row; {words}" if kinds[0] == "always" else words
     clauses = [words] if not story or not factor else [words, story]
     if kinds[0] != "collapsed":
         clauses += _rest(first, load_E, dead, idle, kinds, limits)
@@ -213,7 +214,8 @@ def _main_clause(
     highest = max(tables, key=lambda t: _known(t) - t.given)
     beyond = " beyond what its gate may see" if highest.given else ""
     told = max(0.0, _known(highest) - highest.given)
-    nothing = f"at most {_percent(told)} of {highest.factor} told by the expert{beyond}"
+    most = _percent(told) if 0 < told < 0.001 else f"at most {_percent(told)}"
+    nothing = f"{most} of {highest.factor} told by the expert{beyond}"
     if first.always:
         alike = float(load_E.std()) < 1e-6 and told < 1e-6
         weighed = f"and none counts more for some of them ({nothing})"

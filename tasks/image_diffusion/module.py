@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -114,12 +115,14 @@ class ImageDiffusionTask(BaseTask):
         """
         length, num = self.net.num_tokens, len(batch.label)
         names = tuple(self.facts.get("class_names", ()))
+        side = math.isqrt(length)
+        places = tuple(f"row {k // side + 1} column {k % side + 1}" for k in range(length)) if side**2 == length else ()
         _, t_B = self.fixed_noise(batch)
         time_B = (t_B * TIME_BINS).long().clamp(0, TIME_BINS - 1)
         return {
             "class": Factor(batch.label.repeat_interleave(length), self.net.num_classes, names),
             "time": Factor(time_B.repeat_interleave(length), TIME_BINS),
-            "place": Factor(torch.arange(length, device=batch.label.device).repeat(num), length),
+            "place": Factor(torch.arange(length, device=batch.label.device).repeat(num), length, places),
         }
 
     @override

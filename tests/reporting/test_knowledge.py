@@ -129,6 +129,21 @@ def test_what_a_mask_tells_is_no_specialisation():
     assert "the expert tells 53 % of it, 25 % by what its gate may see" in describe_layer([half]).sentence
 
 
+def test_the_story_of_a_task_stands_in_place_of_nothing_known_and_beside_what_is_followed():
+    even = [[50.0, 50.0], [50.0, 50.0]]
+    told = {"labels": ("a", "b"), "story": "gates like both"}
+    assert describe_layer([table(even, **told)]).sentence == "gates like both; the expert tells 0 % of the domain."
+    always = describe_layer([table(even, **told, always=True)])
+    assert always.kinds == ("always",)
+    assert always.sentence == "all 2 experts work on every row; gates like both; the expert tells 0 % of the domain."
+    followed = describe_layer([table([[90.0, 10.0], [10.0, 90.0]], **told)])
+    assert followed.kinds == ("specialised",)
+    assert followed.sentence.startswith("specialised by domain: the expert tells 53 % of it")
+    assert "; gates like both; " in followed.sentence
+    collapsed = describe_layer([table([[90.0, 0.0], [90.0, 0.0]], **told)])
+    assert "gates" not in collapsed.sentence
+
+
 def test_experts_named_by_one_table_are_named_in_the_load():
     first = table([[70.0, 20.0, 10.0]] * 4)
     named = table([[1.0, 1.0, 1.0]] * 2, factor="gate", labels=("x", "y"), experts=("shared", "click", "like"))
