@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -21,6 +22,9 @@ from typing_extensions import override
 
 from moeapps.moe import JoinedExperts, MoELayer
 from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_folders, read_checkpoint, write_checkpoint
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
 
 STATES: tuple[str, ...] = ("state_dict", "current_model_state")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -90,14 +94,16 @@ class ModelParallel(ModelParallelStrategy):
         task.to(self.root_device)
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
-        apart = self._spread_experts(task) | _scalars(task)
         device, world = self.root_device.type, dist.get_world_size()
+        apart = self._spread_experts(task)
+        apart |= _uncut(task, world if self.rest == "sharded" else 1, apart)
         if self.rest == "sharded":
             mesh = init_device_mesh(device, (world,), mesh_dim_names=("all",))
         else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
             mesh = init_device_mesh(device, (world, 1), mesh_dim_names=("copies", "shards"))
         # Resharded after each step, so that what lies in `parameters()` between steps is what the optimizer knows.
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": apart}
+        options["shard_placement_fn"] = partial(_placement, parts=mesh.size(mesh.ndim - 1))
         for block in self._named_blocks(task):
             fully_shard(block, **options)
         fully_shard(task, **options)
@@ -120,7 +126,7 @@ class ModelParallel(ModelParallelStrategy):
         if copies.size() == 1:
             return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
         for bank in banks:
-            fully_shard(bank, mesh=copies)
+            fully_shard(bank, mesh=copies, shard_placement_fn=partial(_placement, parts=copies.size()))
         return set()
 
     def _named_blocks(self, task: nn.Module) -> Iterator[nn.Module]:
@@ -185,9 +191,41 @@ class ModelParallel(ModelParallelStrategy):
         return held | {name: states[name] for name in STATES if name in states}
 
 
-def _scalars(task: nn.Module) -> set[nn.Parameter]:
-    """Parameters that are one number, which ``fully_shard`` does not take: their gradients are averaged by a hook."""
-    found = {parameter for parameter in task.parameters() if parameter.dim() == 0}
+def cut_dimension(shape: Sequence[int], parts: int) -> int | None:
+    """Return the dimension along which FSDP2 cuts a weight, or None where it is to stay whole.
+
+    That is the first, if it is as long as there are parts: FSDP2 fills up what does not divide, so that a stack of few
+    experts over many processes would be fetched many times over. Then one that divides is taken; a matrix or a stack
+    without one, and a number, stay whole.
+
+    Example:
+        >>> cut_dimension((16, 6), 4), cut_dimension((2, 6, 8), 4), cut_dimension((2, 6, 5), 4), cut_dimension((3,), 4)
+        (0, 2, None, 0)
+    """
+    if not shape:
+        return None
+    if shape[0] >= parts or len(shape) == 1:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if dim and size % parts == 0), None)
+
+
+def _placement(parameter: nn.Parameter, parts: int) -> Shard | None:
+    from torch.distributed.tensor import DTensor, Shard
+
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    dim = cut_dimension(local.shape, parts)
+    return Shard(dim) if dim else None
+
+
+def _uncut(task: nn.Module, parts: int, but: set[nn.Parameter]) -> set[nn.Parameter]:
+    """Parameters that stay whole on every process: their gradients are averaged by a hook."""
+    from torch.distributed.tensor import DTensor
+
+    found = {
+        parameter
+        for parameter in task.parameters()
+        if parameter not in but and not isinstance(parameter, DTensor) and cut_dimension(parameter.shape, parts) is None
+    }
     for parameter in found:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
