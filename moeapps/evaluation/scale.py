@@ -18,7 +18,7 @@ from torch import nn
 
 from moeapps.moe import JoinedExperts, MoELayer
 from moeapps.moe.parallel import STACKS
-from moeapps.training.parallel import cut_dimension, spreadable_layers
+from moeapps.training.parallel import cut_dimension, spreadable_layers, stays_whole
 
 Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce"]
 FLOAT = 4
@@ -164,8 +164,8 @@ def cost_of(net: NetworkShape, division: Division, number_bytes: int = FLOAT) ->
         calls["all_to_all"] += _COUNT * layer.experts
         mine += [(math.ceil(layer.experts / share), *shape[1:]) for shape in layer.weights]
     parts = world if division.sharded else 1
-    whole = [shape for shape in rest if cut_dimension(shape, parts) is None]
-    rest = [shape for shape in rest if cut_dimension(shape, parts) is not None]
+    whole = [shape for shape in rest if stays_whole(shape, parts)]
+    rest = [shape for shape in rest if not stays_whole(shape, parts)]
     calls["all_reduce"] += FLOAT * sum(math.prod(shape) for shape in whole) * (world > 1)
     held = 4 * FLOAT * sum(math.prod(shape) for shape in whole)
     fetched = 0
@@ -198,7 +198,7 @@ def _weights_of(layer: LayerShape, share: int) -> int:
 
 def _share(shape: tuple[int, ...], parts: int) -> int:
     """Numbers of the largest part; what does not divide is filled up."""
-    dim = cut_dimension(shape, parts) or 0
+    dim = cut_dimension(shape, parts)
     return math.ceil(shape[dim] / parts) * math.prod(shape[:dim] + shape[dim + 1 :])
 
 

@@ -24,6 +24,7 @@ from moeapps.moe import JoinedExperts, MoELayer
 from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_folders, read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard
 
 STATES: tuple[str, ...] = ("state_dict", "current_model_state")
@@ -86,48 +87,41 @@ class ModelParallel(ModelParallelStrategy):
 
     def spread(self, task: nn.Module) -> None:
         """Place a task whose weights are whole on every process; those of the first are taken."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
         if isinstance(task, FSDPModule):
             return
         task.to(self.root_device)
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
-        device, world = self.root_device.type, dist.get_world_size()
-        apart = self._spread_experts(task)
-        apart |= _uncut(task, world if self.rest == "sharded" else 1, apart)
-        if self.rest == "sharded":
-            mesh = init_device_mesh(device, (world,), mesh_dim_names=("all",))
-        else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
-            mesh = init_device_mesh(device, (world, 1), mesh_dim_names=("copies", "shards"))
-        # Resharded after each step, so that what lies in `parameters()` between steps is what the optimizer knows.
-        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": apart}
-        options["shard_placement_fn"] = partial(_placement, parts=mesh.size(mesh.ndim - 1))
-        for block in self._named_blocks(task):
-            fully_shard(block, **options)
-        fully_shard(task, **options)
+        self.place(task, self.device_mesh)
         for step in STEPS:
             register_fsdp_forward_method(task, step)
 
-    def _spread_experts(self, task: nn.Module) -> set[nn.Parameter]:
-        """Spread the experts, and return the weights that ``fully_shard`` must leave as they are."""
-        copies, share = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
-        if share.size() == 1:
-            return set()
+    def place(self, task: nn.Module, mesh: DeviceMesh) -> None:
+        """Cut a task, and keep the part of this process; no value is looked at, so that it may be on the meta device.
+
+        Args:
+            task: a network, equal on all processes.
+            mesh: of all processes: ``data_parallel`` copies of groups whose ``tensor_parallel`` processes share the
+                experts.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor.parallel import parallelize_module
 
-        from moeapps.moe.parallel import ExpertParallel, ShardedExperts
-
-        for layer in spreadable_layers(task):
-            parallelize_module(layer, share, ExpertParallel())
-        banks = [module for module in task.modules() if isinstance(module, ShardedExperts)]
-        if copies.size() == 1:
-            return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
-        for bank in banks:
-            fully_shard(bank, mesh=copies, shard_placement_fn=partial(_placement, parts=copies.size()))
-        return set()
+        device, world = mesh.device_type, mesh.size()
+        apart = _spread_experts(task, mesh)
+        apart |= _whole(task, world if self.rest == "sharded" else 1, apart)
+        if self.rest == "sharded":
+            rest, parts = init_device_mesh(device, (world,), mesh_dim_names=("all",)), world
+        else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
+            rest, parts = init_device_mesh(device, (world, 1), mesh_dim_names=("copies", "shards")), 1
+        # Resharded after each step, so that what lies in `parameters()` between steps is what the optimizer knows.
+        options: dict[str, Any] = {"mesh": rest, "reshard_after_forward": True, "ignored_params": apart}
+        options["shard_placement_fn"] = partial(_cut, parts=parts)
+        for block in self._named_blocks(task):
+            fully_shard(block, **options)
+        fully_shard(task, **options)
 
     def _named_blocks(self, task: nn.Module) -> Iterator[nn.Module]:
         """Modules that a pattern names, inner ones first."""
@@ -191,41 +185,72 @@ class ModelParallel(ModelParallelStrategy):
         return held | {name: states[name] for name in STATES if name in states}
 
 
-def cut_dimension(shape: Sequence[int], parts: int) -> int | None:
-    """Return the dimension along which FSDP2 cuts a weight, or None where it is to stay whole.
+def _spread_experts(task: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Spread the experts, and return the weights that ``fully_shard`` must leave as they are."""
+    copies, share = mesh["data_parallel"], mesh["tensor_parallel"]
+    if share.size() == 1:
+        return set()
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
 
-    That is the first, if it is as long as there are parts: FSDP2 fills up what does not divide, so that a stack of few
-    experts over many processes would be fetched many times over. Then one that divides is taken; a matrix or a stack
-    without one, and a number, stay whole.
+    from moeapps.moe.parallel import ExpertParallel, ShardedExperts
+
+    for layer in spreadable_layers(task):
+        parallelize_module(layer, share, ExpertParallel())
+    banks = [module for module in task.modules() if isinstance(module, ShardedExperts)]
+    if copies.size() == 1:
+        return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
+    for bank in banks:
+        fully_shard(bank, mesh=copies, shard_placement_fn=partial(_cut, parts=copies.size(), sizes=bank.sizes))
+    return set()
+
+
+def _cut(parameter: nn.Parameter, *, parts: int, sizes: Sequence[int] = ()) -> Shard:
+    """Where ``fully_shard`` cuts a parameter: along the first dimension, if that gives every part as much.
+
+    Where it does not (a stack of 8 experts in 64 parts: 56 would have nothing), along the longest that does.
+
+    Args:
+        parameter: to be cut.
+        parts: how many.
+        sizes: first dimensions of what is cut, where that is a part of the parameter already.
+    """
+    from torch.distributed.tensor import Shard
+
+    return Shard(cut_dimension(parameter.shape, parts, sizes))
+
+
+def cut_dimension(shape: Sequence[int], parts: int, sizes: Sequence[int] = ()) -> int:
+    """Return the dimension of `_cut`.
 
     Example:
-        >>> cut_dimension((16, 6), 4), cut_dimension((2, 6, 8), 4), cut_dimension((2, 6, 5), 4), cut_dimension((3,), 4)
-        (0, 2, None, 0)
+        >>> cut_dimension((16, 6), 4), cut_dimension((2, 4, 8), 4), cut_dimension((2, 6, 5), 4)
+        (0, 2, 0)
     """
-    if not shape:
-        return None
-    if shape[0] >= parts or len(shape) == 1:
-        return 0
-    return next((dim for dim, size in enumerate(shape) if dim and size % parts == 0), None)
+    even = all(size % parts == 0 for size in sizes or shape[:1])
+    dims = [dim for dim in range(1, len(shape)) if shape[dim] % parts == 0]
+    return 0 if even or not dims else max(dims, key=lambda dim: shape[dim])
 
 
-def _placement(parameter: nn.Parameter, parts: int) -> Shard | None:
-    from torch.distributed.tensor import DTensor, Shard
+def stays_whole(shape: Sequence[int], parts: int) -> bool:
+    """Whether a weight stays whole on every process: a number, and a matrix or stack that nothing cuts.
 
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    dim = cut_dimension(local.shape, parts)
-    return Shard(dim) if dim else None
+    FSDP2 fills up a first dimension that is shorter than the number of parts: two shared experts over 1024 processes
+    would be fetched as 1024.
+
+    Example:
+        >>> stays_whole((), 4), stays_whole((2, 6, 5), 4), stays_whole((2, 6, 8), 4), stays_whole((3,), 4)
+        (True, True, False, False)
+    """
+    return not shape or (len(shape) > 1 and shape[0] < parts and cut_dimension(shape, parts) == 0)
 
 
-def _uncut(task: nn.Module, parts: int, but: set[nn.Parameter]) -> set[nn.Parameter]:
-    """Parameters that stay whole on every process: their gradients are averaged by a hook."""
+def _whole(task: nn.Module, parts: int, but: set[nn.Parameter]) -> set[nn.Parameter]:
+    """Parameters that stay whole, which ``fully_shard`` must leave alone: their gradients are averaged by a hook."""
     from torch.distributed.tensor import DTensor
 
-    found = {
-        parameter
-        for parameter in task.parameters()
-        if parameter not in but and not isinstance(parameter, DTensor) and cut_dimension(parameter.shape, parts) is None
-    }
+    rest = (parameter for parameter in task.parameters() if parameter not in but and not isinstance(parameter, DTensor))
+    found = {parameter for parameter in rest if stays_whole(parameter.shape, parts)}
     for parameter in found:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)

@@ -194,7 +194,7 @@ class AdaptationTask(BaseTask):
             if self.caching and (self._features or self._trainer):  # no trainer, no data to look up
                 z_BED[rows] = self._features_of(number)[images.index[rows].cpu()].to(z_BED)
             else:
-                z_BED[rows] = self._asked(images.image[rows])[0]
+                z_BED[rows] = self._asked(images.image[rows])[0].to(z_BED)  # autocast gives bfloat16
         return self.net.masked(z_BED, self.expert_of[images.domain])
 
     @property

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.streams``: the share of a training step that fetching its batch from a stream takes.
+
+Latents, scans and two kinds of logs are written by ``moeapps data optimize`` into a temporary folder and read from
+there, each by the network of its base config. CPU time of both is measured in one process, a batch and a step in turn
+(3 minutes): waiting for a local disk is no longer than that unless the disk is slower than its page cache. Fails where
+the median share is 5 per cent or more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+
+from benchmarks.readme import ROOT
+from moeapps.commands.data import main as data_command
+from moeapps.commands.trained import build
+from moeapps.data.domain import DomainDataModule
+from moeapps.files import write_arrays, write_json
+from moeapps.training.task import BaseTask
+
+RESULTS = ROOT / "benchmarks" / "results" / "streams.json"
+GATE = 0.05
+STEPS, SKIPPED = 18, 3
+"""Steps of each, of which the first make tables and open files."""
+
+
+def latents(root: Path) -> dict[str, Any]:
+    """Three domains of 1,500 latents of 4 x 32 x 32, as moments."""
+    rng = np.random.default_rng(0)
+    for domain in ("near", "far", "other"):
+        x = rng.normal(size=(1500, 8, 32, 32)).astype(np.float32)
+        write_arrays(root / f"{domain}.npz", x=x, y=np.arange(1500) % 10)
+    source = {"class_path": "tasks.image_diffusion.data.latents.LatentImages", "init_args": {"root": str(root)}}
+    roles = {"seen": ["near"], "validation": ["far"], "unseen": ["other"]}
+    return {"class_path": "tasks.image_diffusion.datamodule.ImageData", "init_args": {"source": source, **roles}}
+
+
+def scans(root: Path) -> dict[str, Any]:
+    """Three domains of files with 20,000 points each."""
+    from tasks.point_cloud.data.readers import OwnLabels, RawScan, write_own_labels, write_own_scan
+
+    rng, own = np.random.default_rng(1), {}
+    for domain in ("yard", "hall", "road"):
+        write_own_labels(root / domain / "labels.yaml", OwnLabels(names=("ground", "wall")))
+        for split, count in (("train", 30), ("val", 1), ("test", 1)):
+            (root / domain / split).mkdir(parents=True)
+            for number in range(count):
+                xyz = rng.uniform(0, (30, 30, 3), (20_000, 3)).astype(np.float32)
+                light = rng.uniform(size=20_000).astype(np.float32)
+                raw = RawScan(xyz, rng.integers(0, 2, 20_000), ("ground", "wall"), intensity=light)
+                write_own_scan(root / domain / split / f"{number}.npz", raw)
+        reader = {"class_path": "tasks.point_cloud.data.readers.OwnScans"}
+        reader |= {"init_args": {"root": str(root), "domain": domain}}  # type: ignore[dict-item]
+        path = "tasks.point_cloud.data.public.PublicScans"
+        own[domain] = {"class_path": path, "init_args": {"reader": reader, "voxel": 0.25}}
+    roles = {"seen": ["yard"], "validation": ["hall"], "unseen": ["road"]}
+    return {"class_path": "tasks.point_cloud.datamodule.PointCloudData", "init_args": {"own": own, **roles}}
+
+
+def generated(root: Path) -> dict[str, Any]:
+    """The generated log of the base config."""
+    return {}
+
+
+CASES = {
+    "promoe": ("configs/promoe.yaml", latents),
+    "point_moe": ("configs/point_moe.yaml", scans),
+    "home": ("configs/home.yaml", generated),
+    "aw_moe": ("configs/aw_moe.yaml", generated),
+}
+
+
+def share_of(base: str, files: Path, folder: Path) -> dict[str, Any]:
+    """Write a stream, train some steps on it, and return what fetching took beside them."""
+    stream = folder / "stream"
+    if data_command(["optimize", base, str(files), str(stream), "--chunk_mb", "16"]):
+        raise RuntimeError(f"{base}: no stream was written")
+    built = build(None, [Path(base), files, stream / "data.yaml"])
+    task, data = cast(BaseTask, built.model), cast(DomainDataModule, built.datamodule)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4)
+    batches, fetch, step = _repeated(data), [], []
+    for _ in range(STEPS + SKIPPED):
+        start = time.process_time()
+        batch = next(batches)
+        middle = time.process_time()
+        optimizer.zero_grad()
+        task.recorded_step(batch, "train").loss.backward()
+        optimizer.step()
+        fetch.append(middle - start)
+        step.append(time.process_time() - middle)
+    pairs = list(islice(zip(fetch, step, strict=True), SKIPPED, None))
+    shares = [f / (f + s) for f, s in pairs]
+    # Blocks are read in some steps and held in the others: the mean is what a training waits.
+    total = sum(f for f, _ in pairs) / sum(f + s for f, s in pairs)
+    size = sum(file.stat().st_size for file in stream.rglob("*") if file.is_file())
+    return {
+        "share": round(total, 4),
+        "median_of_steps": round(statistics.median(shares), 4),
+        "fetch_ms": round(1000 * statistics.mean(f for f, _ in pairs), 2),
+        "step_ms": round(1000 * statistics.mean(s for _, s in pairs), 1),
+        "batch_size": data.batch_size,
+        "stream_mb": round(size / 1e6, 1),
+        "gate": GATE,
+        "ok": total < GATE,
+    }
+
+
+def _repeated(data: DomainDataModule) -> Any:
+    while True:
+        yield from data.train_dataloader()
+
+
+def main(words: list[str]) -> int:
+    """Measure the named systems, or all."""
+    if not set(words) <= set(CASES):
+        print(f"usage: python -m benchmarks.streams [{' '.join(CASES)}]", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    found = {}
+    for name, (base, write) in CASES.items():
+        if words and name not in words:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            overlay = Path(folder) / "files.yaml"
+            data = write(Path(folder) / "files")
+            overlay.write_text(yaml.safe_dump({"data": data} if data else {"name": "streamed"}))
+            found[name] = share_of(base, overlay, Path(folder))
+        print(f"{name}: {found[name]}", flush=True)
+    if not words:
+        write_json(RESULTS, found)
+    return 0 if all(row["ok"] for row in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
