@@ -90,6 +90,8 @@ def share_of(base: str, files: Path, folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"{base}: no stream was written")
     built = build(None, [Path(base), files, stream / "data.yaml"])
     task, data = cast(BaseTask, built.model), cast(DomainDataModule, built.datamodule)
+    if hasattr(data, "source"):
+        cast(Any, data).source.window = 1  # these streams are small: more would be read once and then held
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4)
     batches, read, fetch, step = _repeated(data), [], [], []
