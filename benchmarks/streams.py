@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from benchmarks.readme import ROOT
+from moeapps.bounds import read_json
 from moeapps.commands.data import main as data_command
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
@@ -150,7 +151,7 @@ def main(words: list[str]) -> int:
         print(f"usage: python -m benchmarks.streams [{' '.join(CASES)}]", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    found = {}
+    found = read_json(RESULTS) if RESULTS.exists() else {}
     for name, (base, write) in CASES.items():
         if words and name not in words:
             continue
@@ -160,7 +161,6 @@ def main(words: list[str]) -> int:
             overlay.write_text(yaml.safe_dump({"data": data} if data else {"name": "streamed"}))
             found[name] = share_of(base, overlay, Path(folder))
         print(f"{name}: {found[name]}", flush=True)
-    if not words:
         write_json(RESULTS, found)
     return 0 if all(row["ok"] for row in found.values()) else 1
 
