@@ -126,5 +126,5 @@ def _optimize(configs: list[Path], dest: Path, chunk_mb: int) -> int:
         return 2
     rows = ", ".join(f"{part.rows:,} of {domain} {split}" for (domain, split), part in plan.parts.items())
     print(f"{dest}: {plan.kind}, {rows}")
-    print(f"train on it: moeapps fit --config {configs[0]} --config {overlay}")
+    print(f"train on it: moeapps fit {' '.join(f'--config {path}' for path in (*configs, overlay))}")
     return 0

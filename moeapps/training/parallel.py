@@ -125,8 +125,9 @@ class ModelParallel(ModelParallelStrategy):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        apart = _spread_experts(task, mesh) | _scalars(task)
         device, world = mesh.device_type, mesh.size()
+        apart = _spread_experts(task, mesh)
+        apart |= _whole(task, world if self.rest == "sharded" else 1, apart)
         if self.rest == "sharded":
             rest, parts = init_device_mesh(device, (world,), mesh_dim_names=("all",)), world
         else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
@@ -232,14 +233,40 @@ def _cut(parameter: nn.Parameter, *, parts: int, sizes: Sequence[int] = ()) -> S
     """
     from torch.distributed.tensor import Shard
 
-    even = all(size % parts == 0 for size in sizes or parameter.shape[:1])
-    dims = [dim for dim in range(1, parameter.dim()) if parameter.shape[dim] % parts == 0]
-    return Shard(0 if even or not dims else max(dims, key=lambda dim: parameter.shape[dim]))
+    return Shard(cut_dimension(parameter.shape, parts, sizes))
 
 
-def _scalars(task: nn.Module) -> set[nn.Parameter]:
-    """Parameters that are one number, which ``fully_shard`` does not take: their gradients are averaged by a hook."""
-    found = {parameter for parameter in task.parameters() if parameter.dim() == 0}
+def cut_dimension(shape: Sequence[int], parts: int, sizes: Sequence[int] = ()) -> int:
+    """Return the dimension of `_cut`.
+
+    Example:
+        >>> cut_dimension((16, 6), 4), cut_dimension((2, 4, 8), 4), cut_dimension((2, 6, 5), 4)
+        (0, 2, 0)
+    """
+    even = all(size % parts == 0 for size in sizes or shape[:1])
+    dims = [dim for dim in range(1, len(shape)) if shape[dim] % parts == 0]
+    return 0 if even or not dims else max(dims, key=lambda dim: shape[dim])
+
+
+def stays_whole(shape: Sequence[int], parts: int) -> bool:
+    """Whether a weight stays whole on every process: a number, and a matrix or stack that nothing cuts.
+
+    FSDP2 fills up a first dimension that is shorter than the number of parts: two shared experts over 1024 processes
+    would be fetched as 1024.
+
+    Example:
+        >>> stays_whole((), 4), stays_whole((2, 6, 5), 4), stays_whole((2, 6, 8), 4), stays_whole((3,), 4)
+        (True, True, False, False)
+    """
+    return not shape or (len(shape) > 1 and shape[0] < parts and cut_dimension(shape, parts) == 0)
+
+
+def _whole(task: nn.Module, parts: int, but: set[nn.Parameter]) -> set[nn.Parameter]:
+    """Parameters that stay whole, which ``fully_shard`` must leave alone: their gradients are averaged by a hook."""
+    from torch.distributed.tensor import DTensor
+
+    rest = (parameter for parameter in task.parameters() if parameter not in but and not isinstance(parameter, DTensor))
+    found = {parameter for parameter in rest if stays_whole(parameter.shape, parts)}
     for parameter in found:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
