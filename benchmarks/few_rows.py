@@ -75,7 +75,8 @@ def one_row(before: Path | None, pairs: int) -> dict[str, Any]:
     if before is None:
         values = call_over_plain(pairs)
         return {"call_over_plain": round(statistics.median(values), 3)}
-    ours, theirs = [], []
+    ours: list[float] = []
+    theirs: list[float] = []
     for pair in track(range(pairs), description="one row, by turns", transient=True):
         for tree in (ROOT, before) if pair % 2 else (before, ROOT):
             (ours if tree == ROOT else theirs).append(call_elsewhere(tree))

@@ -40,13 +40,13 @@ from tasks.recommendation.metrics import gauc
 from tasks.recommendation.model import Ranker, home
 from tasks.recommendation.module import RankingTask, masked_losses
 from tasks.recommendation.nets.embeddings import EmbeddingBackend, FeatureEncoder, PlainTable
-from tasks.recommendation.nets.levels import ExpertLevel
 from tasks.recommendation.rivals import mmoe
 
 RESULTS = Path(__file__).parent / "results" / "recommendation_speed.json"
 PAIRS, QUICK_PAIRS, STEPS = 9, 5, 12
 BATCH = 512
-HOME, MMOE = home(width=64), mmoe(num_experts=23, width=64)
+FEATURE_RANK = 8
+HOME, MMOE = home(width=64, feature_rank=FEATURE_RANK), mmoe(num_experts=23, width=64)
 """The banks of configs/home.yaml and configs/baselines/home_mmoe.yaml, of equal parameters."""
 
 
@@ -224,9 +224,10 @@ def elementwise_over_products(pairs: int, rows: int) -> float:
     """CPU time of HoME's hyperbolic tangents and Swish functions alone, over that of its products at full speed."""
     task = RankingTask(net=partial(Ranker, bank=HOME), facts=facts()).eval()
     share = flops(lambda: task(make_batch(rows))) / (2 * 1024**3)
-    levels = [level for level in task.modules() if isinstance(level, ExpertLevel)]
-    tanh = torch.randn(rows, sum(level.feature_gates.up[:, :, 0].numel() for level in levels))  # type: ignore[union-attr]
-    swish = torch.randn(rows, sum(level.moe.experts.beta.numel() for level in levels))  # type: ignore[union-attr]
+    sizes = {name: p.numel() for name, p in task.named_parameters()}
+    num_tanh = sum(n for name, n in sizes.items() if name.endswith("feature_gates.up")) // FEATURE_RANK
+    num_swish = sum(n for name, n in sizes.items() if name.endswith("experts.beta"))
+    tanh, swish = torch.randn(rows, num_tanh), torch.randn(rows, num_swish)
     a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
 
     def alone() -> None:
@@ -320,6 +321,7 @@ ROWS = (
 def main(words: list[str] | None = None) -> int:
     """Measure, print, write; give the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recommendation_speed", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="alternated pairs per comparison (default 9)")
     parser.add_argument("--quick", action="store_true", help="five pairs instead of nine; writes nothing")
     parser.add_argument("--rows", default="*", metavar="PATTERN", help="measure only these rows; writes nothing")
     options = parser.parse_args(words)
@@ -327,12 +329,12 @@ def main(words: list[str] | None = None) -> int:
     console, found = Console(highlight=False), []
     chosen = [row for row in ROWS if fnmatch.fnmatch(row.name, options.rows)]
     for row in track(chosen, description="measuring", console=console, transient=True):
-        values = row.measure(QUICK_PAIRS if options.quick else PAIRS)
+        values = row.measure(QUICK_PAIRS if options.quick else options.pairs)
         value = statistics.median(values)
         ok = row.gate is None or (value >= row.gate if row.at_least else value <= row.gate)
         found.append(
             {
-                **({} if ok or options.quick else explain(row.name, QUICK_PAIRS)),
+                **({} if ok or options.quick else explain(row.name, min(QUICK_PAIRS, options.pairs))),
                 **{"name": row.name, "text": row.text, "value": round(value, 4), "gate": row.gate},
                 **{"at_least": row.at_least, "ok": ok, "spread": [round(min(values), 4), round(max(values), 4)]},
                 "pairs": len(values),
