@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moeapps.moe.routing import Routing
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
+_BACKENDS = get_args(Backend)
 Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]
 
 
@@ -220,8 +221,8 @@ def _prefers_segments(ffn: FeedForward, work: float, dtype: torch.dtype) -> bool
 
 
 def _check(experts: Experts | FeedForward, x_ND: Tensor, plan: Plan | Routing, backend: str, weight_at: str) -> None:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}.")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(_BACKENDS)}.")
     if weight_at not in ("output", "input"):
         raise ValueError(f"weight_at={weight_at!r} is unknown; use 'output' or 'input'.")
     if x_ND.shape[0] != plan.num_rows:
