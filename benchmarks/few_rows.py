@@ -41,7 +41,7 @@ GATES = {
 """Name in the list of `benchmarks.core` -> gate."""
 
 
-def call_over_plain(pairs: int) -> list[float]:
+def call_over_plain(pairs: int, backend: Any = "auto") -> list[float]:
     """A call of a layer on one row over that of a plain module, both without gradients.
 
     It imports what every commit has, since ``--before`` runs it against another one.
@@ -50,7 +50,7 @@ def call_over_plain(pairs: int) -> list[float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    layer = MoELayer(Router(LinearScore(256, 8), TopK(2)), MLPExperts(8, 256, 1024, activation="silu"))
+    layer = MoELayer(Router(LinearScore(256, 8), TopK(2)), MLPExperts(8, 256, 1024, activation="silu"), backend=backend)
     plain = nn.Sequential(nn.Linear(256, 2048, bias=False), nn.SiLU(), nn.Linear(2048, 256, bias=False))
     x_ND = torch.randn(1, 256)
 
@@ -75,13 +75,16 @@ def one_row(before: Path | None, pairs: int) -> dict[str, Any]:
     if before is None:
         values = call_over_plain(pairs)
         return {"call_over_plain": round(statistics.median(values), 3)}
-    ours, theirs = [], []
+    ours: list[float] = []
+    theirs: list[float] = []
     for pair in track(range(pairs), description="one row, by turns", transient=True):
         for tree in (ROOT, before) if pair % 2 else (before, ROOT):
             (ours if tree == ROOT else theirs).append(call_elsewhere(tree))
     left = [(o - 1) / (t - 1) for o, t in zip(ours, theirs, strict=True)]
     value = round(statistics.median(left), 3)
+    ways = () if value <= CALL_GATE else ("segments", "grouped_mm", "loop")
     return {
+        "tried": {way: round(statistics.median(call_over_plain(pairs, way)), 3) for way in ways},
         "call_over_plain": round(statistics.median(ours), 3),
         "before": round(statistics.median(theirs), 3),
         "python_left": value,

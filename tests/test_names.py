@@ -262,7 +262,7 @@ FAMILY = {
             title = "nothing made of it yet"
     """,
     "drawn": """
-        from cards.source import Halfway
+        from decks.source import Halfway
 
 
         class Drawn(Halfway):
@@ -273,7 +273,7 @@ FAMILY = {
                 return []
     """,
     "scanned": """
-        from cards.source import Source
+        from decks.source import Source
 
 
         class Scanned(Source):
@@ -284,8 +284,8 @@ FAMILY = {
                 return []
     """,
     "data": """
-        from cards.drawn import Drawn
-        from cards.source import Source
+        from decks.drawn import Drawn
+        from decks.source import Source
 
 
         class Data:
@@ -297,14 +297,14 @@ FAMILY = {
 
 @pytest.fixture
 def _cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cards").mkdir()
+    (tmp_path / "decks").mkdir()
     for module, text in FAMILY.items():
-        (tmp_path / "cards" / f"{module}.py").write_text(textwrap.dedent(text))
+        (tmp_path / "decks" / f"{module}.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
 
-CARDS = ["--model", "tests.toy.ToyTask", "--data", "cards.data.Data"]
+DECKS = ["--model", "tests.toy.ToyTask", "--data", "decks.data.Data"]
 
 
 @pytest.mark.usefixtures("_cards")
@@ -313,24 +313,24 @@ CARDS = ["--model", "tests.toy.ToyTask", "--data", "cards.data.Data"]
     [
         (["--data.source.count", "3"],
          "data.source.count: no class is named for data.source, so it has no options yet\n"
-         "name one that has 'count' first: --data.source cards.drawn.Drawn"),
+         "name one that has 'count' first: --data.source decks.drawn.Drawn"),
         (["--data.source.weight", "3"],
          "data.source.weight: no class is named for data.source, so it has no options yet, and no class has 'weight'\n"
-         "there are: cards.drawn.Drawn, cards.scanned.Scanned"),
-        (["--data.source", "cards.drawn.Drawn", "--data.source.folder", "x"],
-         "data.source: unknown option 'folder' of Drawn; cards.scanned.Scanned has it, if named first\nallowed: count"),
-        (["--data.source", "cards.source.Halfway"],
-         "data.source: cards.source.Halfway is what such classes have in common and cannot be made itself; "
-         "name one of cards.drawn.Drawn"),
+         "there are: decks.drawn.Drawn, decks.scanned.Scanned"),
+        (["--data.source", "decks.drawn.Drawn", "--data.source.folder", "x"],
+         "data.source: unknown option 'folder' of Drawn; decks.scanned.Scanned has it, if named first\nallowed: count"),
+        (["--data.source", "decks.source.Halfway"],
+         "data.source: decks.source.Halfway is what such classes have in common and cannot be made itself; "
+         "name one of decks.drawn.Drawn"),
     ],
 )  # fmt: skip
 def test_where_a_class_stands_for_others_those_that_have_the_option_are_named(words: list[str], told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        check(["fit", *CARDS, *words])
+        check(["fit", *DECKS, *words])
     assert str(caught.value) == told
 
 
 @pytest.mark.usefixtures("_cards")
-@pytest.mark.parametrize("words", [["--data.source", "cards.scanned.Scanned", "--data.source.folder", "x"], []])
+@pytest.mark.parametrize("words", [["--data.source", "decks.scanned.Scanned", "--data.source.folder", "x"], []])
 def test_a_class_of_the_family_that_is_named_first_is_taken(words: list[str]) -> None:
-    check(["fit", *CARDS, *words])
+    check(["fit", *DECKS, *words])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moeapps.moe.routing import Routing
 
 Backend = Literal["auto", "loop", "segments", "grouped_mm", "onehot"]
+_BACKENDS = get_args(Backend)
 Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]
 
 
@@ -211,7 +212,8 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
 
 def _prefers_segments(ffn: FeedForward, work: float, dtype: torch.dtype) -> bool:
     """Whether ``segments`` is the faster one on the CPU, at ``work`` multiply-adds per busy expert."""
-    if ffn.w_in.numel() * ffn.w_in.element_size() >= THRESHOLDS.stack_bytes:
+    # Measured in float32; in bfloat16 grouped products are faster there as well (few_rows.json, "bf16 E=64").
+    if dtype == torch.float32 and ffn.w_in.numel() * ffn.w_in.element_size() >= THRESHOLDS.stack_bytes:
         return True
     if torch.get_num_threads() > 1 and work >= THRESHOLDS.shared_work:
         return True
@@ -220,8 +222,8 @@ def _prefers_segments(ffn: FeedForward, work: float, dtype: torch.dtype) -> bool
 
 
 def _check(experts: Experts | FeedForward, x_ND: Tensor, plan: Plan | Routing, backend: str, weight_at: str) -> None:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}.")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(_BACKENDS)}.")
     if weight_at not in ("output", "input"):
         raise ValueError(f"weight_at={weight_at!r} is unknown; use 'output' or 'input'.")
     if x_ND.shape[0] != plan.num_rows:

@@ -37,7 +37,7 @@ def few_rows(ffn: FeedForward, x_ND: Tensor, routing: Routing, *, at_input: bool
     weights: list[float] = routing.weight_M.tolist()
     outputs: list[Tensor] = []
     top_k = len(experts) // x_ND.shape[0]
-    for row, x_1D in enumerate(x_ND.split(1)):
+    for row, x_1D in enumerate(x_ND.split(1) if len(x_ND) > 1 else (x_ND,)):
         y_1O: Tensor | None = None
         for m in range(row * top_k, (row + 1) * top_k):
             if experts[m] < num_experts:
@@ -49,7 +49,7 @@ def few_rows(ffn: FeedForward, x_ND: Tensor, routing: Routing, *, at_input: bool
 def _add(ffn: FeedForward, expert: int, x_1D: Tensor, weight: float, at_input: bool, y_1O: Tensor | None) -> Tensor:
     """``y + weight E(x)``, or ``y + E(weight x)``."""
     factor = 1.0 if at_input else weight
-    w_in, w_out = ffn.w_in[expert], ffn.w_out[expert]
+    w_in, w_out = ffn.w_in.select(0, expert), ffn.w_out.select(0, expert)
     x_1D = x_1D * weight if at_input else x_1D
     h_1H = torch.mm(x_1D, w_in) if ffn.b_in is None else torch.addmm(ffn.b_in[expert], x_1D, w_in)
     a_1F = ffn.hidden(h_1H)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Fast path of the CPU: one matrix product per expert into buffers, with a hand-written backward.
 
-Used where the work per expert or the bank is large (``THRESHOLDS`` in backends/auto.py), or torch has two threads.
+Used where the measured table says so (backends/table.py), the bank is large, or torch has several threads.
 Gains with 64 experts (128 rows each): 1.04 x dense, where the plain loop takes 1.31 and grouped products 1.45; what is
 kept for backward is 0.47 of the dense network's, where both others keep 1.30 (core.json, R=128, silu-mlp).
 

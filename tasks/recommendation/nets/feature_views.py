@@ -61,21 +61,21 @@ def feature_views(
 class _Views(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, views, ctx.by_operations = arguments
-        made = _Pass(*inputs, views)
-        tanh = empty(inputs[0], (made.num_rows * made.size,))
+        x_SNd, down, up, mix, mix_bias, ctx.views, ctx.by_operations = arguments
+        made = _Pass(x_SNd, down, up, mix, mix_bias, ctx.views)
+        tanh = empty(x_SNd, (made.num_rows * made.size,))
         view_VNd = made.forward(tanh)
-        ctx.save_for_backward(*inputs, made.both_NQk, made.share_VLN, tanh)
-        ctx.views = views
+        ctx.save_for_backward(x_SNd, down, up, mix, mix_bias, made.both_NQk, made.share_VLN, tanh)
         return view_VNd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, both_NQk, share_VLN, tanh = ctx.saved_tensors
+        x_SNd, down, up, mix, mix_bias, both_NQk, share_VLN, tanh = ctx.saved_tensors
+        inputs = (x_SNd, down, up, mix, mix_bias)
         views, needs = ctx.views, ctx.needs_input_grad[:5]
 
         def by_hand() -> Gradients:
-            made = _Pass(*inputs, views, both_NQk, share_VLN)
+            made = _Pass(x_SNd, down, up, mix, mix_bias, views, both_NQk, share_VLN)
             found = made.backward(tanh, grads[0])
             return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))
 
