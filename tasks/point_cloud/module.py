@@ -139,7 +139,7 @@ class PointCloudTask(BaseTask):
         parts = [(self.domain_names[i], n) for i, n in zip(indices.tolist(), counts.tolist(), strict=True)]
         logits = self.head.split(self.net(batch).index_select(0, row_N), parts)
         rows = row_N.split([count for _, count in parts])
-        return {name: found for (name, _), *found in zip(parts, rows, logits, strict=True)}
+        return {name: (own, found) for (name, _), own, found in zip(parts, rows, logits, strict=True)}
 
     def shared_step(self, batch: Batch, stage: Stage) -> StepOutput:
         """Loss of one batch; in evaluation also predictions of voxels and of the raw points behind them."""

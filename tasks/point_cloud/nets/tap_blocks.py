@@ -114,16 +114,18 @@ def backward(
     opposite_TOC = weight_TCO.flip(0).transpose(1, 2)
     grad_x = grad_NO @ opposite_TOC[middle] if need_x else None
     grad_weight = torch.zeros_like(weight_TCO) if need_weight else None
-    collect = None
+    collect: Callable[[Block, Tensor], None] | None = None
     if grad_weight is not None:
         torch.mm(x_NC.t(), grad_NO, out=grad_weight[middle])
         weights = grad_weight.unbind(0)
         buffer = _buffer(plan, x_NC)
 
-        def collect(block: Block, grad_QO: Tensor) -> None:
+        def add(block: Block, grad_QO: Tensor) -> None:
             x_QC = torch.index_select(x_NC, 0, plan.target_M[block.pairs], out=buffer[: len(grad_QO)])
             for tap, x, grad in zip(block.taps, x_QC.split(block.sizes), grad_QO.split(block.sizes), strict=True):
                 weights[last - tap].addmm_(x.t(), grad)
+
+        collect = add
 
     _add_neighbours(grad_x, grad_NO, opposite_TOC.unbind(0), plan, collect)
     return grad_x, grad_weight
