@@ -59,7 +59,7 @@ def extend_path() -> None:
     here = None if run_folder_of(Path.cwd() / "code.py") else os.getcwd()
     for folder in (str(_home()) if (_home() / "tasks").is_dir() else None, here):
         if folder is not None and folder not in sys.path:
-            sys.path.insert(0, folder)
+            sys.path.insert(sys.path.index("") if "" in sys.path else 0, folder)
 
 
 def run_folder_of(file: Path, *others: Path) -> Path | None:

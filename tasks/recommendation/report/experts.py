@@ -53,6 +53,7 @@ class ExpertDiagnostics(ExpertReport):
     """
 
     keep: ClassVar[tuple[Kept, ...]] = ("experts",)
+    runs_network = True
 
     def __init__(
         self, rows_per_domain: int = 2048, thresholds: Thresholds | None = None, *, figure: bool = True

@@ -59,6 +59,8 @@ class GateReport(ExpertReport):
         ValueError: a number below 1, or more users shown than lists explained.
     """
 
+    runs_network = True
+
     def __init__(
         self, lists_per_domain: int = 2000, explained: int = 200, shown: int = 4, *, figure: bool = True
     ) -> None:
