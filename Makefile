@@ -88,7 +88,7 @@ reliability: setup  ## faults, memory and leaks for docs/reliability.md; measure
 mutate: setup  ## break the core and the training on purpose; fails when a mutation survives its tests
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate
 
-gpu-check: setup  ## bf16, compile and memory checks where an accelerator is at hand
+gpu-check: setup  ## one CUDA device in ten minutes: bf16 steps, compilation, kernels; says so where there is none
 	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 clean:  ## remove caches of the tools (never runs, data or the environment)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from benchmarks.core_cases import Size
 from benchmarks.core_peers import mixtral
 from benchmarks.gpu_device import Device, Report, learn, relative_error, too_far, verdict
-from moeapps.moe import GLUExperts, LinearScore, MoELayer, Router, TopK, combine, presets
+from moeapps.moe import GLUExperts, LayerFactory, LinearScore, MoELayer, Router, TopK, combine, presets
 from moeapps.moe.experts import Experts
 from moeapps.moe.feed_forward import FeedForward
 from moeapps.moe.routing import Routing
 
 REGIMES: tuple[tuple[int, int, int, int], ...] = ((16384, 8, 2, 512), (16384, 64, 2, 512), (65536, 64, 8, 512))
 """(N rows, E experts, k chosen, D width) beside a dense network of equal active FLOPs."""
-SYSTEMS: dict[str, tuple[Callable[[int], MoELayer], int]] = {
+SYSTEMS: dict[str, tuple[LayerFactory, int]] = {
     "point_moe": (presets.point_moe(num_experts=4, top_k=2, expansion=1.0), 512),
     "promoe": (presets.promoe(num_experts=12, expansion=2.0), 384),
     "unimoe_audio": (presets.unimoe_audio(expansion=2752 / 2048, shared_expansion=1376 / 2048, jitter=0.0), 2048),
@@ -89,11 +89,11 @@ def compiled(device: Device, system: str) -> Report:
         found, graphs = {}, 0
         for name, call in (("eager", layer), ("compiled", module)):
             for rows in (x, other):  # the same shapes, routed otherwise
-                learn(layer, lambda call=call, rows=rows: call(rows, group=group))
+                learn(layer, partial(call, rows, group=group))
             found[name] = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
             found[f"{name} output"] = call(x, group=group)
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        works = [partial(learn, layer, lambda call=call: call(x, group=group)) for call in (layer, module)]
+        works = [partial(learn, layer, partial(call, x, group=group)) for call in (layer, module)]
         waits = [device.wait_told(work) for work in works]
         eager_ms, compiled_ms = device.milliseconds(*works)
     error = relative_error(found["compiled output"], found["eager output"])

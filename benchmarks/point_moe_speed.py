@@ -82,12 +82,12 @@ def captured_parts(task: PointCloudTask, batch: Batch) -> dict[str, list[Work]]:
             continue
 
         def remember(module: nn.Module, inputs: tuple[Any, ...], *, part: str = part) -> None:
-            x, rest = inputs[0].detach().clone(), inputs[1:]
+            x, rest = inputs[0], inputs[1:]
             found.setdefault(part, []).append(alone(lambda x: module(x, *rest), x, module))
 
         def remember_attention(module: nn.Module, inputs: tuple[Any, ...], *, part: str = part) -> None:
             assert isinstance(module, PatchAttention)
-            x, rest = inputs[0].detach().clone(), inputs[1:]
+            x, rest = inputs[0], inputs[1:]
             found.setdefault(part, []).append(alone(lambda x: heads_only(module, x, *rest), x, module))
 
         hook = remember_attention if part == "attention" else remember

@@ -26,6 +26,7 @@ from benchmarks.core import machine
 from benchmarks.core_cases import median_ms, paired_ratios
 from benchmarks.steps import Work, alone, command, ratio_of, shares, show_step, step_over
 from benchmarks.system_share import build as build_system
+from benchmarks.system_share import fixed
 from moeapps.data.images.batch import ImageBatch
 from moeapps.moe import MLPExperts, MoELayer
 from moeapps.training.sparse import build_optimizer
@@ -102,8 +103,7 @@ def captured_parts(task: ImageDiffusionTask, batch: ImageBatch) -> dict[str, lis
             continue
 
         def remember(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any], *, part: str = part) -> None:
-            x = args[0].detach().clone()
-            found.setdefault(part, []).append(alone(lambda x: module(x, **options), x, module))
+            found.setdefault(part, []).append(alone(lambda x: module(x, **options), args[0], module))
 
         handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
     task.recorded_step(batch, "train")
@@ -116,13 +116,18 @@ def captured_parts(task: ImageDiffusionTask, batch: ImageBatch) -> dict[str, lis
 
 
 def routing_losses(task: ImageDiffusionTask) -> Work:
-    """All auxiliary losses on the records of a step, forward and backward as far as the router's input."""
-    records = task.last_records
-    leaves = [t for r in records if (t := r.routing.features_ND) is not None]
+    """All auxiliary losses on the records of a step, forward and backward as far as what the routers gave.
+
+    The records are cut off from the step: between the features of two layers lie a block and its backward.
+    """
+    records = fixed(task.last_records)
+    given = [getattr(record.routing, name) for record in records for name in ("features_ND", "logits_NE", "probs_NE")]
+    learned = [p for record in records for p in record.layer.router.parameters()]
+    wanted = [t for t in (*given, *learned) if t is not None and t.requires_grad]
 
     def work() -> None:
         total = torch.stack([aux(records) for aux in task.aux_losses]).sum()
-        torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(total, wanted, allow_unused=True)
 
     return work
 
@@ -145,6 +150,17 @@ def mixture_parts(task: ImageDiffusionTask, batch: ImageBatch, *, samples: int) 
     """Return CPU milliseconds of the mixtures of a step: routing, products of the experts, transport (the rest)."""
     parts = captured_parts(task, batch)
     whole = sum(median_ms(work, samples=samples) for work in parts["mixtures"])
+    route, products = ([make(*call) for call in mixture_calls(task, batch)] for make in (routing_alone, products_alone))
+    route_ms, products_ms = (sum(median_ms(work, samples=samples) for work in works) for works in (route, products))
+    return {
+        "routing": round(route_ms, 1),
+        "products of experts": round(products_ms, 1),
+        "transport": round(whole - route_ms - products_ms, 1),
+    }
+
+
+def mixture_calls(task: ImageDiffusionTask, batch: ImageBatch) -> list[tuple[MoELayer, Tensor, Any]]:
+    """Run one step and return layer, input and groups of each call of a mixture."""
     calls: list[tuple[MoELayer, Tensor, Any]] = []
     handles = [
         module.register_forward_pre_hook(
@@ -156,13 +172,7 @@ def mixture_parts(task: ImageDiffusionTask, batch: ImageBatch, *, samples: int) 
     task.recorded_step(batch, "train")
     for handle in handles:
         handle.remove()
-    route = sum(median_ms(routing_alone(*call), samples=samples) for call in calls)
-    products = sum(median_ms(products_alone(*call), samples=samples) for call in calls)
-    return {
-        "routing": round(route, 1),
-        "products of experts": round(products, 1),
-        "transport": round(max(0.0, whole - route - products), 1),
-    }
+    return calls
 
 
 def routing_alone(layer: MoELayer, x: Tensor, group: Tensor) -> Work:

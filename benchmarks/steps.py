@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.core_cases import median_ms, paired_ratios
+from benchmarks.limits import check_parts
 from moeapps.files import write_json
 
 Work = Callable[[], object]
@@ -23,13 +24,14 @@ Report = dict[str, Any]
 
 
 def alone(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Work:
-    """Forward and backward of one call on fixed inputs."""
+    """Forward and backward of one call on a copy of its input, which gets a gradient only where the step gives one."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    x = x.requires_grad_()
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    wanted = [x, *parameters] if x.requires_grad else parameters
 
     def work() -> None:
         y = call(x)
-        torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
+        torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
 
     return work
 
@@ -59,14 +61,20 @@ def ratio_of(pairs: list[float]) -> Report:
 def shares(step: Work, parts_of: Callable[[], Mapping[str, list[Work]]], *, samples: int) -> Report:
     """Return milliseconds and share of the step of every part, the dearest first; ``rest`` is what they leave.
 
+    The rest is below 0 where the clock says so: parts are apart by `check_parts`, which needs no clock.
+
     Args:
         step: the whole step.
         parts_of: gives the calls of each part; called after the step was timed, whose optimizer changes the network.
         samples: times that each is run.
+
+    Raises:
+        ValueError: parts that together multiply more than the step.
     """
-    whole = median_ms(step, samples=samples)
-    cost = {part: sum(median_ms(work, samples=samples) for work in calls) for part, calls in parts_of().items()}
-    cost["rest"] = max(0.0, whole - sum(cost.values()))
+    whole, found = median_ms(step, samples=samples), parts_of()
+    check_parts(step, found)
+    cost = {part: sum(median_ms(work, samples=samples) for work in calls) for part, calls in found.items()}
+    cost["rest"] = whole - sum(cost.values())
     ordered = sorted(cost.items(), key=lambda entry: -entry[1])
     return {part: {"ms": round(ms, 1), "share": round(ms / whole, 3)} for part, ms in ordered}
 

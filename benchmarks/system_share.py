@@ -87,9 +87,9 @@ def train_step(task: BaseTask, batch: Any) -> Work:
 
 
 def fixed(value: Any) -> Any:
-    """A call's argument, cut off from the graph of the step; floating-point tensors get a gradient again."""
+    """A call's argument, cut off from the graph of the step; what had a gradient there gets one again."""
     if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.is_floating_point())
+        return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, list | tuple):
         return type(value)(fixed(member) for member in value)
     if is_dataclass(value) and not isinstance(value, type):  # a routing that was made outside of the layer
@@ -147,7 +147,8 @@ def remember_solves(bank: Any, found: list[Work]) -> None:
         def work() -> None:
             network = bind(*again)
             y = torch.cat([network(x).flatten() for x in states])
-            torch.autograd.grad(y, [*states, *wanted], torch.ones_like(y), allow_unused=True)
+            learned = [*(x for x in states if x.requires_grad), *wanted]  # the first state is data
+            torch.autograd.grad(y, learned, torch.ones_like(y), allow_unused=True)
 
         found.append(work)
         return evaluate

@@ -99,7 +99,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after the program name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 1 nothing to do, 2 an error that was told, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit code: 0 done, 1 nothing to do, 2 an error that was told, 130 after Ctrl-C, 143 after SIGTERM, 141 where
+        nobody reads the output any more.
     """
     words, debug = without_debug(sys.argv[1:] if args is None else args)
     program = Path(sys.argv[0]).stem if args is None else "moeapps"

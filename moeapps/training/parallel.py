@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_fo
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard
+
+log = logging.getLogger("moeapps")
 
 STATES: tuple[str, ...] = ("state_dict", "current_model_state")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -73,6 +76,7 @@ class ModelParallel(ModelParallelStrategy):
             timeout=default_pg_timeout if timeout is None else timedelta(seconds=timeout),
         )
         self.experts, self.rest, self.blocks = experts, rest, list(blocks or [])
+        self._told = False
 
     @override
     def setup_environment(self) -> None:
@@ -94,9 +98,21 @@ class ModelParallel(ModelParallelStrategy):
         task.to(self.root_device)
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
+        if getattr(task, "stays_whole", False):
+            self._keep_whole(task)
+            return
         self.place(task, self.device_mesh)
         for step in STEPS:
             register_fsdp_forward_method(task, step)
+
+    def _keep_whole(self, task: nn.Module) -> None:
+        """Leave a network on every process that is also used between steps; gradients are averaged."""
+        if self.is_global_zero and not self._told:
+            log.info("%s uses its network between steps: all of it stays on every process", type(task).__name__)
+        for parameter in task.parameters() if not self._told else ():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_average_gradient)
+        self._told = True
 
     def place(self, task: nn.Module, mesh: DeviceMesh) -> None:
         """Cut a task, and keep the part of this process; no value is looked at, so that it may be on the meta device.

@@ -90,6 +90,7 @@ class AdaptationTask(BaseTask):
         *("num_classes", "channels", "image_size", "num_experts", "expert_of", "target"),
     )
     facts_from: ClassVar[str] = "an AdaptationData"
+    stays_whole: ClassVar[bool] = True  # experts are asked, and students adapted, outside of the network's own call
     parts: ClassVar[tuple[str, ...]] = ()
     """Patterns on the names of the parameters that the stage trains."""
     own_adapter: ClassVar[type[Adapter]] = Unadapted

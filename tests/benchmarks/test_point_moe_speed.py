@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import point_moe_speed as speed
+from benchmarks.limits import check_parts
 from tasks.point_cloud.nets.sparse_conv import neighbour_table, submanifold_conv
 
 RESULTS = Path("benchmarks/results/point_moe_speed.json")
@@ -49,6 +50,7 @@ def test_every_part_of_a_step_is_found_once_per_call() -> None:
         "curves and tables": 1,
         "head and loss": 1,
     }
+    check_parts(speed.train_step(task, batch), parts)
     before = [p.detach().clone() for p in task.parameters()]
     for calls in parts.values():
         for work in calls:
