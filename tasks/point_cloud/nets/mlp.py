@@ -41,7 +41,7 @@ class GeluMlp(Mlp):  # type: ignore[misc]  # timm is untyped
 
     @override
     def forward(self, x_ND: Tensor) -> Tensor:
-        tensors = (x_ND, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        tensors: tuple[Tensor, ...] = (x_ND, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         if needs_operations():
             return _operations(*tensors)
         if torch.is_autocast_enabled(x_ND.device.type):

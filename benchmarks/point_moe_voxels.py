@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How Point-MoE's step grows with its voxels: ``python -m benchmarks.point_moe_voxels --before TREE [--pairs 9]``.
+
+A step is forward with recording, loss, backward and AdamW, on 6 and on 60 training crops of 2,500 voxels of the
+default config. TREE is a checkout of an earlier commit (``git worktree add --detach TREE COMMIT``): its steps and ours
+are taken by turns, in alternating order, each tree in a process of its own, one thread, by CPU time, the kernel's
+included. Ours runs as ``moeapps fit`` does, with `moeapps.allocator`; what that alone gives is measured against steps
+of the same process with glibc's own thresholds, as far as it raises them by itself.
+
+Memory is the peak of a step: the highest resident set during one step (``VmHWM``) minus the one before it, taken after
+``malloc_trim`` gave back what the allocator held, per voxel, in bytes; weights and optimizer are there before.
+
+Writes benchmarks/results/point_moe_voxels.json and the paragraph in tasks/point_cloud/README.md; fails when a goal of
+`GOALS` is missed. Eight minutes on two idle cores; 11 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "point_moe_voxels.json"
+README = ROOT / "tasks" / "point_cloud" / "README.md"
+BLOCK = re.compile(r"(<!-- voxels:begin -->\n).*?(<!-- voxels:end -->)", re.DOTALL)
+CROPS = {"15k": 6, "150k": 60}
+GOALS = {"growth": 1.10, "over_before": 0.75, "bytes_per_voxel": 20_000}
+"""CPU per voxel at 150k over 15k; a step over the step before; memory. Set beforehand."""
+OWN = {-4: 65536, -3: 32 << 20, -1: 64 << 20}
+"""M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD as glibc has them after blocks of 32 MiB were freed."""
+
+Report = dict[str, Any]
+
+# --- one tree, in a process of its own --------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer each line ``SIZE WHAT`` on stdin with JSON: cost of a ``step``, or its ``memory``.
+
+    ``glibc`` and ``keep`` set the allocator first.
+    """
+    if importlib.util.find_spec("moeapps.allocator"):  # not in trees of before
+        importlib.import_module("moeapps.allocator").keep_freed_memory()
+    import torch
+
+    from benchmarks.system_share import build, train_step
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    size, voxels = "", 0
+    step: Callable[[], object] = dict
+    for line in sys.stdin:
+        wanted, what = line.split()
+        if wanted != size:
+            size = wanted
+            task, batch = build("point_moe", ["--data.init_args.batch_size", str(CROPS[size])])
+            step, voxels = train_step(task, batch), int(batch.num_nodes)
+            step()
+        if what in ("glibc", "keep"):
+            keep_or_not(what == "keep")
+        with ExitStack() as stack:
+            for other in OTHER_WAYS.get(what.replace("_", " "), lambda: [])():
+                stack.enter_context(other)
+            cost = peak_of(step) if what == "memory" else cost_of(step)
+        print(json.dumps({"voxels": voxels, **cost}), flush=True)
+
+
+def tap_by_tap() -> list[AbstractContextManager[Any]]:
+    """Convolve as narrow features are convolved: a gather, a product and a sum for every tap."""
+    from tasks.point_cloud.nets import sparse_conv
+
+    return [patch.object(sparse_conv, "_in_blocks", lambda *_: False)]
+
+
+def whole_mlp() -> list[AbstractContextManager[Any]]:
+    """Run each MLP over all rows at once, and keep the hidden layer twice."""
+    from timm.layers import Mlp
+
+    from tasks.point_cloud.nets.mlp import GeluMlp
+
+    return [patch.object(GeluMlp, "forward", Mlp.forward)]
+
+
+def attention_by_products() -> list[AbstractContextManager[Any]]:
+    """Attend by two batched products and a softmax in place of torch's fused kernel."""
+    import torch
+
+    def attend(q: Any, k: Any, v: Any, attn_mask: Any = None) -> Any:
+        score = (q @ k.mT) * q.shape[-1] ** -0.5
+        return torch.softmax(score if attn_mask is None else score.masked_fill(~attn_mask, -torch.inf), -1) @ v
+
+    return [patch("torch.nn.functional.scaled_dot_product_attention", attend)]
+
+
+OTHER_WAYS: dict[str, Callable[[], list[AbstractContextManager[Any]]]] = {
+    "convolutions tap by tap": tap_by_tap,
+    "MLPs over all rows at once": whole_mlp,
+    "attention by products": attention_by_products,
+}
+"""Of our own tree; what each makes of a step stands in the report beside the goals."""
+
+
+def keep_or_not(keep: bool) -> None:
+    """Keep freed memory as `moeapps.allocator` does, or take the thresholds of `OWN` and give back what was kept."""
+    library = ctypes.CDLL(None)
+    if keep:
+        importlib.import_module("moeapps.allocator").keep_freed_memory()
+        return
+    for name, value in OWN.items():
+        library.mallopt(name, value)
+    library.malloc_trim(0)
+
+
+def cost_of(step: Callable[[], object]) -> dict[str, float]:
+    """CPU seconds and page faults of a step."""
+    faults, begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.thread_time()
+    step()
+    seconds = time.thread_time() - begun
+    return {"seconds": seconds, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults}
+
+
+def peak_of(step: Callable[[], object]) -> dict[str, float]:
+    """Bytes that the resident set grows by within a step, at its peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
+    before = status("VmRSS")
+    step()
+    return {"bytes": status("VmHWM") - before}
+
+
+def status(name: str) -> int:
+    """One line of this process's memory, in bytes."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
+
+
+Ask = Callable[[str, str], dict[str, float]]
+
+
+@contextmanager
+def tree(place: Path) -> Iterator[Ask]:
+    """Start the process of a tree; it is asked for a size and for what."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = {**known, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), "--serve"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=place, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(size: str, what: str) -> dict[str, float]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{size} {what}\n")
+        process.stdin.flush()
+        while line := process.stdout.readline():
+            if line.startswith("{"):
+                answer: dict[str, float] = json.loads(line)
+                return answer
+        raise RuntimeError(f"the process of {place} ended without an answer; its last words are above")
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare(ours: Ask, theirs: Ask, *, pairs: int, done: Callable[[Report], None]) -> Report:
+    """Steps of both trees by turns at every size; ``done`` is told of what there is after every pair.
+
+    Returns:
+        For each size ``voxels``, ``over`` (the median of ``pairs``, ours over theirs), ``ours`` and ``theirs`` with
+        microseconds, page faults and bytes per voxel, ``allocator`` (ours over ours without it) and ``other_ways``.
+    """
+    rows: Report = {size: {} for size in CROPS}
+    trees = {"ours": ours, "theirs": theirs}
+    for size, row in rows.items():
+        memory = {name: ask(size, "memory")["bytes"] for name, ask in trees.items()}
+        warm = {name: ask(size, "step") for name, ask in trees.items()}  # brings back what that made it give away
+        voxels = row["voxels"] = int(warm["ours"]["voxels"])
+        taken: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+        row["pairs"] = []
+        for pair in range(pairs):
+            for name in list(trees)[:: -1 if pair % 2 else 1]:
+                taken[name].append(trees[name](size, "step"))
+            row["pairs"].append(round(taken["ours"][-1]["seconds"] / taken["theirs"][-1]["seconds"], 3))
+            row["over"] = round(statistics.median(row["pairs"]), 3)
+            for name, costs in taken.items():
+                seconds = statistics.median(cost["seconds"] for cost in costs)
+                row[name] = {
+                    "microseconds_per_voxel": round(1e6 * seconds / voxels, 2),
+                    "faults": round(statistics.median(cost["faults"] for cost in costs)),
+                    "bytes_per_voxel": round(memory[name] / voxels),
+                }
+            done(rows)
+        ours(size, "glibc")
+        alone = [ours(size, "step")["seconds"] for _ in range(max(1, pairs // 3))]
+        without = 1e6 * statistics.median(alone) / voxels
+        row["allocator"] = round(row["ours"]["microseconds_per_voxel"] / without, 3)
+        ours(size, "keep")
+        row["other_ways"] = {name: other_way(ours, size, name, pairs=max(1, pairs // 3)) for name in OTHER_WAYS}
+        done(rows)
+    return rows
+
+
+def other_way(ours: Ask, size: str, name: str, *, pairs: int) -> float:
+    """A step with one thing done in another way over a step as it is."""
+    what = name.replace(" ", "_")
+    ratios = [ours(size, what)["seconds"] / ours(size, "step")["seconds"] for _ in range(pairs)]
+    return round(statistics.median(ratios), 3)
+
+
+def growth(rows: Report, name: str) -> float:
+    """CPU per voxel at the large size over that at the small one."""
+    small, large = (float(rows[size][name]["microseconds_per_voxel"]) for size in CROPS)
+    return round(large / small, 3)
+
+
+def verdicts(sizes: Report) -> dict[str, bool]:
+    """Whether each goal is met, at the worse of both sizes."""
+    return {
+        "growth": growth(sizes, "ours") <= GOALS["growth"],
+        "over_before": max(row["over"] for row in sizes.values()) <= GOALS["over_before"],
+        "bytes_per_voxel": max(row["ours"]["bytes_per_voxel"] for row in sizes.values()) <= GOALS["bytes_per_voxel"],
+    }
+
+
+def measure(before: Path, *, pairs: int, done: Callable[[Report], None]) -> Report:
+    """Measure everything; ``done`` is told of the report as far as it goes, whenever it has something of each size."""
+    from benchmarks.core import machine
+
+    words = ["git", "-C", str(before), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+    def report(sizes: Report) -> Report:
+        return {
+            "command": "python -m benchmarks.point_moe_voxels --before TREE",
+            "before": commit,
+            "machine": machine(),
+            "threads": 1,
+            "goals": GOALS,
+            "ok": verdicts(sizes),
+            "growth": {"ours": growth(sizes, "ours"), "before": growth(sizes, "theirs")},
+            "sizes": sizes,
+        }
+
+    def told(sizes: Report) -> None:
+        if all("other_ways" in row for row in sizes.values()):
+            done(report(sizes))
+
+    with tree(ROOT) as ours, tree(before) as theirs:
+        return report(compare(ours, theirs, pairs=pairs, done=told))
+
+
+def show(report: Report) -> None:
+    """Print the report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "voxels", "step over before", "us per voxel", "before", "bytes per voxel", "before", "allocator alone"
+    )
+    for row in report["sizes"].values():
+        mine, other = row["ours"], row["theirs"]
+        cells = (mine["microseconds_per_voxel"], other["microseconds_per_voxel"])
+        memory = (mine["bytes_per_voxel"], other["bytes_per_voxel"])
+        table.add_row(*map(str, (row["voxels"], row["over"], *cells, *memory, row["allocator"])))
+    console = Console(highlight=False)
+    console.print(table)
+    found = report["growth"]
+    console.print(f"per voxel, 150k over 15k: {found['ours']} (before: {found['before']}); goals met: {report['ok']}")
+
+
+def paragraph(report: Mapping[str, Any]) -> str:
+    """What the README says of the report."""
+    from benchmarks.markdown import wrapped
+
+    small, large = report["sizes"].values()
+    alone = " and ".join(f"{row['allocator']:.2f}" for row in (small, large))
+    before, after = report["growth"]["before"], report["growth"]["ours"]
+    return wrapped(
+        f"From {small['voxels']:,} voxels to {large['voxels']:,} the CPU time of a training step grows "
+        f"{10 * after:.1f} times (before: {10 * before:.1f}), {small['ours']['microseconds_per_voxel']:.0f} and "
+        f"{large['ours']['microseconds_per_voxel']:.0f} µs a voxel; a step costs {small['over']:.2f} and "
+        f"{large['over']:.2f} of one before, and needs {small['ours']['bytes_per_voxel'] / 1000:.1f} and "
+        f"{large['ours']['bytes_per_voxel'] / 1000:.1f} kB of memory a voxel at its peak (before: "
+        f"{small['theirs']['bytes_per_voxel'] / 1000:.1f} and {large['theirs']['bytes_per_voxel'] / 1000:.1f}). Memory "
+        f"that the allocator keeps from step to step is alone worth {alone}. "
+        f"{_goals(report)} Done otherwise, a step costs with {_ways(small, large)} as much. From "
+        f"`python -m benchmarks.point_moe_voxels --before TREE`, {len(large['pairs'])} "
+        f"alternated pairs with commit {report['before']}, one thread, {report['machine']['cpu']}: "
+        "[benchmarks/results/point_moe_voxels.json](../../benchmarks/results/point_moe_voxels.json).\n"
+    )
+
+
+def _ways(small: Report, large: Report) -> str:
+    texts = [f"{name} {small['other_ways'][name]:.2f} and {large['other_ways'][name]:.2f}" for name in OTHER_WAYS]
+    return ", ".join(texts) + " times"
+
+
+def _goals(report: Mapping[str, Any]) -> str:
+    texts = {
+        "growth": f"at most {GOALS['growth']:.2f} times the time per voxel",
+        "over_before": f"{GOALS['over_before']:.2f} of a step before",
+        "bytes_per_voxel": f"{GOALS['bytes_per_voxel'] / 1000:.0f} kB a voxel",
+    }
+    missed = [texts[goal] for goal, ok in report["ok"].items() if not ok]
+    return f"Goals that are missed: {', '.join(missed)}." if missed else f"Goals, all met: {', '.join(texts.values())}."
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measure, print, write; 1 when a goal is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.point_moe_voxels", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--before", type=Path, metavar="TREE", help="checkout of the commit to compare with")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where to write the report")
+    parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(args)
+    if options.serve:
+        serve()
+        return 0
+    if options.before is None or not (options.before / "configs" / "point_moe.yaml").is_file():
+        parser.error("--before TREE: a checkout of an earlier commit, as `git worktree add --detach TREE COMMIT` makes")
+    report = measure(options.before.resolve(), pairs=options.pairs, done=lambda report: save(report, options.json))
+    show(report)
+    save(report, options.json)
+    return 0 if all(report["ok"].values()) else 1
+
+
+def save(report: Report, file: Path) -> None:
+    """Write the report and, beside the committed one, what the README says of it."""
+    from moeapps.files import write_json, write_text
+
+    write_json(file, report)
+    if file == RESULTS:
+        text = README.read_text(encoding="utf-8")
+        write_text(README, BLOCK.sub(lambda block: block[1] + paragraph(report) + block[2], text))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
