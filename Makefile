@@ -47,8 +47,8 @@ test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, J
 test-fast: setup  ## the laws only, while you work (under 3 minutes)
 	$(PYTEST) -m 'not slow and not medium' tests
 
-test-slow: setup  ## processes, faults, resume, notebooks
-	$(ONE_THREAD) $(BIN)/python -m pytest -m slow tests
+test-slow: setup  ## processes, faults, resume, notebooks (20 minutes on two idle cores)
+	$(PYTEST) -m slow tests
 
 fuzz: setup  ## damage files of every format at random, CASES=10000 of each: read, or told; goes on (rm -r runs/fuzz: anew)
 	MOEAPPS_FUZZ=$(CASES) $(PYTEST) -m '' -k is_read_or_told tests
@@ -90,7 +90,7 @@ reliability: setup  ## faults, memory and leaks for docs/reliability.md; measure
 mutate: setup  ## break the core and the training on purpose; fails when a mutation survives its tests
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.mutate
 
-gpu-check: setup  ## bf16, compile and memory checks where an accelerator is at hand
+gpu-check: setup  ## one CUDA device in ten minutes: bf16 steps, compilation, kernels; says so where there is none
 	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 clean:  ## remove caches of the tools (never runs, data or the environment)

@@ -1,137 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the core on an accelerator, where one is at hand: ``python -m benchmarks.gpu --json FILE``.
+"""Check moeapps on one accelerator, in ten minutes at most: ``python -m benchmarks.gpu --json FILE``.
 
-Four checks per regime of a mixture of gated experts: bfloat16 agrees with a float32 run on the processor; a step never
-waits for the device; time and peak memory of forward + backward against a dense network of equal active FLOPs; and
-``torch.compile`` into one graph changes nothing.
-Nothing in the project needs this file's result; without an accelerator it says so and writes nothing.
+* ``layers``: a layer in bfloat16 beside a float32 run on the processor; time and memory beside a dense network of equal
+  active FLOPs; whether the host waits for the device.
+* ``compile ...``: the layer of a paper as one graph, without a break, a wait or a second graph for other routings.
+* ``mixtral``: our grouped products beside Mixtral's block (transformers', or a plain loop of ours, which is said).
+* ``kernels``: scattermoe behind the seam of our backends and sonic-moe's layer, where they are installed.
+* ``step ...``: steps of ``moeapps fit`` in bfloat16 with time and peak memory, of each paper's small size.
+
+Every part is a process of its own with a limit of time. One that fails is told with its reason, the others go on, and
+the exit status is 1. Without a device the file says so, the exit status is 0, and results of a device are kept.
+``--device cpu`` runs every part on the processor in a small form: that shows that they run, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from moeapps.files import write_json
-from moeapps.moe import presets
 
-REGIMES: tuple[tuple[int, int, int, int], ...] = ((16384, 8, 2, 512), (16384, 64, 2, 512), (65536, 64, 8, 512))
-"""(N rows, E experts, k chosen, D width) of each row of the table."""
-REPEATS = 9
+Report = dict[str, Any]
+Run = Callable[[str, float, str], Report]
+
+BUDGETS: dict[str, float] = {
+    **{"device": 25, "layers": 45},
+    **{"compile point_moe": 75, "compile promoe": 60, "compile unimoe_audio": 60, "mixtral": 35, "kernels": 40},
+    **{"step point_moe": 50, "step promoe": 50, "step unimoe_audio": 50},
+    **{"step home": 20, "step aw_moe": 20, "step mixer": 20, "step meta_dmoe": 20},
+}
+"""Seconds of each part, in their order; with the time to end them they make less than ten minutes."""
+WHOLE = 600.0
+NONE = "no device"
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the checks and write the table; 0 when all agree or there is nothing to check."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the parts and write the file: 0 when all agree or there is no device, 1 when a part failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="file to write")
-    path: Path = parser.parse_args(args).json
-    if not torch.cuda.is_available():
-        print("no CUDA device on this machine: nothing to check, nothing written")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small, only to see it run")
+    parser.add_argument("--only", nargs="+", choices=tuple(BUDGETS), help="parts (default: all)")
+    options = parser.parse_args(args)
+    return check(options.json, options.device, options.only or list(BUDGETS))
+
+
+def check(path: Path, device: str, names: list[str], *, run: Run | None = None) -> int:
+    """Run parts one after the other and write their file; ``run`` stands in for processes in tests."""
+    run = run or in_process
+    begun = time.monotonic()
+    report: Report = {"command": "make gpu-check"}
+    if device == "cuda":
+        about = run("device", BUDGETS["device"], device)
+        if about.get("name") is None:
+            return no_device(path, about)
+        report |= {"device": about}
+    else:
+        report |= {"device": "the processor, in a small form: this shows that the parts run, and measures nothing"}
+    parts: dict[str, Report] = {}
+    for name in names:
+        if name == "device":
+            continue
+        left = min(BUDGETS[name], WHOLE - (time.monotonic() - begun))
+        parts[name] = run(name, left, device) if left > 1 else failed("no time was left")
+        print(f"{name}: {told(parts[name])}", flush=True)
+        write_json(path, report | {"parts": parts, "ok": False, "reason": "it was stopped before its end"})
+    ok = all(part["ok"] for part in parts.values())
+    write_json(path, report | {"seconds": round(time.monotonic() - begun, 1), "parts": parts, "ok": ok})
+    return 0 if ok else 1
+
+
+def no_device(path: Path, about: Mapping[str, Any]) -> int:
+    """Say that there is nothing to check; keep a file with results of a device."""
+    said = f"{NONE}: {about.get('reason', 'torch finds no CUDA device on this machine')}; nothing was checked"
+    print(said)
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("parts"):
+        print(f"{path} keeps the results of the last check on a device")
         return 0
-    rows = [check(*regime) for regime in REGIMES]
-    report = {
-        "command": "make gpu-check",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "rows": rows,
-    }
-    write_json(path, report)
-    print(json.dumps(report, indent=1))
-    return 0 if all(row["ok"] for row in rows) else 1
+    write_json(path, {"command": "make gpu-check", "device": NONE, "told": said})
+    return 0
 
 
-def check(n: int, e: int, k: int, d: int) -> dict[str, Any]:
-    """Compare one regime with its float32 run on the processor and with its dense twin."""
-    torch.manual_seed(0)
-    layer = presets.point_moe(num_experts=e, top_k=k, expansion=2.0)(d)
-    dense = presets.dense(expansion=2.0 * k)(d)
-    x_ND = torch.randn(n, d)
-    # The oracle sees the rounded weights and rows: only the arithmetic differs.
-    fast = copy.deepcopy(layer).to("cuda", torch.bfloat16)
-    oracle = copy.deepcopy(fast).to("cpu", torch.float32)
-    few = x_ND[:2048].to(torch.bfloat16)
-    want = oracle(few.float())
-    error = relative_error(fast(few.cuda()).float().cpu(), want)
-    compiled = torch.compile(fast, fullgraph=True)
-    compile_error = relative_error(compiled(few.cuda()).float().cpu(), want)
-    x = x_ND.to("cuda", torch.bfloat16)
-    twin = dense.to("cuda", torch.bfloat16)
-    waits = waits_for_device(fast, x)
-    moe_ms, dense_ms = paired_times(lambda: step(fast, x), lambda: step(twin, x))
+def told(part: Mapping[str, Any]) -> str:
+    """A part in a line."""
+    return f"{'ok' if part['ok'] else 'failed: ' + str(part['reason'])} ({part.get('seconds', 0):.0f} s)"
+
+
+def failed(reason: str) -> Report:
+    """A part without values."""
+    return {"ok": False, "reason": reason}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def about_device(device: Any) -> Report:
+    """Name, memory and versions; no name where there is no device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"ok": True, "name": None}
+    held = torch.cuda.get_device_properties(0)
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
     return {
-        "n": n,
-        "e": e,
-        "k": k,
-        "d": d,
-        "dtype": "bfloat16",
-        "relative_error": error,
-        "compile_relative_error": compile_error,
-        "waits_for_device": waits,
-        "ratio_time": moe_ms / dense_ms,
-        "ratio_memory": peak(fast, x) / peak(twin, x),
-        # A router near a tie may choose differently in bfloat16; such rows are few.
-        "ok": error < 0.05 and compile_error < 0.05 and not waits,
+        "ok": True,
+        "name": held.name,
+        "bytes": held.total_memory,
+        "capability": [held.major, held.minor],
+        **versions,
     }
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in the Frobenius norm."""
-    return float((got - want).norm() / want.norm())
+def work_of(name: str) -> Callable[[Any], Report]:
+    """The function of a part."""
+    if name == "device":
+        return about_device
+    kind, _, system = name.partition(" ")
+    if kind == "step":
+        from benchmarks.gpu_systems import steps
+
+        return partial(steps, system=system)
+    from benchmarks import gpu_layers
+
+    if kind == "compile":
+        return partial(gpu_layers.compiled, system=system)
+    return {"layers": gpu_layers.layers, "mixtral": gpu_layers.beside_mixtral, "kernels": gpu_layers.kernels}[kind]
 
 
-def waits_for_device(module: nn.Module, x_ND: Tensor) -> bool:
-    """Whether a forward and backward pass takes a value of the device to the host."""
-    step(module, x_ND)  # the first call may initialise libraries
-    torch.cuda.set_sync_debug_mode("error")
+def done(name: str, device: str) -> Report:
+    """Run a part here; whatever it raises is its reason."""
+    from benchmarks.gpu_device import Device
+
+    begun = time.monotonic()
     try:
-        step(module, x_ND)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return True
+        found = work_of(name)(Device(device))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        found = failed(f"{type(error).__name__}: {lines[0]}"[:400])
+    return found | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def in_process(name: str, seconds: float, device: str) -> Report:
+    """Run a part in a process of its own, which ends with its time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.gpu_layers", "benchmarks.gpu_systems"])  # imported once for all parts
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(there, name, device))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(seconds):
+            return failed(f"it was not done after {seconds:.0f} s") | {"seconds": round(seconds, 1)}
+        found: Report = here.recv()
+        return found
+    except EOFError:
+        process.join(5)
+        return failed(f"its process ended with {process.exitcode}")
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return False
+        process.kill()
+        process.join()
 
 
-def step(module: nn.Module, x_ND: Tensor) -> None:
-    """One forward and backward pass with fresh gradients."""
-    module.zero_grad(set_to_none=True)
-    module(x_ND).float().square().mean().backward()
-
-
-def paired_times(first: Callable[[], None], second: Callable[[], None]) -> tuple[float, float]:
-    """Median milliseconds of two calls, alternated, after two warm-up rounds."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(REPEATS + 2):
-        for call, store in zip((first, second), times, strict=True):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            if turn >= 2:
-                store.append(begin.elapsed_time(end))
-    return median(times[0]), median(times[1])
-
-
-def peak(module: nn.Module, x_ND: Tensor) -> int:
-    """Bytes a forward and backward pass needs beyond what is held before it."""
-    module.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(module, x_ND)
-    return torch.cuda.max_memory_allocated() - before
+def _child(there: Connection, name: str, device: str) -> None:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes of its own, which would outlive it
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        sys.stdout = sys.stderr = nothing
+        there.send(done(name, device))
 
 
 if __name__ == "__main__":

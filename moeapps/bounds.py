@@ -81,24 +81,49 @@ def read_text(path: Path, most: int) -> str:
         raise BoundError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it so") from error
 
 
-def check_parts(path: Path | str, size: int, held: int, **parts: tuple[int, int]) -> None:
+def check_rows(path: Path, line: int, cell: int = 0) -> None:
+    """Refuse a table of so many short lines that its rows would fill memory, before any is made; see `check_parts`.
+
+    Args:
+        path: a CSV file.
+        line: bytes of memory that are held of a line.
+        cell: bytes beyond that for each comma.
+
+    Raises:
+        BoundError: they would, or no ordinary file.
+        OSError: it cannot be read.
+    """
+    size, lines, cells = require_file(path), 1, 0
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            lines += max(block.count(b"\n"), block.count(b"\r"))
+            cells += block.count(b",")
+    check_parts(path, size, 0, advice="split it into several files", lines=(lines, line), cells=(cells, cell))
+
+
+def check_parts(
+    path: Path | str,
+    size: int,
+    held: int,
+    *,
+    advice: str = "write them as an array (.npz), or in several files",
+    **parts: tuple[int, int],
+) -> None:
     """Refuse a file whose many small parts (rows, cells) would need more memory than a file of its size may take.
 
     Args:
         path: the file.
         size: its bytes.
         held: bytes of memory that hold it already.
+        advice: what to do.
         parts: kind of part -> how many there are, and the bytes of memory of each.
 
     Raises:
         BoundError: they need more.
     """
     if held + sum(count * each for count, each in parts.values()) > FREE_BYTES + PER_BYTE * size:
-        told = " and ".join(f"{count:,} {kind}" for kind, (count, _) in parts.items())
-        raise BoundError(
-            f"{path} has {told} in {size:,} bytes, which would fill memory; write them as an array (.npz), or in "
-            "several files"
-        )
+        told = " and ".join(f"{count:,} {kind}" for kind, (count, each) in parts.items() if each)
+        raise BoundError(f"{path} has {told} in {size:,} bytes, which would fill memory; {advice}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,6 +23,7 @@ from moeapps.commands.listing import all_configs, find_config, is_config_text, s
 from moeapps.commands.tasks import extend_path, foreign_tasks, task_commands
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
+TRAINING_COMMANDS = (*RUN_COMMANDS, "curriculum")
 # These build no system: they work where something else is called `tasks`.
 TASKLESS = ("list", "xeval", "report", "doctor", "new-task")
 # command -> (module with main(args) -> exit code, one line)
@@ -81,6 +82,10 @@ def _run(words: list[str], program: str) -> int:
         from moeapps.commands.names import check
 
         check(words)
+    if first in TRAINING_COMMANDS:
+        from moeapps.commands.later import start_quickly
+
+        start_quickly()
     if first in of_tasks:
         return run_hook(of_tasks[first], words[1:])
     command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
@@ -94,7 +99,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after the program name; None takes them from the command line.
 
     Returns:
-        Exit code: 0 done, 1 nothing to do, 2 an error that was told, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit code: 0 done, 1 nothing to do, 2 an error that was told, 130 after Ctrl-C, 143 after SIGTERM, 141 where
+        nobody reads the output any more.
     """
     words, debug = without_debug(sys.argv[1:] if args is None else args)
     program = Path(sys.argv[0]).stem if args is None else "moeapps"

@@ -43,6 +43,7 @@ from tasks.dynamics.data.readers.ts_format import read_ts
 from tasks.image_diffusion.data.readers.latent_files import read_latent
 from tasks.point_cloud.data.readers.arrays import read_bytes, read_npy, read_npz
 from tasks.point_cloud.data.readers.las import read_las, write_las
+from tasks.point_cloud.data.readers.nuscenes import _index_rows as read_sweeps
 from tasks.point_cloud.data.readers.own import read_own_labels
 from tasks.point_cloud.data.readers.ply import read_ply
 from tasks.point_cloud.data.scans import load_scans
@@ -488,11 +489,18 @@ def test_names_that_no_file_can_have_are_told(tmp_path: Path, name: str) -> None
 # Tables of very short lines: what Python keeps of a line of two bytes is fifty times as much --------------------------
 
 TS_HEAD, ARFF_HEAD = "@classLabel true a b\n@data\n", "@relation x\n@attribute a numeric\n@attribute c {p,q}\n@data\n"
+CLIPS_HEAD = "file,domain,kind\n"
 WIDE_HEAD = ",".join(f"c{place}" for place in range(1000)) + "\n"
 SHORT_LINES: dict[str, tuple[Read, Callable[[int], str]]] = {
     "a.csv": (read_csv, lambda rows: "x\n" + "1\n" * rows),
     "cells.csv": (read_csv, lambda cells: WIDE_HEAD + (",".join(["1"] * 1000) + "\n") * (cells // 1000)),
     "pairs.csv": (read_csv, lambda rows: "trajectory,x\n" + "".join(f"{row // 2},1\n" for row in range(rows))),
+    "clips.csv": (
+        read_clip_table,
+        lambda rows: "file,domain,kind\n" + "".join(f"{k:x},x,speech\n" for k in range(rows)),
+    ),
+    "images.csv": (partial(read_image_table, columns={"a", "b"}), lambda rows: "a,b\n" + "1,2\n" * rows),
+    "sweeps.csv": (read_sweeps, lambda rows: "points,labels,split\n" + "a,,val\n" * rows),
     "a.ts": (read_ts, lambda rows: TS_HEAD + "1:a\n" * rows),
     "one.ts": (read_ts, lambda rows: TS_HEAD + "1," * rows + "1:a\n"),
     "a.arff": (read_arff, lambda rows: ARFF_HEAD + "1,p\n" * rows),

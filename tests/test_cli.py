@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import resource
+import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -52,6 +53,22 @@ def test_help_names_every_command(words: list[str], capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert all(name in text for name in ALL_COMMANDS)
     assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_output_that_nobody_reads_any_more_ends_silently() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moeapps", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # `| head -0`
+
+    told = process.stderr.read()
+    code = process.wait()
+    process.stderr.close()
+
+    assert told == b""
+    assert code == 128 + signal.SIGPIPE  # what a shell says of a program that the signal has ended
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +203,38 @@ def test_wrong_flags_exit_with_2_and_a_short_text(
     assert all(text in message for text in texts), message
     assert len(message.splitlines()) <= 8
     assert "Traceback" not in message
+
+
+COMPLAINTS = [  # a leaf of the parser's tree of errors, as it gives it; what is told
+    (
+        """Parser key "model":
+  Errors:
+    - Problem with given class_path 'mine.module.Task':
+        Parser key "net":
+          Type collections.abc.Callable[[dict[str, typing.Any]], mine.model.Net] expects a function or a callable """
+        """class: Parser key "width":
+            Expected a <class 'int'>. Got value: abc. Got value: Namespace(class_path='mine.model.Net')
+    - Expected a <class 'NoneType'>""",
+        "model.net.width: given 'abc', allowed: int",
+    ),
+    (
+        """Parser key "data":
+  Errors:
+    - Problem with given class_path 'mine.datamodule.Data':
+        Parser key "source":
+          Problem with given class_path 'mine.datamodule.Recorded':
+            the following arguments are required: folder
+    - Expected a <class 'NoneType'>""",
+        "data.source: missing: folder\ngive --data.source.folder VALUE, or the same in a config, below init_args",
+    ),
+]
+
+
+@pytest.mark.parametrize(("raw", "told"), COMPLAINTS)
+def test_a_complaint_names_the_option_and_what_to_give(raw: str, told: str) -> None:
+    from moeapps.commands.messages import ShortErrorParser, explain
+
+    assert explain(raw, ShortErrorParser(), {}) == told
 
 
 WRONG_YAML = [

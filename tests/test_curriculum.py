@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,25 @@ def test_chains_that_begin_alike_share_their_stages(tmp_path: Path, stages: list
 
     assert main(words(stages, "--shared", str(shared), "--name", "three", own={0: longer})) == 0
     assert len(list(shared.rglob("last.ckpt"))) == 4  # another first stage: both before the last are others
+
+
+def test_what_stages_replace_of_an_overlay_for_all_of_them_is_told_with_the_flag_that_wins(
+    tmp_path: Path, stages: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    overlay = tmp_path / "short.yaml"
+    overlay.write_text("trainer: {max_epochs: 1, limit_train_batches: 2}\n")
+    common = ["--config", str(overlay)]
+
+    with caplog.at_level(logging.INFO, logger="moeapps"):
+        plan(words(stages, *common))
+        told = [record.getMessage() for record in caplog.records if "replaces" in record.getMessage()]
+        caplog.clear()
+        plan(words(stages, *common, "--trainer.max_epochs=1"))
+        silent = [record.getMessage() for record in caplog.records if "replaces" in record.getMessage()]
+
+    assert told == [  # the first stage says the same as the overlay
+        f"stage {number} ({stages[number]}) replaces what {overlay} says: trainer.max_epochs=2 (there 1); a flag "
+        "before the first --stage wins over stages: --trainer.max_epochs=1"
+        for number in (1, 2)
+    ]
+    assert silent == []

@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moeapps.training.checkpoints import read_checkpoint
 from tests.systems import BASES, name, tiny
 
 pytestmark = pytest.mark.slow
@@ -117,3 +119,27 @@ def test_a_system_trains_and_tests_on_two_processes(tmp_path: Path, base: Path) 
 
     rows = results(tmp_path / "runs" / base.stem / "base" / "version_0")["rows"]
     assert {row["role"] for row in rows} == {"seen", "validation", "unseen"}
+
+
+def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moeapps", *TOY[:-2], *TWO, "--trainer.max_epochs", "10000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = tmp_path / "runs/toy/base/version_0"
+    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not (run / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
+                time.sleep(0.5)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+            told, _ = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, told[-3000:]
+    assert "Traceback" not in told, told[-3000:]
+
+    step = read_checkpoint(run / "checkpoints/interrupted.ckpt")["global_step"]
+    moeapps("fit", "--run", str(run), *TWO, "--trainer.max_steps", str(step + 10))
+    last = read_checkpoint(tmp_path / "runs/toy/base/version_1/checkpoints/last.ckpt")
+    assert last["global_step"] == step + 10

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,94 @@ def test_a_file_may_add_to_the_callbacks_of_files_before_it(tmp_path: Path) -> N
     more.write_text("trainer: {calbacks+: [{class_path: moeapps.training.callbacks.ExpertReport}]}")
     with pytest.raises(UsageError, match="did you mean 'callbacks'"):
         check(words)
+
+
+# Families of classes, one of which a config names ------------------------------------------------------------------
+
+FAMILY = {
+    "__init__": "",
+    "source": """
+        from abc import ABC, abstractmethod
+
+
+        class Source(ABC):
+            @abstractmethod
+            def items(self, domain: str) -> list[int]: ...
+
+
+        class Halfway(Source):
+            title = "nothing made of it yet"
+    """,
+    "drawn": """
+        from cards.source import Halfway
+
+
+        class Drawn(Halfway):
+            def __init__(self, count: int = 3) -> None:
+                self.count = count
+
+            def items(self, domain: str) -> list[int]:
+                return []
+    """,
+    "scanned": """
+        from cards.source import Source
+
+
+        class Scanned(Source):
+            def __init__(self, folder: str) -> None:
+                self.folder = folder
+
+            def items(self, domain: str) -> list[int]:
+                return []
+    """,
+    "data": """
+        from cards.drawn import Drawn
+        from cards.source import Source
+
+
+        class Data:
+            def __init__(self, source: Source | None = None) -> None:
+                self.source = source or Drawn()
+    """,
+}
+
+
+@pytest.fixture
+def _cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cards").mkdir()
+    for module, text in FAMILY.items():
+        (tmp_path / "cards" / f"{module}.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+CARDS = ["--model", "tests.toy.ToyTask", "--data", "cards.data.Data"]
+
+
+@pytest.mark.usefixtures("_cards")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data.source.count", "3"],
+         "data.source.count: no class is named for data.source, so it has no options yet\n"
+         "name one that has 'count' first: --data.source cards.drawn.Drawn"),
+        (["--data.source.weight", "3"],
+         "data.source.weight: no class is named for data.source, so it has no options yet, and no class has 'weight'\n"
+         "there are: cards.drawn.Drawn, cards.scanned.Scanned"),
+        (["--data.source", "cards.drawn.Drawn", "--data.source.folder", "x"],
+         "data.source: unknown option 'folder' of Drawn; cards.scanned.Scanned has it, if named first\nallowed: count"),
+        (["--data.source", "cards.source.Halfway"],
+         "data.source: cards.source.Halfway is what such classes have in common and cannot be made itself; "
+         "name one of cards.drawn.Drawn"),
+    ],
+)  # fmt: skip
+def test_where_a_class_stands_for_others_those_that_have_the_option_are_named(words: list[str], told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check(["fit", *CARDS, *words])
+    assert str(caught.value) == told
+
+
+@pytest.mark.usefixtures("_cards")
+@pytest.mark.parametrize("words", [["--data.source", "cards.scanned.Scanned", "--data.source.folder", "x"], []])
+def test_a_class_of_the_family_that_is_named_first_is_taken(words: list[str]) -> None:
+    check(["fit", *CARDS, *words])

@@ -42,6 +42,7 @@ def test_runs_from_its_own_folder(path: Path, tmp_path: Path, monkeypatch: pytes
     import nbformat
 
     monkeypatch.setenv("MOEAPPS_RUNS", str(tmp_path))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which shows figures in the page
     # A kernel is a process of its own; warnings of the notebook machinery are not ours to answer for.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)

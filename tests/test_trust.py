@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import logging
 import subprocess
@@ -269,3 +269,20 @@ def test_a_working_directory_inside_of_a_run_is_not_imported_from(
         monkeypatch.chdir(folder)
         extend_path()
         assert (str(folder) in sys.path) is found
+
+
+@pytest.mark.parametrize("first", ["", "/nowhere"], ids=["as at a prompt or in a notebook", "as in a program"])
+def test_code_of_the_working_directory_is_found_while_a_file_elsewhere_is_read(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "module_of_mine.py").touch()
+    monkeypatch.setattr(sys, "path", [first, *sys.path[1:]])
+    monkeypatch.chdir(tmp_path)
+    extend_path()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as the parser does for the file's folder
+
+    found = importlib.util.find_spec("module_of_mine")
+
+    assert found is not None
+    assert found.origin == str(tmp_path / "module_of_mine.py")

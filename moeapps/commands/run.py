@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from moeapps.allocator import keep_freed_memory
 from moeapps.commands.boundary import UsageError, guarded, without_debug
 from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_first, refuse_taken_names
 from moeapps.commands.listing import located
@@ -371,6 +372,7 @@ def run(args: Sequence[str]) -> Cli:
         UsageError: wrong usage or configuration.
     """
     quiet()
+    keep_freed_memory()
     given, packages = take_trust(args)
     words, folder = expand_run(located(given))
     import_tasks(words)

@@ -65,7 +65,7 @@ class Missing:
 
 def source(module: str) -> Source | None:
     """Return a module of this project or of the user; None for installed packages and modules without source."""
-    path = _file(module)
+    path = file_of(module)
     return None if path is None or path.suffix != ".py" else _parsed(module, path)
 
 
@@ -101,7 +101,7 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield node
 
 
-def _file(module: str) -> Path | None:
+def file_of(module: str) -> Path | None:
     """Return the file of a module of this project or the user without importing it; None where there is none."""
     first, *rest = module.split(".")
     for place in _roots(first):
@@ -144,21 +144,22 @@ def resolve(path: str) -> Definition | Missing | None:
         return None
     found = source(module)
     if found is not None:
-        return _named(name, found)
+        return named(name, found)
     owner, _, attribute = module.rpartition(".")
     if owner and (above := source(owner)) is not None and attribute in above.names:
         return None  # something inside a class
-    return None if _file(module) is not None else Missing(module, None)
+    return None if file_of(module) is not None else Missing(module, None)
 
 
-def _named(name: str, where: Source, depth: int = 0) -> Definition | Missing | None:
+def named(name: str, where: Source, depth: int = 0) -> Definition | Missing | None:
+    """Return what a name of a module leads to, also over imports; None where that cannot be told."""
     node = where.names.get(name)
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return Definition(node, where)
     if isinstance(node, tuple):
         origin = source(node[0]) if is_ours(node[0]) and depth < 10 else None
-        return _named(node[1], origin, depth + 1) if origin is not None and node[1] else None
-    if node is not None or where.open or _file(f"{where.name}.{name}") is not None:
+        return named(node[1], origin, depth + 1) if origin is not None and node[1] else None
+    if node is not None or where.open or file_of(f"{where.name}.{name}") is not None:
         return None
     return Missing(where.name, tuple(key for key, kept in where.names.items() if not isinstance(kept, tuple)))
 
@@ -189,7 +190,7 @@ def options(found: Definition) -> dict[str, ast.expr | None] | None:
         word = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""
         if word in _PLAIN_BASES:
             continue
-        above = _named(word, found.source) if isinstance(name, ast.Name) else None
+        above = named(word, found.source) if isinstance(name, ast.Name) else None
         inherited = options(above) if isinstance(above, Definition) else None
         if inherited is None:
             return None
@@ -213,14 +214,19 @@ def _fixed(init: ast.FunctionDef) -> set[str] | None:
 
 def dataclass_in(annotation: ast.expr | None, where: Source) -> Definition | None:
     """Return the one dataclass that an annotation such as ``list[X] | None`` names; None where there is no one."""
+    classes = classes_in(annotation, where)
+    return classes[0] if len(classes) == 1 and classes[0].is_dataclass else None
+
+
+def classes_in(annotation: ast.expr | None, where: Source) -> list[Definition]:
+    """Return the classes that an annotation such as ``list[X] | None`` names, as far as the sources say."""
     if annotation is None:
-        return None
+        return []
     words = {node.id for node in ast.walk(_unquoted(annotation)) if isinstance(node, ast.Name)}
     if words & {"dict", "Mapping"}:  # its keys are not those of the class
-        return None
-    found = [_named(word, where) for word in sorted(words) if word in where.names]
-    classes = [one for one in found if isinstance(one, Definition) and isinstance(one.node, ast.ClassDef)]
-    return classes[0] if len(classes) == 1 and classes[0].is_dataclass else None
+        return []
+    found = [named(word, where) for word in sorted(words) if word in where.names]
+    return [one for one in found if isinstance(one, Definition) and isinstance(one.node, ast.ClassDef)]
 
 
 def literals_in(annotation: ast.expr | None, where: Source) -> tuple[object, ...] | None:

@@ -52,12 +52,13 @@ def load(path: str) -> object:
 def extend_path() -> None:
     """Make task packages importable: those of the working directory and those beside this package.
 
-    A console script, unlike ``python -m``, does not put the working directory on the import path. Inside of a run it is
+    A console script, unlike ``python -m``, does not put the working directory on the import path. At a prompt, in a
+    notebook and with ``-c`` it is there as "", which is another folder while a config is read. Inside of a run it is
     left out: code of a run is never imported.
     """
     here = None if run_folder_of(Path.cwd() / "code.py") else os.getcwd()
     for folder in (str(_home()) if (_home() / "tasks").is_dir() else None, here):
-        if folder is not None and folder not in sys.path and "" not in sys.path:
+        if folder is not None and folder not in sys.path:
             sys.path.insert(0, folder)
 
 

@@ -65,7 +65,7 @@ class Trust:
         news: dict[str, tuple[str, Path]] = {}
         for where, value in sources.items():
             for path in dict.fromkeys(class_paths(value)):
-                if path.partition(".")[0] in FREE or (found := _locate(path)) is None:
+                if path.partition(".")[0] in FREE or (found := locate(path)) is None:
                     continue
                 module, file = found
                 folder = run_folder_of(file, *([] if self.run is None else [self.run]))
@@ -192,7 +192,7 @@ def class_paths(value: Any) -> Iterator[str]:
             yield from class_paths(item)
 
 
-def _locate(path: str) -> tuple[str, Path] | None:
+def locate(path: str) -> tuple[str, Path] | None:
     """Return the module that a class path leads to and its file, without importing it or a package above it.
 
     None where there is no such module, or one that was built into Python.

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from moeapps.data.gather import GatherConcat
+from moeapps.data.mixed_windows import sampler_of
 from moeapps.data.mixing import DomainMixing, MixingSampler, ShardedBatches
 from moeapps.data.workers import Collate
 
@@ -283,15 +284,8 @@ class DomainDataModule(L.LightningDataModule):
             world_size: number of processes.
             repeat: give the same order in every epoch.
         """
-        return MixingSampler(
-            [len(cast(Sized, part)) for part in parts],
-            self.batch_size,
-            mode=self.mixing,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            repeat=repeat,
-        )
+        options: dict[str, Any] = {"rank": rank, "world_size": world_size, "repeat": repeat}
+        return sampler_of(parts, self.batch_size, mode=self.mixing, seed=self.seed, **options)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return one loader per seen and validation domain."""

@@ -117,19 +117,21 @@ class MoELayer(nn.Module):
         return features.shape[: features.ndim - self._feature_dims(features)]
 
     def _feature_dims(self, features: Tensor) -> int:
-        return self._row_dims if features.ndim > self._row_dims else 1
+        row_dims = self._row_dims
+        return row_dims if features.ndim > row_dims else 1
 
     def _route(
         self, features: Features, state: Tensor | None, mask_N: Tensor | None, group_N: Tensor | None
     ) -> AnyRouting:
         """Route rows whose mask and group are flat."""
-        check_rows("token_mask", mask_N, (self._lead(features).numel(),), torch.bool)
+        if mask_N is not None:
+            check_rows("token_mask", mask_N, (self._lead(features).numel(),), torch.bool)
         if not isinstance(features, Tensor):
             features = tuple(read_rows(member, mask_N) for member in features)
         elif self.router.takes_gates:
             features = read_rows(features, mask_N, features.ndim - 2)
         else:
-            features = features.reshape(-1, *features.shape[features.ndim - self._feature_dims(features) :])
+            features = _rows(features, features.ndim - self._feature_dims(features))
             features = read_rows(features, mask_N)
         routing: AnyRouting = self.router(features, state=state, token_mask=mask_N, group=group_N)
         record_call(self, routing, token_mask=mask_N, group=group_N)
@@ -168,11 +170,11 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: for a mask that is not bool, or a mask or group that is not shaped like the rows.
         """
-        lead = x.shape[1 if per_expert else 0 : x.ndim - self._row_dims]
-        row = x.shape[x.ndim - self._row_dims :]
+        num_lead = x.ndim - self._row_dims
+        lead = x.shape[1 if per_expert else 0 : num_lead]
         _check_inputs(lead, token_mask, group)
         mask_N = _flat(token_mask)
-        x = x.reshape(x.shape[0], -1, *row) if per_expert else x.reshape(-1, *row)
+        x = x.reshape(x.shape[0], -1, *x.shape[num_lead:]) if per_expert else _rows(x, num_lead)
         x = read_rows(x, mask_N, 1 if per_expert else 0)
         if routing is None:
             if per_expert and features is None:
@@ -190,7 +192,8 @@ class MoELayer(nn.Module):
             per_expert=per_expert,
         )
         y = self.combiner(work, routing)
-        if not isinstance(routing, Routing) or routing.target_M is None:
+        plain = mask_N is None and len(lead) == 1
+        if not plain and (not isinstance(routing, Routing) or routing.target_M is None):
             at = routing.weight.ndim - 2 if isinstance(routing, DenseRouting) else 0
             parts = tuple(_restored(only_rows(p, mask_N, at), at, lead) for p in (y if isinstance(y, tuple) else (y,)))
             y = parts if isinstance(y, tuple) else parts[0]
@@ -245,11 +248,17 @@ class MoELayer(nn.Module):
 def _check_inputs(lead: torch.Size, token_mask: Tensor | None, group: Tensor | None) -> None:
     """Refuse a mask that is not shaped like the rows, and group ids that are neither that nor flat."""
     check_rows("token_mask", token_mask, lead, torch.bool)
-    check_rows("group", group, (lead.numel(),) if group is not None and group.ndim == 1 else lead)
+    if group is not None:
+        check_rows("group", group, (lead.numel(),) if group.ndim == 1 else lead)
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1)
+
+
+def _rows(values: Tensor, num_lead: int) -> Tensor:
+    """All leading dimensions as one."""
+    return values if num_lead == 1 else values.reshape(-1, *values.shape[num_lead:])
 
 
 def _restored(y: Tensor, at: int, lead: torch.Size) -> Tensor:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeapps.moe.activation import ActivationName, resolve_activation
+from moeapps.moe.derivatives import needs_operations
 from moeapps.moe.experts import Experts
+from moeapps.moe.fast.threads import is_observed
 from moeapps.moe.view_linear import view_linear
 
 Norm = Literal["batch", "layer", "none"]
@@ -164,8 +166,17 @@ class NormalisedExperts(Experts):
         if self.w_hidden is not None and self.b_hidden is not None:
             a_NEF = resolve_activation(self.hidden_activation).function(z_NED + self.b_hidden)
             z_NED = view_linear(a_NEF.transpose(0, 1), self.weight, range(self.num_experts))
-        y: Tensor = resolve_activation(self.activation).function(self._normalised(z_NED))
+        activation, normalised = resolve_activation(self.activation), self._normalised(z_NED)
+        if activation.tabulated and self._may_overwrite():
+            activation.forward_out(normalised, normalised)
+            return normalised
+        y: Tensor = activation.function(normalised)
         return y
+
+    @staticmethod
+    def _may_overwrite() -> bool:
+        """Whether nobody differentiates or watches, so that a new tensor for every step would be waste."""
+        return not (torch.is_grad_enabled() or needs_operations() or is_observed())
 
     def every_counted(self, x: Tensor, token_mask: Tensor, *side: Tensor) -> Tensor:
         """As ``every``, with batch statistics of the rows that count alone; the others come out as 0."""
@@ -191,6 +202,9 @@ class NormalisedExperts(Experts):
             return F.layer_norm(z_NEO, z_NEO.shape[-1:], eps=self.eps) * self.gamma + self.beta
         assert self.running_mean is not None
         assert self.running_var is not None
+        if not self.training and z_NEO.dtype == self.gamma.dtype and self._may_overwrite():
+            scale_EO = self.gamma * (self.running_var + self.eps).rsqrt()
+            return torch.addcmul(self.beta - self.running_mean * scale_EO, z_NEO, scale_EO, out=z_NEO)
         flat = F.batch_norm(
             z_NEO.flatten(1),
             self.running_mean.view(-1),

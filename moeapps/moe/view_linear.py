@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.derivatives import Gradients, first_gradients, needs_operations
+from moeapps.moe.fast.threads import is_observed
 
 
 def view_linear(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tensor:
@@ -37,16 +38,16 @@ def view_linear(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tens
         dtype = torch.get_autocast_dtype(device)
         x_VND, weight_BDO = x_VND.to(dtype), weight_BDO.to(dtype)
     with torch.autocast(device, enabled=False):
-        # Without gradients there is nothing to keep, also where products are counted: torch's counter misses those into
-        # a buffer.
-        if not torch.is_grad_enabled() or needs_operations():
+        if needs_operations() or is_observed():  # torch's counter of operations misses products into a buffer
             return _plain(x_VND, weight_BDO, reads)
+        if not torch.is_grad_enabled():
+            return _in_place(x_VND, weight_BDO, reads)
         y: Tensor = _ViewLinear.apply(x_VND, weight_BDO, tuple(reads))
         return y
 
 
-def _runs(reads: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(view, first block, last block + 1) of consecutive blocks that read one view."""
+def runs(reads: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (view, first block, last block + 1) of consecutive blocks that read one view."""
     start = 0
     for b in range(1, len(reads) + 1):
         if b == len(reads) or reads[b] != reads[start]:
@@ -60,8 +61,21 @@ def _joined(weight_BDO: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _plain(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tensor:
-    parts = [x_VND[v] @ _joined(weight_BDO, start, stop) for v, start, stop in _runs(reads)]
+    parts = [x_VND[v] @ _joined(weight_BDO, start, stop) for v, start, stop in runs(reads)]
     y_NBO: Tensor = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).unflatten(1, (len(reads), -1))
+    return y_NBO
+
+
+def _in_place(x_VND: Tensor, weight_BDO: Tensor, reads: Sequence[int]) -> Tensor:
+    """As `_plain`, every product written where it belongs."""
+    y_NBO = x_VND.new_empty(x_VND.shape[1], len(reads), weight_BDO.shape[2])
+    even = _even(reads)
+    if even is not None:
+        views, size = even
+        torch.bmm(x_VND[views], _stacked(weight_BDO, size), out=_by_run(y_NBO, size))
+        return y_NBO
+    for v, start, stop in runs(reads):
+        torch.mm(x_VND[v], _joined(weight_BDO, start, stop), out=y_NBO[:, start:stop].flatten(1))
     return y_NBO
 
 
@@ -70,15 +84,7 @@ class _ViewLinear(torch.autograd.Function):
     def forward(ctx: Any, x_VND: Tensor, weight_BDO: Tensor, reads: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x_VND, weight_BDO)
         ctx.reads = reads
-        y_NBO = x_VND.new_empty(x_VND.shape[1], len(reads), weight_BDO.shape[2])
-        even = _even(reads)
-        if even is not None:
-            views, size = even
-            torch.bmm(x_VND[views], _stacked(weight_BDO, size), out=_by_run(y_NBO, size))
-            return y_NBO
-        for v, start, stop in _runs(reads):
-            torch.mm(x_VND[v], _joined(weight_BDO, start, stop), out=y_NBO[:, start:stop].flatten(1))
-        return y_NBO
+        return _in_place(x_VND, weight_BDO, reads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -100,10 +106,10 @@ class _ViewLinear(torch.autograd.Function):
 
 def _even(reads: Sequence[int]) -> tuple[slice, int] | None:
     """The views read and blocks per view, where runs are equally long and in order: one batched product."""
-    runs = list(_runs(reads))
-    first, size = runs[0][0], runs[0][2]
-    in_order = all(v == first + i and stop - start == size for i, (v, start, stop) in enumerate(runs))
-    return (slice(first, first + len(runs)), size) if in_order and len(runs) > 1 else None
+    found = list(runs(reads))
+    first, size = found[0][0], found[0][2]
+    in_order = all(v == first + i and stop - start == size for i, (v, start, stop) in enumerate(found))
+    return (slice(first, first + len(found)), size) if in_order and len(found) > 1 else None
 
 
 def _stacked(weight_BDO: Tensor, size: int) -> Tensor:
@@ -140,7 +146,7 @@ def _gradients(
     dx_VND = _like_rows(x_VND) if need_x else None
     dw_BDO = torch.empty_like(weight_BDO) if need_w else None
     written: set[int] = set()
-    for v, start, stop in _runs(reads):
+    for v, start, stop in runs(reads):
         grad_NK = grad_NBO[:, start:stop].flatten(1)
         if dx_VND is not None:
             back = _joined(weight_BDO, start, stop).T

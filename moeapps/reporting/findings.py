@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from moeapps.bounds import read_json
-from moeapps.commands.tasks import task_modules
+from moeapps.commands.tasks import run_folder_of, task_modules
 from moeapps.moe.record import place_of
 from moeapps.reporting.knowledge import LIMITS, ExpertTable, LayerFinding, Limits, describe_layer
 from moeapps.text import plain
@@ -36,7 +38,7 @@ class RunFinding:
     notes: tuple[str, ...] = ()
 
 
-def describe_run(folder: Path, limits: Limits = LIMITS) -> RunFinding:
+def describe_run(folder: Path, limits: Limits = LIMITS, packages: frozenset[str] = frozenset()) -> RunFinding:
     """Say what the experts of a finished run did.
 
     Read are metrics/routing_test.json (work by domain), metrics/experts.json (work by the factors that the task names),
@@ -45,6 +47,7 @@ def describe_run(folder: Path, limits: Limits = LIMITS) -> RunFinding:
     Args:
         folder: of the run.
         limits: when a number becomes a word.
+        packages: of the user's own, whose galleries are imported, see `gallery_of`.
 
     Raises:
         ValueError: metrics/routing_test.json is there and is not what a test writes.
@@ -55,7 +58,7 @@ def describe_run(folder: Path, limits: Limits = LIMITS) -> RunFinding:
     tables, entropies = _routing_tables(file)
     notes: list[str] = []
     readers: list[TableReader] = [_factor_tables]
-    gallery = gallery_of(folder)
+    gallery = gallery_of(folder, packages)
     if gallery is not None and hasattr(gallery, "expert_tables"):
         readers.append(gallery.expert_tables)
     for reader in readers:
@@ -69,47 +72,78 @@ def describe_run(folder: Path, limits: Limits = LIMITS) -> RunFinding:
     return RunFinding(summarise(layers), layers, tuple(notes))
 
 
-def gallery_of(folder: Path) -> ModuleType | None:
-    """Return the module ``tasks.<task>.report.gallery`` of the installed task that a run is of; None without any.
+def gallery_of(folder: Path, packages: frozenset[str] = frozenset()) -> ModuleType | None:
+    """Return the module ``report.gallery`` in the package of the task that a run is of; None without any.
 
-    The task is named by the run's results; a name that is none of the installed tasks' is never imported.
+    The task is named by the run's results. Galleries of our own tasks are always read. That of another package is
+    imported where ``packages`` holds its name, or where this process has imported the task already, as while it trains.
+
+    Args:
+        folder: of the run.
+        packages: names of packages of the user's own.
     """
-    file = folder / "metrics" / "test.json"
-    try:
-        task = str(read_json(file)["header"]["task"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    task = _task_of(folder)
     for module in task_modules("report.gallery"):
         if task.startswith(module.removesuffix("report.gallery")):
             return import_module(module)
-    return None
+    package = untold_gallery(folder)
+    trusted = package is not None and (package in packages or package in sys.modules)
+    return import_module(f"{package}.report.gallery") if trusted else None
+
+
+def untold_gallery(folder: Path) -> str | None:
+    """Return the package of the user's own that has a gallery for a run; None without one. Nothing is imported."""
+    from moeapps.commands.trust import FREE, locate
+
+    package = _task_of(folder).partition(".")[0]
+    if not package.isidentifier() or package in FREE:
+        return None
+    name = f"{package}.report.gallery"
+    found = locate(name)
+    return package if found and found[0] == name and run_folder_of(found[1], folder) is None else None
+
+
+def _task_of(folder: Path) -> str:
+    """The class of the task of a run, as its results name it; empty where they do not."""
+    try:
+        return str(read_json(folder / "metrics" / "test.json")["header"]["task"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def summarise(layers: Sequence[LayerFinding]) -> str:
     """Say in one sentence what the experts of all layers did; of one layer, its own."""
     if not layers:
         return "Nothing was routed in its test."
+    if all("single" in layer.kinds for layer in layers):
+        which = "Its one MoE layer has" if len(layers) == 1 else f"Each of its {len(layers)} MoE layers has"
+        return f"{which} one expert, always on: there is nothing to choose."
     if len(layers) == 1:
         number = int(layers[0].numbers["experts"])
         return f"The {number} experts of its one MoE layer{_of_them(layers[0].sentence)}"
     total = len(layers)
-    parts = []
+    parts = [
+        f"in layer {place} of {total} {layer.clause}"
+        for place, layer in enumerate(layers, 1)
+        if layer.clause and not layer.factor
+    ]
     for kind, words in (("specialised", "specialise"), ("leaning", "lean")):
         own = [layer for layer in layers if kind in layer.kinds]
         if own:
-            best = max(own, key=lambda layer: layer.numbers[f"told_{layer.factor}"])
-            told = f"{100 * best.numbers[f'told_{best.factor}']:.0f} %"
+            best = own[clearest(own)]
             parts.append(
-                f"in {len(own)} of {total} MoE layers the experts {words}, most by {best.factor} "
-                f"({told} of it told by the expert in {best.layer})"
+                f"in {len(own)} of {total} MoE layers the experts {words}, most by {best.factor} in layer "
+                f"{layers.index(best) + 1}: {best.clause}"
             )
     for kind, words in (
         ("collapsed", "have collapsed onto one expert"),
         ("even", "share the work alike and follow nothing known"),
         ("uneven", "share the work unevenly and follow nothing known"),
+        ("always", "have all experts work on every row and follow nothing known"),
+        ("single", "have one expert, always on"),
         ("unknown", "saw too few rows to say anything"),
     ):
-        count = sum(kind in layer.kinds for layer in layers)
+        count = sum(kind in layer.kinds and not layer.clause for layer in layers)
         if count:
             parts.append(f"{count} of {total} MoE layers {words if count > 1 else _singular(words)}")
     dead = sum(int(layer.numbers["dead"]) for layer in layers)
@@ -119,6 +153,18 @@ def summarise(layers: Sequence[LayerFinding]) -> str:
     )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def clearest(layers: Sequence[LayerFinding]) -> int:
+    """The place of the layer whose experts follow something most; of layers that follow nothing, of the last one."""
+    order = ("specialised", "leaning")
+
+    def clear(place: int) -> tuple[int, float, int]:
+        layer = layers[place]
+        rank = next((len(order) - k for k, kind in enumerate(order) if kind in layer.kinds), 0)
+        return rank, layer.numbers[f"told_{layer.factor}"] if rank else 0.0, place
+
+    return max(range(len(layers)), key=clear)
 
 
 _BEGINNINGS = {
@@ -135,6 +181,8 @@ def _of_them(sentence: str) -> str:
     for beginning, words in _BEGINNINGS.items():
         if sentence.startswith(beginning):
             return words + sentence.removeprefix(beginning)
+    if match := re.match(r"all \d+ experts( work on every row.*)", sentence):
+        return f" all{match[1]}"
     return f": {sentence}"
 
 
@@ -153,7 +201,8 @@ def _routing_tables(file: Path) -> tuple[dict[str, list[ExpertTable]], dict[str,
         tables: dict[str, list[ExpertTable]] = {}
         entropies: dict[str, float] = {}
         for name, report in raw["layers"].items():
-            tables[name] = [ExpertTable(name, "domain", domains, report["work"], told=_number(report["mi_domain"]))]
+            told, always = _number(report["mi_domain"]), report.get("always") is True  # absent in runs of before
+            tables[name] = [ExpertTable(name, "domain", domains, report["work"], told=told, always=always)]
             entropy = _number(report["entropy"])
             if entropy is not None:
                 entropies[name] = entropy

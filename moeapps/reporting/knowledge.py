@@ -63,6 +63,8 @@ class ExpertTable:
         rows: rows behind the table; None for the sum of ``work``.
         given: what is told by construction, before anything is learned: by a mask that lets a gate see some experts.
         score: a number that says better than ``told`` how well experts follow the factor, 1 at best, with its name.
+        always: every expert works on every row, as the layer is built; ``work`` is how much each of them counts.
+        story: what the table says in the words of its task, in a clause, where one number cannot tell it.
     """
 
     layer: str
@@ -74,6 +76,8 @@ class ExpertTable:
     rows: float | None = None
     given: float = 0.0
     score: tuple[str, float] | None = None
+    always: bool = False
+    story: str = ""
 
     def __post_init__(self) -> None:
         work = np.asarray(self.work, dtype=np.float64)
@@ -113,12 +117,14 @@ class LayerFinding:
         layer: its name.
         sentence: the finding in plain English.
         kinds: the words it was decided on, most important first, out of ``collapsed``, ``specialised``, ``leaning``,
-            ``even``, ``uneven``, ``unknown`` (too few rows), ``dead``, ``idle``.
+            ``even``, ``uneven``, ``unknown`` (too few rows), ``single`` (one expert, always on), ``always`` (all work
+            on every row, and nothing known is followed), ``dead``, ``idle``.
         factor: what experts specialise or lean by; empty for nothing.
         numbers: what the sentence rests on: ``experts``, ``dead``, ``idle``, ``load_cv``, ``least`` and ``most`` (load
             over the mean), ``entropy`` (of the router's probabilities, nats) where known, ``told_<factor>``.
         load: load of each expert over the mean [E].
         tables: what the numbers were made of.
+        clause: what a sentence on the whole run tells of this layer; empty where its kind says all.
     """
 
     layer: str
@@ -128,6 +134,7 @@ class LayerFinding:
     numbers: dict[str, float]
     load: tuple[float, ...]
     tables: tuple[ExpertTable, ...] = field(default=())
+    clause: str = ""
 
 
 def describe_layer(
@@ -163,12 +170,18 @@ def describe_layer(
         **{f"told_{t.factor}": information(t.array) if t.told is None else t.told for t in tables},
     }
     words, kinds, factor = _main_clause(tables, load_E, len(load_E) - len(dead), limits)
-    clauses = [words]
+    story = "" if kinds[0] in ("unknown", "collapsed") else "; ".join(t.story for t in tables if t.story)
+    if story and not factor:
+        words = f"{story}{_hardly(first)}"
+    clauses = [words] if not story or not factor else [words, story]
     if kinds[0] != "collapsed":
         clauses += _rest(first, load_E, dead, idle, kinds, limits)
     kinds += [word for word, found in (("dead", dead), ("idle", idle)) if found]
     sentence = "; ".join(clauses) + "."
-    return LayerFinding(first.layer, sentence, tuple(kinds), factor, numbers, tuple(load_E.tolist()), tuple(tables))
+    best = next((t for t in tables if t.factor == factor), None)
+    clause = story if story else "" if best is None else f"{_told(best)}{_pairs(best)}"
+    load = tuple(load_E.tolist())
+    return LayerFinding(first.layer, sentence, tuple(kinds), factor, numbers, load, tuple(tables), clause)
 
 
 def _main_clause(
@@ -176,6 +189,8 @@ def _main_clause(
 ) -> tuple[str, list[str], str]:
     """The first words, the kinds, and the factor that decides."""
     first = tables[0]
+    if len(load_E) == 1:
+        return "one expert, always on: there is nothing to choose", ["single"], ""
     rows = float(first.array.sum()) if first.rows is None else first.rows
     if rows < limits.rows:
         return f"too little was routed ({rows:.0f} rows) to say what its {len(load_E)} experts do", ["unknown"], ""
@@ -199,6 +214,11 @@ def _main_clause(
     beyond = " beyond what its gate may see" if highest.given else ""
     told = max(0.0, _known(highest) - highest.given)
     nothing = f"at most {_percent(told)} of {highest.factor} told by the expert{beyond}"
+    if first.always:
+        alike = float(load_E.std()) < 1e-6 and told < 1e-6
+        weighed = f"and none counts more for some of them ({nothing})"
+        how = "as the layer is built: nothing is chosen" if alike else weighed
+        return f"all {len(load_E)} experts work on every row, {how}", ["always"], ""
     if float(load_E.std()) <= limits.even:
         return (
             f"even: its {len(load_E)} experts share the work alike and follow nothing known here ({nothing})",
@@ -206,6 +226,11 @@ def _main_clause(
             "",
         )
     return f"uneven, yet not specialised by anything known here ({nothing})", ["uneven"], ""
+
+
+def _hardly(table: ExpertTable) -> str:
+    """How little experts tell of a factor that they do not follow; empty for one label."""
+    return f"; the expert tells {_percent(_known(table))} of the {table.factor}" if len(table.labels) > 1 else ""
 
 
 def _rest(
@@ -229,7 +254,7 @@ def _rest(
 
 def _told(table: ExpertTable) -> str:
     if table.score is not None:
-        return f"{table.score[0]} {table.score[1]:.2f} of at most 1"
+        return f"{table.score[0]} {table.score[1]:.2f}, where 1 is the best and 0 is chance"
     most = reachable(table.array)
     limit = f", of at most {_percent(most)} that {table.array.shape[1]} experts can tell" if most < 0.95 else ""
     built = f", {_percent(table.given)} by what its gate may see" if table.given else ""

@@ -8,6 +8,7 @@ content security policy in the page forbids every request besides.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -22,6 +23,7 @@ from moeapps.files import finite
 from moeapps.reporting import plots
 from moeapps.reporting.exhibits import Cloud, Exhibit, Plot, Table
 from moeapps.reporting.figures import colour
+from moeapps.reporting.findings import clearest
 from moeapps.reporting.knowledge import ExpertTable, LayerFinding
 from moeapps.reporting.verdict import in_short, number, sentences, standings
 from moeapps.reporting.view import RunView, SystemView
@@ -29,6 +31,15 @@ from moeapps.text import plain
 
 MOST_LABELS = 24
 """Rows of a table of experts: of more labels those with the most work are shown."""
+MOST_IN_SHORT = 8
+"""The same in a tile of the overview."""
+NUMBERS = {
+    "load_cv": "unevenness of the load",
+    "least": "least load",
+    "most": "most load",
+    "entropy": "entropy of the router (nats)",
+}
+"""What the numbers of a layer are called where their key does not say it."""
 ROUTING_CURVES = {
     "load_cv": "unevenness of the load (coefficient of variation)",
     "entropy": "entropy of the router (nats)",
@@ -67,10 +78,12 @@ def environment() -> Environment:
     )
     made.filters |= {
         "plain": lambda value: plain(value, 400),
+        "whole": lambda value: plain(value, 4000),
         "number": number,
         "data": base64_of,
         "finite": finite,
         "viridis": plots.viridis,
+        "rounded": rounded,
     }
     made.globals |= {
         "kind_of": lambda exhibit: type(exhibit).__name__.lower(),
@@ -86,6 +99,9 @@ def environment() -> Environment:
         "extent": extent,
         "colour": colour,
         "leading": leading,
+        "clearest": clearest,
+        "number_name": number_name,
+        "MOST_IN_SHORT": MOST_IN_SHORT,
     }
     return made
 
@@ -124,7 +140,8 @@ def score_plot(system: SystemView) -> Plot | None:
     layout = plots.axes("", matrix.metric, showlegend=len(rows) > 1, xaxis={"tickangle": -35, "automargin": True})
     layout["yaxis"] = {"title": {"text": plots.words(matrix.metric)}}
     text = f"{matrix.metric} of every run on every domain; the table below has the same numbers"
-    caption = "Bars: 95 % intervals over test units, where the run stores units."
+    bars = any(row.intervals for row in matrix.rows)
+    caption = "Bars: 95 % intervals over test units, where the run stores units." if bars else ""
     return Plot("Scores by domain", plots.dots(columns, rows), layout, text, caption, 380)  # type: ignore[arg-type]
 
 
@@ -165,7 +182,7 @@ def curve_plots(run: RunView) -> list[Plot]:
         layout = plots.axes("step", "training loss")
         text = f"Training loss over steps: {', '.join(run.curves.loss)}"
         found.append(Plot("Training loss", plots.lines(run.curves.loss), layout, text))
-    if run.curves.scores:
+    if any(len(steps) > 1 for steps, _ in run.curves.scores.values()):
         traces = plots.lines(run.curves.scores, markers=True)
         text = f"{metric} at every validation, means over the domains of a role"
         found.append(Plot(f"{metric} while training", traces, plots.axes("step", metric), text))
@@ -187,11 +204,11 @@ def routing_plots(run: RunView) -> list[Plot]:
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
-def expert_table(table: ExpertTable) -> Table:
-    """Which share of the work of each label goes to each expert."""
+def expert_table(table: ExpertTable, most: int = MOST_LABELS) -> Table:
+    """Which share of the work of each label goes to each expert, of the ``most`` labels with the most work."""
     work_LE = table.array
     total_L = work_LE.sum(1)
-    chosen = sorted(np.argsort(-total_L, kind="stable")[:MOST_LABELS].tolist())
+    chosen = sorted(np.argsort(-total_L, kind="stable")[:most].tolist())
     chosen = [place for place in chosen if total_L[place] > 0]
     head = [table.factor, *(table.experts or [str(e) for e in range(work_LE.shape[1])])]
     rows = [[table.labels[place], *(work_LE[place] / total_L[place]).tolist()] for place in chosen]
@@ -202,9 +219,16 @@ def expert_table(table: ExpertTable) -> Table:
 
 
 def leading(finding: LayerFinding) -> int:
-    """Number of the table to show first: of the factor that experts follow, else the first."""
+    """Number of the table to show first: of the factor that is followed, else of the task's story, else the first."""
     names = [table.factor for table in finding.tables]
-    return names.index(finding.factor) if finding.factor in names else 0
+    told = next((place for place, table in enumerate(finding.tables) if table.story), 0)
+    return names.index(finding.factor) if finding.factor in names else told
+
+
+def number_name(key: str) -> str:
+    """What a number of a layer is called."""
+    factor = key.removeprefix("told_")
+    return f"share of the {factor} told by the expert" if factor != key else NUMBERS.get(key, key.replace("_", " "))
 
 
 # --- gallery ----------------------------------------------------------------------------------------------------------
@@ -238,6 +262,14 @@ def extent(exhibit: Exhibit) -> tuple[float, float]:
     found = [cell for row in rows for cell in row if isinstance(cell, int | float)]
     low, high = min(found, default=0.0), max(found, default=1.0)
     return low, high if high > low else low + 1.0
+
+
+def rounded(value: float, low: float, high: float) -> str:
+    """A number of a shaded table: two digits of the largest one, so that a column is narrow and compares at a look."""
+    size = max(abs(low), abs(high))
+    places = max(0, 1 - math.floor(math.log10(size))) if 0 < size < math.inf else 0
+    text = f"{value:.{min(places, 12)}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def _number(value: float | None) -> float | None:

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from yaml import YAMLError
 
 from moeapps.bounds import read_json, read_text, read_yaml
+from moeapps.commands.listing import systems
 from moeapps.evaluation.results import RunResults, read_results
 from moeapps.evaluation.xeval import Matrix, build_matrix
 from moeapps.reporting.curves import Curves, read_curves
 from moeapps.reporting.exhibits import Room
-from moeapps.reporting.findings import RunFinding, describe_run, gallery_of
+from moeapps.reporting.findings import RunFinding, describe_run, gallery_of, untold_gallery
 from moeapps.text import plain
 from moeapps.training.run import newest_version
 
@@ -24,6 +25,8 @@ Read = TypeVar("Read")
 UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, YAMLError, OverflowError)
 """What a file that is not what a run writes makes its reader raise."""
 LARGEST_CONFIG = 400_000
+LONGEST_TITLE = 40
+"""Characters of a published name; what is longer is a sentence with a colon."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class RunView:
         number: its place on the page.
         folder: of the run.
         system: its name.
+        about: the first comment line of its base config: the published name, a colon, and what the system is.
         name: of the run.
         seed: of the run, None where no file says.
         results: of its test; None where there are none.
@@ -49,6 +53,7 @@ class RunView:
     number: int
     folder: Path
     system: str = "unknown"
+    about: str = ""
     name: str = "?"
     seed: int | None = None
     results: RunResults | None = None
@@ -95,13 +100,29 @@ class SystemView:
     matrix: Matrix | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def title(self) -> str:
+        """What people call it: the published name where its config begins with one, else that of its folder."""
+        name, colon, _ = self._comment.partition(": ")
+        return name if colon and len(name) <= LONGEST_TITLE else self.name
 
-def read_run(path: Path, number: int = 0) -> RunView:
+    @property
+    def about(self) -> str:
+        """What it is, in a line; empty where its config does not say."""
+        return self._comment.removeprefix(f"{self.title}: ")
+
+    @property
+    def _comment(self) -> str:
+        return next((run.about for run in self.runs if run.about), "").rstrip(".")
+
+
+def read_run(path: Path, number: int = 0, packages: frozenset[str] | None = None) -> RunView:
     """Read one run folder, finished or not.
 
     Args:
         path: the run folder, or runs/<system>/<name> for its newest version.
         number: its place on the page.
+        packages: of the user's own, whose galleries are imported; None: none, and a note says which there are.
 
     Raises:
         ValueError: no such folder, or a folder that is not of a run.
@@ -127,6 +148,7 @@ def read_run(path: Path, number: int = 0) -> RunView:
     header = {**about, **({} if view.results is None else view.results.header)}
     view.system = str(header.get("system") or config.get("system") or "unknown")
     view.name = str(header.get("name") or config.get("name") or folder.parent.name)
+    view.about = str(header.get("about") or packaged_comment(view.system))
     seed = header.get("seed", config.get("seed_everything"))
     view.seed = seed if isinstance(seed, int) else None
     view.facts = facts_of(header)
@@ -134,9 +156,12 @@ def read_run(path: Path, number: int = 0) -> RunView:
     metric = str(header.get("main_metric") or "loss")
     view.curves = view.read("training curves", lambda: read_curves(folder, metric), Curves())
     if view.results is not None:
-        view.finding = view.read("experts", lambda: describe_run(folder), None)
+        view.finding = view.read("experts", lambda: describe_run(folder, packages=packages or frozenset()), None)
         view.notes += [] if view.finding is None else view.finding.notes
-        view.rooms = view.read("samples", lambda: _rooms(folder), [])
+        view.rooms = view.read("samples", lambda: _rooms(folder, packages or frozenset()), [])
+        own = untold_gallery(folder)
+        if packages is None and own is not None and gallery_of(folder) is None:
+            view.notes.append(f"{own} has a gallery of its own for this run: moeapps report --trust {own} imports it.")
         failed = header.get("failed_reports")
         if isinstance(failed, dict):
             view.notes += [f"{name} failed in its test: {what}" for name, what in failed.items()]
@@ -168,6 +193,11 @@ def _matrix(system: SystemView, tested: list[RunResults]) -> Matrix | None:
     return None
 
 
+def packaged_comment(system: str) -> str:
+    """The first comment line of the config of a system at hand, for runs whose run.json has none; empty without one."""
+    return next((one.summary for one in systems() if one.name == system), "")
+
+
 # --- parts of a run ---------------------------------------------------------------------------------------------------
 
 
@@ -187,8 +217,8 @@ def _config(view: RunView) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _rooms(folder: Path) -> list[Room]:
-    gallery = gallery_of(folder)
+def _rooms(folder: Path, packages: frozenset[str]) -> list[Room]:
+    gallery = gallery_of(folder, packages)
     rooms: list[Room] = [] if gallery is None or not hasattr(gallery, "gallery") else gallery.gallery(folder)
     return [room for room in rooms if room.exhibits]
 

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -21,6 +23,12 @@ from typing_extensions import override
 
 from moeapps.moe import JoinedExperts, MoELayer
 from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_folders, read_checkpoint, write_checkpoint
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
+
+log = logging.getLogger("moeapps")
 
 STATES: tuple[str, ...] = ("state_dict", "current_model_state")
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -68,6 +76,7 @@ class ModelParallel(ModelParallelStrategy):
             timeout=default_pg_timeout if timeout is None else timedelta(seconds=timeout),
         )
         self.experts, self.rest, self.blocks = experts, rest, list(blocks or [])
+        self._told = False
 
     @override
     def setup_environment(self) -> None:
@@ -82,46 +91,52 @@ class ModelParallel(ModelParallelStrategy):
 
     def spread(self, task: nn.Module) -> None:
         """Place a task whose weights are whole on every process; those of the first are taken."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
         if isinstance(task, FSDPModule):
             return
         task.to(self.root_device)
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
-        apart = self._spread_experts(task) | _scalars(task)
-        device, world = self.root_device.type, dist.get_world_size()
-        if self.rest == "sharded":
-            mesh = init_device_mesh(device, (world,), mesh_dim_names=("all",))
-        else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
-            mesh = init_device_mesh(device, (world, 1), mesh_dim_names=("copies", "shards"))
-        # Resharded after each step, so that what lies in `parameters()` between steps is what the optimizer knows.
-        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": apart}
-        for block in self._named_blocks(task):
-            fully_shard(block, **options)
-        fully_shard(task, **options)
+        if getattr(task, "stays_whole", False):
+            self._keep_whole(task)
+            return
+        self.place(task, self.device_mesh)
         for step in STEPS:
             register_fsdp_forward_method(task, step)
 
-    def _spread_experts(self, task: nn.Module) -> set[nn.Parameter]:
-        """Spread the experts, and return the weights that ``fully_shard`` must leave as they are."""
-        copies, share = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
-        if share.size() == 1:
-            return set()
+    def _keep_whole(self, task: nn.Module) -> None:
+        """Leave a network on every process that is also used between steps; gradients are averaged."""
+        if self.is_global_zero and not self._told:
+            log.info("%s uses its network between steps: all of it stays on every process", type(task).__name__)
+        for parameter in task.parameters() if not self._told else ():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_average_gradient)
+        self._told = True
+
+    def place(self, task: nn.Module, mesh: DeviceMesh) -> None:
+        """Cut a task, and keep the part of this process; no value is looked at, so that it may be on the meta device.
+
+        Args:
+            task: a network, equal on all processes.
+            mesh: of all processes: ``data_parallel`` copies of groups whose ``tensor_parallel`` processes share the
+                experts.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor.parallel import parallelize_module
 
-        from moeapps.moe.parallel import ExpertParallel, ShardedExperts
-
-        for layer in spreadable_layers(task):
-            parallelize_module(layer, share, ExpertParallel())
-        banks = [module for module in task.modules() if isinstance(module, ShardedExperts)]
-        if copies.size() == 1:
-            return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
-        for bank in banks:
-            fully_shard(bank, mesh=copies)
-        return set()
+        apart = _spread_experts(task, mesh) | _scalars(task)
+        device, world = mesh.device_type, mesh.size()
+        if self.rest == "sharded":
+            rest, parts = init_device_mesh(device, (world,), mesh_dim_names=("all",)), world
+        else:  # FSDP2's hybrid form with one shard: whole on every process, gradients averaged
+            rest, parts = init_device_mesh(device, (world, 1), mesh_dim_names=("copies", "shards")), 1
+        # Resharded after each step, so that what lies in `parameters()` between steps is what the optimizer knows.
+        options: dict[str, Any] = {"mesh": rest, "reshard_after_forward": True, "ignored_params": apart}
+        options["shard_placement_fn"] = partial(_cut, parts=parts)
+        for block in self._named_blocks(task):
+            fully_shard(block, **options)
+        fully_shard(task, **options)
 
     def _named_blocks(self, task: nn.Module) -> Iterator[nn.Module]:
         """Modules that a pattern names, inner ones first."""
@@ -183,6 +198,43 @@ class ModelParallel(ModelParallelStrategy):
         for i, optimizer in enumerate(optimizers):
             set_optimizer_state_dict(model, optimizer, states[f"optimizer_{i}"])
         return held | {name: states[name] for name in STATES if name in states}
+
+
+def _spread_experts(task: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Spread the experts, and return the weights that ``fully_shard`` must leave as they are."""
+    copies, share = mesh["data_parallel"], mesh["tensor_parallel"]
+    if share.size() == 1:
+        return set()
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from moeapps.moe.parallel import ExpertParallel, ShardedExperts
+
+    for layer in spreadable_layers(task):
+        parallelize_module(layer, share, ExpertParallel())
+    banks = [module for module in task.modules() if isinstance(module, ShardedExperts)]
+    if copies.size() == 1:
+        return {parameter for bank in banks for parameter in bank.parameters(recurse=False)}
+    for bank in banks:
+        fully_shard(bank, mesh=copies, shard_placement_fn=partial(_cut, parts=copies.size(), sizes=bank.sizes))
+    return set()
+
+
+def _cut(parameter: nn.Parameter, *, parts: int, sizes: Sequence[int] = ()) -> Shard:
+    """Where ``fully_shard`` cuts a parameter: along the first dimension, if that gives every part as much.
+
+    Where it does not (a stack of 8 experts in 64 parts: 56 would have nothing), along the longest that does.
+
+    Args:
+        parameter: to be cut.
+        parts: how many.
+        sizes: first dimensions of what is cut, where that is a part of the parameter already.
+    """
+    from torch.distributed.tensor import Shard
+
+    even = all(size % parts == 0 for size in sizes or parameter.shape[:1])
+    dims = [dim for dim in range(1, parameter.dim()) if parameter.shape[dim] % parts == 0]
+    return Shard(0 if even or not dims else max(dims, key=lambda dim: parameter.shape[dim]))
 
 
 def _scalars(task: nn.Module) -> set[nn.Parameter]:

@@ -57,7 +57,8 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
 
     ``needed_facts`` are the entries of ``facts`` without which nothing can be built, ``facts_from`` says in the error
     which data has them. ``monitor`` chooses best.ckpt if at least ``monitor_minimum`` scorable units (called
-    ``monitor_unit``) lie behind it, see `moeapps.training.selection`.
+    ``monitor_unit``) lie behind it, see `moeapps.training.selection`. ``stays_whole``: the network is used between
+    steps, too, so that no strategy may cut it over processes.
 
     Args:
         facts: plain values from the data module (linked by the command line); ``facts["domains"]`` names the roles.
@@ -79,6 +80,7 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
     monitor_unit: ClassVar[str] = "items"
     needed_facts: ClassVar[tuple[str, ...]] = ()
     facts_from: ClassVar[str] = "those of the task's data module"
+    stays_whole: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
         self.scores: dict[str, DomainScores] = {}
         self.last_records: list[Record] = []
         self.last_answer: Callable[[], Any] | None = None
+        self.last_loss: Tensor | None = None  # of the task alone, of the last training step that had one
         self.last_domain: str | None = None
         self.record_keeps: Collection[Kept] = ()  # what callbacks want of the next test batch's records
         self._last_step = 0
@@ -178,6 +181,7 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
             if out.weight and not (out.labelled is not None and value.isnan()):  # not defined: no label in this batch
                 self.log_train(name, value, out.batch_size)
         if out.weight:
+            self.last_loss = out.loss.detach()
             self.log_train("loss", out.loss, out.batch_size, prog_bar=True)
         self._expect_labels(out.weight)
         optimizers = self.trainer.optimizers
@@ -233,9 +237,19 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
                 "ids to ignore, masks)"
             )
 
+    @property
+    def logs_now(self) -> bool:
+        """Whether loggers (``log_every_n_steps``) or the end of the epoch will read the scalars of this step.
+
+        A call of Lightning's ``log`` costs half a millisecond, and a step of a small network takes ten.
+        """
+        trainer = cast(Any, self.trainer)
+        due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or trainer.fast_dev_run
+        return bool(due and not trainer.barebones)
+
     def log_train(self, name: str, value: Tensor, batch_size: int, *, prog_bar: bool = False) -> None:
-        """Log one training scalar of this step as ``train/<name>``."""
-        if self.trainer.barebones:
+        """Log one training scalar of this step as ``train/<name>``, at the steps whose scalars are kept."""
+        if not self.logs_now:
             return
         self.log(
             f"train/{name}", value.detach(), batch_size=batch_size, prog_bar=prog_bar, on_step=True, on_epoch=False

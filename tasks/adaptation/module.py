@@ -90,6 +90,7 @@ class AdaptationTask(BaseTask):
         *("num_classes", "channels", "image_size", "num_experts", "expert_of", "target"),
     )
     facts_from: ClassVar[str] = "an AdaptationData"
+    stays_whole: ClassVar[bool] = True  # experts are asked, and students adapted, outside of the network's own call
     parts: ClassVar[tuple[str, ...]] = ()
     """Patterns on the names of the parameters that the stage trains."""
     own_adapter: ClassVar[type[Adapter]] = Unadapted
@@ -194,7 +195,7 @@ class AdaptationTask(BaseTask):
             if self.caching and (self._features or self._trainer):  # no trainer, no data to look up
                 z_BED[rows] = self._features_of(number)[images.index[rows].cpu()].to(z_BED)
             else:
-                z_BED[rows] = self._asked(images.image[rows])[0]
+                z_BED[rows] = self._asked(images.image[rows])[0].to(z_BED)  # autocast gives bfloat16
         return self.net.masked(z_BED, self.expert_of[images.domain])
 
     @property

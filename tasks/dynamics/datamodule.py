@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ from typing_extensions import override
 
 from moeapps.data.cache import config_hash
 from moeapps.data.domain import DomainDataModule, Split
+from moeapps.data.gather import BatchDataset
 from moeapps.data.mixing import MixingSampler
-from tasks.dynamics.data.batch import Trajectories, collate_environments
+from tasks.dynamics.data.batch import Trajectories, collate_environments, form_of, join_environments
 from tasks.dynamics.data.families import OdeFamilies
 from tasks.dynamics.data.inputs import environment_of
 from tasks.dynamics.data.source import DynamicsSource
@@ -147,9 +149,9 @@ class DynamicsData(DomainDataModule):
         """Return the environments of one domain and split, one per item."""
         return Environments(self.trajectories(domain, split))
 
-    def collate(self, items: list[Trajectories]) -> Trajectories:
-        """Join environments in the order of their numbers."""
-        return collate_environments(items)
+    def collate(self, items: list[Trajectories] | Trajectories) -> Trajectories:
+        """Join environments in the order of their numbers; what a data set made whole has that order."""
+        return items if isinstance(items, Trajectories) else collate_environments(items)
 
     def _training_loader(self) -> DataLoader[Any]:
         """Return the loader of ``steps_per_epoch`` batches of all environments (or of ``batch_size`` drawn ones)."""
@@ -161,27 +163,36 @@ class DynamicsData(DomainDataModule):
         )
         if self._sampler_state is not None:
             self._sampler.load_state_dict(self._sampler_state)
-        return self._loader(ConcatDataset(parts), self._sampler)
+        wholes = [part.whole for part in parts if isinstance(part, Environments)]
+        one = len(wholes) == len(parts) and len({form_of(whole) for whole in wholes}) == 1
+        return self._loader(Environments(*wholes) if one else ConcatDataset(parts), self._sampler)
 
 
 _EVERY = 1 << 20
 """A batch size that no set of environments reaches."""
 
 
-class Environments(Dataset[Trajectories]):
-    """The environments of a batch, one per item."""
+class Environments(BatchDataset):
+    """Environments one per item; a batch of them is one index into each tensor, in the order of their numbers.
 
-    def __init__(self, whole: Trajectories) -> None:
-        self.whole = whole
+    Args:
+        parts: batches of one form, laid end to end.
+    """
+
+    def __init__(self, *parts: Trajectories) -> None:
+        self.whole = parts[0] if len(parts) == 1 else join_environments(parts)
+        # Environments without a mask of their own make batches without one, whatever others have.
+        counts = torch.tensor([len(part.x) for part in parts])
+        self._masked_S = torch.tensor([part.mask is not None for part in parts]).repeat_interleave(counts)
 
     def __len__(self) -> int:
         return len(self.whole.x)
 
-    def __getitem__(self, index: int) -> Trajectories:
-        """Return one environment as a batch of one."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"environment {index} of {len(self)}")
-        return self.whole.environments(torch.tensor([index]))
+    @override
+    def batch(self, rows: Tensor) -> Trajectories:
+        rows = rows[self.whole.env[rows].argsort(stable=True)]
+        found = self.whole.environments(rows)
+        return found if bool(self._masked_S[rows].any()) else replace(found, mask=None)
 
 
 class EnvironmentSampler(MixingSampler):

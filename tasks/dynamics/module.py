@@ -70,6 +70,7 @@ class DynamicsTask(BaseTask):
         "partition/experts": "experts in use",
     }
     needed_facts: ClassVar[tuple[str, ...]] = ("num_environments", "state_dim", "kind")
+    stays_whole: ClassVar[bool] = True  # the gate is fitted between steps, which average their gradients themselves
     inner_step: Tensor
     skipped: Tensor
 
@@ -158,8 +159,9 @@ class DynamicsTask(BaseTask):
         total = self.with_aux_losses(total, out.batch_size)
         self._descend(total, params, cast(list[LightningOptimizer], self.optimizers())[phase == "model"])
         cast(list[LRScheduler], self.lr_schedulers())[phase == "model"].step()
-        self._log_step(out.loss, out.batch_size)
-        return out.loss.detach()
+        self.last_loss = out.loss.detach()
+        self._log_step(self.last_loss, out.batch_size)
+        return self.last_loss
 
     def phase(self, step: int) -> Phase:
         """Whether step ``step`` is one on the contexts or on the weights."""
@@ -260,8 +262,6 @@ class DynamicsTask(BaseTask):
             )
 
     def _log_step(self, loss: Tensor, num: int) -> None:
-        if int(self.inner_step) % cast(Any, self.trainer).log_every_n_steps:
-            return  # a step takes milliseconds, of which keeping its numbers would be a tenth
         self.log_train("loss", loss, num, prog_bar=True)
         self.log_train("skipped", self.skipped.float(), num)
         self.log_train("lr", torch.tensor(float(self.trainer.optimizers[1].param_groups[0]["lr"])), num)

@@ -13,6 +13,8 @@ from moeapps.data.domain import Split
 from moeapps.data.images.batch import ImageBatch, ImageDataset
 from moeapps.data.mixing import DomainMixing
 from moeapps.data.source import SourceDataModule
+from moeapps.data.stream_writing import StreamPlan
+from tasks.image_diffusion.data import streams
 from tasks.image_diffusion.data.classes import class_numbers
 from tasks.image_diffusion.data.glyph_shapes import GlyphShapes
 from tasks.image_diffusion.data.source import ImageSource
@@ -93,3 +95,7 @@ class ImageData(SourceDataModule):
     def collate(self, items: ImageBatch | list[ImageBatch]) -> ImageBatch:
         """Return the batch: images come whole, except for single ones asked for one by one."""
         return items if isinstance(items, ImageBatch) else ImageBatch.cat(items)
+
+    def stream_plan(self) -> StreamPlan:
+        """Say what ``moeapps data optimize`` writes: latents, in blocks."""
+        return streams.plan(self, self.source)

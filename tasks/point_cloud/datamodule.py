@@ -15,6 +15,8 @@ from torch_geometric.data import Batch
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import DomainDataModule
 from moeapps.data.mixing import MixingSampler
+from moeapps.data.stream_writing import StreamPlan
+from tasks.point_cloud.data import streams
 from tasks.point_cloud.data.dataset import Scan, ScanDataset, collate_scans
 from tasks.point_cloud.data.domains import (
     DOMAINS,
@@ -234,6 +236,10 @@ class PointCloudData(DomainDataModule):
             dataset = self.get_dataset(name, "train")
             assert isinstance(dataset, ScanDataset)
             dataset.clock = sampler
+
+    def stream_plan(self) -> StreamPlan:
+        """Say what ``moeapps data optimize`` writes: the scans of the domains that are read from files."""
+        return streams.plan(self, self.own)
 
     def _check_labels(self) -> None:
         """Say which seen domains have no label in training; without any there is nothing to learn.

@@ -18,13 +18,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from moeapps.moe import LayerFactory
 from tasks.point_cloud.nets.attention import PatchAttention, PositionalConv, apply_layer
 from tasks.point_cloud.nets.geometry import Level, finest_level
+from tasks.point_cloud.nets.mlp import GeluMlp
 from tasks.point_cloud.nets.norm import BatchNorm
 from tasks.point_cloud.nets.serialization import MAX_DEPTH, ORDERS, Order
 from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d
@@ -68,7 +69,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = PatchAttention(dim, head_dim=head_dim, patch_size=patch_size, projection=merge)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = moe(dim) if placement == "mlp" else Mlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
+        self.mlp = moe(dim) if placement == "mlp" else GeluMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_ND: Tensor, level: Level, order: Order) -> Tensor:

@@ -134,14 +134,12 @@ class PointCloudTask(BaseTask):
         Returns:
             For each domain present, the int64 [n] voxels of its scans and their logits [n, C] over its label set.
         """
-        z = self.head.project(self.net(batch))
-        domain = batch.domain[batch.batch]
-        answers = {}
-        for index in torch.unique(batch.domain).tolist():
-            rows, name = torch.nonzero(domain == index).squeeze(1), self.domain_names[index]
-            if len(rows):
-                answers[name] = rows, self.head.classify(z.index_select(0, rows), name)
-        return answers
+        domain_N, row_N = torch.sort(batch.domain[batch.batch], stable=True)
+        indices, counts = torch.unique_consecutive(domain_N, return_counts=True)
+        parts = [(self.domain_names[i], n) for i, n in zip(indices.tolist(), counts.tolist(), strict=True)]
+        logits = self.head.split(self.net(batch).index_select(0, row_N), parts)
+        rows = row_N.split([count for _, count in parts])
+        return {name: (own, found) for (name, _), own, found in zip(parts, rows, logits, strict=True)}
 
     def shared_step(self, batch: Batch, stage: Stage) -> StepOutput:
         """Loss of one batch; in evaluation also predictions of voxels and of the raw points behind them."""

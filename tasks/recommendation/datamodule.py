@@ -11,7 +11,9 @@ from moeapps.data.domain import Split
 from moeapps.data.gather import TableDataset
 from moeapps.data.mixing import DomainMixing, MixingSampler
 from moeapps.data.source import SourceDataModule
+from moeapps.data.stream_writing import StreamPlan
 from moeapps.data.windows import WindowSampler
+from tasks.recommendation.data import streams
 from tasks.recommendation.data.batch import Schema
 from tasks.recommendation.data.inputs import interactions_of, lists_of
 from tasks.recommendation.data.lists import Lists, ListSchema
@@ -64,6 +66,10 @@ class RecommendationData(SourceDataModule):
     def collate(self, items: Any) -> Any:
         """Return the batch: rows come whole, except for single rows asked for one by one."""
         return type(items[0]).cat(items) if isinstance(items, list) else items
+
+    def stream_plan(self) -> StreamPlan:
+        """Say what ``moeapps data optimize`` writes: the rows of the log, in blocks."""
+        return streams.plan(self, self.source)
 
     def train_sampler(
         self, parts: list[Dataset[Any]], rank: int, world_size: int, *, repeat: bool = False

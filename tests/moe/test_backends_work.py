@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeapps.moe.backends import Backend, choose_backend, run, sort_assignments
+from moeapps.moe.backends import Backend, apply, choose_backend, run, sort_assignments, table
 from moeapps.moe.backends.dense import is_dense
-from moeapps.moe.experts import Experts, MLPExperts
+from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
 from moeapps.moe.module_experts import ModuleExperts
 from moeapps.moe.routing import Routing
 from tests.moe.backends_common import D, E, F, K, N, case, elsewhere, random_routing, sentinels
@@ -125,6 +126,13 @@ def choice(experts: Experts, num_rows: int, top_k: int, dtype: torch.dtype = tor
     return choose_backend(experts.to(dtype).feed_forward(), x_ND, sort_assignments(routing))
 
 
+@pytest.fixture
+def _known_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = table.Table((64, 512, 2048), (16, 128), ("gg", "gg", "ss"))
+    monkeypatch.setattr(table, "table_of", lambda *_: known)
+
+
+@pytest.mark.usefixtures("_known_table")
 def test_auto_follows_its_table() -> None:
     assert choice(MLPExperts(4, 64, 256), 4096, 2) == "segments"
     assert choice(MLPExperts(4, 64, 256), 1024, 2) == "grouped_mm"
@@ -152,3 +160,62 @@ def test_equal_counts_alone_are_not_taken_for_every_expert() -> None:
     torch.testing.assert_close(
         run(experts, x_ND, sort_assignments(routing)), run(experts, x_ND, sort_assignments(routing), backend="loop")
     )
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT", "of a processor to come"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_committed_table_has_an_answer_for_every_place_on_every_processor(
+    capability: str, dtype: torch.dtype
+) -> None:
+    known = table.table_of(capability, dtype)
+
+    found = {known.choice(rows=r, width=w) for r in (0.0, 1.0, 7.5, 300.0, 1e9) for w in (1.0, 45.0, 1e6)}
+
+    assert found <= {"segments", "grouped_mm"}
+    places = list(itertools.product(enumerate(known.rows), enumerate(known.widths)))
+    words = [known.choices[i][j] for (i, _), (j, _) in places]
+    assert [known.choice(rows=r, width=w)[0] for (_, r), (_, w) in places] == words
+
+
+def test_a_place_between_two_has_the_answer_of_the_nearer_by_ratio() -> None:
+    known = table.Table((16, 256), (32, 128), ("gg", "gs"))
+
+    assert known.choice(rows=63, width=128) == "grouped_mm"  # 64 is as many times 16 as 256 is times 64
+    assert known.choice(rows=65, width=128) == "segments"
+    assert known.choice(rows=256, width=63) == "grouped_mm"
+
+
+@pytest.mark.parametrize(
+    ("rows", "widths", "choices"),
+    [((), (16,), ()), ((16, 4), (16,), ("g", "g")), ((4, 16), (16,), ("g",)), ((4,), (16, 32), ("gx",))],
+)
+def test_a_table_with_holes_is_refused(
+    rows: tuple[int, ...], widths: tuple[int, ...], choices: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"backend_table writes the table anew"):
+        table.Table(rows, widths, choices)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "glu", "bias"])
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_a_handful_of_rows_without_gradients_gives_what_the_plan_gives_and_makes_none(kind: str, at: Any) -> None:
+    experts = {"mlp": MLPExperts(5, 8, 16), "glu": GLUExperts(5, 8, 16), "bias": MLPExperts(5, 8, 16, bias=True)}[kind]
+    x_ND = torch.randn(3, 8)
+    expert_M = torch.tensor([4, 5, 1, 1, 5, 5])  # 5 is the sentinel; the last row has no expert
+    routing = Routing(torch.arange(6) // 2, expert_M, torch.rand(6), 3, 5, top_k=2)
+
+    with torch.no_grad(), Calls() as calls:
+        few = apply(experts, x_ND, routing, weight_at=at)
+    planned = run(experts, x_ND, sort_assignments(routing), backend="loop", weight_at=at)
+
+    torch.testing.assert_close(few, planned)
+    assert torch.equal(few[2], torch.zeros(8))
+    assert calls.count("sort", "index_add", "index_select") == 0
+    assert calls.count("mm", "addmm") == 6
+
+
+def test_a_handful_of_rows_to_an_expert_that_is_not_there_is_refused() -> None:
+    routing = Routing(torch.tensor([0]), torch.tensor([7]), torch.ones(1), 1, 5, top_k=1)
+
+    with torch.no_grad(), pytest.raises(ValueError, match="names expert 7"):
+        apply(MLPExperts(5, 8, 16), torch.randn(1, 8), routing)

@@ -28,7 +28,7 @@ from moeapps.moe import (
     TopK,
     TopP,
 )
-from moeapps.moe.backends.auto import THRESHOLDS, Thresholds
+from moeapps.moe.backends import auto
 from moeapps.moe.fast.static import segments_static
 from moeapps.moe.reference import reference_layer
 from tests.moe.chooser_common import CHOOSERS
@@ -53,7 +53,7 @@ def rows(num: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.fixture
 def _auto_takes_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(THRESHOLDS, "cpu", Thresholds(work=0, shared_work=0, stack_bytes=0))
+    monkeypatch.setattr(auto, "THRESHOLDS", auto.Thresholds(dense_work=0, shared_work=0, stack_bytes=0))
 
 
 @pytest.mark.usefixtures("_auto_takes_segments")

@@ -107,6 +107,21 @@ def test_derivatives_of_normalised_experts_that_read_their_own_output(norm: Any,
         assert apart(some, expected) < 1e-8
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("activation", ["silu", "relu", "identity"])
+def test_normalised_experts_answer_without_gradients_what_they_answer_with(norm: Any, activation: Any) -> None:
+    bank = NormalisedExperts(4, D, D, norm=norm, activation=activation, reads=(0, 0, 2, 1)).double()
+    x = torch.randn(3, 9, D, dtype=torch.float64)
+    bank.every(x)  # running statistics that are not those of the start
+    kept = x.clone()
+
+    with torch.no_grad():
+        found = bank.eval().every(x)
+
+    torch.testing.assert_close(found, bank.every(x))
+    assert torch.equal(x, kept)
+
+
 def test_runs_in_the_precision_of_autocast() -> None:
     x, weight = torch.randn(2, 8, 4), torch.randn(4, 4, 5, requires_grad=True)
 

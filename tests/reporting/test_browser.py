@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from moeapps.cli import main
-from tests.reporting.made_runs import tone, write, write_run, write_scan
+from tests.reporting.made_runs import layer, tone, write, write_run, write_scan
 
 pytestmark = pytest.mark.slow
 NEEDED = (
@@ -26,7 +26,8 @@ NEEDED = (
 def address(tmp_path_factory):
     """A page of three systems: with scans, with clips, and two runs of one without a gallery."""
     folder = tmp_path_factory.mktemp("page")
-    scans = write_run(folder / "scans", system="point_moe", task="tasks.point_cloud.module.PointCloudTask")
+    many = {"net.blocks.0.ffn": layer([[25.0] * 40] * 4, 0.0)}  # a table wider than a phone
+    scans = write_run(folder / "scans", system="point_moe", task="tasks.point_cloud.module.PointCloudTask", layers=many)
     write_scan(scans / "gallery" / "north.npz")
     clips = write_run(folder / "clips", system="unimoe_audio", task="tasks.audio.module.AudioTask")
     tone(clips / "samples" / "test" / "north-0.wav", 0.4)
@@ -102,7 +103,11 @@ def complaints(browser):
 
 
 def test_every_tab_shows_its_drawings_and_the_console_stays_silent(page):
-    assert [one.text for one in shown(page, "main > section > .tiles h3")] == ["point_moe", "unimoe_audio", "toy"]
+    assert [one.text for one in shown(page, "main > section > .tiles h3")] == [
+        "Point-MoE point_moe",
+        "UniMoE-Audio unimoe_audio",
+        "toy",
+    ]
     for number in range(3):
         press(page, f"#tab-system-{number}")
         until(page, lambda: shown(page, ".plot .main-svg, .plot canvas"))

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from moeapps.cli import main
+from moeapps.reporting.page import curve_plots, rounded
+from moeapps.reporting.view import group, read_run
 from tests.reporting.made_runs import DOMAINS, layer, tone, write, write_run, write_scan
 
 HOSTILE = "<script>alert(1)</script>\"'{{7*7}}&</style>"
@@ -87,7 +89,10 @@ def test_the_first_screen_says_who_won_and_what_experts_learned(tmp_path):
     system = write_run(tmp_path / "moe")
     twin = write_run(tmp_path / "dense", name="dense", scores=(0.82, 0.8, 0.65, 0.5), layers={})
     _, read = page(tmp_path, system, twin)
-    assert "In 1 of 2 MoE layers the experts specialise, most by domain (46 % of it told" in read.words
+    assert (
+        "In 1 of 2 MoE layers the experts specialise, most by domain in layer 2: the expert tells 46 % of it"
+        in read.words
+    )
     assert "est on seen domains: toy/dense (one seed decides nothing)" in read.words
     assert "best on validation, unseen domains: toy/base (one seed decides nothing)" in read.words
 
@@ -218,7 +223,49 @@ def test_a_run_without_the_metric_is_told_and_the_others_are_shown(tmp_path):
 def test_systems_may_be_mixed(tmp_path):
     _, read = page(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", system="other"))
     assert "2 runs of 2 systems" in read.words
-    assert read.words.count("Who won where") == 2
+    assert read.words.count("Scores by domain") == 2
+    assert "Who won where" not in read.words  # one variant each: nobody won
+
+
+def test_a_system_is_called_by_its_published_name(tmp_path):
+    told = write_run(tmp_path / "told", system="told")
+    write(told / "run.json", {"system": "told", "about": "ToLD: experts that tell."})
+    sentence = write_run(tmp_path / "said", system="said")
+    write(sentence / "run.json", {"system": "said", "about": "experts that say something and no name"})
+    old = write_run(tmp_path / "old", system="home")  # its run.json says nothing, yet its config is at hand
+    unknown = write_run(tmp_path / "unknown", system="nowhere")
+    runs = [read_run(folder) for folder in (told, sentence, old, unknown)]
+    assert [(one.title, one.about) for one in group(runs)] == [
+        ("ToLD", "experts that tell"),
+        ("said", "experts that say something and no name"),
+        ("HoME", "a hierarchy of multi-gate experts ranks for six behaviours at once"),
+        ("nowhere", ""),
+    ]
+    _, read = page(tmp_path, told, old)
+    assert "ToLD told Experts that tell." in read.words
+    assert "HoME home" in read.words
+
+
+def test_a_long_sentence_is_shown_whole(tmp_path):
+    names = [f"{'a_long_name_of_a_domain_' * 6}{k}" for k in range(4)]
+    folder = write_run(tmp_path / "a", domains=dict(zip(names, DOMAINS.values(), strict=True)))
+    sentence = read_run(folder).finding.sentence
+    assert len(sentence) > 400
+    assert sentence in page(tmp_path, folder)[1].words
+
+
+def test_one_validation_is_no_curve(tmp_path):
+    folder = write_run(tmp_path / "a")
+    write(folder / "metrics.csv", "step,train/loss,val/seen/accuracy\n0,2.5,\n1,1.5,\n1,,0.5\n")
+    assert [plot.title for plot in curve_plots(read_run(folder))] == ["Training loss"]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [(0.02038, -0.0137, 0.0204, "0.020"), (-0.0001, -0.0137, 0.02, "0.000"), (12.4, 0.0, 31.0, "12"), (1, 1, 1, "1.0")],
+)
+def test_numbers_of_a_shaded_table_have_two_digits_of_the_largest(value, low, high, text):
+    assert rounded(value, low, high) == text
 
 
 @pytest.mark.parametrize(

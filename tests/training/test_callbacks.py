@@ -8,13 +8,15 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from rich.console import Console
 
 from moeapps.commands.run import run
-from moeapps.moe import LinearScore, Router, TopK
+from moeapps.moe import Dense, LinearScore, MLPExperts, MoELayer, MoERecorder, Router, TopK
 from moeapps.moe.experts import GLUExperts
 from moeapps.moe.presets import compose, dense, point_moe, top_k_router
 from moeapps.training.callbacks import AveragedWeights, BiasBalancing, ProgressLines, progress_bar
@@ -54,6 +56,21 @@ def test_validation_logs_the_documented_routing_keys() -> None:
 
     keys = set(done.trainer.callback_metrics)
     assert {f"moe/net.moe/{key}" for key in ("load_cv", "entropy", "dead", "mi_domain")} <= keys
+
+
+@pytest.mark.parametrize(("chooser", "always"), [(TopK(2), False), (Dense(), True)])
+def test_the_file_says_whether_every_expert_always_works(chooser: Any, always: bool) -> None:
+    layer = MoELayer(Router(LinearScore(4, 3), chooser), MLPExperts(3, 4, 8))
+    with MoERecorder(layer) as recorder:
+        layer(torch.randn(10, 4))
+    monitor = RoutingMonitor(figures=False)
+    monitor._domains = ["a"]
+
+    monitor.on_validation_batch_end(
+        cast(Any, None), cast(Any, SimpleNamespace(last_records=recorder.records, last_domain="a"))
+    )
+
+    assert (recorder.records[0].name in monitor._always) is always
 
 
 def test_report_of_a_table_with_known_answers() -> None:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from moeapps.moe import GLUExperts, JoinedExperts, LinearScore, MLPExperts, MoELayer, Router, TopK
 from moeapps.moe.surgery import one_process_state
+from moeapps.training import parallel
 from moeapps.training.parallel import ModelParallel, spreadable_layers
 from moeapps.training.placement import split_by_mesh
 from tests.toy import ToyData, ToyNet, ToyTask
@@ -71,3 +74,39 @@ def test_groups_of_parameters_on_one_device_stay_as_they_are() -> None:
     groups = [{"params": list(nn.Linear(2, 2).parameters()), "name": "default", "lr": 0.1}]
 
     assert split_by_mesh(groups) == groups
+
+
+def test_a_network_that_is_used_between_steps_stays_whole(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its gradients are averaged once, however often it is placed (for the fit, then for the test)."""
+    three_processes = SimpleNamespace(
+        broadcast=lambda tensor, source: None, all_reduce=lambda tensor: tensor.mul_(6), get_world_size=lambda: 3
+    )
+    monkeypatch.setattr(parallel, "dist", three_processes)
+    monkeypatch.setattr(ToyTask, "stays_whole", True)
+    strategy = ModelParallel()
+    strategy.parallel_devices = [torch.device("cpu")]
+    strategy.cluster_environment = LightningEnvironment()
+    task = ToyTask(net=ToyNet(), facts=ToyData().facts)
+    alone = copy.deepcopy(task)
+    with caplog.at_level("INFO", logger="moeapps"):
+        for _ in range(2):
+            strategy.spread(task)
+
+    for module in (task, alone):
+        sum(p.square().sum() for p in module.parameters()).backward()
+    for ours, wanted in zip(task.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, 2 * wanted.grad)
+        assert type(ours) is nn.Parameter
+    assert [record.message for record in caplog.records] == [
+        "ToyTask uses its network between steps: all of it stays on every process"
+    ]
+
+
+def test_systems_that_use_their_network_between_steps_say_so() -> None:
+    from tasks.adaptation.module import AdaptationTask
+    from tasks.dynamics.module import DynamicsTask
+
+    assert AdaptationTask.stays_whole
+    assert DynamicsTask.stays_whole

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs: one table of thresholds, and what each backend cannot do."""
+"""Which backend runs: what was measured, and what each backend cannot do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from moeapps.moe.backends import table
 from moeapps.moe.backends.dense import dense, is_dense
+from moeapps.moe.backends.few import MAX_ASSIGNMENTS, few_rows
 from moeapps.moe.backends.grouped_mm import grouped_mm, grouped_mm_refusal, grouped_mm_static
 from moeapps.moe.backends.loop import loop
 from moeapps.moe.backends.onehot import onehot
@@ -30,25 +32,24 @@ Choice = Literal["loop", "segments", "grouped_mm", "onehot", "dense"]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on ``segments`` is at least as fast as ``grouped_mm``; either condition is enough.
+    """What decides on the CPU beside the measured table (``table.py``).
 
     Attributes:
-        work: Multiply-adds of the first layer per busy expert. Below it the calls of Python cost more than they save.
-        shared_work: The same where torch has several threads. ``segments`` gives whole experts to each; ``grouped_mm``
-            lets all threads meet in every product, which on a busy machine takes many times longer.
+        dense_work: Multiply-adds of the first layer per expert, below which rows that all choose every expert are
+            computed without dispatch.
+        shared_work: Multiply-adds of the first layer per busy expert, from which ``segments`` is taken where torch has
+            several threads: it gives whole experts to each; ``grouped_mm`` lets all threads meet in every product,
+            which on a busy machine takes many times longer.
         stack_bytes: Size of the first layer of the whole bank, from which fresh gradients cost more in page faults than
             in arithmetic; ``segments`` asks for huge pages.
     """
 
-    work: float
+    dense_work: float
     shared_work: float
     stack_bytes: float
 
 
-# Measured on the CPU by `python -m benchmarks.core` (rows of both backends side by side). Elsewhere grouped_mm has no
-# loop over experts on the host, and is preferred wherever it can run.
-THRESHOLDS: dict[str, Thresholds] = {"cpu": Thresholds(work=2e7, shared_work=4e6, stack_bytes=32 << 20)}
-_ELSEWHERE = Thresholds(work=float("inf"), shared_work=float("inf"), stack_bytes=float("inf"))
+THRESHOLDS = Thresholds(dense_work=2e7, shared_work=4e6, stack_bytes=32 << 20)
 
 
 def apply(
@@ -62,7 +63,8 @@ def apply(
 ) -> Tensor:
     """Apply a bank to a sparse routing: ``y[t] = sum over m with target t of w_m E_m(x[row_m])``.
 
-    Usually that is ``run`` with the plan of the routing, which takes the counts to the host once. Three cases do
+    Usually that is ``run`` with the plan of the routing, which takes the counts to the host once. A handful of rows
+    without gradients needs no plan (``few_rows``). Three cases do
     without the host (``static``): a traced call (``torch.compile(fullgraph=True)``, ``torch.export``), whose graph must
     not depend on what was routed; bfloat16 on CUDA, where waiting for the counts would leave the device idle; and
     ``torch.func.vmap`` over routings, which differ from sample to sample: there every expert runs on every row.
@@ -97,7 +99,25 @@ def apply(
         if backend not in ("auto", "loop"):
             raise ValueError(f"backend={backend!r} cannot run here: {_NO_VMAP}; use backend='auto' or 'loop'.")
         return every_expert(experts, x_ND, routing, side=side, at_input=weight_at == "input")
+    elif backend == "auto" and not side and routing.expert_M.shape[0] <= MAX_ASSIGNMENTS:
+        y = _apply_few(experts, x_ND, routing, weight_at)
+        if y is not None:
+            return y
     return run(experts, x_ND, plan_of(routing), side=side, backend=backend, weight_at=weight_at)
+
+
+def _apply_few(
+    experts: Experts | FeedForward, x_ND: Tensor, routing: Routing, weight_at: Literal["output", "input"]
+) -> Tensor | None:
+    """The output of a handful of rows without a plan, or None where it cannot be had so."""
+    if torch.is_grad_enabled() or routing.top_k is None or routing.target_M is not None or is_transformed():
+        return None
+    _check(experts, x_ND, routing, "auto", weight_at)
+    ffn = experts.feed_forward()
+    if ffn is None:
+        return None
+    ffn, x_ND = _autocast(ffn, x_ND)
+    return few_rows(ffn, x_ND, routing, at_input=weight_at == "input")
 
 
 def _apply_static(
@@ -175,21 +195,28 @@ def choose_backend(ffn: FeedForward | None, x_ND: Tensor, plan: Plan) -> Choice:
 
     ``loop`` serves whatever is not a stacked two-layer bank, float64 (reference accuracy) and transforms that a custom
     function does not support (``torch.func``, forward mode). One expert, and few rows that all choose every expert,
-    need no dispatch. Otherwise the work per busy expert decides. ``ffn`` is None for a bank without stacked weights.
+    need no dispatch. On the CPU a table of rows per busy expert and width decides, measured per instruction set;
+    elsewhere ``grouped_mm`` has no loop over experts on the host, and is preferred wherever it can run. ``ffn`` is None
+    for a bank without stacked weights.
     """
     if ffn is None or x_ND.dtype == torch.float64 or is_transformed():
         return "loop"
-    thresholds = THRESHOLDS.get(x_ND.device.type, _ELSEWHERE)
-    busy = plan.num_experts - plan.counts.count(0)
-    work = thresholds.work if torch.get_num_threads() == 1 else thresholds.shared_work
-    heavy = (
-        plan.num_assignments * ffn.w_in[0].numel() >= work * max(busy, 1)
-        or ffn.w_in.numel() * ffn.w_in.element_size() >= thresholds.stack_bytes
-    )
-    if (plan.num_experts == 1 or not heavy) and is_dense(plan):
+    work = plan.num_assignments * ffn.w_in[0].numel() / max(plan.num_experts - plan.counts.count(0), 1)
+    if (plan.num_experts == 1 or work < THRESHOLDS.dense_work) and is_dense(plan):
         return "dense"
+    heavy = x_ND.device.type == "cpu" and _prefers_segments(ffn, work, x_ND.dtype)
     preferred: tuple[Choice, ...] = ("segments", "grouped_mm") if heavy else ("grouped_mm", "segments")
     return next((name for name in preferred if _refusal(name, ffn, x_ND) is None), "loop")
+
+
+def _prefers_segments(ffn: FeedForward, work: float, dtype: torch.dtype) -> bool:
+    """Whether ``segments`` is the faster one on the CPU, at ``work`` multiply-adds per busy expert."""
+    if ffn.w_in.numel() * ffn.w_in.element_size() >= THRESHOLDS.stack_bytes:
+        return True
+    if torch.get_num_threads() > 1 and work >= THRESHOLDS.shared_work:
+        return True
+    weights = ffn.w_in[0].numel()
+    return table.preferred(work / weights, weights, dtype) == "segments"
 
 
 def _check(experts: Experts | FeedForward, x_ND: Tensor, plan: Plan | Routing, backend: str, weight_at: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from copy import copy
 from typing import get_args
 
 import torch
@@ -19,6 +19,13 @@ from moeapps.moe.routers.score import Features, Score
 from moeapps.moe.routing import AnyRouting, Routing
 
 Adjust = Callable[[Tensor, Features], Tensor]
+
+
+def completed(routing: AnyRouting, state: object, features_ND: Tensor | None) -> AnyRouting:
+    """As ``dataclasses.replace`` of the two, without checking again what has not changed."""
+    same = copy(routing)
+    vars(same).update(state=state, features_ND=features_ND)
+    return same
 
 
 class RouterBase(nn.Module):
@@ -194,4 +201,4 @@ class Router(RouterBase):
             routing: AnyRouting = self.choose(logits, token_mask=token_mask, group=group)
             if self.capacity is not None and isinstance(routing, Routing):
                 routing = self.capacity(routing)
-        return replace(routing, state=state, features_ND=features if isinstance(features, Tensor) else None)
+        return completed(routing, state, features if isinstance(features, Tensor) else None)

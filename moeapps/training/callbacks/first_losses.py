@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from moeapps.training.task import BaseTask
 
 
 class FirstLosses(L.Callback):
@@ -42,8 +44,8 @@ class FirstLosses(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._whole and len(self.losses) < self.steps:
-            loss = trainer.callback_metrics.get("train/loss")  # of the task alone
-            self.losses += [] if loss is None else [loss.detach().clone()]
+            loss = cast(BaseTask, pl_module).last_loss
+            self.losses += [] if loss is None else [loss.clone()]
 
     def describe_results(self) -> dict[str, dict[str, float]]:
         """Return the numbers for the summary of the results file."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -17,7 +18,7 @@ from moeapps.moe.metrics import dead_fraction, load, load_cv, mutual_information
 from moeapps.moe.objectives import counted_rows
 from moeapps.moe.ranks import sum_over_ranks, sums_of_all_ranks
 from moeapps.moe.record import Record
-from moeapps.moe.routing import Routing
+from moeapps.moe.routing import DenseRouting, Routing
 from moeapps.training.callbacks.side import SideReport
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
@@ -70,6 +71,7 @@ class RoutingMonitor(SideReport):
         self.figures = figures
         self.min_mean_load = min_mean_load
         self._layers: dict[str, _Layer] = {}
+        self._always: set[str] = set()
         self._train: dict[str, Tensor] = {}
         self._domains: list[str] = []
         self._warned = False
@@ -109,6 +111,8 @@ class RoutingMonitor(SideReport):
             if record.name not in self._layers:
                 table_SE = work_E.new_zeros(len(self._domains), len(work_E))
                 self._layers[record.name] = _Layer(table_SE, work_E.new_zeros(()), work_E.new_zeros(()))
+            if isinstance(record.routing, DenseRouting):
+                self._always.add(record.name)
             layer = self._layers[record.name]
             layer.table_SE[self._domains.index(str(task.last_domain))] += work_E
             entropy, rows = routing_entropy(record)
@@ -134,6 +138,7 @@ class RoutingMonitor(SideReport):
         result: dict[str, dict[str, Any]] = {}
         for name, layer in self._layers.items():
             result[name] = layer_report(layer.table_SE, layer.entropy / layer.rows.clamp_min(1.0))
+            result[name]["always"] = name in self._always  # every expert works on every row, whatever is routed
             for key in ("load_cv", "entropy", "dead", "mi_domain"):
                 prefix = "moe" if stage == "val" else "moe_test"
                 pl_module.log(f"{prefix}/{name}/{key}", result[name][key], batch_size=1, sync_dist=True)
@@ -173,6 +178,8 @@ class RoutingMonitor(SideReport):
             self._warned = True
 
     def _draw(self, trainer: L.Trainer, result: dict[str, dict[str, Any]], stage: str) -> None:
+        from PIL import Image
+
         from moeapps.reporting.figures import save_figure
         from moeapps.reporting.routing import routing_figure
 
@@ -180,10 +187,13 @@ class RoutingMonitor(SideReport):
         if folder is None:
             return
         figure = routing_figure({name: report["work"] for name, report in result.items()}, self._domains)
-        save_figure(figure, folder / "figures" / f"routing_{stage}.png")
+        path = folder / "figures" / f"routing_{stage}.png"
+        save_figure(figure, path)
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-                logger.experiment.add_figure(f"routing/{stage}", figure, trainer.global_step, close=False)
+                with Image.open(path) as drawn:  # once: the file holds what TensorBoard would draw
+                    image = np.asarray(drawn.convert("RGB"))
+                logger.experiment.add_image(f"routing/{stage}", image, trainer.global_step, dataformats="HWC")
 
 
 def layer_report(table_SE: Tensor, entropy: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
+from moeapps.commands.listing import first_comment
 from moeapps.data.mixing import fold
 from moeapps.files import write_json
 from moeapps.training.callbacks.finite import DivergedError
@@ -274,6 +276,8 @@ class SaveRun(SaveConfigCallback):
         # A test of an earlier run's checkpoint reports the time of that run's training.
         known = json.loads((folder / "run.json").read_text()) if folder is not None and _has_run(folder) else {}
         self.times = {key: known[key] for key in ("fit_seconds", "fit_cpu_seconds") if key in known}
+        # The config of an earlier run has no comments: what its first config said is kept.
+        self.about = str(known.get("about") or comment_of(self.config.get("config") or ()))
         # Only a fit goes on from a checkpoint; a test of the run tells what its fit did.
         fitting = stage == "fit" or trainer.state.fn == "fit"
         self.continued = self.config.get("ckpt_path") if fitting else known.get("continued_from")
@@ -306,6 +310,7 @@ class SaveRun(SaveConfigCallback):
         return {
             "system": config.get("system"),
             "name": config.get("name"),
+            "about": self.about,
             "seed": config.get("seed_everything"),
             "seeds": seeds_of({key: config.get(key) for key in ("seed_everything", "model", "data")}),
             "config_hash": config_hash(config),
@@ -317,13 +322,23 @@ class SaveRun(SaveConfigCallback):
         }
 
     def describe_run(self) -> dict[str, Any]:
-        """Return system, name, seeds, hashes of the config, commit, versions, machine and, after training, its time.
+        """Return what run.json says: names, seeds, hashes of the config, versions, machine and the time of training.
 
+        ``about`` is the first comment line of the first config, which names the system and says what it is.
         ``commit`` is that of moeapps; ``packages`` has version and commit of the user's own packages.
         ``continued_from`` is the checkpoint that a resumed training went on from, None for one from the start.
         """
         continued = None if self.continued is None else str(self.continued)
         return {**self.facts, "continued_from": continued, **self.times}
+
+
+def comment_of(configs: Sequence[Any]) -> str:
+    """The first comment line of the first file after ``--config``, which says what the system is; else empty."""
+    first = next(iter(configs), None)
+    try:
+        return "" if first is None else first_comment(Path(getattr(first, "absolute", str(first))))
+    except (OSError, ValueError):  # YAML in place of a file, or a file that went away
+        return ""
 
 
 def program() -> str:

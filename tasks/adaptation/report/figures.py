@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from moeapps.text import figure_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def attention_figure(share: Sequence[Sequence[float]], domains: Sequence[str], experts: Sequence[str]) -> Figure:
@@ -21,6 +23,8 @@ def attention_figure(share: Sequence[Sequence[float]], domains: Sequence[str], e
         domains: their names.
         experts: names of the experts.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2.5 + 0.5 * len(experts), 1.6 + 0.26 * len(domains)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(np.asarray(share), vmin=0.0, cmap="viridis", aspect="auto")
@@ -39,6 +43,8 @@ def gain_figure(scores: Mapping[str, tuple[float, float]], metric: str) -> Figur
         scores: domain -> after, before.
         metric: its name.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.0, 1.2 + 0.26 * len(scores)), layout="constrained")
     axis = figure.subplots()
     for place, (after, before) in enumerate(scores.values()):
@@ -85,6 +91,8 @@ def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, i
         names: of the classes.
     """
     columns = max(1, *(len(items) for items in changed.values()))
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.1 * columns, 1.6 * len(changed)), layout="constrained")
     axes = figure.subplots(len(changed), columns, squeeze=False)
     said = [figure_text(name) for name in names]

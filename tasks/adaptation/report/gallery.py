@@ -29,7 +29,8 @@ def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
     if not shares:
         return []
     experts = [name or str(number) for number, name in enumerate(raw["experts"])]
-    return [ExpertTable(next(iter(layers)), "domain", list(shares), list(shares.values()), experts, rows=math.inf)]
+    layer, work = next(iter(layers)), list(shares.values())
+    return [ExpertTable(layer, "domain", list(shares), work, experts, rows=math.inf, always=True)]
 
 
 def gallery(folder: Path) -> list[Room]:

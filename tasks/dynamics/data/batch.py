@@ -63,25 +63,33 @@ class Trajectories(Rows):
         return replace(self, x=self.x[:, part], mask=mask, num_support=0)
 
 
+def form_of(batch: Trajectories) -> tuple[tuple[int, ...], int, int]:
+    """Trajectories, samples and state size, support and given samples: the same in all environments of a batch."""
+    return tuple(batch.x.shape[1:]), batch.num_support, batch.num_given
+
+
+def join_environments(parts: Sequence[Trajectories]) -> Trajectories:
+    """Lay batches of one form end to end; one of them without a mask counts as whole where another has one."""
+    mask = None
+    if any(part.mask is not None for part in parts):
+        whole = [torch.ones(part.x.shape[:3], dtype=torch.bool) if part.mask is None else part.mask for part in parts]
+        mask = torch.cat(whole)
+    joined = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in ("x", "dt", "env", "family", "scale")
+    }
+    return Trajectories(**joined, mask=mask, num_support=parts[0].num_support, num_given=parts[0].num_given)
+
+
 def collate_environments(items: Sequence[Trajectories]) -> Trajectories:
     """Join environments (items of S = 1) into one batch, in the order of ``env`` and else as they come.
 
     Raises:
         ValueError: they differ in number of trajectories, samples or state size, or in what of them is given.
     """
-    kinds = {(tuple(item.x.shape[1:]), item.num_support, item.num_given) for item in items}
+    kinds = {form_of(item) for item in items}
     if len(kinds) > 1:
         raise ValueError(
             f"environments of one batch differ in (trajectories, samples, state size), support or given samples: "
             f"{sorted(kinds)}; give each batch environments of one form"
         )
-    order = sorted(range(len(items)), key=lambda i: int(items[i].env[0]))
-    items = [items[i] for i in order]
-    mask = None
-    if any(item.mask is not None for item in items):
-        full = torch.ones(items[0].x.shape[:3], dtype=torch.bool)
-        mask = torch.cat([full if item.mask is None else item.mask for item in items])
-    joined = {
-        name: torch.cat([getattr(item, name) for item in items]) for name in ("x", "dt", "env", "family", "scale")
-    }
-    return Trajectories(**joined, mask=mask, num_support=items[0].num_support, num_given=items[0].num_given)
+    return join_environments(sorted(items, key=lambda item: int(item.env[0])))

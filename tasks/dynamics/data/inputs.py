@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from moeapps.data.images.arrays import read_array
 from tasks.dynamics.data.batch import Trajectories
-from tasks.dynamics.data.readers.csv_format import read_csv
 from tasks.dynamics.data.source import increment_scale
 
 
@@ -75,6 +74,8 @@ def _read(inputs: Any) -> tuple[NDArray[Any], float]:
     if not path.is_file() or path.suffix.lower() not in (".npy", ".csv"):
         raise ValueError(f"{path}: no such file of .npy or .csv; give one, or an array [N, T, D]")
     if path.suffix.lower() == ".csv":
+        from tasks.dynamics.data.readers.csv_format import read_csv  # pyarrow, which a training on arrays never needs
+
         held = read_csv(path)
         longest = max(len(part) for part in held.series)
         padded = [np.pad(part, ((0, longest - len(part)), (0, 0)), constant_values=np.nan) for part in held.series]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moeapps.moe import Partition
@@ -156,6 +155,8 @@ def optimal_assignment(costs: Tensor) -> Tensor:
     Returns:
         int64 [E], a permutation.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second, and a gate without clusters never asks
+
     experts = linear_sum_assignment(costs.double().cpu().numpy())[1]
     return torch.as_tensor(experts, device=costs.device)
 

@@ -210,6 +210,8 @@ def _panels(title: str, count: int, height: float, width: float | None = None) -
     for axis in axes[:count]:
         axis.tick_params(labelsize=7, colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
+        if count > 1:  # small panels: most of the time of a figure is that of its ticks
+            axis.locator_params(nbins=4)
     return figure, axes[:count]
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classify points against class names: one head for all label sets.
 
-Shape legend: N voxels, D width, C classes of one domain, V names of the vocabulary.
+Shape legend: N voxels, M those of one domain, D width, T of text space, C classes of
+one domain, V names of the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.point_cloud.nets.text import TextVectors, normalise_name
+
+_SHORTEST = 1e-12
+"""Shorter vectors are divided by this, as ``torch.nn.functional.normalize`` does."""
 
 
 class LanguageHead(nn.Module):
@@ -63,21 +66,31 @@ class LanguageHead(nn.Module):
         # Not in the state dict: made from names at construction, so a checkpoint may answer in new label sets.
         self.register_buffer("text_VD", text.encode(vocabulary), persistent=False)
 
-    def project(self, features_ND: Tensor) -> Tensor:
-        """Unit vectors z in text space: [N, text.dim], to match against any label set."""
-        return F.normalize(self.linear(features_ND), dim=-1)
+    def forward(self, features_ND: Tensor, domain: str) -> Tensor:
+        """Logits over the label set of ``domain``: [N, D] -> [N, C]."""
+        (logits_NC,) = self.split(features_ND, [(domain, len(features_ND))])
+        return logits_NC
 
-    def classify(self, z_ND: Tensor, domain: str) -> Tensor:
-        """Logits of projected points over the label set of ``domain``: [N, C].
+    def split(self, features_ND: Tensor, parts: Sequence[tuple[str, int]]) -> list[Tensor]:
+        """Logits of consecutive rows, part by part: those of `forward`.
+
+        Text space is far wider than features and label sets, so nothing but the projection is as wide: its length and
+        the scale are factors of the logits, and parts are cut from it, not gathered.
+
+        Args:
+            features_ND: rows, those of one domain after those of another.
+            parts: domain and number of rows of each part, N in all.
 
         Raises:
             ValueError: Unknown domain.
         """
-        if domain not in self.columns:
-            raise ValueError(f"no label set for domain {domain!r}: the head knows {', '.join(self.columns)}")
-        logits_NC: Tensor = self.log_scale.exp() * z_ND @ self.text_VD[self.columns[domain]].T
-        return logits_NC
-
-    def forward(self, features_ND: Tensor, domain: str) -> Tensor:
-        """Logits over the label set of ``domain``: [N, D] -> [N, C]."""
-        return self.classify(self.project(features_ND), domain)
+        for domain, _ in parts:
+            if domain not in self.columns:
+                raise ValueError(f"no label set for domain {domain!r}: the head knows {', '.join(self.columns)}")
+        y_NT = self.linear(features_ND)
+        factor_N1 = self.log_scale.exp() / torch.linalg.vector_norm(y_NT, dim=1, keepdim=True).clamp_min(_SHORTEST)
+        rows = [rows for _, rows in parts]
+        return [
+            (y_MT @ self.text_VD[self.columns[domain]].T) * factor_M1
+            for (domain, _), y_MT, factor_M1 in zip(parts, y_NT.split(rows), factor_N1.split(rows), strict=True)
+        ]

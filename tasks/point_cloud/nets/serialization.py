@@ -82,7 +82,9 @@ def hilbert_encode(grid_N3: Tensor, depth: int = MAX_DEPTH) -> Tensor:
         ValueError: As `z_encode`.
     """
     _check(grid_N3, depth)
-    axes = list(grid_N3.unbind(1))
+    if grid_N3.numel():  # levels that all voxels share in threes change nothing
+        depth -= max(depth - max(int(grid_N3.max()).bit_length(), 1), 0) // 3 * 3
+    axes = list(grid_N3.to(torch.int32).unbind(1))  # 16 bits at most
     for level in range(depth - 1, 0, -1):
         low = (1 << level) - 1
         for i in range(3):
@@ -96,7 +98,7 @@ def hilbert_encode(grid_N3: Tensor, depth: int = MAX_DEPTH) -> Tensor:
     parity = torch.zeros_like(axes[2])
     for level in range(depth - 1, 0, -1):
         parity = parity ^ (-((axes[2] >> level) & 1) & ((1 << level) - 1))
-    x, y, z = (axis ^ parity for axis in axes)
+    x, y, z = ((axis ^ parity).long() for axis in axes)
     return (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
 
 

@@ -5,13 +5,15 @@ Shape legend: N voxels, M pairs of neighbours, C channels in, O channels out, T 
 
 Most taps of most voxels are empty (a scan is a surface in space), so the work is done pair by pair: for each tap the
 rows that have that neighbour are gathered, multiplied by the tap's matrix and added to their voxel. Measured on one
-thread at 12k voxels and C = 64 this takes a sixth of a gather over all 27 taps and a twentieth of im2col.
+thread at 12k voxels and C = 64 this takes a sixth of a gather over all 27 taps and a twentieth of im2col. Wide features
+on a CPU are worked on block by block (tap_blocks.py).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +21,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moeapps.moe.derivatives import first_gradients, needs_operations
+from tasks.point_cloud.nets import tap_blocks
 
 _BITS = 17  # per axis: 16 bits of coordinate and room for the kernel's reach
+_WIDE = 16  # channels from which on sorting the pairs costs less than it saves
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,18 @@ class NeighbourTable:
         kernel_size: odd edge length of the kernel in voxels.
         num_rows: N.
         taps: for each tap (row-major over dx, dy, dz from -r to r) the int64 rows ``(out, in)`` with
-            ``grid[in] = grid[out] + offset``; the centre tap is left out: it pairs every row with itself.
+            ``grid[in] = grid[out] + offset``; the centre tap is left out: it pairs every row with itself. Opposite taps
+            hold the same pairs, turned round.
     """
 
     kernel_size: int
     num_rows: int
     taps: dict[int, tuple[Tensor, Tensor]]
+
+    @cached_property
+    def plan(self) -> tap_blocks.TapPlan:
+        """The pairs sorted for `tap_blocks`; made on first use."""
+        return tap_blocks.plan_taps(self.taps, self.num_rows)
 
     def centre(self, kernel_size: int) -> NeighbourTable:
         """The table of a smaller kernel with the same centre."""
@@ -80,10 +90,10 @@ def neighbour_table(grid_N3: Tensor, batch_N: Tensor, kernel_size: int) -> Neigh
             wanted = key_N + ((((dx << _BITS) + dy) << _BITS) + first_dz)
             at = torch.searchsorted(padded, wanted)
             for dz in range(first_dz, reach + 1):
-                hit = padded[at] == wanted
+                hit = padded.index_select(0, at) == wanted
                 out = torch.nonzero(hit).squeeze(1)
                 tap = ((dx + reach) * kernel_size + dy + reach) * kernel_size + dz + reach
-                pair = row_N[out], row_N[at[out]]
+                pair = row_N.index_select(0, out), row_N.index_select(0, at.index_select(0, out))
                 taps[tap], taps[last - tap] = pair, pair[::-1]
                 at, wanted = at + hit, wanted + 1
     return NeighbourTable(kernel_size, num_rows, taps)
@@ -96,6 +106,8 @@ class _SubmanifoldConv(torch.autograd.Function):
     def forward(ctx: Any, x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable) -> Tensor:
         ctx.save_for_backward(x_NC, weight_TCO)
         ctx.table = table
+        if _in_blocks(x_NC, weight_TCO):
+            return tap_blocks.forward(x_NC, weight_TCO, table.plan)
         return _sum_over_taps(x_NC, weight_TCO, table)
 
     @staticmethod
@@ -103,14 +115,24 @@ class _SubmanifoldConv(torch.autograd.Function):
         x_NC, weight_TCO = ctx.saved_tensors
         needs, table = ctx.needs_input_grad[:2], ctx.table
         grad_NO = grad_NO.to(x_NC.dtype)
+
+        def by_hand() -> tuple[Tensor | None, Tensor | None]:
+            if _in_blocks(x_NC, weight_TCO):
+                return tap_blocks.backward(x_NC, weight_TCO, table.plan, grad_NO, *needs)
+            return _gradients(x_NC, weight_TCO, table, grad_NO, *needs)
+
         dx_NC, dweight_TCO = first_gradients(
-            lambda: _gradients(x_NC, weight_TCO, table, grad_NO, *needs),
+            by_hand,
             lambda x_NC, weight_TCO: _sum_over_taps(x_NC, weight_TCO, table),
             (x_NC, weight_TCO),
             needs,
             grad_NO,
         )
         return dx_NC, dweight_TCO, None
+
+
+def _in_blocks(x_NC: Tensor, weight_TCO: Tensor) -> bool:
+    return x_NC.device.type == "cpu" and min(weight_TCO.shape[1:]) >= _WIDE
 
 
 def _sum_over_taps(x_NC: Tensor, weight_TCO: Tensor, table: NeighbourTable) -> Tensor:

@@ -261,4 +261,4 @@ def _checked(table: Table | Tensor, name: str, *, empty: bool = False) -> Tensor
 
 def _padded(bias: Tensor, index: Tensor) -> Tensor:
     """Biases in the order of the slots; a slot that is not used has 0 (half of a sigmoid) or minus infinity."""
-    return torch.cat([bias, bias.new_tensor([0.0, float("-inf")])])[index]
+    return torch.cat([bias, bias.new_tensor([0.0, float("-inf")])]).index_select(0, index)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Room, Table
 from moeapps.reporting.knowledge import ExpertTable, information
 
-MOST_LISTS, MOST_PAST = 6, 12
+MOST_LISTS, MOST_PAST, MOST_NAMES = 6, 12, 3
+TASTES = "users grouped by their weights alone fall into their tastes with an adjusted Rand index of"
 
 
 def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
@@ -27,19 +29,68 @@ def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
                 share = np.asarray(level["share"], dtype=np.float64)
                 seen = (share > 0) / np.maximum((share > 0).sum(1, keepdims=True), 1)  # even weights on what is seen
                 names = {"labels": level["gates"], "work": level["share"], "experts": level["experts"]}
-                found.append(ExpertTable(layer, "gate", **names, rows=math.inf, given=information(seen)))
+                story = gate_story(level["gates"], level["experts"], share)
+                found.append(ExpertTable(layer, "gate", **names, rows=math.inf, given=information(seen), story=story))
     if gates.is_file() and layers:
         raw = read_json(gates)
         rows = [(f, w) for f, w in zip(raw["factors"], raw["mean_gate"], strict=True) if None not in w]
         # Weights may be below 0 where they are not normalised: their size is what an expert contributes.
         work = [[abs(value) for value in weights] for _, weights in rows]
         ari = raw.get("gate_ari")
-        score = None if ari is None else ("adjusted Rand index of groups of gates and tastes", max(0.0, float(ari)))
+        score = None if ari is None else (TASTES, max(0.0, float(ari)))
         if rows:
             found.append(
                 ExpertTable(next(iter(layers)), "taste", [f for f, _ in rows], work, rows=math.inf, score=score)
             )
     return found
+
+
+def gate_story(gates: list[str], experts: list[str], share_GE: npt.NDArray[np.float64]) -> str:
+    """Say how gates divide their weights among their own experts, shared ones and others that they may see.
+
+    Args:
+        gates: names of the G gates.
+        experts: names of the E experts: ``click.0`` or ``click`` is of the gate ``click``, ``shared.1`` of all.
+        share_GE: mean weight of each gate on each expert, 0 where it may not see it.
+
+    Returns:
+        A clause; empty where no gate has an expert of its own, or has nothing besides.
+    """
+    owner_E = np.asarray([name.partition(".")[0] for name in experts])
+    masses, fairs, names = [], [], []
+    others: list[set[str]] = []
+    for gate, share_E in zip(gates, share_GE, strict=True):
+        groups = (owner_E == gate, owner_E == "shared", (owner_E != gate) & (owner_E != "shared"))
+        if gate != "shared" and groups[0].any() and share_E.sum() > 0:
+            names.append(gate)
+            masses.append([share_E[group].sum() / share_E.sum() for group in groups])
+            fairs.append([(share_E[group] > 0).sum() / (share_E > 0).sum() for group in groups])
+            others.append(set(owner_E[groups[2] & (share_E > 0)].tolist()))
+    if not names:
+        return ""
+    mass_GK, fair_K = np.asarray(masses), np.mean(fairs, axis=0)
+    above = sorted(set().union(*others))
+    one_each = all(len(seen) == 1 for seen in others) and not set(above) & set(names)
+    own_G = mass_GK[:, 0]
+    least, most = int(own_G.argmin()), int(own_G.argmax())
+    ends = f" ({names[least]} {_percent(own_G[least])} to {names[most]} {_percent(own_G[most])})"
+    places = (
+        "of their weight on their own experts" + (ends if len(names) > 1 else ""),
+        "on shared ones",
+        f"on {' or '.join(above)}, their category's" if one_each else "on those of others",
+    )
+    words = [f"{_percent(mass_GK[:, k].mean())} {place}" for k, place in enumerate(places) if fair_K[k] > 0]
+    even = " : ".join(f"{100 * value:.0f}" for value in fair_K if value > 0)
+    who = f"the gates of {_listed(names)}" if len(names) <= MOST_NAMES else f"the {len(names)} gates"
+    return f"{who} put {_listed(words)} (even weights: {even})" if len(words) > 1 else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def gallery(folder: Path) -> list[Room]:
@@ -89,10 +140,15 @@ def _list(one: dict[str, Any]) -> list[Table]:
 
 def _ranking(one: dict[str, Any], tasks: list[str]) -> Table:
     rows = [
-        [f"{k}. impression {row['row']}", *row["probability"], ", ".join(row["done"]) or "nothing", row["expert"]]
+        [
+            f"{k}. impression {row['row']}",
+            ", ".join(row["done"]) or "nothing",
+            *(round(value, 3) for value in row["probability"]),
+            row["expert"],
+        ]
         for k, row in enumerate(one["rows"], 1)
     ]
-    return Table(f"User {one['user']}", ("impression", *tasks, "happened", "expert"), rows)
+    return Table(f"User {one['user']}", ("impression", "happened", *tasks, "expert"), rows)
 
 
 def _health(number: int, level: dict[str, Any]) -> list[Table]:

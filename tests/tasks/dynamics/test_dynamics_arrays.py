@@ -15,7 +15,7 @@ from tasks.dynamics.data.batch import Trajectories, collate_environments
 from tasks.dynamics.data.readers.npz_format import NpzTrajectories, read_npz
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.series import SyntheticControl, control_charts
-from tasks.dynamics.datamodule import DynamicsData
+from tasks.dynamics.datamodule import DynamicsData, Environments
 
 RNG = np.random.default_rng(0)
 
@@ -162,3 +162,44 @@ def test_environments_of_different_form_do_not_share_a_batch() -> None:
     assert collate_environments([one(4), one(4)]).x.shape == (2, 2, 4, 3)
     with pytest.raises(ValueError, match="differ in"):
         collate_environments([one(4), one(5)])
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_a_batch_is_one_index_and_holds_what_its_environments_hold(
+    batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DynamicsData(source=SyntheticControl(series=5, new_series=2), batch_size=batch_size, steps_per_epoch=3)
+    loader = data.train_dataloader()
+    drawn = [list(rows) for rows in loader.batch_sampler]
+    calls = []
+    index = Trajectories.environments
+    monkeypatch.setattr(Trajectories, "environments", lambda self, rows: calls.append(0) or index(self, rows))
+
+    batches = list(loader)
+
+    assert len(calls) == len(batches) == 3
+    wholes = [data.trajectories(name, "train") for name in data.present("seen")]
+    every = {
+        name: torch.cat([getattr(part, name) for part in wholes]) for name in ("x", "dt", "env", "family", "scale")
+    }
+    for rows, batch in zip(drawn, batches, strict=True):
+        rows.sort(key=lambda row: int(every["env"][row]))
+        for name, values in every.items():
+            assert torch.equal(getattr(batch, name), torch.stack([values[row] for row in rows])), name
+
+
+def test_environments_without_gaps_make_a_batch_without_a_mask() -> None:
+    def one(number: int, mask: torch.Tensor | None) -> Trajectories:
+        env = torch.tensor([number])
+        return Trajectories(torch.full((1, 2, 4, 3), float(number)), torch.ones(1), env, env, mask, torch.ones(1))
+
+    gap = torch.ones(1, 2, 4, dtype=torch.bool)
+    gap[0, 0, 1] = False
+    items = Environments(one(2, None), one(0, gap), one(1, None))
+
+    assert items.batch(torch.tensor([0, 2])).mask is None
+    batch = items.batch(torch.tensor([0, 1, 2]))
+    assert batch.env.tolist() == [0, 1, 2]
+    assert batch.mask is not None
+    assert batch.mask.sum((1, 2)).tolist() == [7, 8, 8]
+    assert items.batch(torch.tensor([1])).mask.sum() == 7  # type: ignore[union-attr]

@@ -177,3 +177,39 @@ def test_wrong_label_sets_are_errors_that_name_them() -> None:
         LanguageHead(4, {"room": ["wall"]}, TaxonomyText(), scale=0)
     with pytest.raises(ValueError, match="the head knows room"):
         LanguageHead(4, {"room": ["wall"]}, TaxonomyText())(torch.randn(1, 4), "street")
+
+
+def test_parts_of_a_batch_get_the_logits_and_gradients_of_each_alone() -> None:
+    head = LanguageHead(4, {"room": ["wall", "chair"], "street": ["road"]}, RandomText(6), learn_scale=True).double()
+    features = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    vectors = {name: RandomText(6).encode([name]).double()[0] for name in ("wall", "chair", "road")}
+
+    def cosines(rows: torch.Tensor, names: list[str]) -> torch.Tensor:
+        z = torch.nn.functional.normalize(head.linear(rows), dim=1)
+        return head.log_scale.exp() * z @ torch.stack([vectors[name] for name in names]).T
+
+    found = head.split(features, [("street", 2), ("room", 4), ("street", 1)])
+    expected = [
+        cosines(features[:2], ["road"]),
+        cosines(features[2:6], ["wall", "chair"]),
+        cosines(features[6:], ["road"]),
+    ]
+
+    inputs = [features, *head.parameters()]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(sum(part.sin().sum() for part in parts), inputs) for parts in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_row_of_zeros_has_logits_of_zero_and_a_finite_gradient() -> None:
+    head = LanguageHead(4, {"room": ["wall", "chair"]}, RandomText(6))
+    torch.nn.init.zeros_(head.linear.bias)
+    features = torch.zeros(1, 4, requires_grad=True)
+
+    logits = head(features, "room")
+    logits.sum().backward()
+
+    assert logits.eq(0).all()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tasks.point_cloud.nets import tap_blocks
 from tasks.point_cloud.nets.sparse_conv import SubmanifoldConv3d, neighbour_table, submanifold_conv
 from tests.moe.derivatives_common import apart, derivatives
 
@@ -143,3 +144,73 @@ def test_autocast_runs_in_half_precision_and_keeps_the_answer() -> None:
 def test_even_kernels_are_an_error(kernel_size) -> None:
     with pytest.raises(ValueError, match="odd"):
         SubmanifoldConv3d(1, 1, kernel_size)
+
+
+def three_scans() -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells of three scans, the last of a single voxel without neighbours, in an order of no meaning."""
+    grid = torch.cat([sparse_grid(5, 60), sparse_grid(4, 30), torch.full((1, 3), 9)])
+    return grid, torch.tensor([0] * 60 + [1] * 30 + [2])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 12])  # blocks of 4 and 16 voxels, and one of them all
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_blocks_of_any_size_convolve_as_a_loop_over_all_pairs(
+    monkeypatch: pytest.MonkeyPatch, kernel_size: int, bits: int
+) -> None:
+    monkeypatch.setattr(tap_blocks, "_BLOCK_BITS", bits)
+    grid, batch = three_scans()
+    taps = kernel_size**3
+    x = torch.randn(91, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(taps, 16, 17, dtype=torch.float64, requires_grad=True)
+    offsets = torch.cartesian_prod(*[torch.arange(kernel_size) - kernel_size // 2] * 3)
+    apart_NN3 = (grid[None] - grid[:, None]).where(batch[None, :, None] == batch[:, None, None], 99)
+    adjacency_TNN = (apart_NN3[None] == offsets[:, None, None]).all(dim=3).double()
+
+    found = submanifold_conv(x, weight, neighbour_table(grid, batch, kernel_size))
+    expected = torch.einsum("tij,jc,tco->io", adjacency_TNN, x, weight)
+
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    for wanted in ([x, weight], [x], [weight]):
+        torch.testing.assert_close(
+            torch.autograd.grad(found, wanted, grad, retain_graph=True),
+            torch.autograd.grad(expected, wanted, grad, retain_graph=True),
+        )
+
+
+def test_gradients_of_blocks_are_exact_and_so_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap_blocks, "_BLOCK_BITS", 2)
+    grid = sparse_grid(3, 9)
+    table = neighbour_table(grid, torch.zeros(9, dtype=torch.int64), 3)
+    x = torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(27, 16, 16, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(lambda a, b: submanifold_conv(a, b, table), (x, weight), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda a, b: submanifold_conv(a, b, table), (x, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_wide_features_without_a_neighbour_meet_the_centre_alone(num: int) -> None:
+    conv = SubmanifoldConv3d(16, 16).double()
+    x = torch.randn(num, 16, dtype=torch.float64, requires_grad=True)
+
+    y = conv(x, neighbour_table(torch.zeros(num, 3, dtype=torch.int64), torch.zeros(num, dtype=torch.int64), 3))
+    y.sum().backward()
+
+    torch.testing.assert_close(y, x @ conv.weight[13] + conv.bias)
+    assert conv.weight.grad is not None
+    assert conv.weight.grad[[t for t in range(27) if t != 13]].eq(0).all()
+
+
+def test_wide_features_in_half_precision_keep_the_answer() -> None:
+    grid, batch = sparse_grid(), torch.zeros(60, dtype=torch.int64)
+    table, conv = neighbour_table(grid, batch, 3), SubmanifoldConv3d(16, 16)
+    x = torch.randn(60, 16)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv(x, table)
+    y.sum().backward()
+
+    torch.testing.assert_close(y.float(), conv(x, table), rtol=0.05, atol=0.05)
+    assert conv.weight.grad is not None
+    assert conv.weight.grad.isfinite().all()

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tasks.recommendation.model import home
+from tasks.recommendation.nets import feature_views
 from tasks.recommendation.nets.fast_gates import StackedGates
 from tasks.recommendation.nets.feature_gates import FeatureGates
 from tasks.recommendation.nets.levels import RankingNet, TaskTree
-from tests.tasks.recommendation.home_oracle import DIM, FACTS, TASKS, inputs, network, routings
+from tests.tasks.recommendation.home_oracle import DIM, FACTS, TASKS, feature_gate, inputs, network, routings
 
 # --- laws of the network ---
 
@@ -33,6 +34,29 @@ def test_feature_gates_are_differentiated_right(low: int) -> None:
 
     assert torch.autograd.gradcheck(lambda x, *_: gates(x), (states, *gates.parameters()))
     assert torch.autograd.gradgradcheck(lambda x, *_: gates(x), (states, *gates.parameters()))
+
+
+@pytest.mark.parametrize("views", [(0, 0, 0), (0, 1, 0), (1, 1)])
+def test_feature_gates_are_the_equation_whatever_the_chunks(
+    views: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_views, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(feature_views, "_MIN_CHUNK_ROWS", 3)  # ten rows are four chunks
+    gates = FeatureGates(3, views, num_gates=2, rank=2).double()
+    nn.init.normal_(gates.up)
+    states = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
+    wanted = torch.stack([feature_gate(gates, v, states[s]) for v, s in enumerate(views)])
+
+    found = gates(states)
+    with torch.no_grad():
+        alone = gates(states)
+
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(alone, wanted)
+    some, others = (
+        torch.autograd.grad(y.square().sum(), [states, *gates.parameters()], retain_graph=True) for y in (found, wanted)
+    )
+    torch.testing.assert_close(some, others)
 
 
 def test_gate_rows_sum_to_one_over_allowed_experts_and_are_exactly_zero_elsewhere() -> None:

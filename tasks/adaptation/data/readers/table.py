@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from moeapps.bounds import BoundError, check_rows
 from moeapps.data.domain import ROLES, SPLITS_OF, Role, Split
 from moeapps.data.images.arrays import ImageFileError
 from tasks.adaptation.data.readers.files import DomainFiles, FileDomains, ImageForm, dealt, domain_name, filled
@@ -259,6 +260,7 @@ def read_csv(path: Path, columns: set[str]) -> list[Row]:
     if not path.is_file():
         raise ImageFileError(f"no file {path}; set root to the folder that holds it")
     try:
+        check_rows(path, line=120 + 73 * len(columns))  # a dict, and a text of each column in it
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             there = [name for name in reader.fieldnames or [] if name]
@@ -266,6 +268,8 @@ def read_csv(path: Path, columns: set[str]) -> list[Row]:
             if missing:
                 raise ImageFileError(f"{path} has no column {missing[0]!r}; it has {', '.join(there) or 'none'}")
             rows = [{name: (line[name] or "") for name in columns} for line in reader]
+    except BoundError as error:
+        raise ImageFileError(str(error)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ImageFileError(f"{path} is not a readable CSV file ({error}); write it again in UTF-8") from error
     if not rows:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 
 ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")
@@ -93,6 +92,8 @@ def resample(wave: Tensor, rate: int, wanted: int) -> Tensor:
     if rate == wanted:
         return wave
     common = gcd(rate, wanted)
+    from scipy.signal import resample_poly  # a second, and files of the wanted rate need none of it
+
     changed = resample_poly(wave.double().numpy(), wanted // common, rate // common)
     return torch.from_numpy(changed.astype(np.float32))
 

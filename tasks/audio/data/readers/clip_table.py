@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from moeapps.bounds import BoundError, check_rows
 from moeapps.data.domain import Split
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.data.readers.audio_files import AudioFileError
@@ -38,10 +39,13 @@ def read_clip_table(path: Path) -> list[ClipRow]:
     if not path.is_file():
         raise AudioFileError(f"no table {path}; write one with the columns {', '.join(_NEEDED)}, text")
     try:
+        check_rows(path, line=420, cell=60)  # a ClipRow, and a text and a place in a dict for each cell
         with open(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             _check_header(path, reader.fieldnames)
             rows = [_row(f"{path}, line {reader.line_num}", row) for row in reader]
+    except BoundError as error:
+        raise AudioFileError(str(error)) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise AudioFileError(f"{path} is not a readable table ({error}); save it as CSV in UTF-8") from error
     if not rows:

@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
+from moeapps.bounds import BoundError, check_rows
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.readers.arrays import read_records, read_text
 from tasks.point_cloud.data.readers.label_sets import NUSCENES_CLASSES, NUSCENES_RAW, id_table
@@ -209,9 +210,12 @@ def _below(root: Path, relative: str) -> Path | None:
 
 
 def _index_rows(path: Path) -> list[dict[str, str]]:
+    text = read_text(path)
     try:
-        table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-        rows = list(table)
+        check_rows(path, line=420)  # a dict of three texts
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except BoundError as error:
+        raise PointCloudFileError(path, str(error), "one row per sweep", "split it into several files") from None
     except csv.Error:
         rows = [{}]
     if not all(set(row) == set(_COLUMNS) and row["split"] in SPLITS and row["points"] for row in rows):
