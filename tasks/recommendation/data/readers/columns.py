@@ -225,7 +225,7 @@ class TableColumns:
             label = value if whole is not None and task.mask_column is None else np.where(mask, value, 0)
             if task.above is not None:
                 label = (label > task.above) & mask
-            elif whole is None or (len(label) and not (0 <= label.min() and label.max() <= 1)):
+            elif whole is None or (len(label) and not (label.min() >= 0 and label.max() <= 1)):
                 wrong = label[(label != 0) & (label != 1)]
                 if len(wrong):
                     raise TableError(
