@@ -240,7 +240,7 @@ def test_the_committed_result_has_every_row_and_the_page_is_computed_from_it(tmp
 
 @pytest.mark.parametrize("name", ["films", "reviews", "clips", "images"])
 def test_both_sides_of_a_reader_read_the_whole_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size, number in (("RATINGS", 400), ("FILMS", 50), ("ROWS", 60)):
+    for size, number in (("RATINGS", 400), ("FILMS", 50), ("ROWS", 80)):
         monkeypatch.setattr(tables, size, number)
 
     made: Race = getattr(tables, name)()
