@@ -76,9 +76,11 @@ lock: setup  ## requirements.lock anew: constraints.txt with the hash of every f
 	build/lock/bin/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --generate-hashes \
 		--python-version 3.11.13 --python-platform linux --no-header --no-annotate --quiet --output-file requirements.lock
 
-bench: setup  ## the core against the dense roof, PEERS=1: and other projects (45 + 25 minutes on an idle machine)
+bench: setup  ## the core against the dense roof, PEERS=1: and other projects (45 + 35 minutes on an idle machine)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.backend_table
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.core --json benchmarks/results/core.json $(if $(PEERS),--peers)
+	@status=0; $(if $(PEERS),$(ONE_THREAD) $(BIN)/python -m benchmarks.peers || status=1;) \
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.core --json benchmarks/results/core.json $(if $(PEERS),--peers) || status=1; \
+	exit $$status
 
 evidence: setup  ## the multi-seed claims of one system: make evidence SYSTEM=point_moe (hours; resumable)
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)

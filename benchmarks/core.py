@@ -8,7 +8,7 @@ missed gate does. For a missed gate every other way is tried as well, and the ba
 cost over the dense network, no dispatch can undercut.
 
 ``--peers`` measures our layer beside those of other projects, in an environment of their own that is made on first use
-(0.3 GB below the cache folder). Without it their rows are kept from the file that is there. About 45 minutes on an idle
+(0.3 GB in build/peers). Without it their rows are kept from the file that is there. About 45 minutes on an idle
 core, peers 25 more; ``--quick`` takes one expert kind, ``auto`` alone and five pairs: about two minutes.
 """
 

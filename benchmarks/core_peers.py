@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our layer beside those of other projects that run on a CPU: equal work, nothing dropped, same rows, same weights.
 
-``measure_peers`` runs this file in an environment of its own, which sees the packages of ours and adds the peers to
-them. They stay out of the project's environment: torchmetrics and others import transformers where they find it.
+``measure_peers`` runs this file in the environment of `benchmarks.peers.environment`, in a folder of its own:
+torchmetrics and others import transformers where they find it.
 
 Compared are whole layers, router included. Before a Mixtral block is timed, its weights are ours and its output must be
 ours; so must that of mixture-of-experts. soft-moe-pytorch normalises rows and slots otherwise, and is compared by its
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import site
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,30 +26,12 @@ from torch import Tensor, nn
 
 from benchmarks.core_cases import Mode, Size, paired_ratios, products_step, step
 from benchmarks.core_rows import PEERS, Row, peer_rows
-from moeapps.data.cache import cache_dir
+from benchmarks.peers.environment import FOLDER, python_with
 from moeapps.moe import CosineScore, GLUExperts, LinearScore, MLPExperts, MoELayer, Router, Slots, TopK
 
-PACKAGES = ("transformers==5.24.0", "mixture-of-experts==0.2.3", "soft-moe-pytorch==0.1.9")
+PACKAGES = ("transformers", "mixture-of-experts", "soft-moe-pytorch")  # versions: benchmarks/peers/requirements.txt
 SLOW_PAIRS = 3
 """Pairs where the peer takes many times as long as we do."""
-
-
-# --- the environment --------------------------------------------------------------------------------------------------
-
-
-def environment(packages: Sequence[str] = PACKAGES) -> Path:
-    """Python of the peers' environment, which is made on first use."""
-    folder = cache_dir("bench-peers", "-".join(package.split("==")[1] for package in packages))
-    python = folder / "bin" / "python"
-    if (folder / "ready").exists():
-        return python
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    (target,) = folder.glob("lib/python*/site-packages")
-    (target / "ours.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--progress-bar", "on"]
-    subprocess.run([*pip, *packages], check=True)
-    (folder / "ready").touch()
-    return python
 
 
 def measure_peers(names: Sequence[str], pairs: int) -> dict[str, dict[str, Any]]:
@@ -59,7 +40,15 @@ def measure_peers(names: Sequence[str], pairs: int) -> dict[str, dict[str, Any]]
         return {}
     root = str(Path(__file__).resolve().parents[1])
     variables = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [str(environment()), "-m", "benchmarks.core_peers", "--pairs", str(pairs), "--names", *names]
+    command = [
+        str(python_with(PACKAGES, FOLDER / "layers")),
+        "-m",
+        "benchmarks.core_peers",
+        "--pairs",
+        str(pairs),
+        "--names",
+        *names,
+    ]
     done = subprocess.run(command, check=True, cwd=root, env=variables, stdout=subprocess.PIPE, text=True)
     found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found

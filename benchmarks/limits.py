@@ -20,6 +20,15 @@ SLACK = 1.001
 """Rounding only: the counts are whole numbers of the same operators."""
 
 
+def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Groups of rows by a matrix each, or, as for gradients of the matrices, groups of columns by groups of rows."""
+    rows = a.shape[-2] if a.ndim == 3 and b.ndim == 2 else a.numel() // a.shape[-1]
+    return int(2 * rows * a.shape[-1] * b.shape[-1])
+
+
+_COUNTS = {**flop_registry, torch.ops.aten._grouped_mm: _grouped}  # which torch does not count
+
+
 class _Counter(TorchDispatchMode):
     """Adds up the floating-point operations of matrix products, attention and convolutions.
 
@@ -37,7 +46,7 @@ class _Counter(TorchDispatchMode):
             with self:
                 return own._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = _COUNTS.get(func._overloadpacket)
         if count is not None:
             self.flops += int(count(*args, **kwargs, out_val=out))
         return out

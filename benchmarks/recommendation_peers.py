@@ -6,7 +6,7 @@ and widths: in one process on one thread, pairs in alternating order, median of 
 candidate. Their networks have a batch norm behind each layer, ours a network on the items' embeddings that theirs lack;
 parameters beside the tables are listed. They read a list of five candidates as five rows, each with the history.
 
-torch-rechub is installed into an environment of its own (`benchmarks.core_peers.environment`). Writes
+torch-rechub is installed into an environment of its own (`benchmarks.peers.environment`). Writes
 benchmarks/results/recommendation_peers.json; fails when a gate is missed. About two minutes on an idle core.
 """
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.core_peers import environment
+from benchmarks.peers.environment import FOLDER, pinned, python_with
 from benchmarks.recommendation_speed import cpu_s, facts, make_batch, paired
 from moeapps.evidence.cells import describe_machine
 from moeapps.files import write_json
@@ -45,7 +45,7 @@ from tasks.recommendation.rivals import mmoe
 from tasks.recommendation.rivals.list_banks import averaged_experts
 
 RESULTS = Path(__file__).parent / "results" / "recommendation_peers.json"
-PACKAGES = ("torch-rechub==0.9.0",)
+PACKAGES = ("torch-rechub",)
 PAIRS, QUICK_PAIRS, STEPS = 9, 3, 6
 ROWS, HISTORY, DIM, ITEMS, QUERIES = 1280, 20, 16, 5000, 20
 UNIT, EXPERT, EXPERTS, TOWER = [48, 16], 64, 8, 16
@@ -208,7 +208,7 @@ def main(words: list[str] | None = None) -> int:
         print(json.dumps(measure(QUICK_PAIRS if options.quick else PAIRS)))
         return 0
     root = str(Path(__file__).resolve().parents[1])
-    command = [str(environment(PACKAGES)), "-m", "benchmarks.recommendation_peers", "--inside"]
+    command = [str(python_with(PACKAGES, FOLDER / "systems")), "-m", "benchmarks.recommendation_peers", "--inside"]
     done = subprocess.run(
         [*command, *(["--quick"] if options.quick else [])],
         check=True,
@@ -224,7 +224,15 @@ def main(words: list[str] | None = None) -> int:
         console.print(f"{row['ratio']:.2f}{bound}  {row['name']}")
     if not options.quick:
         about = {"command": "python -m benchmarks.recommendation_peers", "machine": describe_machine()}
-        write_json(RESULTS, {**about, "torch": torch.__version__, "peers": list(PACKAGES), "rows": rows})
+        write_json(
+            RESULTS,
+            {
+                **about,
+                "torch": torch.__version__,
+                "peers": [f"{name}=={pinned()[name]}" for name in PACKAGES],
+                "rows": rows,
+            },
+        )
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.limits import check_parts, peak_gflops, product_flops
 from benchmarks.steps import alone, shares
+from moeapps.moe import LinearScore, MLPExperts, MoELayer, Router, TopK
 
 
 def test_products_of_a_layer_and_its_backward_are_those_of_three_products() -> None:
@@ -19,6 +20,16 @@ def test_products_of_a_layer_and_its_backward_are_those_of_three_products() -> N
     assert product_flops(alone(layer, x, layer)) == 3 * once  # forward, gradient of the rows, gradient of the weights
     assert product_flops(alone(layer, x.detach(), layer)) == 2 * once  # rows that are data have no gradient
     assert product_flops(lambda: x + x) == 0
+
+
+def test_products_of_sorted_rows_count_each_row_once_by_every_way() -> None:
+    layer = MoELayer(Router(LinearScore(8, 4), TopK(2)), MLPExperts(4, 8, 16, bias=False))
+    x = torch.randn(32, 8, requires_grad=True)
+    gate, experts = 2 * 32 * 8 * 4, 2 * 64 * 2 * 8 * 16  # 32 rows, two experts each, two matrices
+
+    for backend in ("segments", "grouped_mm", "loop"):
+        layer.backend = backend  # type: ignore[assignment]
+        assert product_flops(alone(layer, x, layer)) == 3 * (gate + experts), backend
 
 
 def test_a_part_that_holds_another_is_refused_with_the_counts_of_all() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import recommendation_peers as peers
+from benchmarks.peers.environment import pinned
 from tasks.recommendation.rivals.list_banks import averaged_experts
 
 
@@ -46,7 +47,7 @@ def test_parameters_of_tables_are_not_counted() -> None:
 def test_the_kept_result_is_of_this_code_and_holds_its_gates() -> None:
     found = json.loads(peers.RESULTS.read_text(encoding="utf-8"))
 
-    assert found["peers"] == list(peers.PACKAGES)
+    assert found["peers"] == [f"{name}=={pinned()[name]}" for name in peers.PACKAGES]
     assert [row["gate"] for row in found["rows"]] == [peers.GATE, None, None, peers.GATE]
     for row in found["rows"]:
         assert row["pairs"] == peers.PAIRS

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.readers.hashing import to_ids
-from tasks.recommendation.data.readers.values import TEXT, TableError, hash_values, plain_array, to_numbers
+from tasks.recommendation.data.readers.values import (
+    TEXT,
+    TableError,
+    hash_values,
+    plain_array,
+    to_numbers,
+    whole_numbers,
+)
 
 
 @dataclass
@@ -208,19 +215,23 @@ class TableColumns:
         labels = np.empty((len(found), len(self.tasks)), np.float32)
         masks = np.empty((len(found), len(self.tasks)), np.bool_)
         for t, task in enumerate(self.tasks):
-            value = to_numbers(found.column(task.label_column), f"{what}, label {task.label_column!r}")
-            mask = ~np.isnan(value)
+            column = found.column(task.label_column)
+            whole = whole_numbers(column)  # the usual label: no cast, nothing missing
+            value = to_numbers(column, f"{what}, label {task.label_column!r}") if whole is None else whole
+            mask = ~np.isnan(value) if whole is None else np.ones(len(value), np.bool_)
             if task.mask_column is not None:
                 counts = to_numbers(found.column(task.mask_column), f"{what}, mask {task.mask_column!r}")
                 mask &= np.nan_to_num(counts) != 0
-            label = np.where(mask, value, 0)
+            label = value if whole is not None and task.mask_column is None else np.where(mask, value, 0)
             if task.above is not None:
                 label = (label > task.above) & mask
-            elif (wrong := (label != 0) & (label != 1)).any():
-                raise TableError(
-                    f"{what}: label {task.label_column!r} of task {task.name!r} holds {label[wrong][0]:g}; labels are "
-                    "0 or 1, or give above: the label is then value > above"
-                )
+            elif whole is None or (len(label) and not (label.min() >= 0 and label.max() <= 1)):
+                wrong = label[(label != 0) & (label != 1)]
+                if len(wrong):
+                    raise TableError(
+                        f"{what}: label {task.label_column!r} of task {task.name!r} holds {wrong[0]:g}; labels are 0 "
+                        "or 1, or give above: the label is then value > above"
+                    )
             labels[:, t], masks[:, t] = label, mask
         return labels, masks
 

@@ -217,9 +217,11 @@ class TableFiles(LogSource):
                 if times is not None:
                     last = self._check_times(times, last, what)
                 keep = self.keep(domain, split, found, what)
-                label, mask = self.columns.labels(found.take(pa.array(keep)), what)
+                every = len(keep) == len(found)
+                label, mask = self.columns.labels(found if every else found.take(pa.array(keep)), what)
                 if len(keep):
-                    span = None if times is None else (float(times[keep].min()), float(times[keep].max()))
+                    kept = times if every or times is None else times[keep]
+                    span = None if kept is None else (float(kept.min()), float(kept.max()))
                     counts = (mask.sum(0).tolist(), (label > 0).sum(0).tolist())
                     blocks.append(Block(str(path), number, first, len(keep), span, *counts))
                 first += file.sizes[number]
@@ -232,6 +234,8 @@ class TableFiles(LogSource):
     def keep(self, domain: str, split: Split, found: pa.Table, what: str) -> NDArray[np.int64]:
         """Return the positions in a block of the rows that belong to a domain and split."""
         part: TableSplit = getattr(self.domains[domain], split)
+        if not self.domains[domain].where and part.since is None and part.before is None:
+            return np.arange(len(found))
         keep = np.ones(len(found), np.bool_)
         for name, allowed in self.domains[domain].where.items():
             # Equal values have equal hashes of 64 bits, whatever type or spelling a file gives them.

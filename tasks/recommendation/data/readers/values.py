@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -50,6 +52,16 @@ def to_numbers(column: pa.Array | pa.ChunkedArray, what: str, unit: float = 1.0)
     except pa.ArrowException as error:
         raise TableError(f"{what}: values of type {array.type}; this column must hold numbers") from error
     return np.asarray(numbers if scale == 1 else numbers * scale)
+
+
+def whole_numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[np.integer[Any]] | None:
+    """Return a column of integers or truth values in which none is missing as it is, without a cast; else None."""
+    array = plain_array(column)
+    if array.null_count or not (pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)):
+        return None
+    array = array.cast(pa.uint8()) if pa.types.is_boolean(array.type) else array
+    numbers: NDArray[np.integer[Any]] = array.to_numpy()
+    return numbers
 
 
 def _read_text(words: pa.Array, what: str) -> pa.Array:
