@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def product_flops(work: Work) -> int:
     """Floating-point operations of the matrix products of one call; a multiply-add counts two."""
     with _Counter() as counter:
         work()
-    return counter.flops
+    return int(counter.flops)
 
 
 def peak_gflops(*, samples: int = 7) -> float:
@@ -64,7 +65,7 @@ def peak_gflops(*, samples: int = 7) -> float:
     found = []
     for rows, inner, columns in PEAK_SIZES:
         a, b, y = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
-        ms = median_ms(lambda a=a, b=b, y=y: torch.mm(a, b, out=y), samples=samples)
+        ms = median_ms(partial(torch.mm, a, b, out=y), samples=samples)
         found.append(2e-6 * rows * inner * columns / ms)
     return max(found)
 

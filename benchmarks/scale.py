@@ -248,10 +248,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
         for devices in (8, 64, 1024):
             division = division_of(size, devices)
             cost = cost_of(size.shape, division, number_bytes=2)
-            rest = sum(cost.sent.values()) - cost.sent["all_to_all"]
+            others = sum(cost.sent.values()) - cost.sent["all_to_all"]
             lines.append(
                 f"| {size.name} | {size.shape.parameters / 1e6:,.0f}M | {size.step} | {devices} | {division.experts} | "
-                f"{cost.sent['all_to_all'] / 1e6:,.0f} | {rest / 1e6:,.0f} | {cost.held / 1e9:.2f} | "
+                f"{cost.sent['all_to_all'] / 1e6:,.0f} | {others / 1e6:,.0f} | {cost.held / 1e9:.2f} | "
                 f"{cost.fetched / 1e9:.2f} | {cost.flops / 1e12:.1f} |"
             )
     return "\n".join(lines) + "\n"

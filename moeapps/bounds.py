@@ -15,7 +15,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,16 +98,15 @@ def check_rows(path: Path, line: int, cell: int = 0) -> None:
         while block := stream.read(2**20):
             lines += max(block.count(b"\n"), block.count(b"\r"))
             cells += block.count(b",")
-    check_parts(path, size, 0, advice="split it into several files", lines=(lines, line), cells=(cells, cell))
+    check_parts(path, size, 0, {"lines": (lines, line), "cells": (cells, cell)}, "split it into several files")
 
 
 def check_parts(
     path: Path | str,
     size: int,
     held: int,
-    *,
+    parts: Mapping[str, tuple[int, int]],
     advice: str = "write them as an array (.npz), or in several files",
-    **parts: tuple[int, int],
 ) -> None:
     """Refuse a file whose many small parts (rows, cells) would need more memory than a file of its size may take.
 
@@ -115,8 +114,8 @@ def check_parts(
         path: the file.
         size: its bytes.
         held: bytes of memory that hold it already.
-        advice: what to do.
         parts: kind of part -> how many there are, and the bytes of memory of each.
+        advice: what to do.
 
     Raises:
         BoundError: they need more.

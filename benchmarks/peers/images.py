@@ -34,7 +34,7 @@ def _equal(batch: ImageBatch) -> str:
 
 def their_step(task: ImageDiffusionTask, batch: ImageBatch) -> Work:
     """Rectified flow with diffusers' network of the same width, depth, heads and patches."""
-    from diffusers import DiTTransformer2DModel  # type: ignore[import-not-found]
+    from diffusers import DiTTransformer2DModel
 
     ours = task.net
     net: nn.Module = DiTTransformer2DModel(

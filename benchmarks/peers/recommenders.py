@@ -82,8 +82,8 @@ def _quietly() -> Any:
 
 def _deepctr(name: str, **options: Any) -> tuple[nn.Module, ours.Step]:
     with _quietly():
-        from deepctr_torch import models  # type: ignore[import-not-found]
-        from deepctr_torch.inputs import DenseFeat, SparseFeat  # type: ignore[import-not-found]
+        from deepctr_torch import models
+        from deepctr_torch.inputs import DenseFeat, SparseFeat
 
     batch, known = make_batch(ours.ROWS), facts()
     columns = [SparseFeat(field, size, ours.DIM) for field, size in known["fields"].items()]

@@ -21,11 +21,17 @@ from benchmarks.peers.rows import Race
 SIZES = f"{S} environments, {N} trajectories, {T} samples, {E} experts"
 
 
+def _solved(rk4: Any, make_field: Any, x0: Tensor, dt: Tensor) -> Any:
+    return rk4(make_field(), x0, dt, T)
+
+
 def diffeq() -> Race:
     """The rk4 of torchdiffeq; ours is charged for the steps that it needs more, or less, for an equal error."""
     make_field, inputs, x0, dt = mixture()
-    sides = [step(lambda rk4=rk4: rk4(make_field(), x0, dt, T), inputs, "fwd+bwd") for rk4 in (solve_ours, their_rk4)]
-    return Race(*sides, equal=f"{SIZES}, forward and backward, at equal error", factor=error_ratio() ** 0.25)
+    ours, theirs = (
+        step(partial(_solved, rk4, make_field, x0, dt), inputs, "fwd+bwd") for rk4 in (solve_ours, their_rk4)
+    )
+    return Race(ours, theirs, equal=f"{SIZES}, forward and backward, at equal error", factor=error_ratio() ** 0.25)
 
 
 def jax_rk4() -> Race:

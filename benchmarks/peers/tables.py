@@ -68,14 +68,11 @@ def pandas_tensors(path: Path) -> None:
     import pandas as pd
 
     names, first = [*logs.IDS, *logs.DENSE, "click"], 0
-    frames = (
-        pd.read_csv(path, usecols=names, chunksize=logs.BLOCK)
-        if path.suffix == ".csv"
-        else (
-            pd.read_parquet(path, columns=names)[start : start + logs.BLOCK]
-            for start in (0,)  # pandas has no row groups: one frame
-        )
-    )
+    if path.suffix == ".csv":
+        frames = iter(pd.read_csv(path, usecols=names, chunksize=logs.BLOCK))
+    else:  # pandas has no row groups: one frame, cut afterwards
+        whole = pd.read_parquet(path, columns=names)
+        frames = (whole[start : start + logs.BLOCK] for start in range(0, len(whole), logs.BLOCK))
     for frame in frames:
         hashed = [pd.util.hash_array(frame[name].to_numpy()) % np.uint64((1 << 20) - 1) + 1 for name in logs.IDS]
         torch.from_numpy(np.stack(hashed, 1).astype(np.int64))

@@ -66,6 +66,9 @@ class StreamPlan:
 class Streamable(Protocol):
     """A data module that can be written as a stream."""
 
+    def prepare_data(self) -> None:
+        """Fetch or make what is missing."""
+
     def stream_plan(self) -> StreamPlan:
         """Say what is written.
 

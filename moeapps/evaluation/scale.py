@@ -218,7 +218,7 @@ def flops_of(net: nn.Module, rows: Callable[[str], float], top_k: float, attenti
         top_k: routed experts of a row.
         attention: multiply-adds of attention's products in a forward pass, which have no weights.
     """
-    routed = {}
+    routed: dict[nn.Parameter, float] = {}
     for layer in spreadable_layers(net):
         weights, count = _routed(layer)
         routed |= {weight: top_k + len(weight) - count for weight in weights}

@@ -42,7 +42,9 @@ class StreamedLog(LogSource):
         self.about = read_about(self.root, "lists" if self.lists else "impressions")
         self.domains = list(dict.fromkeys(name.rpartition("/")[0] for name in self.about["splits"]))
         self.default_roles = self.about["roles"]  # type: ignore[misc]
-        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in self.about["facts"].items()}
+        facts: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.about["facts"].items()
+        }
         try:
             self._schema = ListSchema(**facts) if self.lists else Schema(**facts)
         except (TypeError, ValueError) as error:

@@ -82,7 +82,7 @@ def check_room(path: Path, held: int, **parts: tuple[int, int]) -> None:
         SeriesFormatError: it would.
     """
     try:
-        check_parts(path.name, path.stat().st_size, held, **parts)
+        check_parts(path.name, path.stat().st_size, held, parts)
     except BoundError as error:
         raise SeriesFormatError(str(error)) from error
 
