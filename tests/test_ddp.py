@@ -121,6 +121,7 @@ def test_a_system_trains_and_tests_on_two_processes(tmp_path: Path, base: Path) 
     assert {row["role"] for row in rows} == {"seen", "validation", "unseen"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moeapps", *TOY[:-2], *TWO, "--trainer.max_epochs", "10000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -20,6 +20,8 @@ SOURCES = sorted(path for folder in ("moeapps", "tasks", "benchmarks") for path 
 NOT_RAISED = {
     "moeapps/training/callbacks/side.py guarded": "told in a warning, noted in metrics/test.json; raised by --debug",
     "moeapps/commands/export.py _write_program": "the tracer's first line goes into about.json and to the user",
+    "benchmarks/gpu.py done": "a part that fails is written into the results with its reason; the exit code says so",
+    "benchmarks/peers/race.py main": "a row that fails is written into the results with its reason and a traceback",
     "tasks/dynamics/data/readers/arff_format.py _fails": "asks which line scipy refuses, after it has refused the file",
 }
 """Handlers that do not raise, and what becomes of the error."""
@@ -35,6 +37,8 @@ AROUND_OURS = {
     "moeapps/training/checkpoints.py _add_parts": "read_parts is torch's reader of parts, which names its errors",
     "tasks/dynamics/data/readers/npz_format.py _readable": "around numpy's readers; what they read is judged outside",
     "tasks/dynamics/data/readers/arff_format.py read_arff": "_load is scipy's reader with the bound on cells kept",
+    "benchmarks/gpu.py done": "any part of the check may fail on a device of a kind that nobody here has",
+    "benchmarks/peers/race.py main": "a row runs other projects beside ours",
     "tasks/dynamics/data/readers/arff_format.py _fails": "the same",
     "tasks/recommendation/data/inputs.py columns_of": "read_arrays has told its reason, which is kept",
 }

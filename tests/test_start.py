@@ -25,7 +25,11 @@ UNUSED = (
     "pandas",
 )
 # system -> what of these its steps use
-USED = {"meta_dmoe": ("sympy",)}  # torch's multi-head attention checks its sizes by it
+USED = {
+    "meta_dmoe": ("sympy",),  # torch's multi-head attention checks its sizes by it
+    "promoe": ("torchvision",),  # timm's transforms are subclasses of torchvision's
+    "point_moe": ("torchvision",),
+}
 
 FIRST_STEP = """
 import json, os, sys

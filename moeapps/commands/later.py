@@ -32,7 +32,8 @@ from typing import Any
 WAITING: dict[str, tuple[str, ...]] = {
     "lightning": ("torch._dynamo",),
     "torchmetrics": ("torchvision", "matplotlib", "scipy.signal"),
-    "timm": ("torchvision", "torch._dynamo"),
+    "torchvision": ("torch._dynamo",),
+    "timm": ("torch._dynamo",),  # timm.data subclasses torchvision's transforms, and keys tables by its enum
     "torch_geometric": ("torch._dynamo",),
 }
 OLD_NAMES = "srmrpy"

@@ -141,6 +141,7 @@ def formulas() -> dict[Any, Formula]:
         "_grouped_mm": _by_shape(_grouped_mm),
         "mm": _raw(_product),
         "addmm": _raw(lambda bias, a, b, *rest, **options: _product(a, b)),
+        "addmm_": _raw(lambda bias, a, b, *rest, **options: _product(a, b)),
         "_sparse_mm": _raw(_product),
         "_sparse_addmm": _raw(lambda bias, a, b, *rest, **options: _product(a, b)),
         "mv": _by_shape(lambda a, b: 2 * math.prod(a)),

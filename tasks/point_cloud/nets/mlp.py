@@ -44,7 +44,7 @@ class GeluMlp(Mlp):  # type: ignore[misc]  # timm is untyped
         tensors: tuple[Tensor, ...] = (x_ND, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         if needs_operations():
             return _operations(*tensors)
-        if torch.is_autocast_enabled(x_ND.device.type):
+        if x_ND.dtype != torch.float64 and torch.is_autocast_enabled(x_ND.device.type):  # autocast leaves float64 alone
             tensors = tuple(t.to(torch.get_autocast_dtype(x_ND.device.type)) for t in tensors)
         y_NO: Tensor = _GeluMlp.apply(*tensors, torch.is_grad_enabled())
         return y_NO
