@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("moeapps")
 
 STATES: tuple[str, ...] = ("state_dict", "current_model_state")
+_FILL = 4
+"""Up to how many times its length a first dimension is filled up before a weight rather stays whole."""
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -249,16 +251,16 @@ def cut_dimension(shape: Sequence[int], parts: int, sizes: Sequence[int] = ()) -
 
 
 def stays_whole(shape: Sequence[int], parts: int) -> bool:
-    """Whether a weight stays whole on every process: a number, and a matrix or stack that nothing cuts.
+    """Whether a weight stays whole on every process: a number, and a short stack that nothing cuts.
 
     FSDP2 fills up a first dimension that is shorter than the number of parts: two shared experts over 1024 processes
-    would be fetched as 1024.
+    would be fetched as 1024. Up to four times its length is worth it: 27 taps of a kernel over 64 are cut.
 
     Example:
-        >>> stays_whole((), 4), stays_whole((2, 6, 5), 4), stays_whole((2, 6, 8), 4), stays_whole((3,), 4)
+        >>> stays_whole((), 4), stays_whole((2, 6, 5), 16), stays_whole((2, 6, 32), 16), stays_whole((27, 9, 9), 64)
         (True, True, False, False)
     """
-    return not shape or (len(shape) > 1 and shape[0] < parts and cut_dimension(shape, parts) == 0)
+    return not shape or (len(shape) > 1 and _FILL * shape[0] < parts and cut_dimension(shape, parts) == 0)
 
 
 def _whole(task: nn.Module, parts: int, but: set[nn.Parameter]) -> set[nn.Parameter]:
