@@ -16,6 +16,8 @@ from torch import Tensor
 from moeapps.data.mixing import DomainMixing, MixingSampler, fold
 
 _DRAWN = 65_536
+_NUMPY_MOST = 10**9
+"""As many rows or more numpy's draw without putting back refuses."""
 """Rows of concat and balanced whose domains are drawn at once."""
 
 
@@ -82,7 +84,7 @@ class MixedWindows(MixingSampler):
         """Draw domains without putting back, so that each row comes once."""
         left = np.array(self.sizes)
         while left.sum():
-            counts = drawn.multivariate_hypergeometric(left, min(_DRAWN, int(left.sum())), method="marginals")
+            counts = _counts(left, min(_DRAWN, int(left.sum())), drawn)
             left -= counts
             yield _dealt(streams, drawn.permutation(np.repeat(np.arange(len(streams)), counts)), counts)
 
@@ -101,6 +103,17 @@ class MixedWindows(MixingSampler):
             for blocks in torch.randperm(len(sizes), generator=generator).split(self.window):
                 rows = torch.cat([torch.arange(int(starts[b]), int(starts[b] + sizes[b])) for b in blocks.tolist()])
                 yield rows[torch.randperm(len(rows), generator=generator)]
+
+
+def _counts(left: np.ndarray, rows: int, drawn: np.random.Generator) -> np.ndarray:
+    """Draw ``rows`` of all rows that are left without putting back; return how many each domain gives, int64 [D]."""
+    if (total := int(left.sum())) < _NUMPY_MOST:
+        return drawn.multivariate_hypergeometric(left, rows, method="marginals")
+    # Places of rows, drawn until so many differ: repeats are rare, and the first ones of any order are a fair draw.
+    places = drawn.integers(total, size=rows)
+    while len(first := np.unique(places, return_index=True)[1]) < rows:
+        places = np.concatenate([places[np.sort(first)], drawn.integers(total, size=rows - len(first))])
+    return np.bincount(np.searchsorted(left.cumsum(), places, side="right"), minlength=len(left))
 
 
 class _Rows:

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moeapps.data.mixed_windows import MixedWindows, sampler_of
+from moeapps.data.mixed_windows import MixedWindows, _counts, sampler_of
 from moeapps.data.mixing import DomainMixing, MixingSampler
 
 DOMAINS = [[7, 30, 1, 12], [5, 5, 5], [40, 3, 18, 22, 9]]
@@ -35,6 +35,14 @@ def test_concat_mixes_domains_in_proportion_from_the_first_batches_on() -> None:
     rows = [row for batch in list(MixedWindows(large, 50))[:40] for row in batch]
 
     assert 1500 - 150 < sum(row < 6000 for row in rows) < 1500 + 150  # 2000 rows, 3 of 4; 150 are ten deviations
+
+
+def test_rows_beyond_what_numpy_draws_at_once_are_drawn_in_proportion() -> None:
+    left, drawn = np.array([900_000_000, 300_000_000, 3]), np.random.default_rng(0)
+    counts = sum(_counts(left, 60_000, drawn) for _ in range(20))
+    assert counts.sum() == 1_200_000
+    assert counts[0] == pytest.approx(900_000, abs=5 * 475)  # five deviations of a binomial
+    assert len(next(iter(MixedWindows([[10**6] * 700] * 2, 8, window=1)))) == 8
 
 
 def test_balanced_holds_each_domain_once_in_every_run_of_rows() -> None:
