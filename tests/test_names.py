@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import resource
 import subprocess
@@ -18,6 +19,7 @@ import yaml
 
 from moeapps.cli import RUN_COMMANDS, main
 from moeapps.commands.boundary import UsageError
+from moeapps.commands.families import abstract_sentence
 from moeapps.commands.names import KEYS, check, read_config
 from moeapps.commands.run import Cli, quiet
 from moeapps.commands.signatures import Definition, Missing, options, resolve, trainer_options
@@ -328,6 +330,51 @@ def test_where_a_class_stands_for_others_those_that_have_the_option_are_named(wo
     with pytest.raises(UsageError) as caught:
         check(["fit", *DECKS, *words])
     assert str(caught.value) == told
+
+
+MIXED = """
+    from abc import ABC, abstractmethod
+    from collections import OrderedDict
+
+
+    class Given:
+        def items(self, domain: str) -> list[int]:
+            return []
+
+
+    class Asks(ABC):
+        @abstractmethod
+        def items(self, domain: str) -> list[int]: ...
+
+        @abstractmethod
+        async def wait(self) -> None: ...
+
+
+    class Waits(Given, Asks):
+        async def wait(self) -> None: ...
+
+
+    class Unasked(Asks, Given):
+        async def wait(self) -> None: ...
+
+
+    class Marked:
+        @abstractmethod
+        def items(self) -> None: ...
+
+
+    class OrderedDict(OrderedDict):
+        pass
+"""
+
+
+@pytest.mark.usefixtures("_cards")
+def test_a_class_is_called_abstract_where_python_calls_it_so(tmp_path: Path) -> None:
+    (tmp_path / "decks" / "mixed.py").write_text(textwrap.dedent(MIXED))
+    module = importlib.import_module("decks.mixed")
+    for kind in ("Given", "Asks", "Waits", "Unasked", "Marked", "OrderedDict"):
+        told = abstract_sentence(f"decks.mixed.{kind}")
+        assert (told is not None) == inspect.isabstract(getattr(module, kind)), kind
 
 
 @pytest.mark.usefixtures("_cards")

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from moeapps.commands.signatures import Definition, classes_in, file_of, named, options, resolve, source
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
 
 def is_abstract(found: Definition) -> bool:
-    """Whether a class has methods that its subclasses must give, as far as the sources say."""
-    return bool(_open_methods(found))
+    """Whether a class has methods that its subclasses must give, and is made to ask for them, as the sources say."""
+    return bool(_open_methods(found)) and any(_asks(one) for one in (found, *_above(found)))
 
 
 def members(found: Definition) -> dict[str, Definition]:
@@ -51,11 +53,35 @@ def abstract_sentence(path: str) -> str | None:
 def _open_methods(found: Definition) -> set[str]:
     if not isinstance(found.node, ast.ClassDef):
         return set()
-    left = {name for above in _bases(found) for name in _open_methods(above)}
-    own = {item for item in found.node.body if isinstance(item, ast.FunctionDef)}
-    given = {target.id for item in found.node.body for target in _targets(item) if isinstance(target, ast.Name)}
-    marked = {item.name for item in own if any("abstractmethod" in ast.dump(mark) for mark in item.decorator_list)}
-    return (left - {item.name for item in own} - given) | marked
+    left: set[str] = set()
+    for above in reversed([*_bases(found)]):  # what an earlier base gives hides what a later one asks for
+        asked = _open_methods(above)
+        left = (left - (_given(above) - asked)) | asked
+    marked = {
+        item.name
+        for item in found.node.body
+        if isinstance(item, _FUNCTIONS) and any("abstractmethod" in ast.dump(mark) for mark in item.decorator_list)
+    }
+    return (left - _own(found)) | marked
+
+
+def _asks(found: Definition) -> bool:
+    """Whether a class is of `abc`, without which marks have no effect."""
+    if not isinstance(found.node, ast.ClassDef):
+        return False
+    names = {getattr(base, "id", getattr(base, "attr", "")) for base in found.node.bases}
+    return bool(names & {"ABC", "Protocol"}) or any(keyword.arg == "metaclass" for keyword in found.node.keywords)
+
+
+def _own(found: Definition) -> set[str]:
+    """Names that the body of a class defines."""
+    body = found.node.body if isinstance(found.node, ast.ClassDef) else []
+    given = {target.id for item in body for target in _targets(item) if isinstance(target, ast.Name)}
+    return given | {item.name for item in body if isinstance(item, _FUNCTIONS)}
+
+
+def _given(found: Definition) -> set[str]:
+    return _own(found).union(*(_own(above) for above in _above(found)))
 
 
 def _targets(item: ast.stmt) -> list[ast.expr]:
@@ -68,7 +94,7 @@ def _bases(found: Definition) -> Iterator[Definition]:
     for base in found.node.bases if isinstance(found.node, ast.ClassDef) else ():
         name = base.value if isinstance(base, ast.Subscript) else base
         above = named(name.id, found.source) if isinstance(name, ast.Name) else None
-        if isinstance(above, Definition):
+        if isinstance(above, Definition) and above != found:  # a class may bear the name of the one it derives from
             yield above
 
 
