@@ -119,6 +119,15 @@ weight.grad = torch.ones(2)
 step()
 optimizer.zero_grad()
 real += ["__dynamo_disable" in vars(inner) and vars(inner)["__dynamo_disable"] is not inner, weight.grad is None]
+from moeapps.commands.later import Later
+stand_in = Later("collections.OrderedDict", "collections", lambda: False)
+import collections, copy
+class Own(stand_in): pass
+real += [copy.deepcopy(stand_in) is copy.copy(stand_in) is pickle.loads(pickle.dumps(stand_in))]
+real += [issubclass(Own, collections.OrderedDict)]
+from PIL import Image
+from timm.data import create_transform
+real += [create_transform(32, is_training=True)(Image.new("RGB", (40, 40))).shape == (3, 32, 32)]
 print({"early": early, "still": still, "moved": moved, "plain": plain, "before": before, "real": real,
        "last": weight.tolist()})
 """

@@ -59,6 +59,8 @@ class Later:
         return pkgutil.resolve_name(self._path)
 
     def __getattr__(self, name: str) -> Any:
+        if "_waits" not in self.__dict__:  # copy and pickle ask before it is made
+            raise AttributeError(name)
         if not self._waits():
             return getattr(self._real(), name)
         if name.startswith("__"):  # typing and functools ask for these; nobody writes them down
@@ -77,6 +79,14 @@ class Later:
     def __subclasscheck__(self, subclass: type) -> bool:
         return self._module in sys.modules and issubclass(subclass, self._real())
 
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A class that derives from this derives from the real one, which is imported for it."""
+        return (self._real(),)
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        """Copies and pickles are of what this stands for."""
+        return pkgutil.resolve_name, (self._path,)
+
     def __repr__(self) -> str:
         return f"<{self._path}, imported when it is used>"
 
@@ -94,6 +104,9 @@ class LaterCall(Later):
 
     def _real(self) -> Any:
         return self._value
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return self._real, ()
 
 
 @contextmanager
