@@ -83,7 +83,7 @@ class Later:
         """A class that derives from this derives from the real one, which is imported for it."""
         return (self._real(),)
 
-    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Copies and pickles are of what this stands for."""
         return pkgutil.resolve_name, (self._path,)
 
@@ -105,7 +105,7 @@ class LaterCall(Later):
     def _real(self) -> Any:
         return self._value
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return self._real, ()
 
 
