@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_source_and_config(wheel: Path) -> None:
 
     code = {str(path) for top in ("moeapps", "tasks") for path in Path(top).rglob("*.py")}
     configs = {f"moeapps/{path}" for path in Path("configs").rglob("*.yaml")}
-    tables = {str(path) for path in Path("tasks").rglob("*.json")}
+    tables = {str(path) for top in ("moeapps", "tasks") for path in Path(top).rglob("*.json")}
     readmes = {str(path) for path in Path("tasks").glob("*/README.md")}
     templates = {str(path) for path in Path("moeapps").glob("**/templates/**/*") if path.is_file()}
     assert templates

@@ -304,7 +304,7 @@ def test_a_missing_run_is_told_by_the_command_before_data_are_prepared(
 
     assert code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: no checkpoint ")
+    assert error.splitlines()[-1].startswith("error: no checkpoint ")
     assert "train the earlier stage first" in error
 
 
