@@ -121,8 +121,14 @@ def test_a_system_trains_and_tests_on_two_processes(tmp_path: Path, base: Path) 
     assert {row["role"] for row in rows} == {"seen", "validation", "unseen"}
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reached", ["both, as a terminal does", "the first alone", "the second alone"])
+def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path, reached: str) -> None:
     command = [sys.executable, "-m", "moeapps", *TOY[:-2], *TWO, "--trainer.max_epochs", "10000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -132,7 +138,10 @@ def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path) -> None:
             deadline = time.monotonic() + 300
             while not (run / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
                 time.sleep(0.5)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+            if reached == "both, as a terminal does":
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                os.kill(process.pid if reached == "the first alone" else children(process.pid)[0], signal.SIGINT)
             told, _ = process.communicate(timeout=60)
         finally:
             if process.poll() is None:
@@ -140,7 +149,9 @@ def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130, told[-3000:]
     assert "Traceback" not in told, told[-3000:]
 
-    step = read_checkpoint(run / "checkpoints/interrupted.ckpt")["global_step"]
+    saved = read_checkpoint(run / "checkpoints/interrupted.ckpt")
+    states, step = saved["callbacks"]["RandomState"]["states"], saved["global_step"]
+    assert len(states) == 2  # of both processes, so that each draws on
     moeapps("fit", "--run", str(run), *TWO, "--trainer.max_steps", str(step + 10))
     last = read_checkpoint(tmp_path / "runs/toy/base/version_1/checkpoints/last.ckpt")
     assert last["global_step"] == step + 10

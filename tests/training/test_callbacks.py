@@ -20,8 +20,8 @@ from moeapps.moe import Dense, LinearScore, MLPExperts, MoELayer, MoERecorder, R
 from moeapps.moe.experts import GLUExperts
 from moeapps.moe.presets import compose, dense, point_moe, top_k_router
 from moeapps.training.callbacks import AveragedWeights, BiasBalancing, ProgressLines, progress_bar
+from moeapps.training.callbacks.interrupts import program
 from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
-from moeapps.training.callbacks.state import program
 from moeapps.training.callbacks.summary import MoESummary, summary_table
 from moeapps.training.callbacks.table import score_table
 from moeapps.training.cost import measure_cost

@@ -8,6 +8,7 @@ from moeapps.training.callbacks.balance import BiasBalancing
 from moeapps.training.callbacks.experts import ExpertReport
 from moeapps.training.callbacks.finite import DivergedError, StopDiverged
 from moeapps.training.callbacks.first_losses import FirstLosses
+from moeapps.training.callbacks.interrupts import InterruptCheckpoint
 from moeapps.training.callbacks.pictures import EpochPictures
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
@@ -15,7 +16,7 @@ from moeapps.training.callbacks.report import Report
 from moeapps.training.callbacks.router_fit import RouterFit
 from moeapps.training.callbacks.routing import RoutingMonitor
 from moeapps.training.callbacks.side import SideReport
-from moeapps.training.callbacks.state import BestCheckpoint, InterruptCheckpoint, RandomState, SaveRun, TipFilter
+from moeapps.training.callbacks.state import BestCheckpoint, RandomState, SaveRun, TipFilter
 from moeapps.training.callbacks.summary import MoESummary
 from moeapps.training.callbacks.table import EndTable
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-import shutil
-import signal
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,7 +18,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
@@ -31,8 +25,7 @@ from typing_extensions import override
 from moeapps.commands.listing import first_comment
 from moeapps.data.mixing import fold
 from moeapps.files import write_json
-from moeapps.training.callbacks.finite import DivergedError
-from moeapps.training.checkpoints import CheckpointError, check_whole, copy_checkpoint, first_whole
+from moeapps.training.checkpoints import CheckpointError, check_whole, copy_checkpoint
 from moeapps.training.run import (
     config_hash,
     git_commit,
@@ -45,7 +38,6 @@ from moeapps.training.run import (
 )
 from moeapps.training.scores import ScoreTable
 from moeapps.training.selection import select
-from moeapps.training.task import BaseTask
 
 log = logging.getLogger("moeapps")
 
@@ -79,8 +71,8 @@ class RandomState(L.Callback):
         self._alone = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Ask no other process for its state any more: it may be gone."""
-        self._alone = True
+        """Ask no other process for its state any more: it may be gone, unless all agreed to stop after this step."""
+        self._alone = not getattr(pl_module, "stop_asked", False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states of all processes in order of rank (collective, except after an exception)."""
@@ -105,82 +97,6 @@ class RandomState(L.Callback):
             np.random.seed(seed % 2**32)  # noqa: NPY002 - the state others draw from
             torch.manual_seed(seed)
         self._restored = None
-
-
-class InterruptCheckpoint(L.Callback):
-    """Write checkpoints/interrupted.ckpt when training is stopped by Ctrl-C, a signal or, alone, an error.
-
-    Ctrl-C waits for the end of the training step that it meets, so that whatever counts steps counts alike; a second
-    one stops at once. Of a model that has diverged nothing is written: the checkpoints before it are what is left.
-    """
-
-    def __init__(self) -> None:
-        self._before: Any = None
-        self._asked = False
-        self._in_validation = False
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
-            return
-        # Of several processes one could end its step while another waits in the next: they stop at once, as before.
-        if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._asked = pl_module.stop_asked = False
-            self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer))
-
-    def _ask(self, trainer: L.Trainer) -> None:
-        """Let the step end, if it is the first time and a step can be under way."""
-        if self._asked or not trainer.training:
-            raise KeyboardInterrupt
-        self._asked = True
-        cast(BaseTask, trainer.lightning_module).stop_asked = True
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # a logger may be in use just now
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop also where no step came any more."""
-        self._give_back()
-        if self._asked:
-            raise KeyboardInterrupt
-
-    def _give_back(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-        self._before = None
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save the state of the run and say how to go on."""
-        if not isinstance(exception, KeyboardInterrupt):  # then Lightning lets nothing interrupt the end
-            self._give_back()
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
-            return
-        if trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt | SIGTERMException):
-            return  # the other processes may never reach the barrier inside save_checkpoint
-        folder = run_dir(trainer)
-        if folder is None or not trainer.checkpoint_callbacks:
-            return
-        path: Path | None = folder / "checkpoints" / "interrupted.ckpt"
-        try:
-            if isinstance(exception, DivergedError | CheckpointError):
-                path = first_whole(folder / "checkpoints")
-            else:
-                self._in_validation = trainer.validating
-                trainer.save_checkpoint(cast(Path, path))
-        except CheckpointError as error:
-            log.error("%s", error)
-            path = first_whole(folder / "checkpoints")
-        if path is None:
-            log.info("interrupted; there is no checkpoint yet")
-        elif trainer.is_global_zero:
-            config = folder / "config.yaml"
-            told = str(config) if config.is_file() else "FILE"  # the run folder was deleted
-            log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), told, path)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have a validation that was interrupted made anew: Lightning would leave it out, or score its rest alone."""
-        if self._in_validation:
-            done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -339,14 +255,6 @@ def comment_of(configs: Sequence[Any]) -> str:
         return "" if first is None else first_comment(Path(getattr(first, "absolute", str(first))))
     except (OSError, ValueError):  # YAML in place of a file, or a file that went away
         return ""
-
-
-def program() -> str:
-    """What to type for this program: its bare name where PATH has it, else as it was called."""
-    called = Path(sys.argv[0])
-    if called.name not in ("moeapps", "lightning"):
-        return "python -m moeapps"
-    return called.name if shutil.which(called.name) else str(called)
 
 
 def _is_whole(path: Path) -> bool:

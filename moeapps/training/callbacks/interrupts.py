@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training leaves when it is interrupted, and how several processes agree on the step after which they stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from moeapps.training.callbacks.finite import DivergedError
+from moeapps.training.checkpoints import CheckpointError, first_whole
+from moeapps.training.run import run_dir
+from moeapps.training.task import BaseTask
+
+log = logging.getLogger("moeapps")
+
+
+class InterruptCheckpoint(L.Callback):
+    """Write checkpoints/interrupted.ckpt when training is stopped by Ctrl-C, a signal or, alone, an error.
+
+    Ctrl-C waits for the end of the training step that it meets, so that whatever counts steps counts alike; a second
+    one stops at once. Several processes stop after the same step, whichever of them Ctrl-C reached: else one would
+    wait for ever for sums of gradients that another no longer adds to, and a validation runs to its end before that.
+    Of a model that has diverged nothing is written: the checkpoints before it are what is left.
+    """
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._asked = False
+        self._in_validation = False
+        self._agreement: _Agreement | None = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
+            return
+        self._agreement = _Agreement() if dist.is_initialized() and trainer.world_size > 1 else None
+        self._asked = pl_module.stop_asked = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer))
+
+    def _ask(self, trainer: L.Trainer) -> None:
+        """Let the step end, if it is the first time and a step can be under way."""
+        if self._asked or not (trainer.training or self._agreement):
+            raise KeyboardInterrupt
+        self._asked = True
+        if self._agreement is None:
+            cast(BaseTask, trainer.lightning_module).stop_asked = True
+        if trainer.is_global_zero:  # not through a logger, which may be in use just now
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the task stop if any process was asked to; it is the last that hears of the step."""
+        if self._agreement is not None and self._agreement.reached(self._asked):
+            cast(BaseTask, pl_module).stop_asked = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop also where no step came any more."""
+        self._give_back()
+        if self._agreement is not None:
+            self._asked = cast(BaseTask, pl_module).stop_asked = self._agreement.reached(self._asked, at_once=True)
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _give_back(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        self._before = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the state of the run and say how to go on."""
+        if not isinstance(exception, KeyboardInterrupt):  # then Lightning lets nothing interrupt the end
+            self._give_back()
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
+            return
+        folder = run_dir(trainer)
+        if folder is None or not trainer.checkpoint_callbacks:
+            return
+        agreed = isinstance(exception, SIGTERMException) or getattr(pl_module, "stop_asked", False)
+        if trainer.world_size > 1 and not agreed:  # the others may never reach the barrier inside save_checkpoint
+            if isinstance(exception, KeyboardInterrupt):
+                self._tell(trainer, folder, first_whole(folder / "checkpoints"))
+            return
+        path: Path | None = folder / "checkpoints" / "interrupted.ckpt"
+        try:
+            if isinstance(exception, DivergedError | CheckpointError):
+                path = first_whole(folder / "checkpoints")
+            else:
+                self._in_validation = trainer.validating
+                trainer.save_checkpoint(cast(Path, path))
+        except CheckpointError as error:
+            log.error("%s", error)
+            path = first_whole(folder / "checkpoints")
+        self._tell(trainer, folder, path)
+
+    def _tell(self, trainer: L.Trainer, folder: Path, path: Path | None) -> None:
+        if path is None:
+            log.info("interrupted; there is no checkpoint yet")
+        elif trainer.is_global_zero:
+            config = folder / "config.yaml"
+            told = str(config) if config.is_file() else "FILE"  # the run folder was deleted
+            log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), told, path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have a validation that was interrupted made anew: Lightning would leave it out, or score its rest alone."""
+        if self._in_validation:
+            done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}
+
+
+class _Agreement:
+    """Whether any process was asked to stop, known to all at the same step, and nobody waits for it.
+
+    What a process says at the end of a step is summed while the next step runs, in a group of its own; at the end of
+    that one all read the same sum.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._sum: torch.Tensor | None = None
+        self._work: Any = None
+
+    def reached(self, asked: bool, *, at_once: bool = False) -> bool:
+        """Whether all stop now; called by every process at the end of every step, and ``at_once`` at the end of all."""
+        if self._read():
+            return True
+        self._sum = torch.tensor(int(asked))
+        self._work = dist.all_reduce(self._sum, group=self._group, async_op=True)
+        return at_once and self._read()
+
+    def _read(self) -> bool:
+        if self._work is None or self._sum is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._sum)
+
+
+def program() -> str:
+    """What to type for this program: its bare name where PATH has it, else as it was called."""
+    called = Path(sys.argv[0])
+    if called.name not in ("moeapps", "lightning"):
+        return "python -m moeapps"
+    return called.name if shutil.which(called.name) else str(called)
