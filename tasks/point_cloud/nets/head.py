@@ -88,9 +88,12 @@ class LanguageHead(nn.Module):
             if domain not in self.columns:
                 raise ValueError(f"no label set for domain {domain!r}: the head knows {', '.join(self.columns)}")
         y_NT = self.linear(features_ND)
-        factor_N1 = self.log_scale.exp() / torch.linalg.vector_norm(y_NT, dim=1, keepdim=True).clamp_min(_SHORTEST)
-        rows = [rows for _, rows in parts]
         return [
-            (y_MT @ self.text_VD[self.columns[domain]].T) * factor_M1
-            for (domain, _), y_MT, factor_M1 in zip(parts, y_NT.split(rows), factor_N1.split(rows), strict=True)
+            self._match(y_MT, self.text_VD[self.columns[domain]])
+            for (domain, _), y_MT in zip(parts, y_NT.split([rows for _, rows in parts]), strict=True)
         ]
+
+    def _match(self, y_MT: Tensor, text_CT: Tensor) -> Tensor:
+        """Logits of one part; its length is taken here and not of all rows, since its gradient is as wide as they."""
+        length_M1 = torch.linalg.vector_norm(y_MT, dim=1, keepdim=True).clamp_min(_SHORTEST)
+        return (y_MT @ text_CT.T) * (self.log_scale.exp() / length_M1)
