@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import resource
 import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -19,7 +22,7 @@ from moeapps import cli
 from moeapps.cli import COMMANDS, main
 from moeapps.commands import doctor
 from moeapps.commands.listing import all_configs, find_config, located
-from moeapps.commands.run import usage
+from moeapps.commands.run import run, usage
 from moeapps.commands.tasks import moved_paths, task_commands
 from tests.toy import FAST, TOY
 
@@ -382,3 +385,22 @@ def test_debug_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEAPPS_DEBUG", "1")
     with pytest.raises(ValueError, match="fail=True"):
         main(["fit", *FAST, "--model.fail", "true"])
+
+
+@pytest.mark.parametrize("kinds", [int | float | None, float | int | None], ids=str)
+def test_one_batch_is_not_all_batches_whichever_type_is_tried_first(
+    kinds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = inspect.unwrap(L.Trainer.__init__)
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+        monkeypatch.setitem(plain.__annotations__, name, kinds)
+    overlay = tmp_path / "one.yaml"
+    overlay.write_text("trainer:\n  limit_test_batches: 1\n  limit_val_batches: 0.5\n")
+    words = ["fit", "--config", "configs/mixer.yaml", "--config", str(overlay), "--trainer.limit_train_batches=1"]
+
+    with pytest.raises(SystemExit):
+        run([*words, "--trainer.limit_predict_batches", "1.0", "--print_config"])
+
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    found = [trainer[f"limit_{stage}_batches"] for stage in ("train", "test", "val", "predict")]
+    assert [(type(value), value) for value in found] == [(int, 1), (int, 1), (float, 0.5), (float, 1.0)]
