@@ -82,14 +82,20 @@ def _run(words: list[str], program: str) -> int:
         from moeapps.commands.names import check
 
         check(words)
-    if first in TRAINING_COMMANDS:
-        from moeapps.commands.later import start_quickly
-
-        start_quickly()
     if first in of_tasks:
         return run_hook(of_tasks[first], words[1:])
-    command: Callable[[list[str]], int] = import_module(COMMANDS[first][0]).main
-    return command(words if first in RUN_COMMANDS else words[1:])
+    if first not in TRAINING_COMMANDS:
+        return _command(first)(words[1:])
+    from moeapps.commands.later import start_quickly, without_collector
+
+    start_quickly()
+    with without_collector():
+        return _command(first)(words if first in RUN_COMMANDS else words[1:])
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    command: Callable[[list[str]], int] = import_module(COMMANDS[name][0]).main
+    return command
 
 
 def main(args: Sequence[str] | None = None) -> int:

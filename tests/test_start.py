@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from moeapps.commands.later import collect_again, without_collector
 from tests.systems import BASES, name, tiny
 
 UNUSED = (
@@ -21,6 +23,7 @@ UNUSED = (
     "matplotlib",
     "torch._dynamo",
     "sympy",
+    "triton",
     "transformers",
     "pandas",
 )
@@ -128,6 +131,15 @@ real += [issubclass(Own, collections.OrderedDict)]
 from PIL import Image
 from timm.data import create_transform
 real += [create_transform(32, is_training=True)(Image.new("RGB", (40, 40))).shape == (3, 32, 32)]
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+with FlopCounterMode(display=False) as counter:
+    torch.ones(2, 3) @ torch.ones(3, 4)
+real += [counter.get_total_flops() == 48, callable(register_flop_formula([torch.ops.aten.sin])(len))]
+import torch_geometric, torch.utils.tensorboard
+from tensorboard.compat.tensorflow_stub.io import gfile
+real += [not any(name in sys.modules for name in ("torch_geometric.llm", "boto3"))]
+from torch_geometric.datasets import web_qsp_dataset
+real += [web_qsp_dataset.LargeGraphIndexer._real() is torch_geometric.llm.large_graph_indexer.LargeGraphIndexer]
 print({"early": early, "still": still, "moved": moved, "plain": plain, "before": before, "real": real,
        "last": weight.tolist()})
 """
@@ -144,3 +156,30 @@ def test_what_waits_is_there_when_it_is_used() -> None:
     assert found["plain"]
     assert found["before"]
     assert found["real"] == [True] * len(found["real"])
+
+
+def test_the_search_for_cycles_is_off_while_building_and_on_afterwards() -> None:
+    assert gc.isenabled()
+    with without_collector():
+        assert not gc.isenabled()
+        collect_again()
+        assert gc.isenabled()  # a run trains with it
+        assert gc.get_freeze_count() > 0
+        cycle: list[Any] = []
+        cycle.append(cycle)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0  # what a program made that calls us again and again can be freed
+    with pytest.raises(ValueError, match="told"), without_collector():
+        raise ValueError("told")
+    assert gc.isenabled()
+
+
+def test_a_program_with_plans_of_its_own_for_the_collector_keeps_them() -> None:
+    gc.disable()
+    try:
+        with without_collector():
+            collect_again()
+            assert not gc.isenabled()
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import gc
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,17 +29,20 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-# package -> what it need not import before it is used
+# package or module -> what it need not import before it is used
 WAITING: dict[str, tuple[str, ...]] = {
     "lightning": ("torch._dynamo",),
     "torchmetrics": ("torchvision", "matplotlib", "scipy.signal"),
     "torchvision": ("torch._dynamo",),
     "timm": ("torch._dynamo",),  # timm.data subclasses torchvision's transforms, and keys tables by its enum
-    "torch_geometric": ("torch._dynamo",),
+    "torch_geometric": ("torch._dynamo", "torch_geometric.llm", "requests"),
+    "tensorboard.compat.tensorflow_stub.io.gfile": ("boto3", "botocore"),  # to write to a bucket
+    "torch.utils.flop_counter": ("triton",),  # it asks whether an operation is a kernel of triton's
 }
 OLD_NAMES = "srmrpy"
 """Where this is installed, torchmetrics must give scipy.signal the old name that it needs."""
 COMPILER = "torch._dynamo"
+_paused = False
 KEPT = "__dynamo_disable"
 """Where a function that ``torch._disable_dynamo`` marked keeps what is called in its place."""
 
@@ -115,7 +119,7 @@ def put_off(packages: Sequence[str], importer: str) -> Iterator[None]:
 
     Args:
         packages: dotted names; what lies below them too.
-        importer: top package whose ``import`` statements this is for.
+        importer: package or module whose ``import`` statements this is for.
     """
     real_import, over = builtins.__import__, False
 
@@ -126,7 +130,7 @@ def put_off(packages: Sequence[str], importer: str) -> Iterator[None]:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> Any:
-        own = str((globals or {}).get("__name__", "")).partition(".")[0] == importer
+        own = f"{(globals or {}).get('__name__', '')}.".startswith(f"{importer}.")
         package = next((p for p in packages if name == p or name.startswith(f"{p}.")), None)
         if level or package is None or not own or package in sys.modules:
             return real_import(name, globals, locals, fromlist or (), level)
@@ -146,6 +150,34 @@ def start_quickly() -> None:
         sys.meta_path.insert(0, Waiting())
         if COMPILER not in sys.modules:
             WithoutCompiler().begin()
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Import and build without Python's search for cycles, which reads all there is so far again and again.
+
+    What is built then stays and is left out of later searches, until the end of the block (`collect_again`).
+    """
+    global _paused
+    _paused = gc.isenabled() and gc.get_freeze_count() == 0  # else somebody has plans of his own
+    if not _paused:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        collect_again()
+        gc.unfreeze()
+
+
+def collect_again() -> None:
+    """Let Python search for cycles again, in what is made from now on, if `without_collector` made it stop."""
+    global _paused
+    if _paused:
+        gc.freeze()
+        gc.enable()
+    _paused = False
 
 
 class Waiting(MetaPathFinder):

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from moeapps.allocator import keep_freed_memory
 from moeapps.commands.boundary import UsageError, guarded, without_debug
 from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_first, refuse_taken_names
+from moeapps.commands.later import collect_again
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, explain, given_numbers, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
@@ -178,6 +179,7 @@ class Cli(LightningCLI):
                 check_predicts(cast(BaseTask, self.model))
         except ValueError as error:
             raise UsageError(explain(str(error), self.parser, RAW.get() or {})) from error
+        collect_again()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with our loggers and callbacks beside the configured ones."""
