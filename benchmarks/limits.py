@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.core_cases import median_ms
+from moeapps.training.flops import counting
 
 Work = Callable[[], object]
 PEAK_SIZES = ((2048, 2048, 2048), (4096, 256, 1024), (512, 512, 512))
@@ -21,43 +18,11 @@ SLACK = 1.001
 """Rounding only: the counts are whole numbers of the same operators."""
 
 
-def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Groups of rows by a matrix each, or, as for gradients of the matrices, groups of columns by groups of rows."""
-    rows = a.shape[-2] if a.ndim == 3 and b.ndim == 2 else a.numel() // a.shape[-1]
-    return int(2 * rows * a.shape[-1] * b.shape[-1])
-
-
-_COUNTS = {**flop_registry, torch.ops.aten._grouped_mm: _grouped}  # which torch does not count
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up the floating-point operations of matrix products, attention and convolutions.
-
-    torch's own counter follows modules by hooks that do not allow gradients of leaves; this one needs no hook.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        own = OPDEFS.get(func._schema.name)
-        if own is not None:  # an operator of our own: count what it is made of
-            with self:
-                return own._init_fn(*args, **kwargs)
-        out = func(*args, **kwargs)
-        count = _COUNTS.get(func._overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=out))
-        return out
-
-
 def product_flops(work: Work) -> int:
     """Floating-point operations of the matrix products of one call; a multiply-add counts two."""
-    with _Counter() as counter:
+    with counting() as counter:
         work()
-    return int(counter.flops)
+    return int(counter.get_total_flops())
 
 
 def peak_gflops(*, samples: int = 7) -> float:

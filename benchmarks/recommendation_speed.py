@@ -29,6 +29,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.limits import product_flops
 from moeapps.evidence.cells import describe_machine
 from moeapps.evidence.evidence import to_json
 from moeapps.files import write_text
@@ -125,19 +126,10 @@ class Dense(nn.Module):
         return logits
 
 
-def flops(answer: Callable[[], Tensor]) -> int:
-    """Forward operations of the products of one batch."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        answer()
-    return int(counter.get_total_flops())
-
-
 def dense_twin(batch: Interactions) -> Dense:
     """The dense network whose FLOPs are those of MMoE."""
     task = RankingTask(net=partial(Ranker, bank=MMOE), facts=facts()).eval()
-    wanted = flops(lambda: task(batch)) / len(batch)
+    wanted = product_flops(lambda: task(batch)) / len(batch)
     width = FeatureEncoder(facts()).out_dim
     return Dense(round(wanted / 2 / (width + 6)))
 
@@ -188,7 +180,7 @@ def over_limit(bank: Any, rows: int, *, step: bool = False) -> Callable[[int], l
     def measure(pairs: int) -> list[float]:
         batch = make_batch(rows)
         task = RankingTask(net=partial(Ranker, bank=bank), facts=facts()).train(step)
-        share = (3 if step else 1) * flops(lambda: task(batch)) / (2 * 1024**3)
+        share = (3 if step else 1) * product_flops(lambda: task(batch)) / (2 * 1024**3)
         a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
 
         def score() -> None:
@@ -223,7 +215,7 @@ def instead(names: dict[str, Any], measure: Callable[[int], list[float]], pairs:
 def elementwise_over_products(pairs: int, rows: int) -> float:
     """CPU time of HoME's hyperbolic tangents and Swish functions alone, over that of its products at full speed."""
     task = RankingTask(net=partial(Ranker, bank=HOME), facts=facts()).eval()
-    share = flops(lambda: task(make_batch(rows))) / (2 * 1024**3)
+    share = product_flops(lambda: task(make_batch(rows))) / (2 * 1024**3)
     sizes = {name: p.numel() for name, p in task.named_parameters()}
     num_tanh = sum(n for name, n in sizes.items() if name.endswith("feature_gates.up")) // FEATURE_RANK
     num_swish = sum(n for name, n in sizes.items() if name.endswith("experts.beta"))
@@ -259,7 +251,7 @@ def explain(name: str, pairs: int) -> dict[str, Any]:
     }
     limit = {what: instead({}, home_over_mmoe_at(rows, bank), pairs) for what, bank in bare.items()}
     batch, nets = make_batch(rows), [RankingTask(net=partial(Ranker, bank=b), facts=facts()) for b in (HOME, MMOE)]
-    ours, other = (flops(partial(net.eval(), batch)) for net in nets)
+    ours, other = (product_flops(partial(net.eval(), batch)) for net in nets)
     return {"tried": tried, "limit": {**limit, "products alone, by FLOPs": round(ours / other, 4)}}
 
 
