@@ -7,7 +7,9 @@ alone. It wraps what the loops call; each second counts for the innermost part t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -20,6 +22,8 @@ import moeapps.cli
 
 FIRST = "--first-step"
 """Given before the command: end with the first training step."""
+WITHOUT = "--without"
+"""Given before the command with a function of `moeapps.commands.later`: it does nothing."""
 
 
 class Clock:
@@ -144,6 +148,9 @@ def main(words: list[str]) -> int:
     out, words = Path(words[0]), words[1:]
     first_only = words[0] == FIRST
     words = words[1:] if first_only else words
+    if words[0] == WITHOUT:
+        setattr(importlib.import_module("moeapps.commands.later"), words[1], contextlib.nullcontext)
+        words = words[2:]
     clock = Clock()
     cli: Any = moeapps.cli
     real = cli.import_module

@@ -3,9 +3,9 @@
 
 CPU seconds of processes of their own, one thread. *Start*: of each system with its tiny settings, until the first
 training step begins. *Fits*: of configs/mixer.yaml and configs/home.yaml from begin to end, by part. With
-``--before``, a checkout of another commit is measured too, by turns with this one; ratios are medians of pairs. Writes
+``--before``, another checkout's starts and fits of these two are measured too, by turns; ratios are medians. Writes
 benchmarks/results/fit_share.json after each system; ``--only`` measures some anew and keeps the others. About twelve
-minutes on an idle core, with ``--before`` twenty-five; ``--only home mixer --fits 0`` about two and five.
+minutes on an idle core, with ``--before`` twenty; ``--only home mixer --fits 0`` about two and five.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +37,18 @@ FITTED = ("home", "mixer")
 PARTS = ("imports", "setup", "steps", "gate fits", "loader", "logging", "callbacks", "loop", "checkpoint", "validation",
          "test", "reports", "end")  # fmt: skip
 """`setup` goes until the loop begins; `loop` is what Lightning's loop and hooks take; `end` is all that is left."""
+OTHER_STARTS: dict[str, dict[str, Any]] = {
+    "all packages imported at once": {"without": "start_quickly"},
+    "Python's search for cycles left on": {"without": "without_collector"},
+    "python -O": {"flags": ("-O",)},
+}
+"""Other ways to start: a function of `moeapps.commands.later` that does nothing, or flags of the interpreter."""
+OTHER_FITS = {
+    "no figures": ("--pictures", "false"),
+    "scalars every hundredth step": ("--trainer.log_every_n_steps", "100"),
+    "no progress bar": ("--trainer.enable_progress_bar", "false"),
+}
+"""Other ways to fit: words of the command."""
 
 
 def systems() -> list[str]:
@@ -50,8 +65,17 @@ def words_of(system: str, *, tiny: bool) -> list[str]:
     return ["fit", *(word for file in files for word in ("--config", file))]
 
 
-def measure(tree: Path, words: list[str], *, first_only: bool = False) -> dict[str, Any]:
+def measure(
+    tree: Path, words: list[str], *, first_only: bool = False, without: str = "", flags: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run a command with the code of a checkout; return CPU seconds by part, and of the whole process.
+
+    Args:
+        tree: the checkout.
+        words: of the command.
+        first_only: end with the first training step.
+        without: a function of `moeapps.commands.later` that does nothing.
+        flags: of the interpreter.
 
     Raises:
         RuntimeError: it failed; its last lines are in the message.
@@ -59,8 +83,9 @@ def measure(tree: Path, words: list[str], *, first_only: bool = False) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "parts.json"
         variables = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(tree), "MOEAPPS_RUNS": folder}
-        command = [sys.executable, "-P", str(ROOT / "benchmarks" / "fit_phases.py"), str(out)]
+        command = [sys.executable, *flags, "-P", str(ROOT / "benchmarks" / "fit_phases.py"), str(out)]
         command += ["--first-step"] if first_only else []
+        command += ["--without", without] if without else []
         with (Path(folder) / "said.txt").open("w+b") as said:
             process = subprocess.Popen(
                 [*command, *words], cwd=tree, env={**os.environ, **variables}, stdout=said, stderr=subprocess.STDOUT
@@ -86,14 +111,34 @@ def start_of(system: str, before: Path | None, pairs: int) -> dict[str, Any]:
             ratios.append(seconds[ROOT] / seconds[before])
     row: dict[str, Any] = {"start_s": round(statistics.median(now), 2), "least_s": round(min(now), 2), "pairs": pairs}
     row["goal"], row["ok"] = GOALS["start_s"], row["start_s"] <= GOALS["start_s"]
+    if not row["ok"]:
+        row["tried"] = {name: round(started(system, **way), 2) for name, way in OTHER_STARTS.items()}
+        row["limit"] = {"importing torch, Lightning and the model's module alone": round(imported(system), 2)}
     if before is not None:
         row |= {"before_s": round(statistics.median(then), 2), "over_before": round(statistics.median(ratios), 3)}
     return row
 
 
-def fit_of(system: str, tree: Path) -> dict[str, Any]:
+def started(system: str, **way: Any) -> float:
+    """CPU seconds until the first step in another way; the middle of three, after one that may write bytecode."""
+    found = [measure(ROOT, words_of(system, tiny=True), first_only=True, **way)["start"] for _ in range(4)]
+    return statistics.median(found[1:])
+
+
+def imported(system: str) -> float:
+    """CPU seconds of a process that imports what the model of a system needs, as quickly as the command does."""
+    config = yaml.safe_load((ROOT / "configs" / f"{system}.yaml").read_text(encoding="utf-8"))
+    module = config["model"]["class_path"].rpartition(".")[0]
+    code = "from moeapps.commands.later import start_quickly, without_collector; start_quickly()\n"
+    code += f"with without_collector():\n import torch, lightning.pytorch, {module}\n"
+    code += "import time; print(time.process_time())"
+    run = partial(subprocess.run, [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+    return statistics.median(float(run(cwd=ROOT).stdout.split()[-1]) for _ in range(3))
+
+
+def fit_of(system: str, tree: Path, *words: str) -> dict[str, Any]:
     """CPU seconds of a whole fit by part, and the share of its training."""
-    found = measure(tree, words_of(system, tiny=False))
+    found = measure(tree, [*words_of(system, tiny=False), *words])
     parts = {part: round(found["parts"].get(part, 0.0), 2) for part in PARTS}
     parts["end"] = round(found["process"] - sum(value for part, value in parts.items() if part != "end"), 2)
     training = parts["steps"] + parts["gate fits"]
@@ -173,7 +218,7 @@ def main(args: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, default=RESULTS, help="where to write the report")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="checkout of the commit to compare with")
-    parser.add_argument("--pairs", type=int, default=9, help="starts of home and mixer; a third of others (default 9)")
+    parser.add_argument("--pairs", type=int, default=9, help="starts of each system (default 9)")
     parser.add_argument("--fits", type=int, default=1, help="whole fits of home and mixer (default 1; 0: none)")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="measure these, keep what is known of the others")
     parser.add_argument("--page", action="store_true", help="only write docs/performance.md from what was measured")
@@ -196,12 +241,13 @@ def main(args: list[str] | None = None) -> int:
         "limits": LIMITS,
     }
     for system in options.only or systems():
-        pairs = options.pairs if system in FITTED else max(1, options.pairs // 3)
-        report["starts"][system] = start_of(system, before, pairs)
+        report["starts"][system] = start_of(system, before if system in FITTED else None, options.pairs)
         write_json(options.json, report)
     for system in [system for system in FITTED if options.fits and system in (options.only or FITTED)]:
         trees = {"now": ROOT} if before is None else {"before": before, "now": ROOT}
-        report["fits"][system] = {when: middle_fit(system, tree, options.fits) for when, tree in trees.items()}
+        fits = report["fits"][system] = {when: middle_fit(system, tree, options.fits) for when, tree in trees.items()}
+        if fits["now"]["share"] < GOALS["share"]:
+            fits["now"]["tried"] = {name: fit_of(system, ROOT, *words)["share"] for name, words in OTHER_FITS.items()}
         write_json(options.json, report)
     show(report)
     if options.json == RESULTS:

@@ -5,53 +5,133 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from benchmarks import few_rows, recommendation_speed
+from benchmarks import few_rows, fit_share, point_moe_voxels, recommendation_speed
 from benchmarks.markdown import wrapped
+from benchmarks.peers import page as peers
 from benchmarks.readme import ROOT
 from moeapps.files import write_text
 
 PAGE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- goals:begin -->\n).*?(<!-- goals:end -->)", re.DOTALL)
+LIMIT = "The limit: "
+
+Row = Mapping[str, Any]
 
 
-def told(name: str, value: float, gate: float, row: dict[str, Any]) -> str:
-    """One line: the goal, what was reached and, where it was missed, what was tried and how far one could come."""
-    line = f"- {name}: **{value:.2f}**, goal {'at least' if row.get('at_least') else 'at most'} {gate:g}"
-    tried = row.get("tried") or {}
+def told(name: str, value: float, goal: float, *, row: Row, unit: str = "") -> str:
+    """One line: the goal, what was reached and, where it was missed, what was tried and how far one could come.
+
+    Args:
+        name: what is measured.
+        value: what was reached.
+        goal: what was to be reached.
+        row: ``ok``; ``at_least``, whether larger is better; of a missed goal ``tried``, way -> the same measure with
+            that way, and ``limit``, either what -> value or a sentence.
+        unit: of value, goal and ways; nothing for a ratio.
+    """
+    line = f"- {name}: **{value:.3g}{unit}**, goal {'at least' if row.get('at_least') else 'at most'} {goal:g}{unit}"
+    if row["ok"]:
+        return line + ", reached."
+    tried, limit = row.get("tried") or {}, row.get("limit") or row.get("reason") or ""
     if not isinstance(tried, dict):
         tried = {way["way"]: way["ratio"] for way in tried}
-    if row["ok"] or not tried:
-        return line + (", reached." if row["ok"] else ", missed.")
-    line += ", missed. Tried: " + ", ".join(f"{way} {ratio:.2f}" for way, ratio in tried.items()) + "."
-    limit = ", ".join(f"{what} {ratio:.2f}" for what, ratio in row.get("limit", {}).items()) or row.get("reason", "")
-    return f"{line} The limit: {limit}." if limit else line
+    if isinstance(limit, dict):
+        limit = ", ".join(f"{what} {of:.3g}{unit}" for what, of in limit.items())
+    line += ", missed."
+    if tried:
+        line += " Tried: " + ", ".join(f"{way} {of:.3g}{unit}" for way, of in tried.items()) + "."
+    return f"{line} {LIMIT}{limit}." if limit else line
 
 
-def lines() -> Iterator[str]:
-    """Yield the lines of the block, from both committed results."""
-    ranking = json.loads(recommendation_speed.RESULTS.read_text(encoding="utf-8"))
-    layers = json.loads(few_rows.RESULTS.read_text(encoding="utf-8"))
-    yield "### HoME (`python -m benchmarks.recommendation_speed`)\n"
-    for row in ranking["rows"]:
+def of_voxels(report: Row) -> Iterator[str]:
+    """Point-MoE's step: growth, time over the step before, memory."""
+    goals, ok = report["goals"], report["ok"]
+    name = "CPU time per voxel of a step, 150,000 voxels over 15,000"
+    yield told(name, report["growth"]["ours"], goals["growth"], row={"ok": ok["growth"]})
+    for row in report["sizes"].values():
+        size, ways, limit = f"{row['voxels']:,} voxels", row["other_ways"], row["limit"]
+        told_over = {
+            "ok": row["over"] <= goals["over_before"],
+            "tried": {name: row["over"] * way["step"] for name, way in ways.items()}
+            | {"glibc's own thresholds": row["over"] / row["allocator"]},
+            "limit": {"its products alone, at this machine's full speed": limit["products_over_before"]},
+        }
+        yield told(f"a step over the step before, {size}", row["over"], goals["over_before"], row=told_over)
+    for row in report["sizes"].values():
+        size, ways, limit, kept = f"{row['voxels']:,} voxels", row["other_ways"], row["limit"], 1e-3
+        mine = kept * row["ours"]["bytes_per_voxel"]
+        memory = {
+            "ok": row["ours"]["bytes_per_voxel"] <= goals["bytes_per_voxel"],
+            "tried": {name: mine * way["memory"] for name, way in ways.items()}
+            | {"the step before": kept * row["theirs"]["bytes_per_voxel"]},
+            "limit": {"what is kept for the backward pass": kept * limit["kept_bytes_per_voxel"]},
+        }
+        goal = kept * goals["bytes_per_voxel"]
+        yield told(f"memory of a step per voxel, {size}", mine, goal, row=memory, unit=" kB")
+
+
+def of_logs(report: Row) -> Iterator[str]:
+    """Readers of logs over a plain loop of pyarrow."""
+    for row in report["rows"]:
+        if row.get("gate") is not None and row["group"] == "tables" and "ratio" in row:
+            yield told(row["name"], row["ratio"], row["gate"], row=row)
+
+
+def of_fits(report: Row) -> Iterator[str]:
+    """Start of every system, and the share of training of two fits."""
+    for system, row in sorted(report["starts"].items()):
+        yield told(f"{system}, CPU until the first step", row["start_s"], row["goal"], row=row, unit=" s")
+    for system, fits in report["fits"].items():
+        fit = fits["now"]
+        share = {"ok": fit["share"] >= report["goals"]["share"], "at_least": True}
+        share["tried"] = {way: 100 * found for way, found in fit.get("tried", {}).items()}
+        share["limit"] = {"the bound in the table above": 100 * fit["bound"]}
+        name = f"{system}, share of a fit that is training"
+        yield told(name, 100 * fit["share"], 100 * report["goals"]["share"], row=share, unit=" %")
+
+
+def of_ranking(report: Row) -> Iterator[str]:
+    """HoME beside MMoE and beside its arithmetic."""
+    for row in report["rows"]:
         if row["gate"] is not None:
-            yield told(row["text"], row["value"], row["gate"], row)
-    yield "\n### Layers of few rows (`python -m benchmarks.few_rows --before FOLDER`)\n"
-    one = layers["one_row"]
+            yield told(row["text"], row["value"], row["gate"], row=row)
+
+
+def of_layers(report: Row) -> Iterator[str]:
+    """Layers of few rows, and what ``auto`` chooses."""
+    one = report["one_row"]
     if "python_left" in one:
-        yield told(
-            "What a call on one row costs above a plain module, over before", one["python_left"], one["gate"], one
-        )
-    for row in (*layers["rows"], *layers["auto"]):
+        name = "what a call on one row costs above a plain module, over before"
+        yield told(name, one["python_left"], one["gate"], row=one)
+    for row in (*report["rows"], *report["auto"]):
         if row["gate"] is not None and row["ratio"] is not None:
-            yield told(f"{row['name']}, {row['mode']}", row["ratio"], row["gate"], row)
+            ways = {name: row["ratio"] / over for name, over in row.get("auto_over", {}).items()}
+            known = {"tried": ways, "limit": {"the best of them": 1.0}} if ways else {}
+            yield told(f"{row['name']}, {row['mode']}", row["ratio"], row["gate"], row={**known, **row})
+
+
+GROUPS = (
+    ("Point-MoE", "point_moe_voxels --before FOLDER", point_moe_voxels.RESULTS, of_voxels),
+    ("Logs, over a plain loop of pyarrow", "peers", peers.RESULTS, of_logs),
+    ("Start, and fits outside of their steps", "fit_share --before FOLDER", fit_share.RESULTS, of_fits),
+    ("HoME", "recommendation_speed", recommendation_speed.RESULTS, of_ranking),
+    ("Layers of few rows", "few_rows --before FOLDER", few_rows.RESULTS, of_layers),
+)
 
 
 def text() -> str:
-    """The block of the page."""
-    return wrapped("\n" + "\n".join(lines()) + "\n")
+    """The block of the page, from the committed results that there are."""
+    lines = [""]
+    for heading, command, results, lines_of in GROUPS:
+        if results.is_file():
+            file = f"../{Path(results).relative_to(ROOT).as_posix()}"
+            lines += [f"### {heading}", "", f"`python -m benchmarks.{command}` ([results]({file}))", ""]
+            lines += [*lines_of(json.loads(results.read_text(encoding="utf-8"))), ""]
+    return wrapped("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ of the same process with glibc's own thresholds, as far as it raises them by its
 Memory is the peak of a step: the highest resident set during one step (``VmHWM``) minus the one before it, taken after
 ``malloc_trim`` gave back what the allocator held, per voxel, in bytes; weights and optimizer are there before.
 
+How far one could come: the products of a step at the speed of this machine's fastest one, over a step before; and what
+autograd keeps of the forward pass, per voxel.
+
 Writes benchmarks/results/point_moe_voxels.json and the paragraph in tasks/point_cloud/README.md; fails when a goal of
 `GOALS` is missed. Eight minutes on two idle cores; 11 GB of memory.
 """
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -50,11 +52,12 @@ Report = dict[str, Any]
 
 
 def serve() -> None:
-    """Answer each line ``SIZE WHAT`` on stdin with JSON: cost of a ``step``, or its ``memory``.
+    """Answer each line ``SIZE WHAT [WAY]`` on stdin with JSON: cost of a ``step``, its ``memory``, or the ``limit``.
 
-    ``glibc`` and ``keep`` set the allocator first.
+    ``glibc`` and ``keep`` set the allocator first. WAY names one of `OTHER_WAYS`, with underscores.
     """
-    if importlib.util.find_spec("moeapps.allocator"):  # not in trees of before
+    # Not in trees of before; to ask Python would find that of an installed checkout, as it searches there next.
+    if Path("moeapps/allocator.py").is_file():
         importlib.import_module("moeapps.allocator").keep_freed_memory()
     import torch
 
@@ -65,7 +68,7 @@ def serve() -> None:
     size, voxels = "", 0
     step: Callable[[], object] = dict
     for line in sys.stdin:
-        wanted, what = line.split()
+        wanted, what, *way = line.split()
         if wanted != size:
             size = wanted
             task, batch = build("point_moe", ["--data.init_args.batch_size", str(CROPS[size])])
@@ -74,9 +77,9 @@ def serve() -> None:
         if what in ("glibc", "keep"):
             keep_or_not(what == "keep")
         with ExitStack() as stack:
-            for other in OTHER_WAYS.get(what.replace("_", " "), lambda: [])():
+            for other in OTHER_WAYS[way[0].replace("_", " ")]() if way else []:
                 stack.enter_context(other)
-            cost = peak_of(step) if what == "memory" else cost_of(step)
+            cost = {"memory": peak_of, "limit": limit_of}.get(what, cost_of)(step)
         print(json.dumps({"voxels": voxels, **cost}), flush=True)
 
 
@@ -145,6 +148,25 @@ def peak_of(step: Callable[[], object]) -> dict[str, float]:
     return {"bytes": status("VmHWM") - before}
 
 
+def limit_of(step: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the step's products at full speed, and bytes that autograd keeps for the backward pass."""
+    import torch
+
+    from benchmarks.limits import peak_gflops, product_flops
+
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return {"seconds": product_flops(step) / (1e9 * peak_gflops()), "bytes": sum(kept.values())}
+
+
 def status(name: str) -> int:
     """One line of this process's memory, in bytes."""
     text = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -189,12 +211,13 @@ def compare(ours: Ask, theirs: Ask, *, pairs: int, done: Callable[[Report], None
 
     Returns:
         For each size ``voxels``, ``over`` (the median of ``pairs``, ours over theirs), ``ours`` and ``theirs`` with
-        microseconds, page faults and bytes per voxel, ``allocator`` (ours over ours without it) and ``other_ways``.
+        microseconds, page faults and bytes per voxel, ``allocator`` (ours over ours without it), ``other_ways`` (time
+        and memory over ours) and ``limit``.
     """
     rows: Report = {size: {} for size in CROPS}
     trees = {"ours": ours, "theirs": theirs}
     for size, row in rows.items():
-        memory = {name: ask(size, "memory")["bytes"] for name, ask in trees.items()}
+        memory = {name: peak(ask, size) for name, ask in trees.items()}
         warm = {name: ask(size, "step") for name, ask in trees.items()}  # brings back what that made it give away
         voxels = row["voxels"] = int(warm["ours"]["voxels"])
         taken: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
@@ -218,15 +241,27 @@ def compare(ours: Ask, theirs: Ask, *, pairs: int, done: Callable[[Report], None
         row["allocator"] = round(row["ours"]["microseconds_per_voxel"] / without, 3)
         ours(size, "keep")
         row["other_ways"] = {name: other_way(ours, size, name, pairs=max(1, pairs // 3)) for name in OTHER_WAYS}
+        limit = ours(size, "limit")
+        before = statistics.median(cost["seconds"] for cost in taken["theirs"])
+        row["limit"] = {
+            "products_over_before": round(limit["seconds"] / before, 3),
+            "kept_bytes_per_voxel": round(limit["bytes"] / voxels),
+        }
         done(rows)
     return rows
 
 
-def other_way(ours: Ask, size: str, name: str, *, pairs: int) -> float:
-    """A step with one thing done in another way over a step as it is."""
-    what = name.replace(" ", "_")
-    ratios = [ours(size, what)["seconds"] / ours(size, "step")["seconds"] for _ in range(pairs)]
-    return round(statistics.median(ratios), 3)
+def other_way(ours: Ask, size: str, name: str, *, pairs: int) -> dict[str, float]:
+    """A step with one thing done in another way over a step as it is: its time, and the memory of its peak."""
+    way = name.replace(" ", "_")
+    ratios = [ours(size, f"step {way}")["seconds"] / ours(size, "step")["seconds"] for _ in range(pairs)]
+    memory = peak(ours, size, f" {way}") / peak(ours, size)
+    return {"step": round(statistics.median(ratios), 3), "memory": round(memory, 3)}
+
+
+def peak(ask: Ask, size: str, way: str = "") -> float:
+    """The middle of three peaks: how the heap is cut up differs from step to step."""
+    return statistics.median(ask(size, f"memory{way}")["bytes"] for _ in range(3))
 
 
 def growth(rows: Report, name: str) -> float:
@@ -305,15 +340,20 @@ def paragraph(report: Mapping[str, Any]) -> str:
         f"{large['ours']['bytes_per_voxel'] / 1000:.1f} kB of memory a voxel at its peak (before: "
         f"{small['theirs']['bytes_per_voxel'] / 1000:.1f} and {large['theirs']['bytes_per_voxel'] / 1000:.1f}). Memory "
         f"that the allocator keeps from step to step is alone worth {alone}. "
-        f"{_goals(report)} Done otherwise, a step costs with {_ways(small, large)} as much. From "
+        f"{_goals(report)} Done otherwise, a step costs with {_ways(small, large, 'step')} as much, and its peak is "
+        f"{_ways(small, large, 'memory')} as high. The limit: the products alone, at this machine's full speed, are "
+        f"{small['limit']['products_over_before']:.2f} and {large['limit']['products_over_before']:.2f} of a step "
+        f"before, and {small['limit']['kept_bytes_per_voxel'] / 1000:.1f} kB a voxel are kept for the backward "
+        "pass. From "
         f"`python -m benchmarks.point_moe_voxels --before TREE`, {len(large['pairs'])} "
         f"alternated pairs with commit {report['before']}, one thread, {report['machine']['cpu']}: "
         "[benchmarks/results/point_moe_voxels.json](../../benchmarks/results/point_moe_voxels.json).\n"
     )
 
 
-def _ways(small: Report, large: Report) -> str:
-    texts = [f"{name} {small['other_ways'][name]:.2f} and {large['other_ways'][name]:.2f}" for name in OTHER_WAYS]
+def _ways(small: Report, large: Report, of: str) -> str:
+    ways = [(name, *(row["other_ways"][name][of] for row in (small, large))) for name in OTHER_WAYS]
+    texts = [f"{name} {a:.2f} and {b:.2f}" for name, a, b in ways]
     return ", ".join(texts) + " times"
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed choices of a backend are those of the committed ratios; and the narrower gates name rows there are."""
+"""The committed choices of a backend are those of the committed ratios; the narrower gates name rows there are."""
 
 from __future__ import annotations
 
 import json
 from fnmatch import fnmatchcase
 
-from benchmarks import backend_table, few_rows, goals
+from benchmarks import backend_table, few_rows
 from benchmarks.core_rows import all_rows
 from moeapps.moe.backends.table import read_tables
 
@@ -32,16 +32,3 @@ def test_every_narrower_gate_names_rows_of_the_core_benchmark() -> None:
     names = [row.name for row in all_rows() if row.mode != "saved"]
 
     assert all(any(fnmatchcase(name, f"{gate}*") for name in names) for gate in few_rows.GATES)
-
-
-def test_the_page_of_speed_tells_the_committed_goals() -> None:
-    assert goals.text() in goals.PAGE.read_text(encoding="utf-8")
-
-
-def test_a_missed_goal_is_told_with_what_was_tried_and_the_limit() -> None:
-    row = {"ok": False, "tried": {"another way": 2.0}, "limit": {"products alone": 1.2}}
-
-    assert goals.told("x", 1.9, 1.5, row) == (
-        "- x: **1.90**, goal at most 1.5, missed. Tried: another way 2.00. The limit: products alone 1.20."
-    )
-    assert goals.told("x", 1.4, 1.5, {"ok": True}) == "- x: **1.40**, goal at most 1.5, reached."

@@ -46,8 +46,10 @@ class Tree:
     def __call__(self, size: str, what: str) -> dict[str, float]:
         voxels = {"15k": 15_000, "150k": 150_000}[size]
         self.factor = {"glibc": 2.0, "keep": 1.0}.get(what, self.factor)
-        if what == "memory":
+        if what.startswith("memory"):
             return {"voxels": voxels, "bytes": self.memory * voxels}
+        if what == "limit":
+            return {"voxels": voxels, "seconds": self.seconds[size] / 4, "bytes": self.memory * voxels / 2}
         return {"voxels": voxels, "seconds": self.factor * self.seconds[size], "faults": 7}
 
 
@@ -68,7 +70,13 @@ def test_goals_are_judged_at_the_worse_size(seconds: dict[str, float], memory: i
     assert voxels.growth(rows, "theirs") == pytest.approx(1.2)
     assert [row["pairs"] for row in rows.values()] == [[seconds["15k"]] * 3, [round(seconds["150k"] / 12, 3)] * 3]
     assert [row["allocator"] for row in rows.values()] == [0.5, 0.5]
-    assert [row["other_ways"] for row in rows.values()] == [dict.fromkeys(voxels.OTHER_WAYS, 1.0)] * 2
+    assert [row["other_ways"] for row in rows.values()] == [
+        {key: {"step": 1.0, "memory": 1.0} for key in voxels.OTHER_WAYS}
+    ] * 2
+    assert [row["limit"] for row in rows.values()] == [
+        {"products_over_before": round(seconds["15k"] / 4, 3), "kept_bytes_per_voxel": round(memory / 2)},
+        {"products_over_before": round(seconds["150k"] / 48, 3), "kept_bytes_per_voxel": round(memory / 2)},
+    ]
     assert len(told) == 8  # after each pair and each end
 
 
