@@ -27,8 +27,10 @@ def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
         for layer, level in zip(layers, told, strict=False):
             if level.get("share"):
                 share = np.asarray(level["share"], dtype=np.float64)
-                seen = (share > 0) / np.maximum((share > 0).sum(1, keepdims=True), 1)  # even weights on what is seen
+                sees = share > 0  # a gate weighs all that its mask lets it see
+                seen = sees / np.maximum(sees.sum(1, keepdims=True), 1)  # even weights on what is seen
                 names = {"labels": level["gates"], "work": level["share"], "experts": level["experts"]}
+                names["sees"] = sees.tolist()
                 story = gate_story(level["gates"], level["experts"], share)
                 found.append(ExpertTable(layer, "gate", **names, rows=math.inf, given=information(seen), story=story))
     if gates.is_file() and layers:
