@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import sys
 import time
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from moeapps.cli import main
 from moeapps.reporting.knowledge import ExpertTable
 from moeapps.reporting.page import curve_plots, expert_table, rounded
 from moeapps.reporting.view import group, read_run
+from moeapps.training.task import BaseTask
 from tests.reporting.made_runs import DOMAINS, layer, tone, write, write_run, write_scan
 
 HOSTILE = "<script>alert(1)</script>\"'{{7*7}}&</style>"
@@ -366,3 +369,16 @@ def test_what_a_mask_forbids_is_hatched_and_no_zero(tmp_path):
     assert len(masked) >= 2
     assert "hatched: the gate may not choose this expert" in read.words
     assert ">0</td>" in text, "a weight of 0.4 % is a zero, not a mask"
+
+
+def test_every_task_says_what_the_score_is_that_its_runs_are_compared_by(tmp_path):
+    for file in sorted(Path("tasks").glob("*/module.py")):
+        task = import_module(f"tasks.{file.parent.name}.module")
+        known = import_module(f"tasks.{file.parent.name}.report.gallery").METRICS
+        kinds = [one for one in vars(task).values() if inspect.isclass(one) and issubclass(one, BaseTask)]
+        assert {one.main_metric for one in kinds if one.__module__ == task.__name__} <= set(known), file
+    run = write_run(tmp_path / "a", task="tasks.point_cloud.module.PointCloudTask")
+    results = json.loads((run / "metrics" / "test.json").read_text().replace('"accuracy"', '"miou"'))
+    write(run / "metrics" / "test.json", results)
+    _, read = page(tmp_path, run)
+    assert read.words.count("mean over the classes present of hits") == 2

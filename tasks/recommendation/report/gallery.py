@@ -14,6 +14,13 @@ from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Room, Table
 from moeapps.reporting.knowledge import ExpertTable, information
 
+METRICS = {
+    "gauc": "share of the pairs of a user's items, one taken and one not, that are ranked right; the mean over "
+    "users by their rows, and over tasks",
+    "list_auc": "share of the pairs of a list's items, one taken and one not, that are ranked right; the mean "
+    "over lists",
+}
+"""What the scores are that a page compares runs by."""
 MOST_LISTS, MOST_PAST, MOST_NAMES = 6, 12, 3
 TASTES = "users grouped by their weights alone fall into their tastes with an adjusted Rand index of"
 
