@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from yaml import YAMLError
 
 from moeapps.commands.boundary import UsageError, sentence
 from moeapps.commands.tasks import extend_path, foreign_tasks
@@ -117,8 +118,8 @@ def _build(folder: Path, trust: frozenset[str] | None) -> Cli:
         return build(folder, packages=trust)
     except (UsageError, RunError) as error:
         told = error
-    except ImportError as error:
-        told = UsageError(sentence(error).splitlines()[0])
+    except (ImportError, YAMLError) as error:
+        told = UsageError(f"{folder / 'config.yaml'}: {sentence(error).splitlines()[0]}")
     raise told.with_traceback(None) from None
 
 
