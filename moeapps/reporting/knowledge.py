@@ -100,7 +100,8 @@ class ExpertTable:
     @property
     def shares(self) -> Floats:
         """The share of each label's work that each expert takes [L, E]; 0 for a label without work."""
-        return self.array / np.maximum(self.array.sum(1, keepdims=True), 1e-300)
+        share_LE: Floats = self.array / np.maximum(self.array.sum(1, keepdims=True), 1e-300)
+        return share_LE
 
     def expert(self, number: int) -> str:
         """What people call an expert."""

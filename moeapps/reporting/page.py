@@ -210,13 +210,14 @@ def expert_table(table: ExpertTable, most: int = MOST_LABELS) -> Table:
     Of more labels those are shown that some expert takes most of (which the sentence names), then those with most work:
     by work alone, labels that have all the same would be the first ones, of which some experts may have nothing.
     """
-    total_L, share_LE = table.array.sum(1), table.shares
-    sees_LE = np.asarray(table.sees) if table.sees else np.ones(share_LE.shape, dtype=bool)
+    total_L, share_LE = table.array.sum(1), table.shares.astype(object)
+    if table.sees:
+        share_LE[~np.asarray(table.sees)] = None
     by_work = np.argsort(-total_L, kind="stable").tolist()
     chosen = list(dict.fromkeys([*(label for label, _ in clearest_pairs(table)), *by_work]))[:most]
     chosen = [place for place in sorted(chosen) if total_L[place] > 0]
     head = [table.factor, *(table.experts or [str(e) for e in range(share_LE.shape[1])])]
-    rows = [[table.labels[place], *np.where(sees_LE, share_LE, None)[place].tolist()] for place in chosen]
+    rows = [[table.labels[place], *share_LE[place].tolist()] for place in chosen]
     left = int((total_L > 0).sum()) - len(chosen)
     caption = f"Share of the work of each {table.factor} that each expert takes; a row sums to 100 %."
     caption += f" {len(chosen)} are shown, those that experts take most of before others; {left} are not." * (left > 0)
