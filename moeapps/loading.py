@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from yaml import YAMLError
 
+from moeapps.commands.boundary import UsageError, sentence
 from moeapps.commands.tasks import extend_path, foreign_tasks
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
 from moeapps.training.checkpoints import read_checkpoint
-from moeapps.training.run import newest_version, versions_of
+from moeapps.training.run import RunError, newest_version, versions_of
 from moeapps.training.task import BaseTask
+
+if TYPE_CHECKING:
+    from moeapps.commands.run import Cli
 
 WEIGHTS = "model.safetensors"
 
@@ -91,7 +96,7 @@ def load_run(
         )
     weights = _weights_of(folder) if checkpoint is None else Path(checkpoint)
     with isolate_rng():  # building draws first weights, and sets the seed of the run
-        built = build(folder, packages=trust)
+        built = _build(folder, trust)
     task, data = cast(BaseTask, built.model), cast(DomainDataModule, built.datamodule)
     _restore(task, weights)
     data.load_parts(folder)
@@ -100,6 +105,22 @@ def load_run(
     trainer.datamodule, task.trainer = data, trainer
     task.to(device).eval()
     return Trained(folder, weights, task, data)
+
+
+def _build(folder: Path, trust: frozenset[str] | None) -> Cli:
+    """Build task and data; what is wrong with a config is told without the parser's own errors behind it.
+
+    Raises:
+        ValueError: a wrong config, or a package that is not there.
+    """
+    told: Exception
+    try:
+        return build(folder, packages=trust)
+    except (UsageError, RunError) as error:
+        told = error
+    except (ImportError, YAMLError) as error:
+        told = UsageError(f"{folder / 'config.yaml'}: {sentence(error).splitlines()[0]}")
+    raise told.with_traceback(None) from None
 
 
 def _weights_of(folder: Path) -> Path:

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 
 import moeapps
 from moeapps.cli import main
-from moeapps.commands.export import ONNX
+from moeapps.commands.export import ONNX, _write_program
+from moeapps.training.inputs import Program
 from tests.load_common import make_run
 from tests.systems import BASES
 
 pytestmark = pytest.mark.medium
 
 # Systems of which torch can and cannot trace a part; for the others about.json says what its version met.
-TRACED, WHOLE = {"meta_dmoe"}, {"point_moe"}
+TRACED, WHOLE = {"meta_dmoe", "mixer"}, {"point_moe"}
 INPUTS: dict[str, Any] = {
     "point_moe": torch.rand(300, 3, generator=torch.Generator().manual_seed(1)).numpy() * 4,
     "promoe": [1],
@@ -103,6 +104,17 @@ def check_program(task: Any, file: Path, about: dict[str, Any]) -> None:
     assert wanted.abs().max() > 0
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     assert list(about["program"]["inputs"]) == list(program.inputs)
+
+
+class Counting(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / len(x)  # a Python number: the tracer takes the size for a constant
+
+
+def test_a_network_of_one_batch_size_is_traced_at_the_size_of_its_examples(tmp_path: Path) -> None:
+    about = _write_program(Program(Counting(), {"x": torch.ones(3, 2)}, "Shares."), tmp_path)
+
+    assert about == {"covers": "Shares.", "inputs": {"x": {"shape": [3, 2], "dtype": "torch.float32"}}}
 
 
 def test_errors_are_one_sentence_and_help_says_what_onnx_cannot_do(

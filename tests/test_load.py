@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,31 @@ def test_what_is_no_run_is_said_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="an empty run"):
         moeapps.load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("tasks.recommendation.module.RankingTask", "nowhere.Task", "nowhere.Task: there is no package nowhere"),
+        ("tasks.recommendation.module.RankingTask", "tasks.nowhere.Task", "there is no task package tasks.nowhere"),
+        ("RankingTask", "Ranking", "no class 'tasks.recommendation.module.Ranking'; did you mean"),
+        ("batch_size:", "batch_siz:", "data: unknown option 'batch_siz' of"),
+        ("seed_everything:", "seed_everything: [", "config.yaml: while parsing"),
+        (None, "[1]", "config.yaml holds no options"),
+    ],
+)
+def test_a_wrong_config_is_one_error_of_a_line_or_two(tmp_path: Path, old: str | None, new: str, words: str) -> None:
+    make_run("home", tmp_path)
+    file = tmp_path / "config.yaml"
+    text = file.read_text()
+    assert old is None or old in text
+    file.write_text(new if old is None else text.replace(old, new, 1))
+
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        moeapps.load(tmp_path)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None, "errors of the parser stand above it"
+    assert len(str(caught.value).splitlines()) <= 2
 
 
 def test_a_newest_version_without_weights_names_the_newest_that_has_them(tmp_path: Path) -> None:

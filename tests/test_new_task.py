@@ -113,6 +113,16 @@ def test_a_disk_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_readme_is_in_order_whatever_the_length_of_the_name(tmp_path: Path) -> None:
+    for name in ("a", "x" * 40):
+        write_task(name, tmp_path)
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        block = text.split("```")[1].splitlines()
+
+        assert [line for line in block if " #" in line] == [], "a comment beside a command would not stand in a column"
+        assert len([line for line in block if line.startswith("#")]) == 4
+
+
 def test_what_is_written_is_formatted_and_holds_no_placeholder(tmp_path: Path) -> None:
     for name in ("a", "x" * 40):
         files = write_task(name, tmp_path)

@@ -223,7 +223,9 @@ def test_a_report_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatc
 # Interrupts ------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(tmp_path: Path) -> None:
+def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = run([*FIT, f"{ADD}tests.toy.RowTape", "--trainer.max_epochs", "2"])
     press = [f"{ADD}tests.toy.PressKeyInside", "--trainer.callbacks.step=12"]
     with pytest.raises(SystemExit):
@@ -231,8 +233,10 @@ def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(tmp_path: 
     interrupted = folder(tmp_path, 1) / "checkpoints" / "interrupted.ckpt"
     assert read_checkpoint(interrupted)["global_step"] == 13
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    words = ["fit", "--run", str(folder(tmp_path, 1)), *QUIET, "--trainer.max_epochs", "2"]
-    resumed = run([*words, "--trainer.callbacks", "tests.toy.RowTape"])
+    told = next(line for line in caplog.messages if line.startswith("interrupted; go on with: "))
+    words = told[told.index(" fit ") :].split()
+    assert words == ["fit", "--run", str(folder(tmp_path, 1))]
+    resumed = run([*words, *QUIET, "--trainer.max_epochs", "2", "--trainer.callbacks", "tests.toy.RowTape"])
 
     assert resumed.config.fit.ckpt_path == str(interrupted)
     rows = [next(c.rows for c in done.trainer.callbacks if hasattr(c, "rows")) for done in (whole, resumed)]

@@ -229,6 +229,7 @@ def _alone(stage: Stage) -> Iterator[None]:
 def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     """Run a stage unless it is done; return its run folder."""
     from moeapps.commands.run import run
+    from moeapps.training.checkpoints import CheckpointError
     from moeapps.training.stages import checkpoint_file, file_digest
 
     title = f"stage {stage.number} ({stage.config})"
@@ -254,7 +255,11 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     wanted.write(file)
     log.info("%s %s", title, "begins" if resumed is None else f"goes on from {resumed}")
     begun = time.perf_counter()
-    done = run(words)
+    try:
+        done = run(words)
+    except (KeyboardInterrupt, SystemExit, CheckpointError):
+        log.info("%s was cut; the same `moeapps curriculum` goes on with it, then with the stages after it", title)
+        raise
     folder = Path(str(done.trainer.log_dir))
     wanted.run, wanted.seconds = str(folder), round(time.perf_counter() - begun, 1)
     wanted.checkpoint = file_digest(checkpoint_file(folder))

@@ -114,9 +114,10 @@ def _write_program(program: Program, folder: Path) -> dict[str, Any]:
     import torch
     from torch.export import Dim
 
-    module, inputs = program.module.eval(), tuple(program.inputs.values())
-    reasons = []
+    module, reasons = program.module.eval(), []
     for batch in ("batch", None):
+        # Copies: a trace that fails leaves its free sizes marked on the tensors, so that the next would fail, too.
+        inputs = tuple(part.clone() for part in program.inputs.values())
         shapes = None if batch is None else _shapes(module, inputs, Dim.DYNAMIC)
         sizes = [inputs] if batch is None else [inputs, tuple(torch.cat([part, part[:1]]) for part in inputs)]
         try:

@@ -39,15 +39,19 @@ def leave_one_out(options: argparse.Namespace, words: str, console: Console) -> 
     head, lines = fold_cells(setting, rows, bracketed)
     better = "larger" if setting.direction == "max" else "smaller"
     title = f"{setting.metric} on the domain left out ({better} is better), 95 % over {len(options.seeds)} seeds"
-    for table in fitted(lambda form: fold_cells(setting, rows, form)[1], head, title, console.width):
-        console.print(table)
+    for part in fitted(lambda form: fold_cells(setting, rows, form)[1], head, title, console.width):
+        console.print(part)
     if options.out is not None:
         from moeapps.files import write_json, write_text
+        from moeapps.reporting.matrix_files import latex_interval, latex_table
 
-        page, numbers = (options.out / f"leave_one_out.{ending}" for ending in ("md", "json"))
+        numbers, page, table = (options.out / f"leave_one_out.{ending}" for ending in ("json", "md", "tex"))
         write_json(numbers, as_dict(setting, rows))
         write_text(page, f"# {title}\n\n{markdown_table(head, lines)}\n")
-        console.print(f"written: {numbers}, {page}", soft_wrap=True, markup=False)
+        maths = fold_cells(setting, rows, latex_interval)[1]
+        maths = [[name, *(f"${cell}$" for cell in cells)] for name, *cells in maths]
+        write_text(table, latex_table(title, head, maths))
+        console.print(f"written: {numbers}, {page}, {table}", soft_wrap=True, markup=False)
     return status
 
 

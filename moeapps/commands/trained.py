@@ -34,6 +34,7 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
     import yaml
 
     from moeapps.bounds import read_yaml
+    from moeapps.commands.boundary import UsageError
     from moeapps.commands.checkpoints import config_of
     from moeapps.commands.run import Cli, import_tasks, quiet
     from moeapps.commands.trust import Trust
@@ -45,6 +46,8 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
         words = [word for path in configs for word in ("--config", str(path))]
         if run is not None:
             held = read_yaml(config_of(run))
+            if not isinstance(held, dict):
+                raise UsageError(f"{config_of(run)} holds no options; give the folder of a run")
             part = Path(folder) / "config.yaml"
             part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
             words, copies = ["--config", str(part), *words], {str(part): config_of(run)}

@@ -122,6 +122,8 @@ def may_import(path: str) -> bool:
 def refusal(path: str) -> str:
     """Say why the parser did not import a class path, and what to do."""
     packages, top = _parser[0].packages, path.partition(".")[0]
+    if _spec(top, None) is None:
+        return f"{plain(path)}: there is no package {plain(top)}; install it, or run in the folder that holds it"
     if packages is None:
         return f"{plain(path)} is not imported: files name classes of models and data; --trust {plain(top)} allows it"
     allowed = ", ".join([*FREE, *sorted(packages)])

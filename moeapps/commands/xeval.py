@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="print every run for itself and every column, as in the files of --out"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write xeval.json, xeval.md, xeval.csv and xeval.tex there"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write xeval.json, xeval.md, xeval.csv and xeval.tex there"
+        " (of folds: leave_one_out.json, .md and .tex)",
     )
     folds = parser.add_argument_group("leave one domain out", "an evidence grid with a fold per seen domain, resumable")
     folds.add_argument(

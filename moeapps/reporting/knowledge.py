@@ -65,6 +65,7 @@ class ExpertTable:
         score: a number that says better than ``told`` how well experts follow the factor, 1 at best, with its name.
         always: every expert works on every row, as the layer is built; ``work`` is how much each of them counts.
         story: what the table says in the words of its task, in a clause, where one number cannot tell it.
+        sees: which experts a label may be sent to at all [L, E], as a mask has it; empty for all.
     """
 
     layer: str
@@ -78,6 +79,7 @@ class ExpertTable:
     score: tuple[str, float] | None = None
     always: bool = False
     story: str = ""
+    sees: Sequence[Sequence[bool]] = ()
 
     def __post_init__(self) -> None:
         work = np.asarray(self.work, dtype=np.float64)
@@ -94,6 +96,12 @@ class ExpertTable:
     def array(self) -> Floats:
         """``work`` as float64 [L, E]."""
         return np.asarray(self.work, dtype=np.float64)
+
+    @property
+    def shares(self) -> Floats:
+        """The share of each label's work that each expert takes [L, E]; 0 for a label without work."""
+        share_LE: Floats = self.array / np.maximum(self.array.sum(1, keepdims=True), 1e-300)
+        return share_LE
 
     def expert(self, number: int) -> str:
         """What people call an expert."""
@@ -263,20 +271,26 @@ def _told(table: ExpertTable) -> str:
     return f"the expert tells {_percent(_known(table))} of it{limit}{built}"
 
 
-def _pairs(table: ExpertTable, most: int = 3) -> str:
-    """Which expert takes which label more than its share, the clearest first; one label for each expert."""
+def clearest_pairs(table: ExpertTable) -> list[tuple[int, int]]:
+    """Labels and the experts that take more of them than of all, the clearest first; each label and expert once."""
     work_LE = table.array
-    share_LE = work_LE / np.maximum(work_LE.sum(1, keepdims=True), 1e-300)
-    above_LE = np.where(work_LE.sum(1, keepdims=True) > 0, share_LE - work_LE.sum(0) / work_LE.sum(), 0.0)
-    found: list[str] = []
+    above_LE = np.where(work_LE.sum(1, keepdims=True) > 0, table.shares - work_LE.sum(0) / work_LE.sum(), 0.0)
+    found: list[tuple[int, int]] = []
     for flat in np.argsort(-above_LE, axis=None, kind="stable"):
         label, expert = divmod(int(flat), work_LE.shape[1])
-        if len(found) == most:
-            break
-        if above_LE[label, expert] < 0.05:
-            continue
-        found.append(f"{table.expert(expert)} takes {_percent(share_LE[label, expert])} of {table.labels[label]}")
-        above_LE[label, :], above_LE[:, expert] = -1.0, -1.0
+        if above_LE[label, expert] >= 0.05:
+            found.append((label, expert))
+            above_LE[label, :], above_LE[:, expert] = -1.0, -1.0
+    return found
+
+
+def _pairs(table: ExpertTable, most: int = 3) -> str:
+    """Which expert takes which label more than its share, the clearest first; one label for each expert."""
+    share_LE = table.shares
+    found = [
+        f"{table.expert(expert)} takes {_percent(share_LE[label, expert])} of {table.labels[label]}"
+        for label, expert in clearest_pairs(table)[:most]
+    ]
     return f" ({', '.join(found)})" if found else ""
 
 

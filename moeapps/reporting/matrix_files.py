@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 
 from moeapps.evaluation.statistics import Interval
 from moeapps.evaluation.xeval import Matrix
@@ -45,21 +46,35 @@ def latex_text(matrix: Matrix) -> str:
     r"""Return a table (``\usepackage{booktabs}``): variants, means over roles with intervals over seeds, compute."""
     columns = [c for c in matrix.columns if c.startswith("mean ") or c in ("worst unseen", "gap")]
     better = "larger" if matrix.direction == "max" else "smaller"
-    head = ["variant", "runs", *columns, "parameters", "training FLOPs"]
-    lines = [
-        f"% {plain(matrix.metric)}, {better} is better; +- is the 95 per cent t interval over seeds",
-        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-        r"\toprule",
-        " & ".join(map(_latex, head)) + r" \\",
-        r"\midrule",
-    ]
+    comment = f"{matrix.metric}, {better} is better; +- is the 95 per cent t interval over seeds"
+    rows = []
     for cost in matrix.costs:
         means = matrix.variants.get(cost.variant, {})
         alone = next(row.cells for row in matrix.rows if row.variant == cost.variant)
         shown = [_mean(means[c]) if c in means else _number(alone.get(c)) for c in columns]
         sizes = [_power(cost.sizes.get(name)) for name in ("params_total", "train_flops")]
-        lines.append(" & ".join([_latex(cost.variant), str(cost.runs), *shown, *sizes]) + r" \\")
+        rows.append([cost.variant, str(cost.runs), *shown, *sizes])
+    return latex_table(comment, ["variant", "runs", *columns, "parameters", "training FLOPs"], rows)
+
+
+def latex_table(comment: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""Return a table (``\usepackage{booktabs}``) with a comment; head and first column are text, the rest is LaTeX."""
+    lines = [
+        f"% {plain(comment)}",
+        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        r"\toprule",
+        " & ".join(map(_latex, head)) + r" \\",
+        r"\midrule",
+        *(" & ".join([_latex(row[0]), *row[1:]]) + r" \\" for row in rows),
+    ]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def latex_interval(interval: Interval) -> str:
+    r"""``0.4638 \pm 0.0463``, to stand in maths; the mean alone where there is no interval."""
+    if math.isnan(interval.low):
+        return r"\text{--}" if math.isnan(interval.mean) else f"{interval.mean:.4f}"
+    return rf"{interval.mean:.4f} \pm {(interval.high - interval.low) / 2:.4f}"
 
 
 def _numbers(interval: Interval) -> list[object]:
@@ -75,7 +90,7 @@ def _latex(text: str) -> str:
 
 
 def _mean(interval: Interval) -> str:
-    return rf"${interval.mean:.4f} \pm {(interval.high - interval.low) / 2:.4f}$"
+    return f"${latex_interval(interval)}$"
 
 
 def _number(value: float | None) -> str:

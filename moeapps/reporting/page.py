@@ -24,13 +24,13 @@ from moeapps.reporting import plots
 from moeapps.reporting.exhibits import Cloud, Exhibit, Plot, Table
 from moeapps.reporting.figures import colour
 from moeapps.reporting.findings import clearest
-from moeapps.reporting.knowledge import ExpertTable, LayerFinding
+from moeapps.reporting.knowledge import ExpertTable, LayerFinding, clearest_pairs
 from moeapps.reporting.verdict import in_short, number, sentences, standings
 from moeapps.reporting.view import RunView, SystemView
 from moeapps.text import plain
 
 MOST_LABELS = 24
-"""Rows of a table of experts: of more labels those with the most work are shown."""
+"""Rows of a table of experts."""
 MOST_IN_SHORT = 8
 """The same in a tile of the overview."""
 NUMBERS = {
@@ -205,16 +205,22 @@ def routing_plots(run: RunView) -> list[Plot]:
 
 
 def expert_table(table: ExpertTable, most: int = MOST_LABELS) -> Table:
-    """Which share of the work of each label goes to each expert, of the ``most`` labels with the most work."""
-    work_LE = table.array
-    total_L = work_LE.sum(1)
-    chosen = sorted(np.argsort(-total_L, kind="stable")[:most].tolist())
-    chosen = [place for place in chosen if total_L[place] > 0]
-    head = [table.factor, *(table.experts or [str(e) for e in range(work_LE.shape[1])])]
-    rows = [[table.labels[place], *(work_LE[place] / total_L[place]).tolist()] for place in chosen]
+    """Which share of the work of each label goes to each expert, None where it may not; of ``most`` labels.
+
+    Of more labels those are shown that some expert takes most of (which the sentence names), then those with most work:
+    by work alone, labels that have all the same would be the first ones, of which some experts may have nothing.
+    """
+    total_L, share_LE = table.array.sum(1), table.shares.astype(object)
+    if table.sees:
+        share_LE[~np.asarray(table.sees)] = None
+    by_work = np.argsort(-total_L, kind="stable").tolist()
+    chosen = list(dict.fromkeys([*(label for label, _ in clearest_pairs(table)), *by_work]))[:most]
+    chosen = [place for place in sorted(chosen) if total_L[place] > 0]
+    head = [table.factor, *(table.experts or [str(e) for e in range(share_LE.shape[1])])]
+    rows = [[table.labels[place], *share_LE[place].tolist()] for place in chosen]
     left = int((total_L > 0).sum()) - len(chosen)
     caption = f"Share of the work of each {table.factor} that each expert takes; a row sums to 100 %."
-    caption += f" The {len(chosen)} with the most work are shown, {left} are not." if left else ""
+    caption += f" {len(chosen)} are shown, those that experts take most of before others; {left} are not." * (left > 0)
     return Table(f"Experts by {table.factor}", head, rows, caption, shaded=True)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ Read = TypeVar("Read")
 UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, YAMLError, OverflowError)
 """What a file that is not what a run writes makes its reader raise."""
 LARGEST_CONFIG = 400_000
+LOSS = "what the training makes small, without its auxiliary losses"
+"""What a loss is where the task's gallery does not say it."""
 LONGEST_TITLE = 40
 """Characters of a published name; what is longer is a sentence with a colon."""
 
@@ -48,6 +50,7 @@ class RunView:
         sources: domain, role and where its data are from, with licences.
         config: config.yaml as text, empty where there is none.
         notes: what is missing or could not be read, a line each.
+        metrics: name of a score -> what it is, as ``METRICS`` of the task's gallery has it.
     """
 
     number: int
@@ -64,6 +67,7 @@ class RunView:
     sources: list[tuple[str, str, str]] = field(default_factory=list)
     config: str = ""
     notes: list[str] = field(default_factory=list)
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -110,6 +114,13 @@ class SystemView:
     def about(self) -> str:
         """What it is, in a line; empty where its config does not say."""
         return self._comment.removeprefix(f"{self.title}: ")
+
+    @property
+    def meaning(self) -> str:
+        """What the score is that the runs are compared by; empty where no gallery says it."""
+        name = "" if self.matrix is None else self.matrix.metric
+        told = (run.metrics[name] for run in self.runs if name in run.metrics)
+        return next(told, LOSS if name == "loss" else "")
 
     @property
     def _comment(self) -> str:
@@ -159,6 +170,7 @@ def read_run(path: Path, number: int = 0, packages: frozenset[str] | None = None
         view.finding = view.read("experts", lambda: describe_run(folder, packages=packages or frozenset()), None)
         view.notes += [] if view.finding is None else view.finding.notes
         view.rooms = view.read("samples", lambda: _rooms(folder, packages or frozenset()), [])
+        view.metrics = view.read("what scores are", lambda: _metrics(folder, packages or frozenset()), {})
         own = untold_gallery(folder)
         if packages is None and own is not None and gallery_of(folder) is None:
             view.notes.append(f"{own} has a gallery of its own for this run: moeapps report --trust {own} imports it.")
@@ -221,6 +233,11 @@ def _rooms(folder: Path, packages: frozenset[str]) -> list[Room]:
     gallery = gallery_of(folder, packages)
     rooms: list[Room] = [] if gallery is None or not hasattr(gallery, "gallery") else gallery.gallery(folder)
     return [room for room in rooms if room.exhibits]
+
+
+def _metrics(folder: Path, packages: frozenset[str]) -> dict[str, str]:
+    gallery = gallery_of(folder, packages)
+    return {str(name): str(told) for name, told in getattr(gallery, "METRICS", {}).items()}
 
 
 def _sources(view: RunView) -> list[tuple[str, str, str]]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Literal, cast
 
@@ -11,32 +10,22 @@ import lightning as L
 import torch
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
-from typing_extensions import override
 
-from moeapps.data.domain import STAGE_ROLES, DomainDataModule
+from moeapps.data.domain import STAGE_ROLES
 from moeapps.moe.losses import AuxLoss
 from moeapps.moe.ranks import sum_over_ranks
 from moeapps.moe.record import Kept, MoERecorder, Record
-from moeapps.training.contract import (
-    ContractError,
-    check_facts,
-    check_mode,
-    check_output,
-    check_scores,
-    tell_idle_layers,
-)
+from moeapps.training.contract import ContractError, check_facts, check_mode, check_output, tell_idle_layers
+from moeapps.training.evaluated import Evaluated
 from moeapps.training.inputs import AnswersInputs
 from moeapps.training.optim import Constant, OptimizerConfig, Schedule
 from moeapps.training.placement import is_placed
-from moeapps.training.results import write_results
 from moeapps.training.run import run_dir
-from moeapps.training.scores import DomainScores, ScoreTable
-from moeapps.training.selection import select
+from moeapps.training.scores import DomainScores
 from moeapps.training.shown import Shown
 from moeapps.training.sparse import build_optimizer, clip_gradients
 from moeapps.training.stages import Origin, Start, freeze_all_but, hold_statistics
@@ -48,7 +37,7 @@ PATIENCE = 50
 """Training batches without a single known label after which a training without any stops."""
 
 
-class BaseTask(AnswersInputs, Shown, L.LightningModule):
+class BaseTask(AnswersInputs, Shown, Evaluated):
     """Base class of all task modules.
 
     A subclass sets the three class variables, defines ``shared_step``, ``configure_metrics`` and, where it makes
@@ -256,33 +245,7 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
             f"train/{name}", value.detach(), batch_size=batch_size, prog_bar=prog_bar, on_step=True, on_epoch=False
         )
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the scores of the domain whose loader gave the batch."""
-        self.evaluation_step(batch, "val", batch_idx, dataloader_idx)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the scores of the domain whose loader gave the batch."""
-        self.evaluation_step(batch, "test", batch_idx, dataloader_idx)
-
-    def evaluation_step(self, batch: Any, stage: Literal["val", "test"], batch_idx: int, dataloader_idx: int) -> None:
-        """Run one evaluation batch; padding batches of a multi-process run are computed but not counted."""
-        self.last_domain = self.data.eval_domains(stage)[dataloader_idx]
-        out = self.recorded_step(batch, stage)
-        if self.data.is_padding(stage, dataloader_idx, batch_idx):
-            self.last_records, self.last_answer = [], None
-            return
-        self.scores[stage].update(
-            *(self.last_domain, out.loss, out.batch_size, out.metric_args, out.units),
-            weight=out.labelled,
-            parts=out.parts,
-        )
-
-    # Evaluation epochs --------------------------------------------------------------------------------------------
-
-    @property
-    def data(self) -> DomainDataModule:
-        """The data module of the running trainer."""
-        return cast(DomainDataModule, cast(Any, self.trainer).datamodule)
+    # Around a run -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Build the metrics of every configured domain, once, and agree with the other processes on the run folder."""
@@ -330,46 +293,6 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
             self.origin = self.start.begin(self, self.data)
         self._begun = True
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an earlier evaluation (the sanity check, too) left in the metrics."""
-        self.scores["val"].reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget what an earlier evaluation left in the metrics."""
-        self.scores["test"].reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation keys and, under ``validate``, write metrics/val.json."""
-        if not self.trainer.sanity_checking:
-            self._finish("val", write=self.trainer.state.fn == "validate")
-            return
-        with isolate_rng(), warnings.catch_warnings():  # a handful of items may leave a score undefined
-            warnings.simplefilter("ignore")
-            self._check("val", self.scores["val"].compute(self.data.eval_domains("val")))
-
-    def _check(self, stage: Literal["val", "test"], table: ScoreTable) -> None:
-        """Hold the first evaluation of a stage against the contract."""
-        if stage not in self._checked:
-            monitored = getattr(cast(Any, self.trainer).checkpoint_callback, "monitor", None) == self.monitor
-            chosen = select(self.monitor, table, minimum=self.monitor_minimum, unit=self.monitor_unit).key
-            check_scores(self, stage, self.scores[stage], table, chosen if monitored and stage == "val" else None)
-            self._checked.add(stage)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test keys and write metrics/test.json."""
-        self._finish("test", write=True)
-
-    def _finish(self, stage: Literal["val", "test"], *, write: bool) -> None:
-        table = self.scores[stage].compute(self.data.eval_domains(stage))
-        self._check(stage, table)
-        bar = {f"{stage}/{role}/{self.main_metric}" for role in ("seen", "validation")}
-        for key, value in ({} if self.trainer.barebones else table.keys(stage)).items():
-            self.log(key, value, prog_bar=key in bar, batch_size=1, sync_dist=True)
-        self.results = table
-        folder = run_dir(self.trainer)
-        if write and folder is not None and self.trainer.is_global_zero:
-            write_results(self, stage, table, folder, self._trained)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what the run started from."""
         if self.origin is not None:
@@ -405,16 +328,6 @@ class BaseTask(AnswersInputs, Shown, L.LightningModule):
                 aux.on_optimizer_step()
         if self.stop_asked:
             raise KeyboardInterrupt
-
-    @override
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.last_records = []
-        self.last_answer = None
-
-    @override
-    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.last_records = []
-        self.last_answer, self.record_keeps = None, ()
 
     # Optimisation -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, cast
 
@@ -26,38 +25,11 @@ from moeapps.training.task import BaseTask, Stage, StepOutput
 from tasks.adaptation.data.batch import Episode, EpisodeBatch, ImageBatch
 from tasks.adaptation.metrics import adaptation_metrics
 from tasks.adaptation.model import MetaDMoE
-from tasks.adaptation.nets.adapters import Adapter, Distil, Unadapted
+from tasks.adaptation.nets.adapters import Adapter, Answer, Distil, Unadapted
 from tasks.adaptation.nets.passes import Passes
 from tasks.adaptation.report.predictions import LogitsWriter
 
 FEATURES = "features of the experts"
-
-
-@dataclass
-class Answer:
-    """What an adapter said about the query images of one episode.
-
-    Attributes:
-        domain: name of the domain.
-        draw: of the support.
-        after: logits [Q, K] with adaptation.
-        before: logits [Q, K] of the student as it is.
-        query: the images, with their labels.
-        support: the images adapted to.
-        adapting: passes through networks that adapting took, for the whole episode.
-        answering: passes that the query images took.
-        seconds: of the processor, both together.
-    """
-
-    domain: str
-    draw: int
-    after: Tensor
-    before: Tensor
-    query: ImageBatch
-    support: ImageBatch
-    adapting: Passes
-    answering: Passes
-    seconds: float
 
 
 class AdaptationTask(BaseTask):

@@ -11,8 +11,10 @@ import pytest
 from scipy import stats
 
 from moeapps.cli import main
-from moeapps.evidence.folds import Setting, fold_cells, fold_grid, fold_rows
+from moeapps.evaluation.statistics import Interval
+from moeapps.evidence.folds import FoldRow, Setting, fold_cells, fold_grid, fold_rows
 from moeapps.evidence.grid import Cell, GridError
+from moeapps.reporting.matrix_files import latex_interval
 from moeapps.reporting.screen import bracketed
 from tests.evaluation.evidence_common import result
 
@@ -69,6 +71,9 @@ def test_mean_and_worst_are_taken_within_each_seed(direction: str, worst: list[f
     head, lines = fold_cells(setting, list(rows.values()), bracketed)
     assert head == ["left out", "toy", "baseline", "difference"]
     assert lines[0][3].startswith("+0.1500 [")
+    one = Interval(0.5, math.nan, math.nan, 1)
+    cells = fold_cells(setting, [FoldRow("a_b", one, one, Interval(-0.1, -0.2, 0.0, 2))], latex_interval)[1]
+    assert cells == [["a_b", "0.5000", "0.5000", r"-0.1000 \pm 0.1000"]]
 
 
 def test_a_missing_cell_and_a_missing_score_are_told() -> None:
@@ -107,6 +112,9 @@ def test_folds_of_a_config_are_trained_and_told(
     table = (tmp_path / "out" / "leave_one_out.md").read_text()
     assert table.startswith("# accuracy on the domain left out (larger is better)")
     assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["a", "c", "mean", "worst"]
+    paper = (tmp_path / "out" / "leave_one_out.tex").read_text().splitlines()
+    assert paper[0].startswith("% accuracy on the domain left out")
+    assert [line.split(" & ")[0] for line in paper[5:-2]] == ["a", "c", "mean", "worst"]
     assert {path.stem for path in (tmp_path / "evidence" / "toy-short-leave-one-out" / "cells").iterdir()} == {
         "system-without-a-s1-d1",
         "system-without-c-s1-d1",

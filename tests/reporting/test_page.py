@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import sys
 import time
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moeapps.cli import main
-from moeapps.reporting.page import curve_plots, rounded
+from moeapps.reporting.knowledge import ExpertTable
+from moeapps.reporting.page import curve_plots, expert_table, rounded
 from moeapps.reporting.view import group, read_run
+from moeapps.training.task import BaseTask
 from tests.reporting.made_runs import DOMAINS, layer, tone, write, write_run, write_scan
 
 HOSTILE = "<script>alert(1)</script>\"'{{7*7}}&</style>"
@@ -340,3 +345,40 @@ def test_two_runs_of_seven_systems_are_one_page_of_bounded_size_and_time(tmp_pat
     text, _ = page(tmp_path, *runs)
     assert time.process_time() - begin < 30
     assert len(text.encode()) < 25_000_000
+
+
+def test_of_many_labels_those_are_shown_that_each_expert_takes_most_of():
+    work = np.tile([10.0, 0.0, 0.0], (20, 1))
+    work[15], work[17] = [1.0, 9.0, 0.0], [2.0, 0.0, 8.0]
+    shown = expert_table(ExpertTable("net", "place", [f"place {k}" for k in range(20)], work.tolist()), 8)
+    assert len(shown.rows) == 8
+    assert {"place 15", "place 17"} <= {row[0] for row in shown.rows}
+    assert all(max(column) > 0 for column in list(zip(*shown.rows, strict=True))[1:]), "no expert that works has only 0"
+    assert "8 are shown" in shown.caption
+    assert "12 are not" in shown.caption
+
+
+def test_what_a_mask_forbids_is_hatched_and_no_zero(tmp_path):
+    run = write_run(tmp_path / "a", task="tasks.recommendation.module.RankingTask")
+    gates = {"gates": ["a", "b"], "experts": ["a.0", "b.0", "shared.0"]}
+    level = {**gates, "share": [[0.6, 0.0, 0.4], [0.0, 0.004, 0.996]]}
+    write(run / "metrics" / "experts.json", {"levels": [level], "work": {}})
+    text, read = page(tmp_path, run)
+    masked = [a for a in read.all("td") if a.get("class") == "masked"]
+    assert len(masked) == 2 * text.count('role="region" aria-label="Experts by gate')
+    assert len(masked) >= 2
+    assert "hatched: the gate may not choose this expert" in read.words
+    assert ">0</td>" in text, "a weight of 0.4 % is a zero, not a mask"
+
+
+def test_every_task_says_what_the_score_is_that_its_runs_are_compared_by(tmp_path):
+    for file in sorted(Path("tasks").glob("*/module.py")):
+        task = import_module(f"tasks.{file.parent.name}.module")
+        known = import_module(f"tasks.{file.parent.name}.report.gallery").METRICS
+        kinds = [one for one in vars(task).values() if inspect.isclass(one) and issubclass(one, BaseTask)]
+        assert {one.main_metric for one in kinds if one.__module__ == task.__name__} <= set(known), file
+    run = write_run(tmp_path / "a", task="tasks.point_cloud.module.PointCloudTask")
+    results = json.loads((run / "metrics" / "test.json").read_text().replace('"accuracy"', '"miou"'))
+    write(run / "metrics" / "test.json", results)
+    _, read = page(tmp_path, run)
+    assert read.words.count("mean over the classes present of hits") == 2

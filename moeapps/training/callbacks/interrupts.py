@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -110,9 +111,11 @@ class InterruptCheckpoint(L.Callback):
         if path is None:
             log.info("interrupted; there is no checkpoint yet")
         elif trainer.is_global_zero:
-            config = folder / "config.yaml"
-            told = str(config) if config.is_file() else "FILE"  # the run folder was deleted
-            log.info("interrupted; go on with: %s fit --config %s --ckpt_path %s", program(), told, path)
+            if (folder / "config.yaml").is_file():
+                words = ["--run", str(folder)]
+            else:  # the run folder was deleted meanwhile
+                words = ["--config", "FILE", "--ckpt_path", str(path)]
+            log.info("interrupted; go on with: %s fit %s", program(), shlex.join(words))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have a validation that was interrupted made anew: Lightning would leave it out, or score its rest alone."""

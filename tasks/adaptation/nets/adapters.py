@@ -1,21 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done with the unlabelled images of a domain before its images are answered: the harness of all methods.
 
-Shape legend: S images to adapt to, B images to answer, K classes.
+Shape legend: S images to adapt to, B images to answer, K classes, Q query images of an episode.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tasks.adaptation.data.batch import ImageBatch
 from tasks.adaptation.model import MetaDMoE
 from tasks.adaptation.nets.adapt import Weights
+from tasks.adaptation.nets.passes import Passes
 
 Form = Literal["support", "batch", "online"]
+
+
+@dataclass
+class Answer:
+    """What an adapter said about the query images of one episode.
+
+    Attributes:
+        domain: name of the domain.
+        draw: of the support.
+        after: logits [Q, K] with adaptation.
+        before: logits [Q, K] of the student as it is.
+        query: the images, with their labels.
+        support: the images adapted to.
+        adapting: passes through networks that adapting took, for the whole episode.
+        answering: passes that the query images took.
+        seconds: of the processor, both together.
+    """
+
+    domain: str
+    draw: int
+    after: Tensor
+    before: Tensor
+    query: ImageBatch
+    support: ImageBatch
+    adapting: Passes
+    answering: Passes
+    seconds: float
 
 
 class Adapter(nn.Module):

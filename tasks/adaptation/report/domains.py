@@ -24,7 +24,8 @@ from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.scores import ScoreTable
 from moeapps.training.task import BaseTask
 from tasks.adaptation.model import MetaDMoE
-from tasks.adaptation.module import AdaptationTask, Answer, WithExperts
+from tasks.adaptation.module import AdaptationTask, WithExperts
+from tasks.adaptation.nets.adapters import Answer
 from tasks.adaptation.report.figures import attention_figure, changed_figure, gain_figure
 
 log = logging.getLogger("moeapps")

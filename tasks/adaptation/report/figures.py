@@ -63,7 +63,7 @@ def pictures_of(answer: Any, names: Sequence[str], most: int = 6) -> dict[str, F
     """Draw images of one episode whose answer adaptation changed, and some that stayed.
 
     Args:
-        answer: `tasks.adaptation.module.Answer` to images with classes.
+        answer: `tasks.adaptation.nets.adapters.Answer` to images with classes.
         names: of the classes.
         most: images of a kind.
     """

@@ -13,6 +13,11 @@ from moeapps.reporting.figures import COLOURS, FAINT
 from moeapps.reporting.knowledge import ExpertTable
 from moeapps.reporting.plots import axes, words
 
+METRICS = {
+    "accuracy": "share of images answered right by the student after it has adapted to unlabelled images of the domain",
+    "pearson": "correlation of the student's answers with the measured values, after it has adapted to such images",
+}
+"""What the scores are that a page compares runs by."""
 MOST_IMAGES = 24
 
 

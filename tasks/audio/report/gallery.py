@@ -10,6 +10,11 @@ from moeapps.bounds import read_json, read_text
 from moeapps.reporting.exhibits import Plot, Room, Sound, picture_of, sound_of
 from moeapps.reporting.plots import axes, lines
 
+METRICS = {
+    "bits_0": "bits that the network needs for a code of the first codebook of real clips; one that knows nothing "
+    "needs log2 of their number, 8 for 256",
+}
+"""What the scores are that a page compares runs by."""
 MOST_CLIPS = 16
 """Clips of a page: each is some hundred kilobytes."""
 

@@ -16,6 +16,11 @@ from moeapps.reporting.figures import colour
 from moeapps.reporting.knowledge import ExpertTable
 from moeapps.reporting.plots import SYMBOLS, axes, words
 
+METRICS = {
+    "relative_mse_median": "squared error of a solved trajectory over the squared size of the true state, the "
+    "mean over times; then the median over environments",
+}
+"""What the scores are that a page compares runs by."""
 MOST_DOMAINS, MOST_STATES = 6, 3
 
 

@@ -13,6 +13,10 @@ from moeapps.reporting.exhibits import Picture, Plot, Room, arrays_of, picture_o
 from moeapps.reporting.knowledge import ExpertTable
 from moeapps.reporting.plots import heat
 
+METRICS = {
+    "loss": "squared error of what the denoiser predicts of noisy images, the mean over all amounts of noise",
+}
+"""What the scores are that a page compares runs by."""
 MOST_CLASSES = 60
 MOST_GRIDS = 4
 

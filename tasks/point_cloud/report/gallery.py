@@ -13,6 +13,10 @@ from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Cloud, Colouring, Room, Table, arrays_of
 from moeapps.reporting.figures import FAINT, colour
 
+METRICS = {
+    "miou": "mean over the classes present of hits / (hits + misses + false alarms), at the raw points",
+}
+"""What the scores are that a page compares runs by."""
 MOST_DOMAINS = 9
 MOST_CLASSES = 12
 

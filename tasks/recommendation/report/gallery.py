@@ -14,6 +14,13 @@ from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import Room, Table
 from moeapps.reporting.knowledge import ExpertTable, information
 
+METRICS = {
+    "gauc": "share of the pairs of a user's items, one taken and one not, that are ranked right; the mean over "
+    "users by their rows, and over tasks",
+    "list_auc": "share of the pairs of a list's items, one taken and one not, that are ranked right; the mean "
+    "over lists",
+}
+"""What the scores are that a page compares runs by."""
 MOST_LISTS, MOST_PAST, MOST_NAMES = 6, 12, 3
 TASTES = "users grouped by their weights alone fall into their tastes with an adjusted Rand index of"
 
@@ -27,8 +34,10 @@ def expert_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:
         for layer, level in zip(layers, told, strict=False):
             if level.get("share"):
                 share = np.asarray(level["share"], dtype=np.float64)
-                seen = (share > 0) / np.maximum((share > 0).sum(1, keepdims=True), 1)  # even weights on what is seen
+                sees = share > 0  # a gate weighs all that its mask lets it see
+                seen = sees / np.maximum(sees.sum(1, keepdims=True), 1)  # even weights on what is seen
                 names = {"labels": level["gates"], "work": level["share"], "experts": level["experts"]}
+                names["sees"] = sees.tolist()
                 story = gate_story(level["gates"], level["experts"], share)
                 found.append(ExpertTable(layer, "gate", **names, rows=math.inf, given=information(seen), story=story))
     if gates.is_file() and layers:

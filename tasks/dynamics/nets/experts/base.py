@@ -127,7 +127,8 @@ class MetaExperts(Experts):
         context_Nc = self._context(side)
         x_END = x if x.dim() == 3 else x.expand(self.num_experts, *x.shape)
         expert_E = torch.arange(self.num_experts, device=x.device)
-        piece = torch.stack([self._piece(context_Nc, k.expand(len(context_Nc))) for k in expert_E])
+        # No len(): torch.export would take the number of rows for a constant.
+        piece = torch.stack([self._piece(context_Nc, k.expand(context_Nc.shape[0])) for k in expert_E])
         return self.compute(self.stacks(), x_END, piece).transpose(0, 1)
 
     def pieces(self, context: Tensor) -> Tensor:
