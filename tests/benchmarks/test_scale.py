@@ -96,6 +96,21 @@ def test_committed_counts_are_those_of_the_model_and_stand_on_the_page() -> None
     assert len(numbers) == len(rows)
 
 
+def test_what_the_page_says_of_its_table() -> None:
+    told = "on the 8 devices of a machine the rows of ProMoE's experts are a tenth to a third of what is sent"
+    assert told in " ".join(scale.PAGE.read_text(encoding="utf-8").split())
+    for size in sizes():
+        for devices in (8, 64, 1024):
+            sent = cost_of(size.shape, scale.division_of(size, devices), number_bytes=2).sent
+            ratio = sent["all_to_all"] / (sum(sent.values()) - sent["all_to_all"])
+            if devices > 8:
+                assert ratio < 1
+            elif size.name.startswith("ProMoE"):
+                assert 0.1 < ratio < 1 / 3
+            else:
+                assert 1.1 < ratio < 1.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_exchange_what_the_model_says(world: int) -> None:
