@@ -29,11 +29,11 @@ def test_a_step_counted_by_hand() -> None:
     # 20 rows of 6 numbers of 2 bytes go, come back, and their gradients too; 4 counts of 8 bytes go before.
     assert spread.calls["all_to_all"] == 4 * 20 * 6 * 2 + 4 * 8
     assert spread.sent["all_to_all"] == spread.calls["all_to_all"] / 2
-    assert spread.calls["all_reduce"] == 4 * 25
+    assert spread.calls["all_reduce"] == 4 * 25 + 1  # the number stays whole, and was used
     assert spread.held == 16 * (192 + 24 + 1)
 
     cut = cost_of(NET, Division(4, 2, True))
-    assert cut.calls["all_reduce"] == 4
+    assert cut.calls["all_reduce"] == 4 + 1
     assert cut.calls["reduce_scatter"] == 4 * (192 + 24)
     assert cut.calls["all_gather"] == 2 * cut.calls["reduce_scatter"]
     assert cut.held == 16 * (96 + 6 + 1)
@@ -109,6 +109,20 @@ def test_what_the_page_says_of_its_table() -> None:
                 assert 0.1 < ratio < 1 / 3
             else:
                 assert 1.1 < ratio < 1.5
+
+
+def test_stacks_cut_through_their_short_side_would_be_fetched_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terabyte that the page speaks of."""
+    (size,) = (size for size in sizes() if size.name == "ProMoE-XL")
+
+    def others() -> float:
+        sent = cost_of(size.shape, scale.division_of(size, 1024), number_bytes=2).sent
+        return (sum(sent.values()) - sent["all_to_all"]) / 1e9
+
+    assert others() == pytest.approx(12, abs=0.5)
+    monkeypatch.setattr("moeapps.evaluation.scale.cut_dimension", lambda shape, parts, sizes=(): 0)
+    monkeypatch.setattr("moeapps.evaluation.scale.stays_whole", lambda shape, parts: not shape)
+    assert others() == pytest.approx(1100, abs=50)
 
 
 @pytest.mark.slow
