@@ -132,11 +132,14 @@ def exchanged(division: Division) -> dict[str, int]:
     """Return the bytes of a step by kind, in a process group that is there already."""
     torch.manual_seed(0)
     net = SmallNet(_few(division))
-    _Placed(division).spread(net)
+    strategy = _Placed(division)
+    strategy.spread(net)
     torch.manual_seed(distributed.get_rank())
     x_ND = torch.randn(ROWS, WIDTH)
     with Exchanged() as seen:
-        net.training_step(x_ND).square().mean().backward()
+        loss = net.training_step(x_ND).square().mean()
+        loss.backward()
+        strategy.post_backward(loss)
     apart = _apart(net, x_ND)
     if not apart < 1e-5:
         raise RuntimeError(f"{division}: gradients are {apart} from those of one process")

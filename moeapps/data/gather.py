@@ -16,7 +16,8 @@ from typing_extensions import override
 class Rows:
     """Base of batches: data classes of tensors whose first dimension is the row.
 
-    Fields may also hold dictionaries and tuples of such tensors, other `Rows`, or what is the same for all rows.
+    Fields may also hold dictionaries and tuples of such tensors, other `Rows`, or what is the same for all rows. No
+    frozen classes: Lightning sets the fields of a copy where a precision wants other numbers (64-true, bf16-true).
     """
 
     def __len__(self) -> int:

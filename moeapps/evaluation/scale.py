@@ -166,7 +166,8 @@ def cost_of(net: NetworkShape, division: Division, number_bytes: int = FLOAT) ->
     parts = world if division.sharded else 1
     whole = [shape for shape in rest if stays_whole(shape, parts)]
     rest = [shape for shape in rest if not stays_whole(shape, parts)]
-    calls["all_reduce"] += FLOAT * sum(math.prod(shape) for shape in whole) * (world > 1)
+    # Of what stays whole processes also tell each other, in a byte, whether they have used it.
+    calls["all_reduce"] += sum(FLOAT * math.prod(shape) + 1 for shape in whole) * (world > 1)
     held = 4 * FLOAT * sum(math.prod(shape) for shape in whole)
     fetched = 0
     if division.sharded and world > 1:

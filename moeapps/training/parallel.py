@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import partial
@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from moeapps.moe import JoinedExperts, MoELayer
 from moeapps.training.checkpoints import PARTS, SPLIT, CheckpointError, parts_folders, read_checkpoint, write_checkpoint
+from moeapps.training.placement import placement_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -78,6 +79,7 @@ class ModelParallel(ModelParallelStrategy):
             timeout=default_pg_timeout if timeout is None else timedelta(seconds=timeout),
         )
         self.experts, self.rest, self.blocks = experts, rest, list(blocks or [])
+        self._averaged: list[nn.Parameter] = []
         self._told = False
 
     @override
@@ -95,26 +97,28 @@ class ModelParallel(ModelParallelStrategy):
         """Place a task whose weights are whole on every process; those of the first are taken."""
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-        if isinstance(task, FSDPModule):
-            return
-        task.to(self.root_device)
-        for tensor in (*task.parameters(), *task.buffers()):
-            dist.broadcast(tensor.detach(), 0)
-        if getattr(task, "stays_whole", False):
-            self._keep_whole(task)
-            return
-        self.place(task, self.device_mesh)
-        for step in STEPS:
-            register_fsdp_forward_method(task, step)
+        if not isinstance(task, FSDPModule):
+            task.to(self.root_device)
+            for tensor in (*task.parameters(), *task.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+            if getattr(task, "stays_whole", False):
+                self._tell_whole(task)
+            else:
+                self.place(task, self.device_mesh)
+                for step in STEPS:
+                    register_fsdp_forward_method(task, step)
+        self._averaged = [parameter for parameter in task.parameters() if placement_of(parameter) is None]
 
-    def _keep_whole(self, task: nn.Module) -> None:
-        """Leave a network on every process that is also used between steps; gradients are averaged."""
+    def _tell_whole(self, task: nn.Module) -> None:
         if self.is_global_zero and not self._told:
             log.info("%s uses its network between steps: all of it stays on every process", type(task).__name__)
-        for parameter in task.parameters() if not self._told else ():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_average_gradient)
         self._told = True
+
+    @override
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        """Average the gradients of what lies whole on every process, which ``fully_shard`` does not know."""
+        super().post_backward(closure_loss)
+        average_gradients(self._averaged)
 
     def place(self, task: nn.Module, mesh: DeviceMesh) -> None:
         """Cut a task, and keep the part of this process; no value is looked at, so that it may be on the meta device.
@@ -125,7 +129,7 @@ class ModelParallel(ModelParallelStrategy):
                 experts.
         """
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
         device, world = mesh.device_type, mesh.size()
         apart = _spread_experts(task, mesh)
@@ -140,6 +144,8 @@ class ModelParallel(ModelParallelStrategy):
         for block in self._named_blocks(task):
             fully_shard(block, **options)
         fully_shard(task, **options)
+        # What one process did not use another may have: each takes part, with zeros.
+        cast(FSDPModule, task).set_reduce_scatter_unused_params(True)
 
     def _named_blocks(self, task: nn.Module) -> Iterator[nn.Module]:
         """Modules that a pattern names, inner ones first."""
@@ -264,21 +270,30 @@ def stays_whole(shape: Sequence[int], parts: int) -> bool:
 
 
 def _whole(task: nn.Module, parts: int, but: set[nn.Parameter]) -> set[nn.Parameter]:
-    """Parameters that stay whole, which ``fully_shard`` must leave alone: their gradients are averaged by a hook."""
+    """Parameters that stay whole, which ``fully_shard`` must leave alone."""
     from torch.distributed.tensor import DTensor
 
     rest = (parameter for parameter in task.parameters() if parameter not in but and not isinstance(parameter, DTensor))
-    found = {parameter for parameter in rest if stays_whole(parameter.shape, parts)}
-    for parameter in found:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_average_gradient)
-    return found
+    return {parameter for parameter in rest if stays_whole(parameter.shape, parts)}
 
 
-def _average_gradient(parameter: torch.Tensor) -> None:
-    gradient = cast(torch.Tensor, parameter.grad)
-    dist.all_reduce(gradient)
-    gradient /= dist.get_world_size()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over all processes, which must all call, with the same parameters in the same order.
+
+    A process may have used only some of them: the others count as zeros there. What no process has used keeps no
+    gradient, so that the optimizer leaves it alone as in one process.
+    """
+    held = [parameter for parameter in parameters if parameter.requires_grad]
+    if not held:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in held], dtype=torch.uint8, device=held[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    for parameter, anywhere in zip(held, used.tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
 
 
 def spreadable_layers(module: nn.Module) -> list[MoELayer]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.mixins import hparams_mixin
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,7 +47,8 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
     ``needed_facts`` are the entries of ``facts`` without which nothing can be built, ``facts_from`` says in the error
     which data has them. ``monitor`` chooses best.ckpt if at least ``monitor_minimum`` scorable units (called
     ``monitor_unit``) lie behind it, see `moeapps.training.selection`. ``stays_whole``: the network is used between
-    steps, too, so that no strategy may cut it over processes.
+    steps, too, so that no strategy may cut it over processes. ``in_parts``, of the task or of a module within it: a
+    batch may use some of the weights only, which DDP must then look for.
 
     Args:
         facts: plain values from the data module (linked by the command line); ``facts["domains"]`` names the roles.
@@ -70,6 +71,7 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
     needed_facts: ClassVar[tuple[str, ...]] = ()
     facts_from: ClassVar[str] = "those of the task's data module"
     stays_whole: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -278,6 +280,8 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
                 "ModelParallelStrategy leaves it to the network to place itself; use "
                 "moeapps.training.parallel.ModelParallel, as configs/trainer/ep.yaml and fsdp2.yaml do"
             )
+        elif isinstance(strategy, DDPStrategy) and any(getattr(part, "in_parts", False) for part in self.modules()):
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def on_fit_start(self) -> None:
         """Begin with the weights of an earlier run, where there is one to start from."""

@@ -296,6 +296,7 @@ class ExpertsTask(AdaptationTask):
     """Stage 2: every expert on rows of its own seen domains; each begins as the student of the stage before."""
 
     parts: ClassVar[tuple[str, ...]] = ("net.layer.experts.*", "net.expert_heads.*")
+    in_parts: ClassVar[bool] = True
 
     @override
     def begin(self) -> None:

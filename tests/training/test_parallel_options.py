@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed as dist
 from torch import nn
 
 from moeapps.moe import GLUExperts, JoinedExperts, LinearScore, MLPExperts, MoELayer, Router, TopK
@@ -81,7 +82,10 @@ def test_a_network_that_is_used_between_steps_stays_whole(
 ) -> None:
     """Its gradients are averaged once, however often it is placed (for the fit, then for the test)."""
     three_processes = SimpleNamespace(
-        broadcast=lambda tensor, source: None, all_reduce=lambda tensor: tensor.mul_(6), get_world_size=lambda: 3
+        broadcast=lambda tensor, source: None,
+        all_reduce=lambda tensor, op=None: tensor.mul_(6) if op is None else None,
+        get_world_size=lambda: 3,
+        ReduceOp=dist.ReduceOp,
     )
     monkeypatch.setattr(parallel, "dist", three_processes)
     monkeypatch.setattr(ToyTask, "stays_whole", True)
@@ -95,7 +99,10 @@ def test_a_network_that_is_used_between_steps_stays_whole(
             strategy.spread(task)
 
     for module in (task, alone):
-        sum(p.square().sum() for p in module.parameters()).backward()
+        loss = sum(p.square().sum() for p in module.parameters())
+        loss.backward()
+        if module is task:
+            strategy.post_backward(loss)
     for ours, wanted in zip(task.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, 2 * wanted.grad)
         assert type(ours) is nn.Parameter

@@ -15,7 +15,7 @@ from typing_extensions import override
 from moeapps.data.gather import BatchDataset, Rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageBatch(Rows):
     """Images with their labels.
 

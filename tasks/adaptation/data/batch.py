@@ -17,7 +17,7 @@ from moeapps.data.images.batch import ImageBatch, ImageDataset, PixelImages
 __all__ = ["Episode", "EpisodeBatch", "ImageBatch", "ImageDataset", "PixelImages"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Episode(Rows):
     """Images of ONE domain in two disjoint parts (`EpisodeBatch` says where they may overlap).
 
@@ -35,7 +35,7 @@ class Episode(Rows):
     draw: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class EpisodeBatch(Rows):
     """The B episodes of one step.
 

@@ -21,7 +21,7 @@ from tasks.audio.data.prompt import PADDING, UNKNOWN
 from tasks.audio.nets.delay import NO_CODE as NO_CODE
 
 
-@dataclass(frozen=True)
+@dataclass
 class AudioBatch(Rows):
     """Clips as codes, with their prompts.
 

@@ -7,7 +7,7 @@ Shape legend: B clips, K codebooks, V codes of a book, X = V + 3 tokens, L steps
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Specialists(CodecLM):
         ValueError: there is no seen domain.
     """
 
+    in_parts: ClassVar[bool] = True
     rows_GE: Tensor
 
     def __init__(self, facts: dict[str, Any], *, net: Callable[[dict[str, Any]], AudioLM]) -> None:

@@ -23,7 +23,7 @@ from tasks.image_diffusion.data.source import ImageSource
 ROWS_PER_BLOCK = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class StoredLatents(Rows):
     """What a block holds: float [B, C or 2C, h, w] latents or moments, and mirrored ones where there are any."""
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,8 @@ class PromptNorm(nn.Module):
     Shape:
         x [N, D] -> [N, D].
     """
+
+    in_parts: ClassVar[bool] = True
 
     def __init__(
         self, norm: nn.BatchNorm1d | nn.LayerNorm, rows: PromptRows, num_prompts: int, prompt_dim: int | None

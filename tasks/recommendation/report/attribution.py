@@ -24,7 +24,7 @@ from tasks.recommendation.model import ListRanker
 from tasks.recommendation.nets.list_banks import ListScores
 
 
-@dataclass(frozen=True)
+@dataclass
 class GateSample(Rows):
     """Gates of some lists, each for the first candidate that the user took (the first of all where none was).
 
