@@ -128,7 +128,10 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reached", ["both, as a terminal does", "the first alone", "the second alone"])
-def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path, reached: str) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_two_processes_and_the_run_goes_on(
+    tmp_path: Path, reached: str, number: signal.Signals, code: int
+) -> None:
     command = [sys.executable, "-m", "moeapps", *TOY[:-2], *TWO, "--trainer.max_epochs", "10000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -139,14 +142,14 @@ def test_ctrl_c_ends_two_processes_and_the_run_goes_on(tmp_path: Path, reached: 
             while not (run / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
                 time.sleep(0.5)
             if reached == "both, as a terminal does":
-                os.killpg(process.pid, signal.SIGINT)
+                os.killpg(process.pid, number)
             else:
-                os.kill(process.pid if reached == "the first alone" else children(process.pid)[0], signal.SIGINT)
+                os.kill(process.pid if reached == "the first alone" else children(process.pid)[0], number)
             told, _ = process.communicate(timeout=60)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, told[-3000:]
+    assert process.returncode == code, told[-3000:]
     assert "Traceback" not in told, told[-3000:]
 
     saved = read_checkpoint(run / "checkpoints/interrupted.ckpt")

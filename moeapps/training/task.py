@@ -117,7 +117,7 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
         self._begun = False
         self._ran: set[str] | None = set()  # MoE layers so far; None once they were looked at
         self._checked: set[str] = set()
-        self.stop_asked = False  # by Ctrl-C inside a step, see InterruptCheckpoint
+        self.stop_asked: type[BaseException] | None = None  # to be raised after the step, see InterruptCheckpoint
 
     # What a subclass provides -------------------------------------------------------------------------------------
 
@@ -321,6 +321,7 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
 
         Raises:
             KeyboardInterrupt: it did.
+            SIGTERMException: SIGTERM came in it, and there are several processes.
         """
         self.last_records = []
         if self._ran is not None:
@@ -330,8 +331,8 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
             self._last_step = self.trainer.global_step
             for aux in cast(list[AuxLoss], list(self.aux_losses)):
                 aux.on_optimizer_step()
-        if self.stop_asked:
-            raise KeyboardInterrupt
+        if self.stop_asked is not None:
+            raise self.stop_asked
 
     # Optimisation -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from typing import Any, cast
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -25,20 +27,21 @@ from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 
 log = logging.getLogger("moeapps")
+_STOPS: tuple[type[BaseException], ...] = (KeyboardInterrupt, SIGTERMException)
 
 
 class InterruptCheckpoint(L.Callback):
     """Write checkpoints/interrupted.ckpt when training is stopped by Ctrl-C, a signal or, alone, an error.
 
     Ctrl-C waits for the end of the training step that it meets, so that whatever counts steps counts alike; a second
-    one stops at once. Several processes stop after the same step, whichever of them Ctrl-C reached: else one would
-    wait for ever for sums of gradients that another no longer adds to, and a validation runs to its end before that.
+    one stops at once. Several processes stop after the same step, whichever of them Ctrl-C or SIGTERM reached: else one
+    would wait for ever for sums of gradients that another no longer adds to; a validation runs to its end before that.
     Of a model that has diverged nothing is written: the checkpoints before it are what is left.
     """
 
     def __init__(self) -> None:
         self._before: Any = None
-        self._asked = False
+        self._asked = 0  # 1 + the place in _STOPS of what was asked for
         self._in_validation = False
         self._agreement: _Agreement | None = None
 
@@ -47,17 +50,23 @@ class InterruptCheckpoint(L.Callback):
         if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
             return
         self._agreement = _Agreement() if dist.is_initialized() and trainer.world_size > 1 else None
-        self._asked = pl_module.stop_asked = False
+        self._asked, pl_module.stop_asked = 0, None
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer))
+            self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer, KeyboardInterrupt))
+        # Lightning's handler tells the others within itself, in between their sums; it is back when the trainer ends.
+        # Under SLURM it leaves SIGTERM to the queue.
+        if self._agreement is not None and not isinstance(_environment(trainer), SLURMEnvironment):
+            signal.signal(signal.SIGTERM, lambda *_: self._ask(trainer, SIGTERMException))
 
-    def _ask(self, trainer: L.Trainer) -> None:
+    def _ask(self, trainer: L.Trainer, stop: type[BaseException]) -> None:
         """Let the step end, if it is the first time and a step can be under way."""
+        if self._asked and stop is SIGTERMException:
+            return
         if self._asked or not (trainer.training or self._agreement):
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = 1 + _STOPS.index(stop)
         if self._agreement is None:
-            cast(BaseTask, trainer.lightning_module).stop_asked = True
+            cast(BaseTask, trainer.lightning_module).stop_asked = stop
         if trainer.is_global_zero:  # not through a logger, which may be in use just now
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
@@ -65,16 +74,23 @@ class InterruptCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Have the task stop if any process was asked to; it is the last that hears of the step."""
-        if self._agreement is not None and self._agreement.reached(self._asked):
-            cast(BaseTask, pl_module).stop_asked = True
+        if self._agreement is not None:
+            self._agree(cast(BaseTask, pl_module))
+
+    def _agree(self, task: BaseTask, *, at_once: bool = False) -> None:
+        """Have the task stop if any process was asked to."""
+        assert self._agreement is not None
+        asked = self._agreement.reached(self._asked, at_once=at_once)
+        task.stop_asked = _STOPS[asked - 1] if asked else None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop also where no step came any more."""
         self._give_back()
+        task = cast(BaseTask, pl_module)
         if self._agreement is not None:
-            self._asked = cast(BaseTask, pl_module).stop_asked = self._agreement.reached(self._asked, at_once=True)
-        if self._asked:
-            raise KeyboardInterrupt
+            self._agree(task, at_once=True)
+        if task.stop_asked is not None:
+            raise task.stop_asked
 
     def _give_back(self) -> None:
         if self._before is not None:
@@ -90,11 +106,12 @@ class InterruptCheckpoint(L.Callback):
         folder = run_dir(trainer)
         if folder is None or not trainer.checkpoint_callbacks:
             return
-        agreed = isinstance(exception, SIGTERMException) or getattr(pl_module, "stop_asked", False)
+        agreed = isinstance(exception, SIGTERMException) or getattr(pl_module, "stop_asked", None) is not None
         if trainer.world_size > 1 and not agreed:  # the others may never reach the barrier inside save_checkpoint
             if isinstance(exception, KeyboardInterrupt):
                 self._tell(trainer, folder, first_whole(folder / "checkpoints"))
             return
+        _let_them_end()
         path: Path | None = folder / "checkpoints" / "interrupted.ckpt"
         try:
             if isinstance(exception, DivergedError | CheckpointError):
@@ -128,29 +145,41 @@ class InterruptCheckpoint(L.Callback):
 class _Agreement:
     """Whether any process was asked to stop, known to all at the same step, and nobody waits for it.
 
-    What a process says at the end of a step is summed while the next step runs, in a group of its own; at the end of
-    that one all read the same sum.
+    The largest of what the processes say at the end of a step is found while the next step runs, in a group of its
+    own; at the end of that one all read it.
     """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
-        self._sum: torch.Tensor | None = None
+        self._largest: torch.Tensor | None = None
         self._work: Any = None
 
-    def reached(self, asked: bool, *, at_once: bool = False) -> bool:
-        """Whether all stop now; called by every process at the end of every step, and ``at_once`` at the end of all."""
-        if self._read():
-            return True
-        self._sum = torch.tensor(int(asked))
-        self._work = dist.all_reduce(self._sum, group=self._group, async_op=True)
-        return at_once and self._read()
+    def reached(self, asked: int, *, at_once: bool = False) -> int:
+        """What all do now, 0 to go on; every process calls it after every step, and ``at_once`` after the last."""
+        found = self._read()
+        if found:
+            return found
+        self._largest = torch.tensor(asked)
+        self._work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return self._read() if at_once else 0
 
-    def _read(self) -> bool:
-        if self._work is None or self._sum is None:
-            return False
+    def _read(self) -> int:
+        if self._work is None or self._largest is None:
+            return 0
         self._work.wait()
         self._work = None
-        return bool(self._sum)
+        return int(self._largest)
+
+
+def _environment(trainer: L.Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None)
+
+
+def _let_them_end() -> None:
+    """Have Lightning's observer no longer kill this process because others, which it started, end as they were told."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
 
 
 def program() -> str:

@@ -72,7 +72,7 @@ class RandomState(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Ask no other process for its state any more: it may be gone, unless all agreed to stop after this step."""
-        self._alone = not getattr(pl_module, "stop_asked", False)
+        self._alone = getattr(pl_module, "stop_asked", None) is None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states of all processes in order of rank (collective, except after an exception)."""
