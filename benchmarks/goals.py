@@ -77,7 +77,7 @@ def of_voxels(report: Row) -> Iterator[str]:
 def of_logs(report: Row) -> Iterator[str]:
     """Readers of logs over a plain loop of pyarrow."""
     for row in report["rows"]:
-        if row.get("gate") is not None and row["group"] == "tables" and "ratio" in row:
+        if row.get("gate") is not None and row["group"] == "reading" and "ratio" in row:
             yield told(row["name"], row["ratio"], row["gate"], row=row)
 
 

@@ -358,9 +358,12 @@ def _ways(small: Report, large: Report, of: str) -> str:
 
 
 def _goals(report: Mapping[str, Any]) -> str:
+    sizes = list(report["sizes"].values())
+    slow = [f"{row['voxels']:,}" for row in sizes if row["over"] > GOALS["over_before"]]
+    at = f" at {slow[0]} voxels" if 0 < len(slow) < len(sizes) else ""
     texts = {
         "growth": f"at most {GOALS['growth']:.2f} times the time per voxel",
-        "over_before": f"{GOALS['over_before']:.2f} of a step before",
+        "over_before": f"{GOALS['over_before']:.2f} of a step before{at}",
         "bytes_per_voxel": f"{GOALS['bytes_per_voxel'] / 1000:.0f} kB a voxel",
     }
     missed = [texts[goal] for goal, ok in report["ok"].items() if not ok]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of multi-task ranking: ``python -m benchmarks.recommendation_speed [--quick] [--rows PATTERN]``.
 
-Ratios of CPU time in one process on one thread: pairs in alternating order, median of nine (``--quick``: five). A step
-is forward, loss, backward and AdamW, of the network of configs/home.yaml (features included) on batches of its size.
-Writes benchmarks/results/recommendation_speed.json; fails when a gate is missed, and says what was tried for one of
-HoME's. About five minutes on an idle core.
+Ratios of CPU time in one process on one thread, whose allocator is set as the training commands set it: pairs in
+alternating order, median of nine (``--quick``: five). A step is forward, loss, backward and AdamW, of the network of
+configs/home.yaml (features included) on batches of its size. Writes benchmarks/results/recommendation_speed.json; fails
+when a gate is missed, and says what was tried for one of HoME's. About five minutes on an idle core.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.limits import product_flops
+from moeapps.allocator import keep_freed_memory
 from moeapps.evidence.cells import describe_machine
 from moeapps.evidence.evidence import to_json
 from moeapps.files import write_text
@@ -317,6 +318,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="five pairs instead of nine; writes nothing")
     parser.add_argument("--rows", default="*", metavar="PATTERN", help="measure only these rows; writes nothing")
     options = parser.parse_args(words)
+    keep_freed_memory()
     torch.set_num_threads(1)
     console, found = Console(highlight=False), []
     chosen = [row for row in ROWS if fnmatch.fnmatch(row.name, options.rows)]

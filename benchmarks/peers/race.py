@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -74,6 +75,14 @@ def with_limit(found: dict[str, Any], race: Race, peak: float) -> dict[str, Any]
     return {**found, **limit, "limit_ms": round(limit["limit_ms"], 3)}
 
 
+def with_tries(found: dict[str, Any], race: Race, gate: float | None, pairs: int) -> dict[str, Any]:
+    """Add what other ways of ours cost over theirs, and what the floor alone does, where the gate is missed."""
+    if gate is None or found["ratio"] <= gate or not race.ways:
+        return found
+    tried = {name: paired(replace(race, ours=way), pairs)["ratio"] for name, way in race.ways.items()}
+    return {**found, "tried": tried, "limit": {"decoding alone": round(found["limit_ms"] / found["their_ms"], 3)}}
+
+
 def main(args: list[str] | None = None) -> int:
     """Race and print; a row that fails says why and does not stop the others."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.race", description=(__doc__ or "").split("\n")[0])
@@ -94,6 +103,7 @@ def main(args: list[str] | None = None) -> int:
             torch.manual_seed(0)
             race = rows[name].race()
             found = with_limit(paired(race, options.pairs), race, peak)
+            found = with_tries(found, race, rows[name].gate, max(1, options.pairs // 3))
         except Exception:
             found = {"failed": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
             traceback.print_exc()

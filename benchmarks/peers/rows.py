@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 
 Work = Callable[[], object]
@@ -20,6 +20,7 @@ class Race:
         equal: what is equal on both sides, and what is not.
         floor: what neither side can do without, where it is no matrix product; None counts the products of ``ours``.
         factor: what the ratio of the times is multiplied with, where one call of ours is worth less than theirs.
+        ways: other ways of ours, raced where the row's gate is missed.
     """
 
     ours: Work
@@ -27,6 +28,7 @@ class Race:
     equal: str
     floor: Work | None = None
     factor: float = 1.0
+    ways: Mapping[str, Work] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +62,24 @@ def log(ending: str, use: str, peer: str) -> Race:
     ours = first if use == "first" else lambda: logs.our_loop(*known)
     hashed = "without a hash" if peer == "pyarrow" else "hashed"
     equal = f"{logs.ROWS:,} rows to tensors; ours hashed, theirs {hashed}"
-    return Race(ours, lambda: theirs(path), equal, lambda: logs.decoding_alone(path))
+    ways = {name: partial(otherwise, owner, attribute, options, ours) for name, (owner, attribute, options) in WAYS}
+    return Race(ours, lambda: theirs(path), equal, lambda: logs.decoding_alone(path), ways=ways)
+
+
+WAYS = (
+    ("words not as dictionaries", (parquet, "ParquetFile", {"read_dictionary": None})),
+    ("blocks read ahead", (parquet, "ParquetFile", {"pre_buffer": True})),
+    ("files mapped into memory", (parquet, "ParquetFile", {"memory_map": True})),
+    ("a cache without compression", (parquet, "ParquetWriter", {"compression": "none"})),
+)
+"""Other ways to read and convert a log: options of pyarrow's files."""
+
+
+def otherwise(owner: Any, attribute: str, options: dict[str, Any], work: Callable[[], object]) -> None:
+    """Run a work with other options of a class."""
+    real = getattr(owner, attribute)
+    with patch.object(owner, attribute, lambda *args, **kwargs: real(*args, **{**kwargs, **options})):
+        work()
 
 
 def pandas_tensors(path: Path) -> None:
