@@ -255,6 +255,25 @@ class SendSigterm(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class SendSigusr1(L.Callback):
+    """Do as SLURM does when the time of a job is nearly over, under SLURM alone, in a training that was not resumed.
+
+    Args:
+        step: optimizer steps before it.
+    """
+
+    def __init__(self, step: int = 13) -> None:
+        self.step = step
+        self.resumed = False
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.resumed = trainer.global_step > 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.resumed and "SLURM_JOB_ID" in os.environ:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def biased_moe(*, num_experts: int = 4) -> LayerFactory:
     """Make top-1 layers with a selection bias whose first expert begins far ahead.
 

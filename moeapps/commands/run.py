@@ -198,7 +198,9 @@ class Cli(LightningCLI):
             config["callbacks"] = ours_first([*given, *self._default_callbacks(config, given)])
             config["logger"] = self._loggers(config.get("logger"))
             config["enable_model_summary"] = False  # MoESummary is the summary
-            config["default_root_dir"] = self._folder()
+            # Where Lightning looks for what a requeued job has left: its own, never that of a job of the same name.
+            job = os.environ.get("SLURM_JOB_ID")
+            config["default_root_dir"] = self._folder() if job is None else self._folder() / f"job_{job}"
         trainer = self._instantiate_trainer(config, [])
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Under SLURM, as far as its variables are SLURM: places of processes."""
+"""Under SLURM, as far as its variables and signals are SLURM: places of processes, and a job that is requeued."""
 
 from __future__ import annotations
 
@@ -68,3 +68,23 @@ def test_numbers_that_do_not_agree_are_told() -> None:
 
     assert "devices=2" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_a_requeued_job_goes_on_where_it_was_and_another_one_does_not(tmp_path: Path) -> None:
+    """`scontrol` ends the job, which SLURM begins again with the same words and number."""
+    control = tmp_path / "bin" / "scontrol"
+    control.parent.mkdir()
+    control.write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "asked"}\nkill -TERM $PPID\n')
+    control.chmod(0o755)
+    path = {"PATH": f"{control.parent}:{os.environ['PATH']}"}
+    words = [*TOY, "--data.batch_size", "8", "--trainer.callbacks+=tests.toy.SendSigusr1"]
+    ended(begin([*words, "--name", "whole"], {}))
+    ended(begin(words, {**job(), **path}), code=143)
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert "hpc_ckpt_1.ckpt" in ended(begin(words, {**job(), **path}))
+    assert "hpc_ckpt" not in ended(begin([*words, "--trainer.max_steps", "1"], {**job(number=4712), **path}))
+
+    whole = weights(tmp_path / "runs" / "toy" / "whole" / "version_0")
+    found = weights(tmp_path / "runs" / "toy" / "base" / "version_1")
+    assert all(torch.equal(value, found[key]) for key, value in whole.items())
