@@ -99,6 +99,11 @@ def of_ranking(report: Row) -> Iterator[str]:
     for row in report["rows"]:
         if row["gate"] is not None:
             yield told(row["text"], row["value"], row["gate"], row=row)
+    kept = [f"{row['value']:.3g} at {row['name'].split()[1]} rows" for row in report["rows"] if "kept" in row["name"]]
+    yield (
+        "- HoME's step / MMoE's where memory is kept from step to step, as the training commands do, which MMoE gains "
+        f"more by: {', '.join(kept)}."
+    )
 
 
 def of_layers(report: Row) -> Iterator[str]:

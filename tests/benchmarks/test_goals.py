@@ -20,7 +20,9 @@ def test_the_page_tells_the_committed_goals() -> None:
 
 def test_every_goal_is_either_reached_or_missed() -> None:
     assert len(LINES) > 30
-    assert all((" reached." in " ".join(line.split())) != (" missed." in " ".join(line.split())) for line in LINES)
+    goals_alone = [" ".join(line.split()) for line in LINES if ", goal at " in " ".join(line.split())]
+    assert len(goals_alone) == len(LINES) - 1  # one more says how HoME stands where memory is kept
+    assert all((" reached." in line) != (" missed." in line) for line in goals_alone)
 
 
 @pytest.mark.parametrize("line", MISSED, ids=lambda line: line[2:].split(":")[0])

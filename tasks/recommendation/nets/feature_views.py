@@ -28,7 +28,7 @@ from moeapps.moe.derivatives import Gradients, first_gradients
 from moeapps.moe.fast.memory import empty, scratch
 from moeapps.moe.view_linear import runs
 
-_CHUNK_ELEMENTS = 640 << 10  # of one of the tensors (Q, C, d) of a chunk: 2.5 MiB in float32
+_CHUNK_ELEMENTS = 160 << 10  # of one of the tensors (Q, C, d) of a chunk: 640 KiB in float32
 _MIN_CHUNK_ROWS = 64
 
 
