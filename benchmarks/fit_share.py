@@ -122,7 +122,7 @@ def start_of(system: str, before: Path | None, pairs: int) -> dict[str, Any]:
 def started(system: str, **way: Any) -> float:
     """CPU seconds until the first step in another way; the middle of three, after one that may write bytecode."""
     found = [measure(ROOT, words_of(system, tiny=True), first_only=True, **way)["start"] for _ in range(4)]
-    return statistics.median(found[1:])
+    return float(statistics.median(found[1:]))
 
 
 def imported(system: str) -> float:

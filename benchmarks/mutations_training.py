@@ -50,7 +50,7 @@ TASK = (
         "the log shows a loss that nothing is trained on",
     ),
     _training(
-        "task.py",
+        "evaluated.py",
         "padding batches leave their records",
         "            self.last_records, self.last_answer = [], None\n            return\n",
         "            return\n",
@@ -58,7 +58,7 @@ TASK = (
         "in runs of several processes the routing report counts rows twice",
     ),
     _training(
-        "task.py",
+        "evaluated.py",
         "padding batches are scored",
         "if self.data.is_padding(stage, dataloader_idx, batch_idx):",
         "if False:",
@@ -68,11 +68,11 @@ TASK = (
     _training(
         "task.py",
         "training keeps the records of a step",
-        '''            KeyboardInterrupt: it did.
+        '''            SIGTERMException: SIGTERM came in it, and there are several processes.
         """
         self.last_records = []
 ''',
-        '''            KeyboardInterrupt: it did.
+        '''            SIGTERMException: SIGTERM came in it, and there are several processes.
         """
 ''',
         "test_records.py",
@@ -80,7 +80,7 @@ TASK = (
     ),
     *(
         _training(
-            "task.py",
+            "evaluated.py",
             f"the {hook} keeps the records of a batch",
             f"def on_{hook}{_AFTER_BATCH}        self.last_records = []\n",
             f"def on_{hook}{_AFTER_BATCH}",
@@ -106,7 +106,7 @@ TASK = (
         "the first step of a resumed run balances half of its batch",
     ),
     _training(
-        "task.py",
+        "evaluated.py",
         "the sanity check counts in the first validation",
         'self.scores["val"].reset()',
         "pass",
@@ -114,7 +114,7 @@ TASK = (
         "the first scores hold some items twice, scored before training",
     ),
     _training(
-        "task.py",
+        "evaluated.py",
         "a second test adds to the first",
         'self.scores["test"].reset()',
         "pass",
@@ -122,7 +122,7 @@ TASK = (
         "a test after a test reports a mixture of two models",
     ),
     _training(
-        "task.py",
+        "evaluated.py",
         "scores go to the first domain",
         "self.last_domain = self.data.eval_domains(stage)[dataloader_idx]",
         "self.last_domain = self.data.eval_domains(stage)[0]",

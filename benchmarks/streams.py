@@ -97,7 +97,10 @@ def share_of(base: str, files: Path, folder: Path) -> dict[str, Any]:
         cast(Any, data).source.window = 1  # these streams are small: more would be read once and then held
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-4)
-    batches, read, fetch, step = _repeated(data), [], [], []
+    batches = _repeated(data)
+    read: list[float] = []
+    fetch: list[float] = []
+    step: list[float] = []
     spent, blocks = _timed_reading(), 0
     while len(step) < STEPS + SKIPPED or (blocks < BLOCKS and len(step) < MOST_STEPS):
         start = time.process_time()

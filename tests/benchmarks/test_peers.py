@@ -153,7 +153,7 @@ def test_a_race_that_breaks_does_not_stop_the_next(
 
     work = clock.work("work", 0.5)
     made = {"first": broken, "second": lambda: Race(work, work, "all", work)}
-    fakes = [SimpleNamespace(name=name, race=make, packages=(), shared=("torch",)) for name, make in made.items()]
+    fakes = [SimpleNamespace(name=name, race=make, gate=None, packages=(), shared=("torch",)) for name, make in made.items()]
     monkeypatch.setattr(race, "all_rows", lambda: fakes)
     monkeypatch.setattr("benchmarks.limits.peak_gflops", lambda: 100.0)
 
@@ -263,3 +263,13 @@ def test_every_row_names_a_function_that_exists() -> None:
         if row.make:
             module, function, *_ = row.make.split(":")
             assert callable(getattr(__import__(f"benchmarks.peers.{module}", fromlist=["_"]), function))
+
+
+def test_a_missed_gate_is_explained_by_other_ways_and_the_floor(clock: Clock) -> None:
+    ours, theirs, way = clock.work("ours", 3.0), clock.work("theirs", 1.0), clock.work("way", 2.0)
+    entry = Race(ours, theirs, "all", clock.work("floor", 0.25), ways={"another way": way})
+    found = race.with_limit(race.paired(entry, 3), entry, 100.0)
+
+    assert race.with_tries(found, entry, 3.0, 3) == found
+    missed = race.with_tries(found, entry, 1.5, 3)
+    assert (missed["tried"], missed["limit"]) == ({"another way": 2.0}, {"decoding alone": 0.25})

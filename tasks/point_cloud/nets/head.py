@@ -96,4 +96,5 @@ class LanguageHead(nn.Module):
     def _match(self, y_MT: Tensor, text_CT: Tensor) -> Tensor:
         """Logits of one part; its length is taken here and not of all rows, since its gradient is as wide as they."""
         length_M1 = torch.linalg.vector_norm(y_MT, dim=1, keepdim=True).clamp_min(_SHORTEST)
-        return (y_MT @ text_CT.T) * (self.log_scale.exp() / length_M1)
+        logits_MC: Tensor = (y_MT @ text_CT.T) * (self.log_scale.exp() / length_M1)
+        return logits_MC
