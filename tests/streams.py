@@ -22,7 +22,7 @@ from tests.toy import ToyData
 PER_BLOCK = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Points(Rows):
     x: Tensor
     y: Tensor

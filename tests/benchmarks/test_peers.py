@@ -153,7 +153,9 @@ def test_a_race_that_breaks_does_not_stop_the_next(
 
     work = clock.work("work", 0.5)
     made = {"first": broken, "second": lambda: Race(work, work, "all", work)}
-    fakes = [SimpleNamespace(name=name, race=make, gate=None, packages=(), shared=("torch",)) for name, make in made.items()]
+    fakes = [
+        SimpleNamespace(name=name, race=make, gate=None, packages=(), shared=("torch",)) for name, make in made.items()
+    ]
     monkeypatch.setattr(race, "all_rows", lambda: fakes)
     monkeypatch.setattr("benchmarks.limits.peak_gflops", lambda: 100.0)
 
