@@ -7,6 +7,7 @@ exported folder (`moeapps export`) is loaded like a run.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -151,12 +152,16 @@ def _restore(task: BaseTask, file: Path) -> None:
     # Counters that only training has (scores of a fit, positions in it) are not of the network.
     missing = [name for name in own if name not in state]
     spare = [name for name in state if name not in own and not name.startswith(("val_scores.", "test_scores."))]
-    wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
+    wrong: list[str] = []
+    if not missing and not spare:
+        try:  # not by comparing sizes: a fitted gate takes over how many rows it was fitted on
+            task.load_state_dict({name: value for name, value in state.items() if name in own})
+        except RuntimeError as error:
+            wrong = re.findall(r"size mismatch for ([\w.]+):", str(error)) or [str(error).splitlines()[0]]
     if missing or spare or wrong:
         told = (("lacks", missing), ("has more:", spare), ("has in another size:", wrong))
         what = "; ".join(f"{word} {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for word, names in told if names)
         raise ValueError(f"{file} {what}; it is of another network than {file.parent} says, give that run's own file")
-    task.load_state_dict({name: value for name, value in state.items() if name in own})
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def test_a_signal_ends_two_processes_and_the_run_goes_on(
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "runs/toy/base/version_0"
-    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:
+    begin = partial(subprocess.Popen, command, env=environment, text=True, start_new_session=True, **pipes)
+    # A shell starts what stands in its background deaf to Ctrl-C, and so what that starts.
+    with begin(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         try:
             deadline = time.monotonic() + 300
             while not (run / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:

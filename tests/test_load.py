@@ -273,3 +273,16 @@ def test_loading_and_predicting_leave_random_numbers_as_they_were(tmp_path: Path
 def test_the_package_itself_loads_no_torch() -> None:
     code = "import sys, moeapps; assert callable(moeapps.load); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_gate_that_was_fitted_brings_its_rows(tmp_path: Path) -> None:
+    """A gate that partitions environments knows how many there are after its first fit, which a tiny run has not."""
+    make_run("mixer", tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    labels = next(name for name in state if name.endswith("partition.labels"))
+    fitted = torch.arange(20) % 3
+    save_file({**state, labels: fitted}, tmp_path / "fitted.safetensors")
+
+    found = moeapps.load(tmp_path / "run", checkpoint=tmp_path / "fitted.safetensors")
+
+    assert torch.equal(found.task.state_dict()[labels], fitted)

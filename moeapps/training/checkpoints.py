@@ -41,7 +41,9 @@ class CheckpointError(RunError):
 
 def digest_file(path: Path) -> Path:
     """Return where the digest of a checkpoint is: in the form of `sha256sum`, so that `sha256sum -c` reads it."""
-    return path.with_name(f"{path.name}.sha256")
+    # Lightning counts all files named hpc_ckpt_..., by all of their digits, to find the newest of a requeued job.
+    name = path.name.replace("hpc_ckpt_", "hpc-ckpt-")
+    return path.with_name(f"{name}.sha256")
 
 
 def write_checkpoint(held: Any, path: Path) -> None:

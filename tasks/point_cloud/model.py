@@ -229,7 +229,8 @@ class PointMoE(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Features of each voxel: [N, out_dim], rows as in the batch."""
         levels, row_N = self._levels(batch)
-        x_NC = torch.empty_like(batch.x).index_copy_(0, row_N, batch.x)
+        # Lightning converts what a batch holds to 64-true and bf16-true, but not PyG's batches.
+        x_NC = torch.empty_like(batch.x).index_copy_(0, row_N, batch.x).to(next(self.parameters()).dtype)
         passes = [self._unet(x_NC, levels, orders) for orders in self._order_lists()]
         y_ND = passes[0] if len(passes) == 1 else torch.stack(passes).mean(dim=0)
         return y_ND.index_select(0, row_N)

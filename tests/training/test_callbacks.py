@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -277,3 +278,10 @@ def test_biased_preset_has_a_bias() -> None:
 
     assert layer.router.choose.bias.shape == (3,)
     assert Router(LinearScore(4, 3), TopK(2)).choose.bias is None
+
+
+def test_seconds_count_from_the_start_where_an_epoch_was_begun_by_an_earlier_run() -> None:
+    lines, now = ProgressLines(), time.monotonic()
+    lines.on_train_start(cast(Any, None))
+
+    assert now <= lines._begin <= time.monotonic()

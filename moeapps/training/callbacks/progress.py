@@ -74,6 +74,10 @@ class ProgressLines(ProgressBar):
         self._enabled = True
 
     @override
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._begin = self._last = time.monotonic()  # an epoch that was begun before does not begin again
+
+    @override
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._begin = self._last = time.monotonic()
 

@@ -207,6 +207,7 @@ def _images(
 ) -> Tensor:
     """One batch on its way from noise to images."""
     shape, draws = (network.channels, network.image_size, network.image_size), count()
+    dtype = next(cast(nn.Module, network).parameters()).dtype
 
     def noise() -> Tensor:
         """The next draw of every image's own stream."""
@@ -214,7 +215,7 @@ def _images(
 
     def predict(x: Tensor, t_B: Tensor) -> Tensor:
         """The guided prediction at times in [0, 1]; a flow has no use for the channels of a variance."""
-        output = guided(network, x, process.network_time(t_B), label_B, cfg).float()
+        output = guided(network, x.to(dtype), process.network_time(t_B).to(dtype), label_B, cfg).float()
         return output if process.needs_variance else output[:, : network.channels]
 
     x = noise()

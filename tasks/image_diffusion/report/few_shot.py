@@ -93,11 +93,13 @@ class FewShot(Report):
         given = data.images(domain, "train")
         test = data.images(domain, "test")
         test = test.take(balanced_rows(test.label, self.test_images, self.seed)).to(task.device)
+        test.image = test.image.to(next(task.parameters()).dtype)
         before = {null: paired(task, test, null=null) for null in (False, True)}
         chosen = tuned_parameters(task, self.tuned)
         share = sum(p.numel() for p in chosen) / sum(p.numel() for p in task.parameters())
         for count in self.images:
             few = given.take(balanced_rows(given.label, count, self.seed)).to(task.device)
+            few.image = few.image.to(test.image.dtype)
             with restored(task):
                 tune(task, few, chosen, steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=self.seed)
                 after = {null: paired(task, test, null=null) for null in (False, True)}
