@@ -110,7 +110,9 @@ def fuzzed(report: Report) -> str:
     held: Report = report.get("fuzz", {})
     title = (
         "### Damaged files\n\nA damaged file gives a sample or is refused in one sentence, whatever its format: tests "
-        "named `..._is_read_or_told`. `make fuzz` goes on from what it has tried, up to 10,000 cases each."
+        "named `..._is_read_or_told`. `make fuzz` goes on from what it has tried, up to 10,000 cases each. "
+        "Checkpoints that are read here have no digest beside them, and the sums of their zip entries agree: the "
+        "damage lies outside of what they hold."
     )
     if not held:
         return f"{title}\n\nNot measured yet."
