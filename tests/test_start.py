@@ -162,6 +162,9 @@ def test_the_search_for_cycles_is_off_while_building_and_on_afterwards() -> None
     assert gc.isenabled()
     with without_collector():
         assert not gc.isenabled()
+        with without_collector():  # a command within a command
+            assert not gc.isenabled()
+        assert not gc.isenabled()
         collect_again()
         assert gc.isenabled()  # a run trains with it
         assert gc.get_freeze_count() > 0

@@ -159,10 +159,10 @@ def without_collector() -> Iterator[None]:
     What is built then stays and is left out of later searches, until the end of the block (`collect_again`).
     """
     global _paused
-    _paused = gc.isenabled() and gc.get_freeze_count() == 0  # else somebody has plans of his own
-    if not _paused:
+    if not gc.isenabled() or gc.get_freeze_count():  # somebody has plans of his own, or it is off already
         yield
         return
+    _paused = True
     gc.disable()
     try:
         yield

@@ -86,11 +86,12 @@ class InterruptCheckpoint(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop also where no step came any more."""
         self._give_back()
-        task = cast(BaseTask, pl_module)
+        if not isinstance(pl_module, BaseTask):
+            return
         if self._agreement is not None:
-            self._agree(task, at_once=True)
-        if task.stop_asked is not None:
-            raise task.stop_asked
+            self._agree(pl_module, at_once=True)
+        if pl_module.stop_asked is not None:
+            raise pl_module.stop_asked
 
     def _give_back(self) -> None:
         if self._before is not None:
