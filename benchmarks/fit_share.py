@@ -4,8 +4,8 @@
 CPU seconds of processes of their own, one thread. *Start*: of each system with its tiny settings, until the first
 training step begins. *Fits*: of configs/mixer.yaml and configs/home.yaml from begin to end, by part. With
 ``--before``, another checkout's starts and fits of these two are measured too, by turns; ratios are medians. Writes
-benchmarks/results/fit_share.json after each system; ``--only`` measures some anew and keeps the others. About twelve
-minutes on an idle core, with ``--before`` twenty; ``--only home mixer --fits 0`` about two and five.
+benchmarks/results/fit_share.json after each system; ``--only`` measures some anew and keeps the others. About half an
+hour on an idle core, with ``--before`` fifty minutes; ``--only home mixer --fits 0`` about two and five minutes.
 """
 
 from __future__ import annotations
@@ -189,10 +189,22 @@ def write_page(report: dict[str, Any]) -> None:
     PAGE.write_text(wrapped(f"{before}{BEGIN}\n{page_of(report)}\n{END}{after}"), encoding="utf-8")
 
 
-def middle_fit(system: str, tree: Path, count: int) -> dict[str, Any]:
-    """Of several fits the one whose share is the median."""
-    fits = sorted((fit_of(system, tree) for _ in range(count)), key=lambda fit: float(fit["share"]))
-    return {**fits[(count - 1) // 2], "fits": count}
+def middle_fits(system: str, trees: dict[str, Path], count: int) -> dict[str, dict[str, Any]]:
+    """Of several fits of each checkout, made by turns, the one whose share is the median."""
+    fits: dict[str, list[dict[str, Any]]] = {when: [] for when in trees}
+    for turn in range(count):
+        for when in list(trees) if turn % 2 else reversed(trees):
+            fits[when].append(fit_of(system, trees[when]))
+    ordered = {when: sorted(found, key=lambda fit: float(fit["share"])) for when, found in fits.items()}
+    return {
+        when: {**found[(count - 1) // 2], "fits": count, "share_spread": [found[0]["share"], found[-1]["share"]]}
+        for when, found in ordered.items()
+    }
+
+
+def share_of(system: str, *words: str) -> float:
+    """The share of training in another way to fit; the middle of three."""
+    return float(statistics.median(fit_of(system, ROOT, *words)["share"] for _ in range(3)))
 
 
 def show(report: dict[str, Any]) -> None:
@@ -219,7 +231,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where to write the report")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="checkout of the commit to compare with")
     parser.add_argument("--pairs", type=int, default=9, help="starts of each system (default 9)")
-    parser.add_argument("--fits", type=int, default=1, help="whole fits of home and mixer (default 1; 0: none)")
+    parser.add_argument("--fits", type=int, default=9, help="whole fits of home and mixer (default 9; 0: none)")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="measure these, keep what is known of the others")
     parser.add_argument("--page", action="store_true", help="only write docs/performance.md from what was measured")
     options = parser.parse_args(args)
@@ -245,9 +257,9 @@ def main(args: list[str] | None = None) -> int:
         write_json(options.json, report)
     for system in [system for system in FITTED if options.fits and system in (options.only or FITTED)]:
         trees = {"now": ROOT} if before is None else {"before": before, "now": ROOT}
-        fits = report["fits"][system] = {when: middle_fit(system, tree, options.fits) for when, tree in trees.items()}
+        fits = report["fits"][system] = middle_fits(system, trees, options.fits)
         if fits["now"]["share"] < GOALS["share"]:
-            fits["now"]["tried"] = {name: fit_of(system, ROOT, *words)["share"] for name, words in OTHER_FITS.items()}
+            fits["now"]["tried"] = {name: share_of(system, *words) for name, words in OTHER_FITS.items()}
         write_json(options.json, report)
     show(report)
     if options.json == RESULTS:
