@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.markdown import wrapped
+from benchmarks.timed import commit_of
 from moeapps.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,12 +267,6 @@ def main(args: list[str] | None = None) -> int:
         write_page(report)
     shares = [fits["now"]["share"] >= GOALS["share"] for fits in report["fits"].values()]
     return 0 if all(row["ok"] for row in report["starts"].values()) and all(shares) else 1
-
-
-def commit_of(tree: Path) -> str:
-    """The commit of a checkout."""
-    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], check=True, capture_output=True)
-    return done.stdout.decode().strip()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ are taken by turns, in alternating order, each tree in a process of its own, one
 included. Ours runs as ``moeapps fit`` does, with `moeapps.allocator`; what that alone gives is measured against steps
 of the same process with glibc's own thresholds, as far as it raises them by itself.
 
-Memory is the peak of a step: the highest resident set during one step (``VmHWM``) minus the one before it, taken after
-``malloc_trim`` gave back what the allocator held, per voxel, in bytes; weights and optimizer are there before.
+Memory is the peak of a step (`benchmarks.point_moe_step`) per voxel, in bytes; weights and optimizer are there before.
 
 How far one could come: the products of a step at the speed of this machine's fastest one, over a step before; and what
 autograd keeps of the forward pass, per voxel.
@@ -20,190 +19,23 @@ Writes benchmarks/results/point_moe_voxels.json and the paragraph in tasks/point
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib
-import json
-import os
 import re
-import resource
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+
+from benchmarks.point_moe_step import CROPS, OTHER_WAYS, Ask, tree
+from benchmarks.timed import commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "point_moe_voxels.json"
 README = ROOT / "tasks" / "point_cloud" / "README.md"
 BLOCK = re.compile(r"(<!-- voxels:begin -->\n).*?(<!-- voxels:end -->)", re.DOTALL)
-CROPS = {"15k": 6, "150k": 60}
 GOALS = {"growth": 1.10, "over_before": 0.75, "bytes_per_voxel": 20_000}
 """CPU per voxel at 150k over 15k; a step over the step before; memory. Set beforehand."""
-OWN = {-4: 65536, -3: 32 << 20, -1: 64 << 20}
-"""M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD as glibc has them after blocks of 32 MiB were freed."""
 
 Report = dict[str, Any]
-
-# --- one tree, in a process of its own --------------------------------------------------------------------------------
-
-
-def serve() -> None:
-    """Answer each line ``SIZE WHAT [WAY]`` on stdin with JSON: cost of a ``step``, its ``memory``, or the ``limit``.
-
-    ``glibc`` and ``keep`` set the allocator first. WAY names one of `OTHER_WAYS`, with underscores.
-    """
-    # Not in trees of before; to ask Python would find that of an installed checkout, as it searches there next.
-    if Path("moeapps/allocator.py").is_file():
-        importlib.import_module("moeapps.allocator").keep_freed_memory()
-    import torch
-
-    from benchmarks.system_share import build, train_step
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    size, voxels = "", 0
-    step: Callable[[], object] = dict
-    for line in sys.stdin:
-        wanted, what, *way = line.split()
-        if wanted != size:
-            size = wanted
-            task, batch = build("point_moe", ["--data.init_args.batch_size", str(CROPS[size])])
-            step, voxels = train_step(task, batch), int(batch.num_nodes)
-            step()
-        if what in ("glibc", "keep"):
-            keep_or_not(what == "keep")
-        with ExitStack() as stack:
-            for other in OTHER_WAYS[way[0].replace("_", " ")]() if way else []:
-                stack.enter_context(other)
-            cost = {"memory": peak_of, "limit": limit_of}.get(what, cost_of)(step)
-        print(json.dumps({"voxels": voxels, **cost}), flush=True)
-
-
-def tap_by_tap() -> list[AbstractContextManager[Any]]:
-    """Convolve as narrow features are convolved: a gather, a product and a sum for every tap."""
-    from tasks.point_cloud.nets import sparse_conv
-
-    return [patch.object(sparse_conv, "_in_blocks", lambda *_: False)]
-
-
-def whole_mlp() -> list[AbstractContextManager[Any]]:
-    """Run each MLP over all rows at once, and keep the hidden layer twice."""
-    from timm.layers import Mlp
-
-    from tasks.point_cloud.nets.mlp import GeluMlp
-
-    return [patch.object(GeluMlp, "forward", Mlp.forward)]
-
-
-def attention_by_products() -> list[AbstractContextManager[Any]]:
-    """Attend by two batched products and a softmax in place of torch's fused kernel."""
-    import torch
-
-    def attend(q: Any, k: Any, v: Any, attn_mask: Any = None) -> Any:
-        score = (q @ k.mT) * q.shape[-1] ** -0.5
-        return torch.softmax(score if attn_mask is None else score.masked_fill(~attn_mask, -torch.inf), -1) @ v
-
-    return [patch("torch.nn.functional.scaled_dot_product_attention", attend)]
-
-
-OTHER_WAYS: dict[str, Callable[[], list[AbstractContextManager[Any]]]] = {
-    "convolutions tap by tap": tap_by_tap,
-    "MLPs over all rows at once": whole_mlp,
-    "attention by products": attention_by_products,
-}
-"""Of our own tree; what each makes of a step stands in the report beside the goals."""
-
-
-def keep_or_not(keep: bool) -> None:
-    """Keep freed memory as `moeapps.allocator` does, or take the thresholds of `OWN` and give back what was kept."""
-    library = ctypes.CDLL(None)
-    if keep:
-        importlib.import_module("moeapps.allocator").keep_freed_memory()
-        return
-    for name, value in OWN.items():
-        library.mallopt(name, value)
-    library.malloc_trim(0)
-
-
-def cost_of(step: Callable[[], object]) -> dict[str, float]:
-    """CPU seconds and page faults of a step."""
-    faults, begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.thread_time()
-    step()
-    seconds = time.thread_time() - begun
-    return {"seconds": seconds, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults}
-
-
-def peak_of(step: Callable[[], object]) -> dict[str, float]:
-    """Bytes that the resident set grows by within a step, at its peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
-    before = status("VmRSS")
-    step()
-    return {"bytes": status("VmHWM") - before}
-
-
-def limit_of(step: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the step's products at full speed, and bytes that autograd keeps for the backward pass."""
-    import torch
-
-    from benchmarks.limits import peak_gflops, product_flops
-
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Any) -> Any:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    return {"seconds": product_flops(step) / (1e9 * peak_gflops()), "bytes": sum(kept.values())}
-
-
-def status(name: str) -> int:
-    """One line of this process's memory, in bytes."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
-
-
-Ask = Callable[[str, str], dict[str, float]]
-
-
-@contextmanager
-def tree(place: Path) -> Iterator[Ask]:
-    """Start the process of a tree; it is asked for a size and for what."""
-    known = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment = {**known, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), "--serve"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=place, env=environment, stdin=pipe, stdout=pipe, text=True)
-
-    def ask(size: str, what: str) -> dict[str, float]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(f"{size} {what}\n")
-        process.stdin.flush()
-        while line := process.stdout.readline():
-            if line.startswith("{"):
-                answer: dict[str, float] = json.loads(line)
-                return answer
-        raise RuntimeError(f"the process of {place} ended without an answer; its last words are above")
-
-    try:
-        yield ask
-    finally:
-        process.kill()
-        process.wait()
-
-
-# --- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def compare(ours: Ask, theirs: Ask, *, pairs: int, done: Callable[[Report], None]) -> Report:
@@ -283,8 +115,7 @@ def measure(before: Path, *, pairs: int, done: Callable[[Report], None]) -> Repo
     """Measure everything; ``done`` is told of the report as far as it goes, whenever it has something of each size."""
     from benchmarks.core import machine
 
-    words = ["git", "-C", str(before), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    commit = commit_of(before)
 
     def report(sizes: Report) -> Report:
         return {
@@ -378,11 +209,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, metavar="TREE", help="checkout of the commit to compare with")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where to write the report")
     parser.add_argument("--pairs", type=int, default=9, help="alternated pairs per comparison (default 9)")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(args)
-    if options.serve:
-        serve()
-        return 0
     if options.before is None or not (options.before / "configs" / "point_moe.yaml").is_file():
         parser.error("--before TREE: a checkout of an earlier commit, as `git worktree add --detach TREE COMMIT` makes")
     report = measure(options.before.resolve(), pairs=options.pairs, done=lambda report: save(report, options.json))

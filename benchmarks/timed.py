@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command as a process of its own, and what it cost."""
+"""A command as a process of its own, and what it cost; the commit that a checkout has."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def timed(words: Sequence[str], log: Path, variables: Mapping[str, str]) -> dict
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
     return {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "seconds": round(seconds, 1)}
+
+
+def commit_of(tree: Path) -> str:
+    """The commit of a checkout, short.
+
+    Raises:
+        subprocess.CalledProcessError: it is none.
+    """
+    done = subprocess.run(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], check=True, capture_output=True)
+    return done.stdout.decode().strip()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Race whole systems with other projects': ``python -m benchmarks.peers [--rows PATTERN] [--pairs 9]``.
+"""Race whole systems with other projects': ``python -m benchmarks.peers [--rows PATTERN] [--before FOLDER]``.
 
 Steps, solves, readers and features on equal inputs, by CPU time on one thread, in one process per peer: the median of
 nine pairs in alternating order. The peers' packages (benchmarks/peers/requirements.txt) are installed into build/peers
 on first use, half a gigabyte; one that is not installable here is told, and its rows say so. Writes
-benchmarks/results/peers.json after each peer, and the table of docs/performance.md. Fails where a gate is missed or a
-race broke. Under ten minutes on an idle core.
+benchmarks/results/peers.json after each peer, and the table of docs/performance.md. With ``--before``, a checkout of
+an earlier commit races with the same peers, each right after ours. Fails where a gate is missed, a race broke or a row
+costs over 1.1 times what it did before. Four minutes on an idle core, with ``--before`` seven.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import fnmatch
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,11 +24,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.environment import ROOT, Environment
+from benchmarks.peers.environment import ROOT, Environment, tree_with_race
 from benchmarks.peers.rows import Row, all_rows
+from benchmarks.timed import commit_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 PAIRS = 9
+WORSE = 1.1
+"""Most that a row may cost of what it did before; both beside the same peer."""
 
 Found = dict[str, Any]
 
@@ -37,13 +42,35 @@ def measure(rows: Sequence[Row], environment: Environment, pairs: int) -> list[F
     reason = rows[0].absent or environment.missing(packages)
     if reason:
         return [described(row, {"absent": reason}) for row in rows]
+    found = raced(rows, environment, ["--pairs", str(pairs)])
+    return [described(row, found[row.name]) for row in rows]
+
+
+def raced(rows: Sequence[Row], environment: Environment, options: Sequence[str], root: Path = ROOT) -> dict[str, Found]:
+    """Run the race of some rows with the code of a tree; name -> what it found, or how it failed."""
     names = [row.name for row in rows]
-    done = environment.run(["-W", "ignore", "-m", "benchmarks.peers.race", "--pairs", str(pairs), *names])
+    done = environment.run(["-W", "ignore", "-m", "benchmarks.peers.race", *options, *names], root=root)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    found = {line.pop("name"): line for line in lines}
     last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
     broken = {"failed": f"the process ended with {done.returncode}: {last}"}
-    return [described(row, found.get(row.name, broken)) for row in rows]
+    return dict.fromkeys(names, broken) | {line.pop("name"): line for line in lines}
+
+
+def with_before(rows: Sequence[Row], now: list[Found], environment: Environment, pairs: int, tree: Path) -> list[Found]:
+    """Add what the code of an earlier commit costs over the same peers, or why it could not be raced."""
+    if not any("ratio" in row for row in now):
+        return now
+    then = raced(rows, environment, ["--ratios", "--pairs", str(pairs)], tree)
+    both = []
+    for row in now:
+        old = then[row["name"]] if "ratio" in row else {}
+        if "ratio" in old:
+            over = round(row["ratio"] / old["ratio"], 3)
+            row = {**row, "before": old["ratio"], "before_spread": old["spread"], "over_before": over}
+        elif old:
+            row = {**row, "not_before": old["failed"]}
+        both.append(row)
+    return both
 
 
 def described(row: Row, found: Found) -> Found:
@@ -56,7 +83,12 @@ def described(row: Row, found: Found) -> Found:
 def problems(rows: Sequence[Found]) -> list[str]:
     """Gates that are missed and races that broke; a peer that is not installable is none of ours."""
     missed = [f"gate missed: {row['name']}: {row['ratio']} > {row['gate']}" for row in rows if row["ok"] is False]
-    return missed + [f"race broke: {row['name']}: {row['failed']}" for row in rows if "failed" in row]
+    worse = [
+        f"worse than before: {row['name']}: {row['ratio']} > {WORSE} x {row['before']}"
+        for row in rows
+        if row.get("over_before", 0) > WORSE
+    ]
+    return missed + worse + [f"race broke: {row['name']}: {row['failed']}" for row in rows if "failed" in row]
 
 
 def merged(path: Path, new: Sequence[Found], wanted: Sequence[Row]) -> list[Found]:
@@ -68,15 +100,16 @@ def merged(path: Path, new: Sequence[Found], wanted: Sequence[Row]) -> list[Foun
 
 def show(rows: Sequence[Found]) -> None:
     """Print the rows as a table."""
-    table = Table("ours / theirs", "ratio", "min-max", "gate", "our ms", "limit ms")
+    table = Table("ours / theirs", "ratio", "min-max", "before", "gate", "our ms", "limit ms")
     for row in rows:
         if "ratio" not in row:
-            table.add_row(row["name"], row.get("absent") or row["failed"], *[""] * 4, style="yellow")
+            table.add_row(row["name"], row.get("absent") or row["failed"], *[""] * 5, style="yellow")
             continue
         gate = "" if row["gate"] is None else f"{row['gate']:.2f}{'' if row['ok'] else ' MISSED'}"
         limit = f"{row['limit_ms']:.1f}" if "limit_ms" in row else ""
         spread = "-".join(f"{value:.2f}" for value in row["spread"])
-        table.add_row(row["name"], f"{row['ratio']:.2f}", spread, gate, f"{row['our_ms']:.1f}", limit)
+        before = f"{row['before']:.2f}" if "before" in row else ""
+        table.add_row(row["name"], f"{row['ratio']:.2f}", spread, before, gate, f"{row['our_ms']:.1f}", limit)
     Console(width=max(120, Console().width)).print(table)
 
 
@@ -94,6 +127,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where to write the rows")
     parser.add_argument("--rows", default="*", metavar="PATTERN", help="only rows whose name matches, e.g. '*pandas*'")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"alternated pairs (default {PAIRS})")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="checkout of an earlier commit, raced as well")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     options = parser.parse_args(args)
     listed = all_rows()
@@ -103,22 +137,33 @@ def main(args: list[str] | None = None) -> int:
     rows = [row for row in listed if fnmatch.fnmatchcase(row.name, options.rows)]
     if not rows:
         parser.error(f"no row matches {options.rows!r}; --list prints their names")
-    environment, raced = Environment(), list[Found]()
-    for _, members in groupby(sorted(rows, key=process), key=process):
-        chosen = list(members)
-        print(f"{len(raced)} of {len(rows)} rows done; {chosen[0].peer} ...", file=sys.stderr, flush=True)
-        raced += measure(chosen, environment, options.pairs)
-        command = "python -m benchmarks.peers"
-        report = {"command": command, "pairs": options.pairs, "machine": about()}
-        write(options.json, report | {"rows": merged(options.json, raced, listed)})
-    show(raced)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = None if options.before is None else tree_with_race(options.before.resolve(), Path(folder) / "tree")
+        done = race_all(rows, listed, tree, options)
+    show(done)
     if options.json == RESULTS:
         from benchmarks.peers.page import write_page
 
         write_page()
-    for problem in problems(raced):
+    for problem in problems(done):
         print(problem, file=sys.stderr)
-    return 1 if problems(raced) else 0
+    return 1 if problems(done) else 0
+
+
+def race_all(rows: Sequence[Row], listed: Sequence[Row], tree: Path | None, options: argparse.Namespace) -> list[Found]:
+    """Race peer by peer, with the tree of before where there is one, and write after each."""
+    environment, done = Environment(), list[Found]()
+    for _, members in groupby(sorted(rows, key=process), key=process):
+        chosen = list(members)
+        print(f"{len(done)} of {len(rows)} rows done; {chosen[0].peer} ...", file=sys.stderr, flush=True)
+        now = measure(chosen, environment, options.pairs)
+        done += now if tree is None else with_before(chosen, now, environment, options.pairs, tree)
+        command = "python -m benchmarks.peers" + ("" if tree is None else " --before FOLDER")
+        report = {"command": command, "pairs": options.pairs, "machine": about()}
+        if tree is not None:
+            report["before"] = commit_of(options.before)
+        write(options.json, report | {"rows": merged(options.json, done, listed)})
+    return done
 
 
 def process(row: Row) -> tuple[str, str, str]:

@@ -87,10 +87,34 @@ class Environment:
             done.touch()
         return ""
 
-    def run(self, words: Sequence[str], variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run its Python from the repository's root on one thread, and return what it wrote."""
-        known = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT), **(variables or {})}
-        return subprocess.run([str(self.python), *words], cwd=ROOT, env=known, capture_output=True, text=True)
+    def run(
+        self, words: Sequence[str], variables: Mapping[str, str] | None = None, root: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        """Run its Python from the root of the repository, or of a tree, on one thread; return what it wrote."""
+        known = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(root), **(variables or {})}
+        return subprocess.run([str(self.python), *words], cwd=root, env=known, capture_output=True, text=True)
+
+
+def tree_with_race(before: Path, folder: Path) -> Path:
+    """Make a tree of links: another checkout, with this one's race and what else of its benchmarks the race needs.
+
+    Args:
+        before: the checkout; its own benchmarks stay where it has them, since they know its code.
+        folder: where the links are made; must not be there.
+
+    Raises:
+        FileNotFoundError: it is no checkout of this project.
+    """
+    if not (before / "moeapps").is_dir():
+        raise FileNotFoundError(f"{before} has no folder moeapps: give a checkout of this project")
+    (folder / "benchmarks").mkdir(parents=True)
+    for source in (before, before / "benchmarks", ROOT / "benchmarks"):
+        for path in source.iterdir():
+            link = folder / path.relative_to(source.parent if source.name == "benchmarks" else source)
+            if path.name not in (".git", ".venv", "benchmarks", "peers") and not link.exists():
+                link.symlink_to(path)
+    (folder / "benchmarks" / "peers").symlink_to(ROOT / "benchmarks" / "peers")
+    return folder
 
 
 def python_with(packages: Sequence[str], folder: Path) -> Path:

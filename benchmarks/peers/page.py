@@ -36,18 +36,24 @@ def block(report: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Ratio, spread, gate, times and limit of each row."""
-    lines = ["| ours / theirs | ratio | spread | at most | our ms | limit ms | ours / limit |", "|---" * 7 + "|"]
+    """Ratio, spread, that of the commit before, gate, times and limit of each row."""
+    lines = [
+        "| ours / theirs | ratio | spread | before | at most | our ms | limit ms | ours / limit |",
+        "|---" * 8 + "|",
+    ]
     for row in rows:
         if "ratio" not in row:
-            lines.append(f"| {row['name']} | not measured |" + " |" * 5)
+            lines.append(f"| {row['name']} | not measured |" + " |" * 6)
             continue
+        before = f"{row['before']:.2f}" if "before" in row else ""
         ratio, gate = f"{row['ratio']:.2f}", "" if row["gate"] is None else f"{row['gate']:.2f}"
         ratio = f"**{ratio}**" if row["ok"] is False else ratio
         spread = " to ".join(f"{value:.2f}" for value in row["spread"])
         limit = f"{row['limit_ms']:.1f}" if row.get("limit_ms") else ""
         over = f"{row['over_limit']:.1f}" if row.get("over_limit") else ""
-        lines.append(f"| {row['name']} | {ratio} | {spread} | {gate} | {row['our_ms']:.1f} | {limit} | {over} |")
+        lines.append(
+            f"| {row['name']} | {ratio} | {spread} | {before} | {gate} | {row['our_ms']:.1f} | {limit} | {over} |"
+        )
     return lines
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import page, race, tables
-from benchmarks.peers.environment import Environment, pinned, python_with
+from benchmarks.peers.environment import ROOT, Environment, pinned, python_with, tree_with_race
 from benchmarks.peers.rows import HEADINGS, Race, Row, all_rows
 
 
@@ -187,6 +187,38 @@ def test_missed_gates_and_broken_races_fail_the_command_and_absent_peers_do_not(
     assert [peers.described(gated, {"ratio": ratio})["ok"] for ratio in (1.5, 1.51)] == [True, False]
 
 
+def test_a_row_that_got_dearer_by_more_than_a_tenth_fails_the_command(
+    fake: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = {"same": {"ratio": 1.0, "spread": [1.0, 1.0]}, "worse": {"ratio": 0.5, "spread": [0.4, 0.6]}}
+    monkeypatch.setattr(peers, "raced", lambda *_: {**then, "new": {"failed": "it has no such reader"}})
+    now = [a_row("same", ratio=1.1), a_row("worse", ratio=0.56), a_row("new", ratio=7.0), a_row("gone", absent="no")]
+
+    found = peers.with_before([], now, fake, 9, Path())
+
+    assert [row.get("over_before") for row in found] == [1.1, 1.12, None, None]
+    assert (found[1]["before"], found[1]["before_spread"]) == (0.5, [0.4, 0.6])
+    assert found[2]["not_before"] == "it has no such reader"
+    assert peers.problems(found) == ["worse than before: worse: 0.56 > 1.1 x 0.5"]
+
+
+def test_the_tree_of_before_has_its_own_code_and_benchmarks_and_todays_race(tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    for file in ("moeapps/__init__.py", "benchmarks/steps.py", "benchmarks/peers/race.py"):
+        (before / file).parent.mkdir(parents=True, exist_ok=True)
+        (before / file).write_text("old = True")
+
+    tree = tree_with_race(before, tmp_path / "tree")
+
+    assert (
+        (tree / "moeapps" / "__init__.py").read_text() == (tree / "benchmarks" / "steps.py").read_text() == "old = True"
+    )
+    for file in ("benchmarks/peers/race.py", "benchmarks/limits.py"):
+        assert (tree / file).resolve() == ROOT / file
+    with pytest.raises(FileNotFoundError, match="give a checkout of this project"):
+        tree_with_race(tmp_path, tmp_path / "other")
+
+
 def test_rows_that_were_not_raced_now_are_kept_and_those_no_longer_listed_are_not(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
     path.write_text(json.dumps({"rows": [a_row("old", ratio=1.0), a_row("same", ratio=2.0), a_row("gone")]}))
@@ -200,14 +232,14 @@ def test_rows_that_were_not_raced_now_are_kept_and_those_no_longer_listed_are_no
 def test_the_page_shows_ratios_limits_and_why_a_row_has_none() -> None:
     measured = {"spread": [1.4, 1.9], "our_ms": 3.0, "limit_ms": 1.5, "over_limit": 2.0, "equal": "all is equal"}
     rows = [
-        a_row("a / b", ratio=1.6, gate=1.5, ok=False, versions={"b": "7"}, **measured),
+        a_row("a / b", ratio=1.6, gate=1.5, ok=False, before=1.55, versions={"b": "7"}, **measured),
         a_row("c / d", absent="it is nowhere"),
     ]
     machine = {"machine": "a machine", "cpu": "AVX9", "python": "3", "torch": "2"}
 
     text = page.block({"command": "go", "pairs": 9, "machine": machine, "rows": rows})
 
-    assert "| a / b | **1.60** | 1.40 to 1.90 | 1.50 | 3.0 | 1.5 | 2.0 |" in text
+    assert "| a / b | **1.60** | 1.40 to 1.90 | 1.55 | 1.50 | 3.0 | 1.5 | 2.0 |" in text
     assert "| c / d | not measured |" in text
     assert "- c / d: it is nowhere." in text
     assert "AVX9" in text

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import point_moe_step as served
 from benchmarks import point_moe_voxels as voxels
 from benchmarks.system_share import build
 
@@ -71,7 +72,7 @@ def test_goals_are_judged_at_the_worse_size(seconds: dict[str, float], memory: i
     assert [row["pairs"] for row in rows.values()] == [[seconds["15k"]] * 3, [round(seconds["150k"] / 12, 3)] * 3]
     assert [row["allocator"] for row in rows.values()] == [0.5, 0.5]
     assert [row["other_ways"] for row in rows.values()] == [
-        {key: {"step": 1.0, "memory": 1.0} for key in voxels.OTHER_WAYS}
+        {key: {"step": 1.0, "memory": 1.0} for key in served.OTHER_WAYS}
     ] * 2
     assert [row["limit"] for row in rows.values()] == [
         {"products_over_before": round(seconds["15k"] / 4, 3), "kept_bytes_per_voxel": round(memory / 2)},
@@ -80,13 +81,13 @@ def test_goals_are_judged_at_the_worse_size(seconds: dict[str, float], memory: i
     assert len(told) == 8  # after each pair and each end
 
 
-@pytest.mark.parametrize("name", voxels.OTHER_WAYS)
+@pytest.mark.parametrize("name", served.OTHER_WAYS)
 def test_another_way_gives_the_same_loss_and_gradients_and_is_taken(name: str) -> None:
     files = ["--config", "configs/debug/tiny.yaml", "--config", "configs/debug/point_moe.yaml"]
     task, batch = build("point_moe", files)
     task.eval()
     found = []
-    for ways in ([], voxels.OTHER_WAYS[name]()):
+    for ways in ([], served.OTHER_WAYS[name]()):
         with ExitStack() as stack:
             for way in ways:
                 stack.enter_context(way)
@@ -109,8 +110,8 @@ def test_the_trees_run_without_settings_of_the_allocator_that_the_user_made(monk
         def wait(self) -> None: ...
 
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    monkeypatch.setattr(voxels.subprocess, "Popen", Process)
-    with voxels.tree(Path()):
+    monkeypatch.setattr(served.subprocess, "Popen", Process)
+    with served.tree(Path()):
         pass
 
     assert found[0]["OMP_NUM_THREADS"] == "1"
