@@ -22,7 +22,7 @@ from rich.progress import track
 from benchmarks.core import machine
 from benchmarks.core_cases import Size, moe_step, paired_ratios
 from moeapps.files import write_json
-from moeapps.moe.backends.table import PATH, read_tables
+from moeapps.moe.backends.table import PATH, capability, read_tables
 
 RESULTS = Path(__file__).parent / "results" / "backend_table.json"
 EXPERTS = 4
@@ -44,7 +44,7 @@ def ratio_at(rows: int, width: int, dtype: torch.dtype, pairs: int) -> float:
 def measure(pairs: int) -> dict[str, dict[str, dict[str, float]]]:
     """Dtype -> rows -> width -> ratio."""
     axes = read_tables()
-    native = torch.cpu._is_avx512_bf16_supported() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    native = torch.cpu._is_avx512_bf16_supported() and capability() in ("AVX512", "AMX")
     found: dict[str, dict[str, dict[str, float]]] = {}
     for dtype in (torch.float32, *([torch.bfloat16] if native else [])):
         name = str(dtype).removeprefix("torch.")
@@ -81,14 +81,14 @@ def main(args: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     ratios, table = measure(options.pairs), read_tables()
     own = {name: words_of(by_rows, table["rows"], table["widths"]) for name, by_rows in ratios.items()}
-    capability = torch.backends.cpu.get_cpu_capability()
-    table["choices"][capability] = own
+    here = capability()
+    table["choices"][here] = own
     write_json(PATH, table)  # choices alone: the package holds no numbers of a machine
     kept: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    sets = {**kept.get("sets", {}), capability: {"machine": machine(), "pairs": options.pairs, "ratios": ratios}}
+    sets = {**kept.get("sets", {}), here: {"machine": machine(), "pairs": options.pairs, "ratios": ratios}}
     write_json(RESULTS, {"command": "python -m benchmarks.backend_table", "margin": MARGIN, "sets": sets})
     for name, words in own.items():
-        print(capability, name, *(f"{r}:{word}" for r, word in zip(table["rows"], words, strict=True)))
+        print(here, name, *(f"{r}:{word}" for r, word in zip(table["rows"], words, strict=True)))
     return 0
 
 

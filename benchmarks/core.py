@@ -41,6 +41,7 @@ from benchmarks.core_cases import (
 from benchmarks.core_peers import measure_peers
 from benchmarks.core_rows import BACKENDS, SAVED_GATES, Row, all_rows, peer_rows, regime_rows, special_rows
 from moeapps.files import write_json
+from moeapps.moe.backends.table import capability
 
 RESULTS = Path(__file__).parent / "results" / "core.json"
 PAIRS, QUICK_PAIRS = 9, 5
@@ -51,7 +52,7 @@ def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": capability(),
         "processor": platform.processor() or platform.machine(),
         "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "unknown",
         "torch": torch.__version__,

@@ -29,6 +29,7 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.core_cases import Mode, Size, moe_step, paired_ratios
+from benchmarks.timed import commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "few_rows.json"
@@ -172,6 +173,7 @@ def main(args: list[str] | None = None) -> int:
     before = options.before.resolve() if options.before else None
     report: dict[str, Any] = {
         "command": "python -m benchmarks.few_rows --before FOLDER" if before else "python -m benchmarks.few_rows",
+        **({"before": commit_of(before)} if before else {}),
         "machine": machine(),
         "one_row": one_row(before, options.pairs),
         "rows": core_rows(options.pairs),

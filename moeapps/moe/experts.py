@@ -33,6 +33,7 @@ class Experts(nn.Module):
         supports_grouped: False where an expert must see all rows (batch statistics); such a bank needs a dense router.
         batched: True where ``every`` is a few batched products of small experts. A compiled graph, which cannot cut
             rows by data, then runs every expert on every row; where it is False the graph breaks at the dispatch.
+        row_dims: Dimensions of one row: 1 for vectors, 3 for images.
 
     Example:
         >>> isinstance(MLPExperts(4, dim=8, hidden_dim=16), Experts)
@@ -41,6 +42,7 @@ class Experts(nn.Module):
 
     supports_grouped: ClassVar[bool] = True
     batched: ClassVar[bool] = False
+    row_dims: int = 1
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int) -> None:
         super().__init__()

@@ -238,7 +238,7 @@ class MoELayer(nn.Module):
 
     @property
     def _row_dims(self) -> int:
-        return int(getattr(self.experts, "row_dims", 1))
+        return self.experts.row_dims
 
     @override
     def extra_repr(self) -> str:

@@ -39,6 +39,25 @@ def test_top_k_agrees_with_torch_and_ties_go_to_the_lowest_index(k: int) -> None
     assert torch.equal(top_indices(torch.zeros(3, 12), k), torch.arange(k).expand(3, -1))
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+@pytest.mark.parametrize("k", [2, 3])
+def test_no_expert_is_taken_twice_where_scores_forbid_all_others(rows: int, k: int) -> None:
+    s = torch.full((rows, 4), float("-inf"), dtype=torch.float64)
+    s[:, 2] = 1.0
+
+    expected = torch.tensor([2, 0, 1][:k]).expand(rows, -1)  # the allowed one, then the lowest indices
+    assert torch.equal(top_indices(s, k), expected)
+    routing = bound(TopK(k), 4)(s)
+    assert torch.equal(weights(routing), torch.tensor([1.0, 0.0, 0.0][:k], dtype=s.dtype).expand(rows, -1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_row_gets_the_same_experts_alone_and_among_many(k: int) -> None:
+    s = torch.randn(50, 12).round(decimals=1)  # with ties
+
+    assert torch.equal(torch.cat([top_indices(row, k) for row in s.split(1)]), top_indices(s, k))
+
+
 @pytest.mark.parametrize(("weighing", "activation"), [("softmax", lambda s: s.softmax(-1)), ("sigmoid", torch.sigmoid)])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_weights_are_what_the_formula_says(

@@ -47,16 +47,17 @@ def few_rows(ffn: FeedForward, x_ND: Tensor, routing: Routing, *, at_input: bool
 
 
 def _add(ffn: FeedForward, expert: int, x_1D: Tensor, weight: float, at_input: bool, y_1O: Tensor | None) -> Tensor:
-    """``y + weight E(x)``, or ``y + E(weight x)``."""
+    """``y + weight E(x)``, or ``y + E(weight x)``; y itself is written to."""
     factor = 1.0 if at_input else weight
-    w_in, w_out = ffn.w_in.select(0, expert), ffn.w_out.select(0, expert)
+    w_in, w_out, b_out = ffn.w_in.select(0, expert), ffn.w_out.select(0, expert), ffn.b_out
     x_1D = x_1D * weight if at_input else x_1D
-    h_1H = torch.mm(x_1D, w_in) if ffn.b_in is None else torch.addmm(ffn.b_in[expert], x_1D, w_in)
+    h_1H = torch.mm(x_1D, w_in) if ffn.b_in is None else torch.addmm(ffn.b_in.select(0, expert), x_1D, w_in)
     a_1F = ffn.hidden(h_1H)
-    if ffn.b_out is not None:
-        bias_1O = (factor * ffn.b_out[expert]).unsqueeze(0)
-        y_1O = bias_1O if y_1O is None else y_1O + bias_1O
+    if y_1O is None and b_out is not None:
+        return torch.addmm(b_out.select(0, expert), a_1F, w_out, beta=factor, alpha=factor)
     if y_1O is None:
         y_1O = torch.mm(a_1F, w_out)
         return y_1O if factor == 1.0 else y_1O.mul_(factor)
-    return torch.addmm(y_1O, a_1F, w_out, alpha=factor)
+    if b_out is not None:
+        y_1O.add_(b_out.select(0, expert), alpha=factor)
+    return y_1O.addmm_(a_1F, w_out, alpha=factor)

@@ -77,7 +77,7 @@ def read_tables(path: Path = PATH) -> dict[str, Any]:
 
 @functools.cache
 def table_of(capability: str, dtype: torch.dtype) -> Table:
-    """The table of an instruction set, as ``torch.backends.cpu.get_cpu_capability()`` names it, and a dtype.
+    """The table of an instruction set, as `capability` names it, and a dtype.
 
     An unknown set has the table of the default one, a dtype that was not measured that of float32.
     """
@@ -90,8 +90,9 @@ def table_of(capability: str, dtype: torch.dtype) -> Table:
 
 @functools.cache
 def capability() -> str:
-    """Instruction set that torch uses here."""
-    return torch.backends.cpu.get_cpu_capability()
+    """Instruction set that torch uses here; AMX where an AVX-512 processor has tiles for products in bfloat16, too."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return "AMX" if name == "AVX512" and torch.cpu._is_amx_tile_supported() else name
 
 
 def preferred(rows: float, weights: int, dtype: torch.dtype) -> Preferred:

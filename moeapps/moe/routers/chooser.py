@@ -104,6 +104,10 @@ class Picked:
     probs_NX: Tensor
 
 
+FEW = 8
+"""Rows, up to which one sort costs less than the calls of a repeated arg-max."""
+
+
 def rows_that_count(like_NX: Tensor, token_mask: Tensor | None) -> Tensor:
     """Number of rows that are not masked, int64 [], without waiting for the device."""
     if token_mask is not None:
@@ -117,13 +121,16 @@ def share_of(rows: Tensor, factor: float, num_experts: int) -> Tensor:
 
 
 def top_indices(score_NX: Tensor, k: int) -> Tensor:
-    """Columns of the k largest values, best first, ties to the lowest index; int64 [N, k].
+    """Columns of the k largest values, best first and none twice, ties to the lowest index; int64 [N, k].
 
-    Repeated arg-max is faster than ``topk`` for small k and, unlike it, has a defined order of ties.
+    Repeated arg-max is faster than ``topk`` for small k and many rows and, unlike it, has a defined order of ties.
     """
     score = score_NX.detach()
-    if k > 8:
+    few = k > 1 and not torch.compiler.is_compiling() and score.shape[0] <= FEW
+    if few or k > 8:
         return torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :k]
+    if k > 1:  # what was found is set to minus infinity, which nothing else may be
+        score = score.clamp(min=torch.finfo(score.dtype).min)
     found: list[Tensor] = []
     for _ in range(k):
         if found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from typing import get_args
 
 import torch
@@ -23,8 +22,8 @@ Adjust = Callable[[Tensor, Features], Tensor]
 
 def completed(routing: AnyRouting, state: object, features_ND: Tensor | None) -> AnyRouting:
     """As ``dataclasses.replace`` of the two, without checking again what has not changed."""
-    same = copy(routing)
-    vars(same).update(state=state, features_ND=features_ND)
+    same: AnyRouting = object.__new__(type(routing))
+    vars(same).update(vars(routing), state=state, features_ND=features_ND)
     return same
 
 
