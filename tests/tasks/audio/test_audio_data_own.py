@@ -23,6 +23,7 @@ from tasks.audio.data.readers.audio_files import (
     resample,
     write_audio,
 )
+from tasks.audio.data.readers.clip_table import _below
 from tasks.audio.datamodule import AudioData
 
 ALL: dict[str, Any] = {"val_share": 0.0, "test_share": 0.0}
@@ -316,3 +317,30 @@ def test_collections_that_do_not_go_together_are_told(tmp_path: Path) -> None:
         JoinedAudio(sources=[GeneratedAudio(**FEW), OwnAudio(root=tmp_path, sample_rate=16000)])
     with pytest.raises(ValueError, match=r"sample rates \[\]; give one or more"):
         JoinedAudio(sources=[])
+
+
+PATHS = [
+    "a/b.wav",
+    "a//b",
+    "./a",
+    "a/./b",
+    "../a",
+    "/a",
+    "a/..",
+    "é/ü.wav",
+    "a/.b",
+    "a/b/",
+    "a..b",
+    "",
+    "a b/c",
+    "a/...",
+    ".",
+]
+
+
+@pytest.mark.parametrize("file", PATHS)
+def test_paths_in_a_table_mean_what_pathlib_says(file: str) -> None:
+    path = Path(file)
+    outside = not file or path.is_absolute() or ".." in path.parts
+
+    assert _below(file) == (None if outside else path.as_posix())
