@@ -67,6 +67,22 @@ _NAMES = {
     "unimoe_audio": "UniMoE-Audio",
     "meta_dmoe": "Meta-DMoE",
 }
+_SCORES = {
+    "miou": "mean over classes of the intersection of prediction and truth over their union",
+    "gauc_expected": "share of a user's pairs of impressions that are ranked right, by the generated log's own "
+    "probabilities in place of drawn answers",
+    "list_auc": "share of a list's pairs, one taken and one not, that are ranked right",
+    "list_auc_expected": "the same by the generated log's own probabilities",
+    "truncation_gap": "list AUC that is lost when a user's history is cut to three items",
+    "mse": "mean squared error of a trajectory",
+    "relative_mse_median": "median over environments of the squared error over the squared size of the state",
+    "loss": "what training makes small, on test images",
+    "bits_0": "bits per code of the first of the codec's books",
+    "accuracy": "share of images named right",
+}
+"""What the scores of `CLAIMS` are, for a legend below their table."""
+_TIMES = 100
+"""From here on a ratio of compute says only that the second of a comparison counts rather than trains."""
 _WORDS = {"supported": "**yes**", "not supported": "**no**", "inconclusive": "open"}
 
 
@@ -183,7 +199,9 @@ def claim_of(system: str, name: str) -> dict[str, Any]:
 
 def verdicts() -> str:
     """Return the Markdown of the verdicts: one row per comparison, from the committed results of its system."""
-    return claim_rows(CLAIMS)
+    names = {claim_of(system, name)["metric"].partition("/")[2] for system, name in CLAIMS}
+    scores = "; ".join(f"`{name}`: {meaning}" for name, meaning in _SCORES.items() if name in names)
+    return claim_rows(CLAIMS) + wrapped(f"\nScores, behind the domains that they are of: {scores}.\n")
 
 
 def claim_rows(claims: Iterable[tuple[str, str]]) -> str:
@@ -203,8 +221,9 @@ def claim_rows(claims: Iterable[tuple[str, str]]) -> str:
 
 def compute(claim: dict[str, Any]) -> str:
     """Say how much more the first of a comparison computed: in training, or in one row where that was not counted."""
-    if claim.get("train_flops_ratio") is not None:
-        return f"{claim['train_flops_ratio']:.2f}"
+    ratio = claim.get("train_flops_ratio")
+    if ratio is not None:
+        return f"{ratio:.2f}" if ratio < _TIMES else f"over {_TIMES}"
     return f"{claim['flops_ratio']:.2f} a row" if claim.get("flops_ratio") is not None else "not counted"
 
 
