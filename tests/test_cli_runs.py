@@ -86,8 +86,24 @@ def test_barebones_runs() -> None:
 def test_a_folder_that_is_no_run_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     told = capsys.readouterr().err
-    assert "no config.yaml there" in told
+    assert ("it holds no config.yaml" if words[0] == "fit" else "there is no such folder") in told
     assert f"such as {os.environ['MOEAPPS_RUNS']}/promoe" in told  # where runs are kept
+
+
+def test_the_newest_runs_are_named_where_one_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOEAPPS_RUNS", str(tmp_path))
+    for age, name in enumerate(["a", "b", "c", "d"]):
+        for version in range(2):
+            config = tmp_path / "toy" / name / f"version_{version}" / "config.yaml"
+            config.parent.mkdir(parents=True)
+            config.touch()
+            os.utime(config, (1000 - age, 1000 - age))
+
+    assert main(["test", "--run", "nowhere"]) == 2
+    told = ", ".join(str(tmp_path / "toy" / name) for name in "abc")
+    assert f"--run nowhere: there is no such folder; give a run such as {told} (4 in all)" in capsys.readouterr().err
 
 
 def test_run_adds_config_and_best_checkpoint(tmp_path: Path) -> None:

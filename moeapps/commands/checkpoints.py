@@ -125,9 +125,18 @@ def config_of(run: Path) -> Path:
         UsageError: there is none.
     """
     if not (run / "config.yaml").is_file():
-        example = runs_root() / "promoe" / "base" / "version_0"  # where $MOEAPPS_RUNS leads
-        raise UsageError(f"--run {run}: no config.yaml there; give a run folder such as {example}")
+        what = "it holds no config.yaml" if run.is_dir() else "there is no such folder"
+        raise UsageError(f"--run {run}: {what}; give {_known_runs()}")
     return run / "config.yaml"
+
+
+def _known_runs() -> str:
+    """The newest runs there are, for an error; what a run is called where there is none."""
+    files = sorted(runs_root().glob("*/*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    names = list(dict.fromkeys(str(file.parents[1]) for file in files))
+    if not names:  # where $MOEAPPS_RUNS leads
+        return f"a run folder such as {runs_root() / 'promoe' / 'base' / 'version_0'}"
+    return f"a run such as {', '.join(names[:3])}" + (f" ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def checkpoint_of(run: Path | None, command: str = "test", which: str | None = None) -> Path:

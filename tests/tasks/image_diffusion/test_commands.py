@@ -194,7 +194,7 @@ def test_wrong_runs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["sample"]) == 2
     assert "needs --run DIR" in capsys.readouterr().err
     assert main(["sample", "--run", str(tmp_path)]) == 2
-    assert "no config.yaml there" in capsys.readouterr().err
+    assert "it holds no config.yaml" in capsys.readouterr().err
     assert main(["fid-stats", "--config", "tests/toy.yaml", "--out", "a.npz"]) == 2
     assert "ToyData has no command `fid-stats`" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(config(tmp_path).read_text())
