@@ -61,7 +61,8 @@ def costs(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()) -> li
 def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) -> list[str]:
     """Return a line for every size in which a variant is more than 2 per cent from the baseline, on average over runs.
 
-    Sizes that one side does not say cannot be compared; a line says so for the training FLOPs.
+    Sizes that one side does not say cannot be compared; a line says so for the training FLOPs. Where these are level,
+    other sizes are what the comparison is about, and a line says that.
     """
     base_paths = {run.path for run in baseline}
     others = [run for run in runs if run.path not in base_paths]
@@ -70,15 +71,18 @@ def cost_warnings(runs: Sequence[RunResults], baseline: Sequence[RunResults]) ->
         return lines
     for found in variants_of(others):
         variant = found.name
+        whole = _mean(found.runs, "train_flops"), _mean(baseline, "train_flops")
+        level = whole[0] is not None and whole[1] is not None and abs(whole[0] / whole[1] - 1) <= TOLERANCE
         for name, text in SIZES.items():
             left, right = _mean(found.runs, name), _mean(baseline, name)
             if left is None or right is None:
                 if name == "train_flops":
                     lines.append(f"{variant}: its training FLOPs and the baseline's are not both known")
             elif abs(left / right - 1) > TOLERANCE:
+                unequal = f"more than {100 * TOLERANCE:.0f} is no comparison at equal compute"
+                so = "the training as a whole took equally many FLOPs" if level else unequal
                 lines.append(
-                    f"{variant}: {text} differ from the baseline's by {100 * (left / right - 1):+.1f} per cent; "
-                    f"more than {100 * TOLERANCE:.0f} is no comparison at equal compute"
+                    f"{variant}: {text} differ from the baseline's by {100 * (left / right - 1):+.1f} per cent; {so}"
                 )
     return lines
 

@@ -33,3 +33,13 @@ def test_a_cost_that_is_not_known_is_no_equal_cost() -> None:
 
     assert costs(old, base)[0] == Cost("toy/old", 1, {}, None)
     assert cost_warnings(old, base) == ["toy/old: its training FLOPs and the baseline's are not both known"]
+
+
+def test_unequal_sizes_of_trainings_of_equal_flops_are_told_as_what_is_compared() -> None:
+    base = [run("single", params_active=100, flops_per_token=200.0, train_flops=4_000)]
+    moe = [run("moe", params_active=175, flops_per_token=201.0, train_flops=4_010)]
+
+    assert cost_warnings([*moe, *base], base) == [
+        "toy/moe: active parameters differ from the baseline's by +75.0 per cent; the training as a whole took equally "
+        "many FLOPs"
+    ]
