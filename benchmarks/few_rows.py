@@ -29,7 +29,6 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.core_cases import Mode, Size, moe_step, paired_ratios
-from benchmarks.timed import commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "few_rows.json"
@@ -168,6 +167,7 @@ def main(args: list[str] | None = None) -> int:
         print(statistics.median(call_over_plain(5)))
         return 0
     from benchmarks.core import machine
+    from benchmarks.timed import commit_of
     from moeapps.files import write_json
 
     before = options.before.resolve() if options.before else None

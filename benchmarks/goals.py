@@ -116,7 +116,16 @@ def of_layers(report: Row) -> Iterator[str]:
         if row["gate"] is not None and row["ratio"] is not None:
             ways = {name: row["ratio"] / over for name, over in row.get("auto_over", {}).items()}
             known = {"tried": ways, "limit": {"the best of them": 1.0}} if ways else {}
-            yield told(f"{row['name']}, {row['mode']}", row["ratio"], row["gate"], row={**known, **row})
+            yield told(layer_name(row), row["ratio"], row["gate"], row={**known, **row})
+
+
+def layer_name(row: Row) -> str:
+    """A row of the core's benchmark, or of `few_rows`, in words."""
+    mode = {"fwd+bwd": "forward and backward"}.get(row["mode"], row["mode"])
+    if "n" not in row:
+        return f"`auto` over the best backend, {row['name']}, {mode}"
+    each = row["n"] * row["k"] // row["e"]
+    return f"{each} rows for each of {row['e']} experts, {row['dtype']}, {mode}, over a dense network of equal FLOPs"
 
 
 GROUPS = (
@@ -133,9 +142,12 @@ def text() -> str:
     lines = [""]
     for heading, command, results, lines_of in GROUPS:
         if results.is_file():
+            report = json.loads(results.read_text(encoding="utf-8"))
             file = f"../{Path(results).relative_to(ROOT).as_posix()}"
-            lines += [f"### {heading}", "", f"`python -m benchmarks.{command}` ([results]({file}))", ""]
-            lines += [*lines_of(json.loads(results.read_text(encoding="utf-8"))), ""]
+            named = "FOLDER" in command and "before" in report
+            before = f"; FOLDER is a checkout of {report['before']}" if named else ""
+            lines += [f"### {heading}", "", f"`python -m benchmarks.{command}` ([results]({file})){before}.", ""]
+            lines += [*lines_of(report), ""]
     return wrapped("\n".join(lines) + "\n")
 
 
