@@ -71,16 +71,23 @@ QUESTIONS: dict[str, tuple[tuple[str, str], ...]] = {
 """What a reader asks -> system and claim: comparisons of the evidence in which the router is what differs."""
 
 
+_VERBS = (
+    ("supported", "holds", "hold"),
+    ("not supported", "does not", "do not"),
+    ("inconclusive", "is open", "are open"),
+)
+
+
 def tables() -> str:
     """Return the Markdown of all questions: for each how many claims hold, then a row per claim."""
     parts = []
     for question, claims in QUESTIONS.items():
         found = [claim_of(system, name)["verdict"] for system, name in claims]
-        counts = {word: found.count(word) for word in ("supported", "not supported", "inconclusive")}
-        untested = len(found) - sum(counts.values())
-        told = f"Of {len(found)} claims {counts['supported']} hold, {counts['not supported']} do not, "
-        told += f"{counts['inconclusive']} are open" + (f", {untested} could not be tested." if untested else ".")
-        parts.append(f"### {question}\n\n{told}\n\n{claim_rows(claims)}")
+        counts = [found.count(word) for word, *_ in _VERBS]
+        verbs = zip(counts, _VERBS, strict=True)
+        told = [f"{count or 'none'} {one if count == 1 else many}" for count, (_, one, many) in verbs]
+        told += [f"{untested} could not be tested"] if (untested := len(found) - sum(counts)) else []
+        parts.append(f"### {question}\n\nOf {len(found)} claims {', '.join(told)}.\n\n{claim_rows(claims)}")
     return "\n" + "\n".join(parts) + "\n"
 
 
