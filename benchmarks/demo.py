@@ -157,7 +157,8 @@ def beside_the_twin(moe: dict[str, Any], dense: dict[str, Any], claim: dict[str,
         f"{max(pairs):+.3f}, {claim['diff_mean']:+.3f} [{low:+.3f}, {high:+.3f}] on average: "
     )
     if low <= 0 <= high:
-        return told + f"the {here:+.3f} of this run says neither that experts pay here nor that they do not."
+        beyond = "" if min(pairs) <= here <= max(pairs) else ", beyond those of the other seeds,"
+        return told + f"the {here:+.3f} of this run{beyond} says neither that experts pay here nor that they do not."
     word = "experts pay" if (low > 0) == (claim["direction"] == "higher") else "experts lose"
     return told + f"{word} here, whatever this one run says ({here:+.3f})."
 

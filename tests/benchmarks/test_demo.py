@@ -106,6 +106,7 @@ def test_where_seeds_decide_nothing_no_run_of_the_demo_does(here: float) -> None
     assert "says neither that experts pay here nor that they do not" in told
     assert "-0.020 to +0.010" in told
     assert f"{here:+.3f} of this run" in told
+    assert ("beyond those of the other seeds" in told) == (here != 0.0)
 
 
 @pytest.mark.parametrize(
