@@ -14,7 +14,6 @@ thread, CPU time, medians. Writes benchmarks/results/few_rows.json; three to fiv
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -167,6 +166,7 @@ def main(args: list[str] | None = None) -> int:
         print(statistics.median(call_over_plain(5)))
         return 0
     from benchmarks.core import machine
+    from benchmarks.machines import known_here, with_elsewhere
     from benchmarks.timed import commit_of
     from moeapps.files import write_json
 
@@ -179,9 +179,9 @@ def main(args: list[str] | None = None) -> int:
         "rows": core_rows(options.pairs),
         "auto": auto_rows(options.pairs),
     }
-    if before is None and RESULTS.exists():
-        report["one_row"] = {**json.loads(RESULTS.read_text(encoding="utf-8"))["one_row"], **report["one_row"]}
-    write_json(RESULTS, report)
+    if before is None:
+        report["one_row"] = {**known_here(report, RESULTS).get("one_row", {}), **report["one_row"]}
+    write_json(RESULTS, with_elsewhere(report, RESULTS))
     console = Console(highlight=False)
     console.print("one row:", report["one_row"])
     rows = [*report["rows"], *report["auto"]]

@@ -26,6 +26,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machines import known_here, with_elsewhere
 from benchmarks.markdown import wrapped
 from benchmarks.timed import commit_of
 from moeapps.files import write_json
@@ -242,11 +243,12 @@ def main(args: list[str] | None = None) -> int:
     from benchmarks.core import machine
 
     before = None if options.before is None else options.before.resolve()
-    known = json.loads(options.json.read_text(encoding="utf-8")) if options.only and options.json.exists() else {}
+    here = machine()
+    known = known_here({"machine": here}, options.json) if options.only else {}
     report = {
         "command": "python -m benchmarks.fit_share" + ("" if before is None else " --before FOLDER"),
         "before": None if before is None else commit_of(before),
-        "machine": machine(),
+        "machine": here,
         "threads": 1,
         "goals": GOALS,
         "starts": known.get("starts", {}),
@@ -255,13 +257,13 @@ def main(args: list[str] | None = None) -> int:
     }
     for system in options.only or systems():
         report["starts"][system] = start_of(system, before if system in FITTED else None, options.pairs)
-        write_json(options.json, report)
+        write_json(options.json, with_elsewhere(report, options.json))
     for system in [system for system in FITTED if options.fits and system in (options.only or FITTED)]:
         trees = {"now": ROOT} if before is None else {"before": before, "now": ROOT}
         fits = report["fits"][system] = middle_fits(system, trees, options.fits)
         if fits["now"]["share"] < GOALS["share"]:
             fits["now"]["tried"] = {name: share_of(system, *words) for name, words in OTHER_FITS.items()}
-        write_json(options.json, report)
+        write_json(options.json, with_elsewhere(report, options.json))
     show(report)
     if options.json == RESULTS:
         write_page(report)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machines import with_elsewhere
 from benchmarks.point_moe_step import CROPS, OTHER_WAYS, Ask, tree
 from benchmarks.timed import commit_of
 
@@ -222,7 +223,7 @@ def save(report: Report, file: Path) -> None:
     """Write the report and, beside the committed one, what the README says of it."""
     from moeapps.files import write_json, write_text
 
-    write_json(file, report)
+    write_json(file, with_elsewhere(report, file))
     if file == RESULTS:
         text = README.read_text(encoding="utf-8")
         write_text(README, BLOCK.sub(lambda block: block[1] + paragraph(report) + block[2], text))

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.limits import product_flops
+from benchmarks.machines import with_elsewhere
 from moeapps.allocator import keep_freed_memory
 from moeapps.evidence.cells import describe_machine
-from moeapps.evidence.evidence import to_json
-from moeapps.files import write_text
+from moeapps.files import write_json
+from moeapps.moe.backends.table import capability
 from moeapps.training.optim import OptimizerConfig
 from moeapps.training.sparse import build_optimizer
 from tasks.recommendation.data.batch import Interactions
@@ -245,9 +246,9 @@ def elementwise_over_products(pairs: int, rows: int) -> float:
 def explain(name: str, pairs: int) -> dict[str, Any]:
     """Of a missed row of HoME's: what was tried, each measured now, and how far one could come."""
     kind, _, size = name.partition(" ")
-    if kind not in ("home", "scoring") or not size:
+    if kind not in ("home", "scoring"):
         return {}
-    rows = int(size)
+    rows = int(size or BATCH)
     measure = home_over_mmoe_at(rows) if kind == "home" else over_limit(HOME, rows)
     tried = {
         "feature gates by ordinary operations": instead(BY_OPERATIONS, measure, pairs),
@@ -351,8 +352,8 @@ def main(words: list[str] | None = None) -> int:
         bound = "" if row.gate is None else f" ({'at least' if row.at_least else 'at most'} {row.gate:g})"
         console.print(f"{row.name}: {value:.3g}{bound} {'ok' if ok else 'MISSED'}  {row.text}")
     if not options.quick and len(chosen) == len(ROWS):
-        about = {"machine": describe_machine(), "torch": torch.__version__, "threads": 1, "batch": BATCH}
-        write_text(RESULTS, to_json({**about, "rows": found}))
+        about = {"machine": describe_machine(), "cpu": capability(), "torch": torch.__version__, "threads": 1}
+        write_json(RESULTS, with_elsewhere({**about, "batch": BATCH, "rows": found}, RESULTS))
     else:
         console.print(json.dumps(found))
     return 0 if all(row["ok"] for row in found) else 1

@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machines import known_here, with_elsewhere
 from benchmarks.peers.environment import ROOT, Environment, tree_with_race
 from benchmarks.peers.rows import Row, all_rows
 from benchmarks.timed import commit_of
@@ -91,9 +92,9 @@ def problems(rows: Sequence[Found]) -> list[str]:
     return missed + worse + [f"race broke: {row['name']}: {row['failed']}" for row in rows if "failed" in row]
 
 
-def merged(path: Path, new: Sequence[Found], wanted: Sequence[Row]) -> list[Found]:
-    """The rows of a result in the order of the list: what was raced now, else what an earlier result says."""
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+def merged(path: Path, new: Sequence[Found], wanted: Sequence[Row], report: Found) -> list[Found]:
+    """The rows in the order of the list: what was raced now, else what an earlier result of such a processor says."""
+    earlier = known_here(report, path).get("rows", [])
     known = {row["name"]: row for row in [*earlier, *new]}
     return [known[row.name] for row in wanted if row.name in known]
 
@@ -159,10 +160,11 @@ def race_all(rows: Sequence[Row], listed: Sequence[Row], tree: Path | None, opti
         now = measure(chosen, environment, options.pairs)
         done += now if tree is None else with_before(chosen, now, environment, options.pairs, tree)
         command = "python -m benchmarks.peers" + ("" if tree is None else " --before FOLDER")
-        report = {"command": command, "pairs": options.pairs, "machine": about()}
+        report: Found = {"command": command, "pairs": options.pairs, "machine": about()}
         if tree is not None:
             report["before"] = commit_of(options.before)
-        write(options.json, report | {"rows": merged(options.json, done, listed)})
+        report["rows"] = merged(options.json, done, listed, report)
+        write(options.json, with_elsewhere(report, options.json))
     return done
 
 

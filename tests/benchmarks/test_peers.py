@@ -221,12 +221,15 @@ def test_the_tree_of_before_has_its_own_code_and_benchmarks_and_todays_race(tmp_
 
 def test_rows_that_were_not_raced_now_are_kept_and_those_no_longer_listed_are_not(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
-    path.write_text(json.dumps({"rows": [a_row("old", ratio=1.0), a_row("same", ratio=2.0), a_row("gone")]}))
+    rows = [a_row("old", ratio=1.0), a_row("same", ratio=2.0), a_row("gone")]
+    path.write_text(json.dumps({"cpu": "A", "rows": rows}))
     wanted = [Row(name, "ranking", "p") for name in ("same", "new", "old")]
 
-    found = peers.merged(path, [a_row("new", ratio=3.0), a_row("same", ratio=4.0)], wanted)
+    new = [a_row("new", ratio=3.0), a_row("same", ratio=4.0)]
+    found = peers.merged(path, new, wanted, {"cpu": "A"})
 
     assert [(row["name"], row["ratio"]) for row in found] == [("same", 4.0), ("new", 3.0), ("old", 1.0)]
+    assert [row["name"] for row in peers.merged(path, new, wanted, {"cpu": "B"})] == ["same", "new"]
 
 
 def test_the_page_shows_ratios_limits_and_why_a_row_has_none() -> None:
