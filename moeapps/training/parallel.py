@@ -57,7 +57,7 @@ class ModelParallel(ModelParallelStrategy):
 
     Raises:
         ValueError: for a number of processes below 1, or another value of ``rest``; when started, if the processes
-            cannot be divided so.
+            cannot be divided so, or float16 is asked for.
 
     Source: the division of work is GShard's and torchtitan's.
     """
@@ -89,6 +89,10 @@ class ModelParallel(ModelParallelStrategy):
         if total % share:
             raise ValueError(
                 f"{total} processes cannot be divided into groups of experts={share}; give a divisor, or 'node'"
+            )
+        if getattr(self.precision_plugin, "scaler", None) is not None:  # one factor for gradients on several meshes
+            raise ValueError(
+                "float16 scales the loss, which is not for networks in parts; give --trainer.precision bf16-mixed"
             )
         self._data_parallel_size, self._tensor_parallel_size = total // share, share
         super().setup_environment()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
@@ -33,6 +34,15 @@ def layer(bank: Any, num_shared: int = 0) -> MoELayer:
 def test_wrong_options_are_told(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         ModelParallel(**options)
+
+
+def test_scaled_losses_are_refused_before_anything_starts() -> None:
+    strategy = ModelParallel(experts=1)
+    strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], LightningEnvironment()
+    strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+    with pytest.raises(ValueError, match="give --trainer.precision bf16-mixed"):
+        strategy.setup_environment()
 
 
 def test_a_strategy_for_networks_that_place_themselves_is_refused() -> None:
