@@ -42,6 +42,12 @@ _SILENT_TRAINER_KEYS = (
     "enable_progress_bar",
     "enable_model_summary",
 )
+# Callbacks that look on; whatever else stands in a config may change what is learned, or which weights are tested.
+_LOOKS_ON = (
+    *("EndTable", "EpochPictures", "ExpertReport", "FirstLosses", "MoESummary", "PredictionWriter", "ProgressLines"),
+    *("RoutingMonitor", "DeviceStatsMonitor", "LearningRateMonitor", "ModelSummary", "RichModelSummary"),
+    *("RichProgressBar", "TQDMProgressBar"),
+)
 _SILENT_DATA_KEYS = ("cache_dir", "num_workers", "eval_batch_size", "predict")
 _COUNTED_KEYS = ("seed_everything", "system", "model", "data")
 
@@ -261,11 +267,21 @@ def seeds_of(value: Any, prefix: str = "") -> dict[str, int]:
 def variant_hash(config: dict[str, Any]) -> str:
     """Return 12 hex digits that name WHAT was run: as `config_hash`, but runs that differ by their seeds share it.
 
-    Where data is kept and how it is loaded does not count either.
+    Where data is kept and how it is loaded does not count either. Callbacks count that may change the training
+    (averaged weights, balancing, which checkpoint is best); those that only look on do not.
     """
     data = dict(config.get("data") or {})
     data["init_args"] = {k: v for k, v in (data.get("init_args") or {}).items() if k not in _SILENT_DATA_KEYS}
-    return config_hash(_seedless({**config, "data": data}))
+    config = _seedless({**config, "data": data})
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    callbacks = [each for each in (callbacks if isinstance(callbacks, list) else [callbacks]) if not _looks_on(each)]
+    return _digest(_counted(config) | ({"callbacks": callbacks} if callbacks else {}))
+
+
+def _looks_on(callback: Any) -> bool:
+    path = str(callback.get("class_path", "")) if isinstance(callback, dict) else ""
+    ours = path.startswith("tasks.") and ".report." in path
+    return ours or path.rpartition(".")[2] in _LOOKS_ON
 
 
 def _seedless(value: Any) -> Any:
@@ -281,10 +297,18 @@ def _is_seed(key: str) -> bool:
 def config_hash(config: dict[str, Any]) -> str:
     """Return 12 hex digits that name what a run computes: seed, system, model, data and the trainer's numbers.
 
-    The run's name, its folders, loggers and progress bars do not count.
+    The run's name, its folders, loggers, callbacks and progress bars do not count.
     """
+    return _digest(_counted(config))
+
+
+def _counted(config: dict[str, Any]) -> dict[str, Any]:
     counted: dict[str, Any] = {key: config.get(key) for key in _COUNTED_KEYS}
     trainer = dict(config.get("trainer") or {})
     counted["trainer"] = {key: value for key, value in trainer.items() if key not in _SILENT_TRAINER_KEYS}
+    return counted
+
+
+def _digest(counted: dict[str, Any]) -> str:
     text = json.dumps(counted, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -216,6 +216,22 @@ def test_the_hash_of_a_variant_forgets_seeds_and_places_alone() -> None:
     assert len(seeds_of(config(3))) == 4
 
 
+def test_callbacks_that_change_the_training_make_another_variant_and_those_that_look_on_do_not() -> None:
+    def hashed(*callbacks: dict[str, Any]) -> str:
+        return variant_hash({"system": "toy", "trainer": {"callbacks": list(callbacks) or None}})
+
+    averaged = {"class_path": "moeapps.training.callbacks.AveragedWeights", "init_args": {"decay": 0.99}}
+    report = {"class_path": "moeapps.training.callbacks.ExpertReport"}
+    figures = {"class_path": "tasks.point_cloud.report.figures.ScanFigures", "init_args": {"scans": 2}}
+
+    assert hashed() == hashed(report) == hashed(report, figures)
+    assert hashed(averaged, report) == hashed(averaged) != hashed()
+    assert hashed({**averaged, "init_args": {"decay": 0.9}}) != hashed(averaged)
+    assert hashed({"class_path": "mine.Freeze", "init_args": {"seed": 1}}) == hashed(
+        {"class_path": "mine.Freeze", "init_args": {"seed": 2}}
+    )
+
+
 @pytest.mark.parametrize("width", [60, 200])
 def test_tables_fit_and_markdown_says_the_same(tmp_path: Path, width: int) -> None:
     run = read_results(write_run(tmp_path / "r", [0.9, 0.7, 0.6, 0.5, 0.3]))
