@@ -285,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     names = [knob.name for knob in KNOBS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.point_moe_shifts", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/point_moe/demo_moe")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/point_moe/base")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file (default: %(default)s)")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="picture of the curves (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=10, help="test scenes per level (default: 10, as in a test)")
