@@ -30,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
         description="Write a trained run for other programs: model.safetensors (all weights), about.json (what it is, "
         "its sizes, scores, versions and files), config.yaml, what inputs need besides (a tokenizer), and program.pt2 "
         "(torch.export) where the network is a graph of operations on tensors; about.json says what it covers, or why "
-        "there is none. Weights and graph are compared with the run before the command ends. moeapps.load(DIR) reads the folder "
-        "like a run.",
+        "there is none. Weights and graph are compared with the run before the command ends. moeapps.load(DIR) "
+        "reads the folder like a run.",
         epilog=ONNX,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or runs/<system>/<name>: its newest version")
