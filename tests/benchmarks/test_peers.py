@@ -191,15 +191,25 @@ def test_a_row_that_got_dearer_by_more_than_a_tenth_fails_the_command(
     fake: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     then = {"same": {"ratio": 1.0, "spread": [1.0, 1.0]}, "worse": {"ratio": 0.5, "spread": [0.4, 0.6]}}
-    monkeypatch.setattr(peers, "raced", lambda *_: {**then, "new": {"failed": "it has no such reader"}})
-    now = [a_row("same", ratio=1.1), a_row("worse", ratio=0.56), a_row("new", ratio=7.0), a_row("gone", absent="no")]
+    again = iter([0.5, 0.6, 0.5, 0.55, 0.5, 0.4, 0.5, 0.5])  # then, now; twice for each row that seems worse
 
-    found = peers.with_before([], now, fake, 9, Path())
+    def raced(rows: list[Row], *_: object) -> dict[str, Any]:
+        if len(rows) == 1:
+            return {rows[0].name: {"ratio": next(again)}}
+        return {**then, "lucky": then["worse"], "new": {"failed": "it has no such reader"}}
 
-    assert [row.get("over_before") for row in found] == [1.1, 1.12, None, None]
+    monkeypatch.setattr(peers, "raced", raced)
+    ratios = {"same": 1.1, "worse": 0.56, "lucky": 0.56, "new": 7.0}
+    now = [*(a_row(name, ratio=ratio) for name, ratio in ratios.items()), a_row("gone", absent="no")]
+    rows = [Row(row["name"], "ranking", "p") for row in now]
+
+    found = peers.with_before(rows, now, fake, 9, Path())
+
+    # Worse: the middle of 1.12, 0.6 / 0.5 and 0.55 / 0.5; lucky: of 1.12, 0.4 / 0.5 and 0.5 / 0.5.
+    assert [row.get("over_before") for row in found] == [1.1, 1.12, 1.0, None, None]
     assert (found[1]["before"], found[1]["before_spread"]) == (0.5, [0.4, 0.6])
-    assert found[2]["not_before"] == "it has no such reader"
-    assert peers.problems(found) == ["worse than before: worse: 0.56 > 1.1 x 0.5"]
+    assert found[3]["not_before"] == "it has no such reader"
+    assert peers.problems(found) == ["worse than before: worse: 1.12 > 1.1"]
 
 
 def test_the_tree_of_before_has_its_own_code_and_benchmarks_and_todays_race(tmp_path: Path) -> None:
