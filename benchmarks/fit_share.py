@@ -204,11 +204,6 @@ def middle_fits(system: str, trees: dict[str, Path], count: int) -> dict[str, di
     }
 
 
-def share_of(system: str, *words: str) -> float:
-    """The share of training in another way to fit; the middle of three."""
-    return float(statistics.median(fit_of(system, ROOT, *words)["share"] for _ in range(3)))
-
-
 def show(report: dict[str, Any]) -> None:
     """Print both tables."""
     console = Console(highlight=False)
@@ -262,7 +257,7 @@ def main(args: list[str] | None = None) -> int:
         trees = {"now": ROOT} if before is None else {"before": before, "now": ROOT}
         fits = report["fits"][system] = middle_fits(system, trees, options.fits)
         if fits["now"]["share"] < GOALS["share"]:
-            fits["now"]["tried"] = {name: share_of(system, *words) for name, words in OTHER_FITS.items()}
+            fits["now"]["tried"] = {name: fit_of(system, ROOT, *words)["share"] for name, words in OTHER_FITS.items()}
         write_json(options.json, with_elsewhere(report, options.json))
     show(report)
     if options.json == RESULTS:
