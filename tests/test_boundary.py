@@ -226,7 +226,7 @@ def _restored_signals() -> Iterator[None]:
 @pytest.mark.usefixtures("_restored_signals", "no_routing_figures")
 @pytest.mark.parametrize(("callback", "code"), [("PressCtrlC", 130), ("SendSigterm", 143)])
 def test_a_training_that_a_signal_stops_has_the_code_of_a_shell(callback: str, code: int) -> None:
-    assert main(["fit", *ONE_EPOCH, f"{{class_path: tests.toy.{callback}, init_args: {{step: 2}}}}"]) == code
+    assert main(["fit", *ONE_EPOCH, f"{{class_path: tests.toy_callbacks.{callback}, init_args: {{step: 2}}}}"]) == code
 
 
 @pytest.mark.parametrize("error", [ValueError("a.wav is damaged"), ArchiveError("a.wav is damaged")])

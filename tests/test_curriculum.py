@@ -85,7 +85,7 @@ def test_stages_that_are_done_are_left_alone_and_one_that_was_cut_goes_on(
     tmp_path: Path, stages: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ctrl-C in step 13 of 18 of the second stage; the same words then end where an uninterrupted chain ends."""
-    cut = {1: ["--trainer.callbacks+=tests.toy.PressCtrlC"]}
+    cut = {1: ["--trainer.callbacks+=tests.toy_callbacks.PressCtrlC"]}
     assert main(words(stages, "--name=cut", own=cut)) == 130
     assert "the same `moeapps curriculum` goes on with it" in caplog.text
     assert done(tmp_path, "cut_stage0")["run"] is not None

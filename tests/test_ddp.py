@@ -97,7 +97,7 @@ def test_an_expert_without_rows_and_bias_balancing_work_on_two_processes(tmp_pat
 
 def test_checkpoint_of_two_processes_resumes_on_two_and_loads_in_one(tmp_path: Path) -> None:
     stochastic = [*TOY, "--model.net.dropout", "0.2", "--data.batch_size", "4", "--test_after_fit", "false", *TWO]
-    moeapps(*stochastic, "--name", "whole", "--trainer.callbacks+=tests.toy.KeepEpochs")
+    moeapps(*stochastic, "--name", "whole", "--trainer.callbacks+=tests.toy_callbacks.KeepEpochs")
     whole = tmp_path / "runs" / "toy" / "whole" / "version_0"
     moeapps(*stochastic, "--name", "resumed", "--ckpt_path", str(whole / "checkpoints" / "epoch=0.ckpt"))
     resumed = tmp_path / "runs" / "toy" / "resumed" / "version_0"

@@ -132,7 +132,7 @@ def test_a_checkpoint_callback_of_the_users_stands_beside_ours(
 
 
 def test_a_run_whose_folder_is_deleted_ends_with_whole_checkpoints(tmp_path: Path) -> None:
-    run([*FIT, f"{ADD}tests.toy.DeleteRun", "--trainer.max_epochs", "3"])
+    run([*FIT, f"{ADD}tests.toy_callbacks.DeleteRun", "--trainer.max_epochs", "3"])
 
     path = folder(tmp_path) / "checkpoints" / "last.ckpt"
     assert read_checkpoint(path)["global_step"] == 27
@@ -144,7 +144,7 @@ def test_a_run_whose_folder_is_deleted_ends_with_whole_checkpoints(tmp_path: Pat
 def test_a_loss_that_is_not_finite_stops_with_advice_before_it_reaches_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poison = [f"{ADD}tests.toy.Poison", "--trainer.callbacks.batches=[12]"]
+    poison = [f"{ADD}tests.toy_callbacks.Poison", "--trainer.callbacks.batches=[12]"]
     assert main([*FIT, *poison]) == 2
 
     error = capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_before_it_reaches_the_weigh
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, step: int) -> None:
     # The last step of an epoch: its loss was finite, and accuracy is defined also for logits that are not.
     with pytest.raises(DivergedError, match=rf"net\.first\.weight is not finite after step {step + 1}; lower"):
-        run([*FIT, f"{ADD}tests.toy.Poison", f"--trainer.callbacks.weight={step}"])
+        run([*FIT, f"{ADD}tests.toy_callbacks.Poison", f"--trainer.callbacks.weight={step}"])
 
     found = list((folder(tmp_path) / "checkpoints").glob("*.ckpt"))
     assert len(found) == (0 if step == 8 else 2)
@@ -168,8 +168,8 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, s
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def words(skip: int) -> list[str]:
-        poison = [f"{ADD}tests.toy.Poison", "--trainer.callbacks.batches=[3, 4, 11]"]
-        tape = [f"{ADD}tests.toy.StepTape"]
+        poison = [f"{ADD}tests.toy_callbacks.Poison", "--trainer.callbacks.batches=[3, 4, 11]"]
+        tape = [f"{ADD}tests.toy_callbacks.StepTape"]
         return [
             *FIT,
             *poison,
@@ -203,7 +203,7 @@ def test_a_report_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatc
     one = ["fit", *TOY, "--trainer.max_epochs", "1"]
     run([*one, "--name", "whole"])
     with pytest.warns(RuntimeWarning, match=r"FailingReport failed in on_test_epoch_end .*images that are not numbers"):
-        run([*one, f"{ADD}tests.toy.FailingReport"])
+        run([*one, f"{ADD}tests.toy_callbacks.FailingReport"])
 
     def results(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((path / "metrics" / "test.json").read_text())
@@ -217,7 +217,7 @@ def test_a_report_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatc
     assert "failed_reports" not in whole["header"]
     monkeypatch.setenv("MOEAPPS_DEBUG", "1")
     with pytest.raises(ArithmeticError):
-        run([*one, f"{ADD}tests.toy.FailingReport"])
+        run([*one, f"{ADD}tests.toy_callbacks.FailingReport"])
 
 
 # Interrupts ------------------------------------------------------------------------------------------------------
@@ -226,17 +226,17 @@ def test_a_report_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatc
 def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = run([*FIT, f"{ADD}tests.toy.RowTape", "--trainer.max_epochs", "2"])
-    press = [f"{ADD}tests.toy.PressKeyInside", "--trainer.callbacks.step=12"]
+    whole = run([*FIT, f"{ADD}tests.toy_callbacks.RowTape", "--trainer.max_epochs", "2"])
+    press = [f"{ADD}tests.toy_callbacks.PressKeyInside", "--trainer.callbacks.step=12"]
     with pytest.raises(SystemExit):
-        run([*FIT, *press, f"{ADD}tests.toy.RowTape", "--trainer.max_epochs", "2"])
+        run([*FIT, *press, f"{ADD}tests.toy_callbacks.RowTape", "--trainer.max_epochs", "2"])
     interrupted = folder(tmp_path, 1) / "checkpoints" / "interrupted.ckpt"
     assert read_checkpoint(interrupted)["global_step"] == 13
     signal.signal(signal.SIGINT, signal.default_int_handler)
     told = next(line for line in caplog.messages if line.startswith("interrupted; go on with: "))
     words = told[told.index(" fit ") :].split()
     assert words == ["fit", "--run", str(folder(tmp_path, 1))]
-    resumed = run([*words, *QUIET, "--trainer.max_epochs", "2", "--trainer.callbacks", "tests.toy.RowTape"])
+    resumed = run([*words, *QUIET, "--trainer.max_epochs", "2", "--trainer.callbacks", "tests.toy_callbacks.RowTape"])
 
     assert resumed.config.fit.ckpt_path == str(interrupted)
     rows = [next(c.rows for c in done.trainer.callbacks if hasattr(c, "rows")) for done in (whole, resumed)]
@@ -252,7 +252,7 @@ def test_ctrl_c_in_a_validation_stops_at_once_and_its_scores_are_made_anew(tmp_p
 
     run([*FIT, "--trainer.max_epochs", "3"])
     with pytest.raises(SystemExit):
-        run([*FIT, f"{ADD}tests.toy.PressKeyInValidation", "--trainer.max_epochs", "3"])
+        run([*FIT, f"{ADD}tests.toy_callbacks.PressKeyInValidation", "--trainer.max_epochs", "3"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run(["fit", "--run", str(folder(tmp_path, 1)), *QUIET, "--trainer.callbacks", "null"])
 
@@ -270,7 +270,7 @@ def test_a_system_loses_nothing(tmp_path: Path, base: Path) -> None:
     flags = [*tiny(base), "--test_after_fit", "false", "--trainer.max_epochs", "3"]
     whole = run(["fit", *flags])
     with pytest.raises(SystemExit):
-        run(["fit", *flags, f"{ADD}tests.toy.PressKeyInside", "--trainer.callbacks.step=2"])
+        run(["fit", *flags, f"{ADD}tests.toy_callbacks.PressKeyInside", "--trainer.callbacks.step=2"])
     held = folder(tmp_path, 1, base.stem) / "checkpoints"
     interrupted = read_checkpoint(held / "interrupted.ckpt")
     for state in interrupted["callbacks"].values():  # whatever counts steps counts alike
@@ -291,7 +291,7 @@ def test_a_system_loses_nothing(tmp_path: Path, base: Path) -> None:
         check_whole(held / file)
 
     with pytest.raises(DivergedError, match="is not finite"):
-        run(["fit", *flags, f"{ADD}tests.toy.Poison", "--trainer.callbacks.weight=2"])
+        run(["fit", *flags, f"{ADD}tests.toy_callbacks.Poison", "--trainer.callbacks.weight=2"])
     spoilt = list((folder(tmp_path, 3, base.stem) / "checkpoints").glob("*.ckpt"))
     assert all(all_finite(path) for path in spoilt)
     assert not any(path.name == "interrupted.ckpt" for path in spoilt)

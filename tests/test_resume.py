@@ -42,7 +42,7 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
     ids=["concat", "balanced, rare validation", "one_domain, limited", "workers", "double precision"],
 )
 def test_resume_at_an_epoch_end_is_bit_equal(tmp_path: Path, flags: list[str]) -> None:
-    keep = "--trainer.callbacks+=tests.toy.KeepEpochs"
+    keep = "--trainer.callbacks+=tests.toy_callbacks.KeepEpochs"
     whole = run([*TOY, *flags, keep, "--trainer.max_epochs", "3"])
     for epoch in (0, 1):
         checkpoint = checkpoints(tmp_path, 0) / f"epoch={epoch}.ckpt"
@@ -83,10 +83,10 @@ def _restored_signals() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_restored_signals")
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_remaining_rows_are_trained_once(tmp_path: Path) -> None:
-    tape = "--trainer.callbacks+=tests.toy.RowTape"
+    tape = "--trainer.callbacks+=tests.toy_callbacks.RowTape"
     whole = run([*TOY, tape, "--trainer.max_epochs", "2"])
     with pytest.raises(SystemExit):
-        run([*TOY, tape, "--trainer.callbacks+=tests.toy.PressCtrlC", "--trainer.max_epochs", "2"])
+        run([*TOY, tape, "--trainer.callbacks+=tests.toy_callbacks.PressCtrlC", "--trainer.max_epochs", "2"])
 
     checkpoint = checkpoints(tmp_path, 1) / "interrupted.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 13
@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_remaining_rows_are_trained_on
 @pytest.mark.slow
 @pytest.mark.parametrize("base", BASES, ids=name)
 def test_resume_of_a_system_is_bit_equal(tmp_path: Path, base: Path) -> None:
-    flags = [*tiny(base), "--test_after_fit", "false", "--trainer.callbacks", "tests.toy.KeepEpochs"]
+    flags = [*tiny(base), "--test_after_fit", "false", "--trainer.callbacks", "tests.toy_callbacks.KeepEpochs"]
     whole = run(["fit", *flags, "--trainer.max_epochs", "2"])
     checkpoint = checkpoints(tmp_path, 0, base.stem) / "epoch=0.ckpt"
     resumed = run(["fit", *flags, "--trainer.max_epochs", "2", "--ckpt_path", str(checkpoint)])

@@ -245,7 +245,7 @@ KEEP = ["--trainer.callbacks", "lightning.pytorch.callbacks.ModelCheckpoint", "-
 def test_a_run_resumed_inside_an_epoch_is_bit_equal(stream: Path, tmp_path: Path, flags: list[str]) -> None:
     keep = [*KEEP, "4", "--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.filename", "{step}"]
     words = [*FIT, "--data", "tests.streams.ToyStream", "--data.root", str(stream), "--data.batch_size", "8", *flags]
-    words += ["--trainer.max_epochs", "2", *keep, "--trainer.callbacks+=tests.toy.RowTape"]
+    words += ["--trainer.max_epochs", "2", *keep, "--trainer.callbacks+=tests.toy_callbacks.RowTape"]
     whole = run(words)
     checkpoint = next(tmp_path.glob("runs/toy/base/version_0/checkpoints/*step=4.ckpt"))  # of 9 steps in an epoch
     resumed = run([*words, "--ckpt_path", str(checkpoint)])

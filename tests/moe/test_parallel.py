@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spread experts compute what one process computes: processes are started once, and run all laws.
 
-The laws are in tests/moe/parallel_common.py.
+The laws are in tests/moe/parallel_laws.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 
 from moeapps.moe.parallel import expert_counts
-from tests.moe.parallel_common import LAWS
+from tests.moe.parallel_laws import LAWS
 
 Told = dict[int, list[dict[str, str]]]
 
@@ -29,7 +29,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[
     def ask(world: int) -> list[dict[str, str]]:
         if world not in known:
             folder = tmp_path_factory.mktemp(f"of_{world}")
-            command = [sys.executable, "-m", "tests.moe.parallel_common", str(world), str(folder)]
+            command = [sys.executable, "-m", "tests.moe.parallel_laws", str(world), str(folder)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as process:

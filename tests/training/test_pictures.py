@@ -114,7 +114,7 @@ def test_the_end_table_says_headlines_what_the_experts_did_and_where_to_look(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("moeapps.training.callbacks.table.Console", lambda: Console(width=160, force_terminal=False))
-    built = showing("--trainer.callbacks+=tests.toy.HalfReport")
+    built = showing("--trainer.callbacks+=tests.toy_callbacks.HalfReport")
     out = capsys.readouterr().out
 
     folder = Path(built.trainer.log_dir)

@@ -78,7 +78,7 @@ def test_a_requeued_job_goes_on_where_it_was_and_another_one_does_not(tmp_path: 
     control.write_text(f'#!/bin/sh\necho "$@" > {tmp_path / "asked"}\nkill -TERM $PPID\n')
     control.chmod(0o755)
     path = {"PATH": f"{control.parent}:{os.environ['PATH']}"}
-    words = [*TOY, "--data.batch_size", "8", "--trainer.callbacks+=tests.toy.SendSigusr1"]
+    words = [*TOY, "--data.batch_size", "8", "--trainer.callbacks+=tests.toy_callbacks.SendSigusr1"]
     ended(begin([*words, "--name", "whole"], {}))
     ended(begin(words, {**job(), **path}), code=143)
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"

@@ -18,7 +18,8 @@ from moeapps.moe.losses import Anneal, ChosenBalance
 from moeapps.moe.presets import dense, unimoe_audio
 from moeapps.training.callbacks import AveragedWeights
 from moeapps.training.stages import FromCheckpoint, Fused, Origin, StageError, parts_of, read_source
-from tests.toy import ToyData, ToyNet, ToyTask, WeightTape
+from tests.toy import ToyData, ToyNet, ToyTask
+from tests.toy_callbacks import WeightTape
 
 pytestmark = pytest.mark.usefixtures("no_routing_figures")
 
@@ -33,7 +34,7 @@ def weights(done: Cli) -> WeightTape:
 
 def stage(name: str, *words: str, source: str | None = None) -> Cli:
     start = [] if source is None else [START, f"--model.start.path={source}"]
-    return run([*FIT, "--trainer.callbacks+=tests.toy.WeightTape", f"--name={name}", *start, *words])
+    return run([*FIT, "--trainer.callbacks+=tests.toy_callbacks.WeightTape", f"--name={name}", *start, *words])
 
 
 def folder(tmp_path: Path, name: str, version: int = 0) -> Path:
@@ -162,7 +163,7 @@ def test_a_resumed_stage_goes_on_from_itself_though_the_earlier_run_is_gone(tmp_
     source = str(tmp_path / "runs" / "toy" / "first")
     stage("first", "--test_after_fit=false")
     whole = stage("second", "--trainer.max_epochs=2", source=source)
-    keep = ["--trainer.callbacks+=tests.toy.KeepEpochs", "--trainer.max_epochs=2"]
+    keep = ["--trainer.callbacks+=tests.toy_callbacks.KeepEpochs", "--trainer.max_epochs=2"]
     stage("cut", *keep, "--test_after_fit=false", source=source)
     half = folder(tmp_path, "cut") / "checkpoints" / "epoch=0.ckpt"
     shutil.rmtree(source)
