@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run, verify or summarise the evidence of a system: ``python -m benchmarks.evidence SYSTEM``.
 
-The same as ``moeapps evidence benchmarks/grids/SYSTEM.yaml``, at the root of a checkout; without a system, ``--summarise``
-computes the results of all.
+The same as ``moeapps evidence benchmarks/grids/SYSTEM.yaml``, at the root of a checkout; without a system,
+``--summarise`` computes the results of all.
 """
 
 from __future__ import annotations

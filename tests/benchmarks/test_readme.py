@@ -101,9 +101,13 @@ def test_a_row_of_verdicts_says_what_the_comparison_cost() -> None:
     assert readme.compute(claim) == "4.00"
     assert readme.compute({"flops_ratio": 1.2314}) == "1.23 a row"
     assert readme.compute({"flops_ratio": None}) == "not counted"
-    header, _, *rows = readme.verdicts().splitlines()
+    assert readme.compute({"train_flops_ratio": 26691.2}) == "over 100"
+    table, legend = readme.verdicts().split("\n\n")
+    header, _, *rows = table.splitlines()
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["system", "claim", "difference", "compute", "holds"]
     assert len(rows) == len(readme.CLAIMS)
+    shown = {row.split("|")[3].split("/")[1].split()[0] for row in rows}
+    assert {name for name in shown if f"`{name}`: " in legend} == shown  # no score without its meaning
 
 
 def test_the_closing_lines_of_the_demo_name_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def test_scaled_losses_are_refused_before_anything_starts() -> None:
     strategy.parallel_devices, strategy.cluster_environment = [torch.device("cpu")], LightningEnvironment()
     strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
-    with pytest.raises(ValueError, match="give --trainer.precision bf16-mixed"):
+    with pytest.raises(ValueError, match=r"give --trainer\.precision bf16-mixed"):
         strategy.setup_environment()
 
 
