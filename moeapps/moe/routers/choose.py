@@ -67,6 +67,8 @@ class TopK(RowChooser):
         self.k, self.weighing, self.scale, self.balance_bias = k, weighing, scale, balance_bias
         self.renormalise = k > 1 and weighing in ("softmax", "sigmoid") if renormalise is None else renormalise
         _check_weighing(k, weighing, self.renormalise)
+        self.may_lack = weighing in ("identity", "ones")  # other weights are 0 at a logit of minus infinity
+        self.sum_above_0 = weighing == "softmax" and num_null == 0 and not balance_bias  # of the k best of a softmax
         self.register_buffer("bias", None)
 
     def bind(self, num_outputs: int) -> int:
@@ -89,25 +91,27 @@ class TopK(RowChooser):
         """The numbers that decide the selection: the logits, or with a bias the probabilities plus the bias."""
         if self.bias is None:
             return logits_NX
-        score = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
+        by_probs = self.weighing in ("softmax", "sigmoid")  # there a bias must not bring back what is forbidden
+        score = probs_NX.masked_fill(logits_NX == float("-inf"), float("-inf")) if by_probs else logits_NX
         return score + nn.functional.pad(self.bias, (0, self.num_null)).to(score.dtype)
 
     @override
     def pick(self, logits_NX: Tensor) -> Picked:
         probs_NX = logits_NX.sigmoid() if self.weighing == "sigmoid" else logits_NX.softmax(-1)
-        index_NK = top_indices(self.rank(logits_NX, probs_NX), self.k)
-        if self.weighing == "ones":
-            weight_NK = torch.ones_like(index_NK, dtype=logits_NX.dtype)
-        else:
-            source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
-            weight_NK = source.gather(-1, index_NK)
+        rank_NX = self.rank(logits_NX, probs_NX)
+        index_NK = top_indices(rank_NX, self.k)
+        taken_NK = rank_NX.gather(-1, index_NK) != float("-inf") if self.may_lack else None
+        source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX
+        weight_NK = source.gather(-1, index_NK)
         if self.weighing == "topk_softmax":
-            weight_NK = _softmax_of(weight_NK, self._counted(index_NK, None))
-        if self.renormalise and self.weighing == "softmax" and self.num_null == 0:
-            weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)  # the best of a softmax are never all 0
+            weight_NK = _softmax_of(weight_NK, self._counted(index_NK, taken_NK))
+        if self.renormalise and self.sum_above_0:
+            weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         elif self.renormalise:
-            weight_NK = normalised(weight_NK, self._counted(index_NK, None))
-        return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, None, probs_NX)
+            weight_NK = normalised(weight_NK, self._counted(index_NK, taken_NK))
+        if taken_NK is not None:
+            weight_NK = (torch.ones_like(weight_NK) if self.weighing == "ones" else weight_NK).where(taken_NK, 0)
+        return Picked(index_NK, weight_NK if self.scale == 1.0 else weight_NK * self.scale, taken_NK, probs_NX)
 
     @override
     def extra_repr(self) -> str:
@@ -117,6 +121,7 @@ class TopK(RowChooser):
 def _softmax_of(chosen_NK: Tensor, counted_NK: Tensor | None) -> Tensor:
     """Softmax over the counted logits of a row; a row without any stays finite (its weights are not used)."""
     if counted_NK is not None:
+        counted_NK = counted_NK & (chosen_NK != float("-inf"))
         kept_NK = counted_NK | ~counted_NK.any(-1, keepdim=True)
         chosen_NK = chosen_NK.where(kept_NK, float("-inf"))
     return chosen_NK.softmax(-1)
@@ -182,6 +187,7 @@ class GroupLimitedTopK(TopK):
         if not 1 <= keep_groups <= num_groups:
             raise ValueError(f"keep_groups={keep_groups}, but it must be from 1 to num_groups={num_groups}.")
         self.num_groups, self.keep_groups = num_groups, keep_groups
+        self.may_lack, self.sum_above_0 = True, False  # the groups that stay may allow fewer than k
 
     @override
     def bind(self, num_outputs: int) -> int:
@@ -200,7 +206,10 @@ class GroupLimitedTopK(TopK):
         summed_NGe = score_NGe
         if self.bias is None and self.weighing in ("softmax", "topk_softmax", "sigmoid"):
             summed_NGe = probs_NX.detach().unflatten(-1, (self.num_groups, -1))  # logits order experts, not their sums
-        best_NG = summed_NGe.topk(min(2, summed_NGe.shape[-1]), dim=-1).values.sum(-1)
+        best_NGb = summed_NGe.topk(min(2, summed_NGe.shape[-1]), dim=-1).values
+        if summed_NGe is score_NGe:  # what is forbidden adds nothing; a group of nothing else comes last
+            best_NGb = best_NGb.where((best_NGb != float("-inf")) | (best_NGb[..., :1] == float("-inf")), 0)
+        best_NG = best_NGb.sum(-1)
         kept_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter(-1, top_indices(best_NG, self.keep_groups), True)
         masked_NE: Tensor = score_NGe.masked_fill(~kept_NG.unsqueeze(-1), float("-inf")).flatten(-2)
         return masked_NE

@@ -20,7 +20,7 @@ def dense_weights(logits: Tensor, weighing: DenseWeighing, allowed: Tensor | Non
     """Weights and probabilities [..., N, E] of a dense mixture; exactly 0 where not allowed.
 
     Args:
-        logits: [..., N, E].
+        logits: [..., N, E]; minus infinity has weight 0.
         weighing: how logits become weights.
         allowed: bool, broadcastable to ``logits``; a row with nothing allowed gets weights 0.
     """
@@ -28,7 +28,9 @@ def dense_weights(logits: Tensor, weighing: DenseWeighing, allowed: Tensor | Non
         weight = logits.softmax(-1) if allowed is None else _softmax_over(logits, allowed)
         return weight, weight
     probs = logits.sigmoid()
-    weight = {"sigmoid": probs, "identity": logits, "ones": torch.ones_like(logits)}[weighing]
+    weight = probs
+    if weighing != "sigmoid":  # raw and unit weights would not be 0 at a logit of minus infinity
+        weight = (logits if weighing == "identity" else torch.ones_like(logits)).where(logits != float("-inf"), 0)
     return (weight, probs) if allowed is None else (weight.where(allowed, 0), probs.where(allowed, 0))
 
 

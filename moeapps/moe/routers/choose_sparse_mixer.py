@@ -87,35 +87,38 @@ class SparseMixer(RowChooser):
 
     def pick(self, logits_NX: Tensor) -> Picked:
         """Draw after draw; a row that takes fewer than the most is padded."""
-        probs_NX = logits_NX.softmax(-1)
-        num = logits_NX.shape[-1]
-        taken_NK: Tensor | None = None
-        if self.p is None:
-            assert self.k is not None
-            k = self.k
-        else:
-            k = min(num, int(self.p * num) + 1)
+        probs_NX, num = logits_NX.softmax(-1), logits_NX.shape[-1]
+        k = min(num, int((self.p or 0) * num) + 1) if self.k is None else self.k
+        index_NK, weight_NK = _draws(logits_NX, k, self.eps, noisy=self.training and self.draws)
+        taken_NK = logits_NX.gather(-1, index_NK) != float("-inf")  # a row may allow fewer than it draws
+        if self.p is not None:
             sorted_NX = torch.sort(probs_NX.detach(), dim=-1, descending=True).values
-            taken_NK = (sum_before(sorted_NX)[:, :k] < self.p) | (self.p >= 1)
-        index: list[Tensor] = []
-        weight: list[Tensor] = []
-        left_NX = logits_NX
-        for _ in range(k):
-            index_N1, weight_N1 = _draw(logits_NX.detach(), left_NX, self.eps, noisy=self.training and self.draws)
-            left_NX = left_NX.scatter(-1, index_N1, float("-inf"))
-            index.append(index_N1)
-            weight.append(weight_N1)
-        weight_NK = torch.cat(weight, -1)
-        if taken_NK is not None:
-            weight_NK = weight_NK.where(taken_NK, 0)
+            taken_NK = taken_NK & ((sum_before(sorted_NX)[:, :k] < self.p) | (self.p >= 1))
+        weight_NK = weight_NK.where(taken_NK, 0)
         if self.renormalise:
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + _TINY)
-        return Picked(torch.cat(index, -1), weight_NK, taken_NK, probs_NX)
+        return Picked(index_NK, weight_NK, taken_NK, probs_NX)
 
     @override
     def extra_repr(self) -> str:
         chosen = f"k={self.k}" if self.p is None else f"p={self.p}"
         return f"{chosen}, eps={self.eps}, num_null={self.num_null}, renormalise={self.renormalise}"
+
+
+def _draws(logits_NX: Tensor, k: int, eps: float, *, noisy: bool) -> tuple[Tensor, Tensor]:
+    """Draw after draw: k different columns and their multipliers, [N, k] each.
+
+    What is forbidden (minus infinity) is the last to be drawn, before what was: those would be drawn twice.
+    """
+    index: list[Tensor] = []
+    weight: list[Tensor] = []
+    logits_NX = left_NX = logits_NX.clamp(min=torch.finfo(logits_NX.dtype).min)
+    for _ in range(k):
+        index_N1, weight_N1 = _draw(logits_NX.detach(), left_NX, eps, noisy=noisy)
+        left_NX = left_NX.scatter(-1, index_N1, float("-inf"))
+        index.append(index_N1)
+        weight.append(weight_N1)
+    return torch.cat(index, -1), torch.cat(weight, -1)
 
 
 def _draw(logits_NX: Tensor, left_NX: Tensor, eps: float, *, noisy: bool) -> tuple[Tensor, Tensor]:

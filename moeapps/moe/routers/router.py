@@ -35,7 +35,8 @@ class RouterBase(nn.Module):
         num_shared: shared experts that the routing weighs; 0 leaves them at weight 1, however many there are.
         sparse: whether rows go to some experts only.
         takes_gates: whether features may come one per gate, [G, N, d] or a tuple; they are then never reshaped.
-        adjust: hook ``(logits, features) -> logits`` for test-time rerouting; None does nothing.
+        adjust: hook ``(logits, features) -> logits`` for test-time rerouting; None does nothing. Minus infinity forbids
+            a column to a row, which needs one that is allowed.
         pool: what else decides a row's experts in evaluation: nothing (``row``), the rows of its ``group``, or the
             whole ``batch``, so that its mates change its output.
 
