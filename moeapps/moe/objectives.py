@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from moeapps.moe.record import Record
-from moeapps.moe.routers.choose import GatedShared
-from moeapps.moe.routers.choose_top_p import TopP
-from moeapps.moe.routers.chooser import RowChooser
+from moeapps.moe.routers.choose import GatedShared, TopK
+from moeapps.moe.routers.choose_capped import Capped
+from moeapps.moe.routers.choose_sparse_mixer import SparseMixer
 from moeapps.moe.routing import DenseRouting, Routing
 
 
@@ -202,7 +202,7 @@ def load_cv2(record: Record, *, noise_std: float | None = None) -> Tensor:
     gradient.
 
     Args:
-        record: A sparse routing with logits and a fixed k.
+        record: A sparse routing with logits, in which each row takes its k best columns (`TopK`, `SparseMixer`).
         noise_std: σ in units of the logits, above 0; 1/E when None.
 
     Returns:
@@ -215,11 +215,11 @@ def load_cv2(record: Record, *, noise_std: float | None = None) -> Tensor:
         number as in microsoft/tutel (tutel/impls/losses.py), because a record keeps logits without their noise.
     """
     record = routed(record)
-    routing = _sparse(record)
+    _sparse(record)
     logits_NE = _logits(record)
-    columns, k = logits_NE.shape[-1], routing.top_k
+    columns, k = logits_NE.shape[-1], _fixed_k(record)
     sigma = 1.0 / columns if noise_std is None else noise_std
-    if k is None or isinstance(_row_chooser(record), TopP):
+    if k is None:
         raise ValueError(f"layer {record.name!r} has no fixed k, which the load loss needs; use SwitchBalance")
     if not sigma > 0.0:
         raise ValueError(f"noise_std={noise_std}: the load is smooth only for a noise above 0")
@@ -342,12 +342,17 @@ def _chosen_columns(record: Record) -> Tensor:
     return counted_rows(record, chosen.index_put((routing.row_M, column_M), chosen.new_ones(()))[:, :-1])
 
 
-def _row_chooser(record: Record) -> RowChooser | None:
+def _fixed_k(record: Record) -> int | None:
+    """How many columns every row takes, the best by its own logits; None where that is not so."""
     router = getattr(record.layer, "router", None)
-    router = getattr(router, "conditional", router)
+    if router is None:  # a record made by hand
+        return _sparse(record).top_k
+    while hasattr(router, "conditional"):
+        router = router.conditional
     choose = getattr(router, "choose", None)
-    choose = choose.choose if isinstance(choose, GatedShared) else choose
-    return choose if isinstance(choose, RowChooser) else None
+    while isinstance(choose, GatedShared | Capped):
+        choose = choose.choose
+    return choose.k if isinstance(choose, TopK | SparseMixer) else None  # of a SparseMixer with p it is None
 
 
 def _sparse(record: Record) -> Routing:

@@ -13,7 +13,21 @@ from torch import Tensor, nn
 
 from moeapps.moe import losses, objectives
 from moeapps.moe.record import Record
-from moeapps.moe.routers import TopK, TopP
+from moeapps.moe.routers import (
+    Capped,
+    ConditionalSplit,
+    DenseToSparse,
+    ExpertChoice,
+    GatedShared,
+    GroupLimitedTopK,
+    LinearScore,
+    Router,
+    SparseMixer,
+    SumRouters,
+    Threshold,
+    TopK,
+    TopP,
+)
 from moeapps.moe.routing import DenseRouting, Routing, SlotRouting
 from tests.moe.losses_common import E, K, N, cyclic_record, logits, record_of, topk_record
 
@@ -180,3 +194,60 @@ def unmarked_nulls() -> Record:
 def test_errors_say_what_to_do(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- the load, which needs a fixed k
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: TopP(0.6),
+        lambda: SparseMixer(p=0.6),
+        lambda: Capped(TopP(0.6), 0.5),
+        lambda: Capped(SparseMixer(p=0.6), 0.5),
+        lambda: GatedShared(Capped(TopP(0.6), 0.5), 1),
+        lambda: DenseToSparse(0.1),
+        lambda: Threshold(2.0),
+        lambda: ExpertChoice(2.0),
+        lambda: ExpertChoice(2.0, per="group"),
+    ],
+)
+def test_rows_that_take_as_many_as_they_need_have_no_smooth_load(choose) -> None:
+    made, group = choose(), torch.zeros(N, dtype=torch.int64)
+    made.bind(E)
+    record = replace(record_of(TopK(2), logits()), routing=made(logits(), group=group))
+    record.layer.router.choose = made
+    with pytest.raises(ValueError, match="no fixed k"):
+        objectives.load_cv2(record)
+
+
+def test_summed_routers_have_no_smooth_load() -> None:
+    router = SumRouters([Router(LinearScore(3, E), TopK(1)) for _ in range(2)])
+    layer = nn.Module()
+    layer.router = router
+    with pytest.raises(ValueError, match="no fixed k"):
+        objectives.load_cv2(Record("moe", router(torch.randn(N, 3)), layer))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: TopK(K, weighing="sigmoid"),
+        lambda: GroupLimitedTopK(K, num_groups=2, keep_groups=2),
+        lambda: SparseMixer(K, draws=False),
+        lambda: Capped(TopK(K), 0.5),
+        lambda: GatedShared(Capped(SparseMixer(K), 0.5), 1),
+    ],
+)
+def test_every_row_that_takes_its_k_best_has_the_load_of_k(choose) -> None:
+    made, s = choose(), logits(e=E + 1)
+    experts = made.bind(E + 1 if isinstance(made, GatedShared) else E)
+    record = replace(record_of(TopK(2), logits()), routing=made(s[:, : experts + made.num_shared]))
+    for split in (False, True):
+        record.layer.router = nn.Module()
+        record.layer.router.choose = made
+        if split:
+            record.layer.router = ConditionalSplit(Router(LinearScore(3, E + made.num_shared), made))
+        found = objectives.load_cv2(record)
+        torch.testing.assert_close(found, objectives.load_cv2(topk_record(s[:, :E], K)))
