@@ -11,16 +11,19 @@ from typing_extensions import override
 
 from moeapps.moe.routers.chooser import Picked, Pool, RowChooser, rows_that_count
 
-_TINY = 1e-6  # in the sum of a row's weights, as released
+_TINY = 1e-6  # in the sums of a row's weights, as released
 
 
 class Capped(RowChooser):
     r"""Each column keeps its rows with the highest logits, and what a row keeps shares its weight anew.
 
     Of the N rows that count a column keeps at most :math:`C = \max(c_{min}, \lceil f N / X \rceil)`, X the number of
-    columns, nulls included. A weight is divided by the sum of those that its row keeps, plus :math:`10^{-6}`; a row
-    that keeps nothing gets nothing. Unlike `Capacity` it counts null experts and comes before `GatedShared`, whose
-    softmax is then over what is left. Rows compete in evaluation as well: results depend on batch mates.
+    columns, nulls included. What a row keeps takes over the weight of what it lost: weights are multiplied by
+    :math:`t / (\sum_{kept} |w| + 10^{-6})`, t the ``scale`` of a ``choose`` that renormalises, otherwise the same sum
+    over all that was asked for. Null experts are in neither where their mass is ``redistributed``. A row that loses
+    nothing keeps its weights (up to that :math:`10^{-6}`); a row that keeps nothing gets nothing. Unlike `Capacity` it
+    counts null experts and comes before `GatedShared`, whose softmax is then over what is left. Rows compete in
+    evaluation as well: results depend on batch mates.
 
     Args:
         choose: what rows ask for.
@@ -75,9 +78,14 @@ class Capped(RowChooser):
         share = rows_that_count(logits_NX, token_mask).double() * self.factor / logits_NX.shape[-1]
         kept_NX = asked_NX & (rank_NX < share.ceil().clamp(min=self.minimum))
         kept_NK = kept_NX.gather(-1, picked.index_NK) & wanted_NK
-        weight_NK = picked.weight_NK.where(kept_NK, 0)
-        weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + _TINY)
-        return replace(picked, weight_NK=weight_NK, taken_NK=kept_NK)
+        size_NK = picked.weight_NK.abs()
+        if self.null_mass == "redistributed":
+            size_NK = size_NK.where(picked.index_NK < self.num_experts, 0)
+        total: Tensor | float = size_NK.where(wanted_NK, 0).sum(-1, keepdim=True) + _TINY
+        if getattr(self.choose, "renormalise", False):
+            total = getattr(self.choose, "scale", 1.0)
+        left_N1 = size_NK.where(kept_NK, 0).sum(-1, keepdim=True) + _TINY
+        return replace(picked, weight_NK=picked.weight_NK.where(kept_NK, 0) * total / left_N1, taken_NK=kept_NK)
 
     @override
     def extra_repr(self) -> str:
