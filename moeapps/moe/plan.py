@@ -57,6 +57,12 @@ class Plan:
         inverse[self.order_M] = torch.arange(self.num_assignments, device=self.order_M.device)
         return inverse.view(-1, self.top_k)
 
+    def weighed(self, weight_M: Tensor) -> Plan:
+        """The same plan with other weights, in the order of the routing; what was derived of the order is kept."""
+        same = object.__new__(Plan)
+        vars(same).update(vars(self), weight_M=weight_M.index_select(0, self.order_M))
+        return same
+
     @property
     def num_experts(self) -> int:
         """E, experts of the bank, busy or not."""
@@ -116,29 +122,37 @@ def sort_assignments(routing: Routing) -> Plan:
     )
 
 
-_plans: WeakKeyDictionary[Routing, Plan] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Routing, tuple[Plan, int | None]] = WeakKeyDictionary()
 
 
 @runs_eagerly
 def plan_of(routing: Routing) -> Plan:
     """The plan of a routing: made once, however often the routing is applied (each step of a solve).
 
-    It is kept as long as the routing lives. Nothing is kept while a function transform is under way, whose tensors must
-    not outlive it; and what was made without gradients is not used where they are wanted: the router would get none.
+    It is kept as long as the routing lives, whose ids must not change; its weights may, by an optimizer for instance,
+    and are then gathered anew. Nothing is kept while a function transform is under way, whose tensors must not outlive
+    it.
     """
-    kept = _plans.get(routing)
-    if kept is None or _lacks_graph(kept.weight_M, routing.weight_M):
-        kept = sort_assignments(routing)
-        if not is_transformed():
-            _plans[routing] = kept
-    return kept
+    kept, version = _plans.get(routing, (None, None))
+    if kept is None or (torch.is_grad_enabled() and kept.order_M.is_inference()):
+        plan = sort_assignments(routing)
+    elif version is not None and version == _version(routing.weight_M) and _serves(kept.weight_M, routing.weight_M):
+        return kept
+    else:
+        plan = kept.weighed(routing.weight_M)
+    if not is_transformed():
+        _plans[routing] = plan, _version(routing.weight_M)
+    return plan
 
 
-def _lacks_graph(kept_M: Tensor, weight_M: Tensor) -> bool:
-    """Whether what was kept of the weights cannot carry the gradient that is wanted of them."""
-    if not torch.is_grad_enabled():
-        return False
-    return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)
+def _version(weight_M: Tensor) -> int | None:
+    """What every change in place raises; inference tensors do not tell."""
+    return None if weight_M.is_inference() else weight_M._version
+
+
+def _serves(kept_M: Tensor, weight_M: Tensor) -> bool:
+    """Whether gathered weights may be used again: not where gradients are wanted, a backward pass frees their graph."""
+    return not torch.is_grad_enabled() or not (kept_M.is_inference() or weight_M.requires_grad)
 
 
 def _counts(expert_M: Tensor, num_experts: int) -> list[int]:
