@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moeapps.moe.routing import AnyRouting, Routing
+from moeapps.moe.routing import AnyRouting, DenseRouting, Routing, SlotRouting
 
 if TYPE_CHECKING:
     from moeapps.moe.layer import MoELayer
@@ -101,9 +101,25 @@ class Record:
         return work_NE / work_NE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
     def chosen(self) -> Tensor:
-        """The expert with the largest weight of each row, int64 [N]; -1 where no expert worked."""
-        best = self.routing.assignment().max(dim=1)
-        return best.indices.where(best.values > 0, -1)
+        """The expert with the largest weight of those that a row uses, int64 [N]; -1 where it uses none.
+
+        Weights may be negative. Sparse rows use what they are assigned to, dense ones what is allowed to some gate.
+        """
+        weight_NE, used_NE = self.routing.assignment().detach(), self._used()
+        best_N = weight_NE.masked_fill(~used_NE, float("-inf")).max(dim=1).indices
+        return best_N.where(used_NE.any(dim=1), -1)
+
+    def _used(self) -> Tensor:
+        """Which experts each row uses, whatever their weight: bool [N, E]."""
+        routing = self.routing
+        if isinstance(routing, SlotRouting):
+            return routing.assignment() != 0  # a masked row reads no slot
+        if isinstance(routing, DenseRouting):
+            weight = routing.weight
+            allowed = torch.ones_like(weight, dtype=torch.bool) if routing.allowed is None else routing.allowed
+            return allowed.expand(weight.shape).reshape(-1, *weight.shape[-2:]).any(0)
+        used = torch.zeros(routing.num_rows, routing.num_experts + 1, dtype=torch.bool, device=routing.expert_M.device)
+        return used.index_put((routing.row_M, routing.expert_M), used.new_ones(()))[:, :-1]
 
 
 class MoERecorder:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeapps.moe import (
     Dense,
+    DenseRouting,
     Jitter,
     LinearScore,
     MLPExperts,
@@ -22,6 +23,7 @@ from moeapps.moe import (
     Record,
     Router,
     Routing,
+    SlotRouting,
     SwitchBalance,
     TopK,
 )
@@ -257,3 +259,30 @@ def test_work_is_spread_over_the_experts_of_a_row_and_the_chosen_one_weighs_most
     record = Record("layer", routing, moe())
     assert record.work().tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert record.chosen().tolist() == [2, 1, -1]
+
+
+def test_a_negative_weight_is_a_choice_and_the_largest_wins() -> None:
+    sentinel = E
+    routing = Routing(
+        row_M=torch.tensor([0, 0, 1, 1, 2, 2]),
+        expert_M=torch.tensor([1, 2, 0, sentinel, sentinel, sentinel]),
+        weight_M=torch.tensor([-0.7, -0.2, -3.0, 0.0, 0.0, 0.0]),
+        num_rows=3,
+        num_experts=E,
+    )
+    assert Record("layer", routing, moe()).chosen().tolist() == [2, 0, -1]
+
+
+def test_of_dense_gates_only_what_is_allowed_is_chosen() -> None:
+    weight = torch.tensor([[-0.5, -0.1, 0.0], [-2.0, -1.0, -3.0], [-1.0, -2.0, -3.0]])
+    allowed = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    assert Record("gate", DenseRouting(weight, 3, allowed=allowed), moe()).chosen().tolist() == [1, 0, -1]
+    assert Record("gate", DenseRouting(weight, 3), moe()).chosen().tolist() == [2, 1, 0]
+    gates = torch.stack([weight, weight - 4.0])  # the second gate may use the last expert alone
+    seen = torch.stack([allowed, torch.tensor([False, False, True]).expand(3, 3)])
+    assert Record("gate", DenseRouting(gates, 3, allowed=seen), moe()).chosen().tolist() == [2, 0, 2]
+
+
+def test_a_masked_row_of_slots_has_no_expert() -> None:
+    combine = torch.tensor([[[0.2, 0.1], [0.3, 0.4]], [[0.0, 0.0], [0.0, 0.0]]])
+    assert Record("slots", SlotRouting(torch.rand(2, 2, 2), combine), moe()).chosen().tolist() == [1, -1]
