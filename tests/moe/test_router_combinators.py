@@ -16,6 +16,8 @@ from moeapps.moe import (
     MoELayer,
     MultiGate,
     PrototypeScore,
+    RandomScore,
+    Record,
     Router,
     Slots,
     SumRouters,
@@ -23,6 +25,7 @@ from moeapps.moe import (
     TopK,
     TopP,
 )
+from moeapps.moe.objectives import chosen_balance
 from tests.moe.router_common import D, E, features
 
 # --- conditional splits ---------------------------------------------------------------------------------------------
@@ -157,3 +160,34 @@ def test_a_sum_of_routers_needs_routers_that_agree() -> None:
     batch = [Router(LinearScore(D, E), ExpertChoice(1.0)) for _ in range(2)]
     with pytest.raises(ValueError, match="these are neither"):
         SumRouters(batch)(torch.randn(4, D))
+
+
+def test_a_sum_with_several_nulls_knows_the_column_of_every_assignment() -> None:
+    """Row by row the columns of the first router, then those of the second; the nulls are columns 4 and 5."""
+    parts = [Router(LinearScore(D, E + 2), TopK(2, num_null=2)).double() for _ in range(2)]
+    x = features()
+    record = Record("sum", SumRouters(parts)(x), nn.Identity())
+    columns = [part(x).logits_NE.topk(2, -1).indices for part in parts]
+    routing = record.routing
+    assert routing.column_M.view(12, 4).tolist() == torch.cat(columns, -1).tolist()
+    assert routing.null_M.tolist() == (routing.column_M >= E).tolist()
+    assert torch.equal(routing.expert_M, routing.column_M.clamp(max=E))
+    assert routing.repeat_rows(3).column_M.view(12, 3, 4)[:, 2].tolist() == routing.column_M.view(12, 4).tolist()
+    assert chosen_balance(record).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("pools", "widest"),
+    [(("row", "row"), "row"), (("row", "group"), "group"), (("batch", "group"), "batch"), (("row", "batch"), "batch")],
+)
+def test_what_is_made_of_parts_depends_on_all_that_a_part_depends_on(pools: tuple[str, str], widest: str) -> None:
+    def router(pool: str) -> Router:
+        per_group = Router(LinearScore(D, E), ExpertChoice(1.0, per="group"))
+        return {"row": Router(LinearScore(D, E), TopK(2)), "group": per_group}.get(pool) or Router(
+            RandomScore(E, per="batch"), TopK(2)
+        )
+
+    assert SumRouters([router(pool) for pool in pools]).pool == widest
+    scores = [LinearScore(D, E), RandomScore(E, per="batch")]
+    assert MultiGate(scores[:1] * 2).pool == "row"
+    assert MultiGate(scores).pool == "batch"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ from moeapps.moe.routing import AnyRouting, Routing
 
 NullMass = Literal["lost", "redistributed"]
 Pool = Literal["row", "group", "batch"]
+
+
+def widest(*pools: Pool) -> Pool:
+    """What a choice depends on that is made of several, each of which depends on its own."""
+    return max(pools, key=get_args(Pool).index)
 
 
 class Chooser(nn.Module):

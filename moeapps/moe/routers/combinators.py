@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from moeapps.moe.routers.choose_dense import DenseWeighing, allowed_table, dense_weights
+from moeapps.moe.routers.chooser import widest
 from moeapps.moe.routers.router import Adjust, RouterBase, device_of, full_precision, without_autocast
 from moeapps.moe.routers.score import Features, Score
 from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
@@ -180,6 +182,7 @@ class MultiGate(RouterBase):
         if table is not None and table.shape != (len(scores), self.num_experts):
             raise ValueError(f"allowed is {tuple(table.shape)}, but it must be [{len(scores)}, {self.num_experts}].")
         self.register_buffer("allowed", table, persistent=False)
+        self.pool = widest(*(score.pool for score in scores))
         self.adjust: Adjust | None = None
 
     @override
@@ -261,6 +264,7 @@ class SumRouters(RouterBase):
         if self.num_shared:
             raise ValueError("SumRouters cannot add shared weights; use a chooser without gated shared experts.")
         self.takes_gates = any(router.takes_gates for router in routers)
+        self.pool = widest(*(router.pool for router in routers))
         self.routers = nn.ModuleList(routers)
 
     def _each(self) -> list[RouterBase]:
@@ -293,14 +297,22 @@ class SumRouters(RouterBase):
                 "SumRouters adds dense routings, or sparse ones with k experts per row; these are neither."
             )
         num_rows, k = sparse[0].num_rows, sum(part.top_k or 0 for part in sparse)
-        nulls = [part.null_M.view(num_rows, part.top_k or 1) for part in sparse if part.null_M is not None]
+
+        def joined(name: str) -> Any:
+            """Row by row what the parts have of that name, [M]; None unless all have it."""
+            values = [getattr(part, name) for part in sparse]
+            if any(value is None for value in values):
+                return None
+            return torch.cat([v.view(num_rows, -1) for v in values], -1).reshape(-1)
+
         return replace(
             sparse[0],
             row_M=torch.arange(num_rows * k, device=sparse[0].row_M.device) // k,
-            expert_M=torch.cat([part.expert_M.view(num_rows, part.top_k or 1) for part in sparse], -1).reshape(-1),
-            weight_M=torch.cat([part.weight_M.view(num_rows, part.top_k or 1) for part in sparse], -1).reshape(-1),
+            expert_M=joined("expert_M"),
+            weight_M=joined("weight_M"),
             top_k=k,
-            null_M=torch.cat(nulls, -1).reshape(-1) if len(nulls) == len(sparse) else None,
+            null_M=joined("null_M"),
+            column_M=joined("column_M"),
         )
 
     @staticmethod

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from moeapps.moe.routers.capacity import Capacity
-from moeapps.moe.routers.chooser import Chooser, Pool
+from moeapps.moe.routers.chooser import Chooser, Pool, widest
 from moeapps.moe.routers.noise import Noise
 from moeapps.moe.routers.score import Features, Score
 from moeapps.moe.routing import AnyRouting, Routing
@@ -165,7 +164,7 @@ class Router(RouterBase):
         self.score, self.choose, self.noise, self.capacity = score, choose, noise, capacity
         self.num_experts = choose.bind(score.num_outputs)
         self.num_shared, self.sparse = choose.num_shared, choose.sparse
-        self.pool = max(score.pool, choose.pool, key=get_args(Pool).index)
+        self.pool = widest(score.pool, choose.pool)
         self.adjust: Adjust | None = None
         if capacity is not None and not choose.by_row:
             raise ValueError(

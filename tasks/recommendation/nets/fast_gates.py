@@ -96,6 +96,7 @@ class StackedGates(RouterBase):
                 "self_gate, constant or ones."
             )
         self.width, self.mixing, self.residual = width, mixing, residual
+        self.pool = "batch" if mixing == "shuffled" else "row"
         self.reads = tuple(tuple(r) for r in reads)
         self.see_all = bool(allowed.all())
         self.register_buffer("mask", allowed.unsqueeze(1), persistent=False)

@@ -90,6 +90,16 @@ def test_a_gate_that_sees_nothing_is_refused_at_construction() -> None:
         home(meta_shared=0, meta_category=0)(DIM, FACTS)
 
 
+@pytest.mark.parametrize("mixing", ["softmax", "uniform", "shuffled"])
+def test_gates_say_whether_their_weights_depend_on_the_mates_of_a_row(mixing: str) -> None:
+    gates = StackedGates(4, [[True, True], [True, True]], [(0,), (0,)], mixing=mixing).eval()
+    states = torch.randn(1, 6, 4)
+    together, alone = gates(states).weight[:, :3], gates(states[:, :3]).weight
+
+    assert gates.pool == ("batch" if mixing == "shuffled" else "row")
+    assert torch.allclose(together, alone) == (gates.pool == "row")
+
+
 def gradients(net: RankingNet, loss: Tensor, level: int) -> Tensor:
     return torch.autograd.grad(loss, net.levels[level].moe.experts.weight, retain_graph=True)[0].flatten(1).norm(dim=1)
 
