@@ -11,6 +11,7 @@ from moeapps.moe import (
     ConditionalSplit,
     Dense,
     ExpertChoice,
+    GatedShared,
     LinearScore,
     MLPExperts,
     MoELayer,
@@ -94,6 +95,24 @@ def test_conditional_split_fits_every_sparse_chooser(choose: nn.Module) -> None:
     assert dense[~fixed][:, :E].abs().sum() > 0
     assert split.pool == choose.pool
     torch.testing.assert_close(routing.probs_NE[~fixed][:, :E], split.conditional(x, group=group).probs_NE[~fixed])
+
+
+def test_shared_experts_that_the_router_weighs_work_fully_on_fixed_rows() -> None:
+    """Experts of a constant output: a fixed row gives its own expert's plus all shared ones', a masked row nothing."""
+    router = Router(LinearScore(D, E + 2), GatedShared(TopK(2), 2)).double()
+    experts = MLPExperts(E + 1 + 2, D, 3, bias=True).double()
+    with torch.no_grad():
+        experts.feed_forward().w_out.zero_()
+        experts.feed_forward().b_out.copy_(torch.arange(E + 3.0).unsqueeze(1).expand(-1, D))
+    layer, x = MoELayer(ConditionalSplit(router), experts, num_shared=2), features(5)
+    group, mask = torch.tensor([0, -1, -1, 2, -1]), torch.tensor([True, True, False, True, True])
+    y = layer(x, group=group, token_mask=mask)
+    inner = router(x)
+    weight = torch.cat([inner.assignment(), inner.shared_weight_NS], 1)
+    gated = weight @ torch.tensor([0.0, 1.0, 2.0, 3.0, E + 1, E + 2], dtype=x.dtype)
+    expected = torch.where(group < 0, E + (E + 1) + (E + 2), gated).where(mask, 0)
+
+    torch.testing.assert_close(y, expected.unsqueeze(1).expand(-1, D))
 
 
 # --- gates and sums -------------------------------------------------------------------------------------------------

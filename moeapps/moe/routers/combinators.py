@@ -19,7 +19,7 @@ from moeapps.moe.routing import AnyRouting, DenseRouting, Routing
 
 
 class ConditionalSplit(RouterBase):
-    r"""Rows of a flagged group go to an expert of their own with weight 1; the others are routed.
+    r"""Rows of a flagged group go to an expert of their own, with weight 1 as shared ones have; the others are routed.
 
     Routed experts are 0 .. E-1 of the inner router; a row whose group is ``fixed_groups[j]`` goes to expert E + j. In
     the routing's ``probs_NE`` a fixed row is one-hot, and its logits are about minus infinity elsewhere. The inner
@@ -91,12 +91,16 @@ class ConditionalSplit(RouterBase):
             here_M = first_M & here_N[row_M]
             expert_M = fixed_N[row_M].where(here_M, expert_M)
             weight_M = torch.ones_like(inner.weight_M).where(here_M, inner.weight_M)
+        shared_weight_NS = inner.shared_weight_NS
+        if shared_weight_NS is not None:  # for the inner router fixed rows are masked, which is weight 0
+            shared_weight_NS = shared_weight_NS.masked_fill(here_N.unsqueeze(-1), 1.0)
         return replace(
             inner,
             row_M=row_M,
             expert_M=expert_M,
             weight_M=weight_M,
             num_experts=self.num_experts,
+            shared_weight_NS=shared_weight_NS,
             logits_NE=self._widened(
                 inner.logits_NE, fixed_NF, inner.num_experts, torch.finfo(torch.float32).min / 4, 0.0
             ),
