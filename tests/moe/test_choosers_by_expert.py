@@ -107,6 +107,19 @@ def test_threshold_moves_once_under_checkpointing() -> None:
     assert torch.equal(plain.threshold, recomputed.threshold)
 
 
+@pytest.mark.parametrize("scope", ["expert", "pairs"])
+def test_a_threshold_moves_on_in_a_model_of_half_precision(scope: str) -> None:
+    """After n steps towards the same score s it is s (1 - d^n); bfloat16 would stop early."""
+    choose, s = bound(Threshold(2.0, scope=scope, decay=0.99)).bfloat16(), logits(30).float()
+    for _ in range(400):
+        choose(s)
+    flat = s.softmax(-1) if scope == "expert" else s.softmax(-1).reshape(-1, 1)
+    last = flat.sort(dim=0, descending=True).values[9 if scope == "expert" else 59]
+
+    assert choose.threshold.dtype == torch.float32
+    torch.testing.assert_close(choose.threshold, (1 - 0.99**400) * last, rtol=1e-4, atol=1e-5)
+
+
 # --- dense and slots --------------------------------------------------------------------------------------------------
 
 

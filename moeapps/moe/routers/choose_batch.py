@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from typing_extensions import override
 from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
 from moeapps.moe.routers.chooser import Chooser, is_recomputed, pairs_to_routing, rows_that_count, share_of
 from moeapps.moe.routing import Routing
+from moeapps.moe.wide import WideBuffers, wide_dtype
 
 BatchWeighing = Literal["softmax", "sigmoid", "identity"]
 ChoiceWeighing = Literal["softmax", "row_softmax", "sigmoid", "identity"]
@@ -160,7 +161,7 @@ class ExpertChoice(_BatchChooser):
         )
 
 
-class Threshold(_BatchChooser):
+class Threshold(WideBuffers, _BatchChooser):
     r"""Choice over the whole batch in training, by a learned threshold in evaluation.
 
     Training, ``scope="expert"``: each expert takes its :math:`C = \lfloor N c / E \rfloor` best rows; the buffer
@@ -191,6 +192,7 @@ class Threshold(_BatchChooser):
         [3, 3]
     """
 
+    wide: ClassVar[tuple[str, ...]] = ("threshold",)
     threshold: Tensor
 
     def __init__(
@@ -206,12 +208,12 @@ class Threshold(_BatchChooser):
         if scope not in ("expert", "pairs") or not 0 <= decay < 1:
             raise ValueError(f"scope={scope!r}, decay={decay}: use 'expert' or 'pairs', and 0 <= decay < 1.")
         self.capacity_factor, self.scope, self.weighing, self.decay = capacity_factor, scope, weighing, decay
-        self.register_buffer("threshold", torch.zeros(1))
+        self.register_buffer("threshold", torch.zeros(1, dtype=wide_dtype()))
 
     @override
     def bind(self, num_outputs: int) -> int:
         num_experts = super().bind(num_outputs)
-        self.threshold = torch.zeros(num_experts if self.scope == "expert" else 1)
+        self.threshold = torch.zeros(num_experts if self.scope == "expert" else 1, dtype=wide_dtype())
         return num_experts
 
     @override

@@ -15,16 +15,18 @@ Shape legend: B images, C channels, T steps.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from moeapps.moe.wide import WideBuffers, wide_dtype
 from tasks.image_diffusion.nets.process import Process, per_image
 
 _LOG2 = math.log(2.0)
 
 
-class GaussianDiffusion(Process):
+class GaussianDiffusion(WideBuffers, Process):
     r"""Mean squared error of the noise plus the variational bound, which trains the variance alone.
 
     Args:
@@ -41,6 +43,7 @@ class GaussianDiffusion(Process):
     default_solver = "ddim"
     solvers = ("ddim", "ancestral")
 
+    wide: ClassVar[tuple[str, ...]] = ("alpha_bar_T",)  # rounded, the first steps would add no noise at all
     alpha_bar_T: Tensor
 
     def __init__(
@@ -60,7 +63,7 @@ class GaussianDiffusion(Process):
 
     def draw_times(self, num: int, device: torch.device) -> Tensor:
         """Uniform times [num] in [0, 1)."""
-        return torch.rand(num, device=device)
+        return torch.rand(num, device=device, dtype=wide_dtype())
 
     def step_of(self, t_B: Tensor) -> Tensor:
         """Step k of a time, int64 in 0 .. T-1."""

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moeapps.moe.wide import wide_dtype
 from tasks.image_diffusion.nets.process import Process, per_image
 
 Times = Literal["logit_normal", "uniform"]
@@ -61,7 +62,7 @@ class RectifiedFlow(Process):
 
     def draw_times(self, num: int, device: torch.device) -> Tensor:
         """Times [num] in (0, 1) from the configured distribution."""
-        u = torch.rand(num, device=device)
+        u = torch.rand(num, device=device, dtype=wide_dtype())
         if self.stratified:
             u = (torch.randperm(num, device=device) + u) / num
         if self.times == "logit_normal":

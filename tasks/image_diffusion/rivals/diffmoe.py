@@ -7,7 +7,7 @@ Shape legend: N tokens, D width, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
 from moeapps.moe.routers.chooser import Pool, is_recomputed, pairs_to_routing, rows_that_count, share_of
 from moeapps.moe.routers.router import RouterBase, device_of, full_precision, without_autocast
 from moeapps.moe.routers.score import Features
+from moeapps.moe.wide import WideBuffers, wide_dtype
 
 NORMAL_STD = 0.006
 """Standard deviation of the router weights of EC-DiT and DiffMoE at the start.
@@ -38,7 +39,7 @@ class CapacityRouting(Routing):
     counted_N: Tensor | None = None
 
 
-class DiffMoERouter(RouterBase):
+class DiffMoERouter(WideBuffers, RouterBase):
     r"""Each expert takes its best tokens of the whole batch; a second network learns which, for evaluation.
 
     Training: expert e takes its :math:`\lfloor N C / E \rfloor` best tokens by softmax score; the predictor's logits
@@ -58,6 +59,7 @@ class DiffMoERouter(RouterBase):
     Source: DiffMoE (docs/papers/promoe.md, equation 13): weights N(0, 0.006^2), thresholds start at 0.
     """
 
+    wide: ClassVar[tuple[str, ...]] = ("threshold",)
     threshold: Tensor
 
     def __init__(
@@ -79,7 +81,7 @@ class DiffMoERouter(RouterBase):
         self.pool: Pool = "row" if evaluation == "token" else "batch"
         self.score = LinearScore(dim, num_experts, init_std=NORMAL_STD)
         self.predictor = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, num_experts))
-        self.register_buffer("threshold", torch.zeros(num_experts))
+        self.register_buffer("threshold", torch.zeros(num_experts, dtype=wide_dtype()))
 
     def mean_k(self) -> float | None:
         """The capacity, which training holds."""

@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from tasks.image_diffusion.nets.ddpm import GaussianDiffusion, Jump, _discrete_nll
+from tasks.image_diffusion.nets.flow import RectifiedFlow
 from tasks.image_diffusion.nets.samplers import denoise, respaced
 from tests.tasks.image_diffusion.model_common import noisy
 
@@ -129,3 +130,28 @@ def test_numbers_out_of_range_are_refused() -> None:
     for wrong in ({"steps": 1}, {"beta_first": 0.5, "beta_last": 0.1}, {"beta_last": 1.0}):
         with pytest.raises(ValueError, match="0 < first < last < 1"):
             GaussianDiffusion(**wrong)
+
+
+def test_a_model_in_half_precision_keeps_the_table_and_a_finite_loss() -> None:
+    process, table = GaussianDiffusion(), GaussianDiffusion().alpha_bar_T
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(process.to(dtype).alpha_bar_T, table)
+    assert process.alpha_bar_T.dtype == torch.float64
+    t = (torch.arange(1000) + 0.5) / 1000
+    x0, eps = (torch.randn(1000, 1, 2, 2).clamp(-1, 1).bfloat16() for _ in range(2))
+    output = torch.randn(1000, 2, 2, 2).bfloat16().requires_grad_()
+    loss = process.losses(output, x0, eps, t)
+    loss.sum().backward()
+
+    assert loss.isfinite().all()
+    assert output.grad.isfinite().all()
+
+
+def test_times_are_as_fine_where_half_precision_is_the_default() -> None:
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        drawn = [process.draw_times(4000, torch.device("cpu")) for process in (GaussianDiffusion(), RectifiedFlow())]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(len(t.unique()) > 3500 for t in drawn)  # bfloat16 has 256 of them
+    assert len(GaussianDiffusion().step_of(drawn[0]).unique()) > 950
