@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -143,3 +144,34 @@ def test_recurrent_score_carries_a_state_and_forgets_it_when_its_gates_say_so() 
     torch.testing.assert_close(second(x, state=memory).logits_NE, second(x).logits_NE)
     with pytest.raises(ValueError, match="GRUCell"):
         RecurrentScore(D, E, state_dim=7, cell=cell)
+
+
+@pytest.mark.parametrize("units", ["both", "gate", "attention", "none"])
+@pytest.mark.parametrize("parts", [("own", "product", "key"), ("own", "difference")])
+def test_an_attention_score_in_bfloat16_is_that_of_its_rounded_parameters(units: str, parts: tuple[str, ...]) -> None:
+    low = AttentionScore(
+        3,
+        E,
+        gate_hidden=(5,) if units in ("both", "gate") else None,
+        attention_hidden=(4,) if units in ("both", "attention") else None,
+        attention_parts=parts,
+    ).bfloat16()
+    rounded = copy.deepcopy(low).float()
+    features = (torch.randn(2, 5, 3), torch.randn(2, 3), torch.rand(2, 5) > 0.3)
+    found, wanted = low(features), rounded(features)
+
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in low.parameters())
+
+
+def test_a_recurrent_score_in_bfloat16_keeps_its_memory_in_single_precision() -> None:
+    low = RecurrentScore(D, E, state_dim=6).bfloat16()
+    rounded, x = copy.deepcopy(low).float(), torch.randn(7, D)
+    (_, memory), (_, expected) = low(x), rounded(x)
+    assert memory.dtype == torch.float32
+    torch.testing.assert_close(memory, expected)
+    torch.testing.assert_close(low(x, state=memory)[0], rounded(x, state=expected)[0])
+    low(x, state=memory.bfloat16())[0].sum().backward()
+    assert low.cell.weight_hh.grad.any()

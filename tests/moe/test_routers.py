@@ -74,6 +74,18 @@ def test_double_precision_stays_and_a_cast_model_still_routes_in_single() -> Non
         assert gates(torch.randn(3, D)).weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"table", "random"}))
+def test_a_model_in_bfloat16_routes_as_one_of_its_rounded_parameters(name: str) -> None:
+    low = Router(SCORES[name](), TopK(2)).bfloat16().eval()
+    rounded = copy.deepcopy(low).float()
+    x = torch.randn(6, D).bfloat16()
+    found, wanted = low(x), rounded(x.float())
+
+    assert found.logits_NE.dtype == torch.float32
+    assert torch.equal(found.logits_NE, wanted.logits_NE)
+    assert torch.equal(found.expert_M, wanted.expert_M)
+
+
 def test_adjusting_by_nothing_is_bit_identical_and_only_the_adjustment_learns() -> None:
     router, x = Router(LinearScore(D, E), TopK(2)).requires_grad_(False), torch.randn(9, D)
     plain = router(x)

@@ -12,6 +12,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from moeapps.moe.routers.score import applied
+
 Part = Literal["own", "product", "difference", "key"]
 Pooling = Literal["sum", "sqrtn", "mean"]
 AttentionNorm = Literal["none", "softmax"]
@@ -76,17 +78,19 @@ class PairUnit(nn.Sequential):
             if getattr(layer, "reads_mask", False):
                 x = layer(x, None if mask is None else mask.expand(x.shape[:-1]))
             else:
-                x = layer(x)
+                x = applied(layer, x) if isinstance(layer, nn.Linear) else layer(x)
         return x
 
     def _first(self, history_BHd: Tensor, key_BNd: Tensor) -> Tensor:
         """The first layer, [B, H, N, F]."""
         first = cast(nn.Linear, self[0])
-        w: dict[Part, Tensor] = dict(zip(self.parts, first.weight.split(self.dim, dim=1), strict=True))  # each [F, d]
-        zero = torch.zeros_like(first.weight[:, : self.dim])
+        dtype = torch.promote_types(first.weight.dtype, key_BNd.dtype)
+        weights = first.weight.to(dtype).split(self.dim, dim=1)
+        w: dict[Part, Tensor] = dict(zip(self.parts, weights, strict=True))  # each [F, d]
+        zero = torch.zeros_like(weights[0])
         apart = w.get("difference", zero)
         own_dF = (w.get("own", zero) + apart).t()
-        bias_BNF = key_BNd @ (w.get("key", zero) - apart).t() + first.bias
+        bias_BNF = key_BNd @ (w.get("key", zero) - apart).t() + first.bias.to(dtype)
         if "product" not in w:
             own_BH1F: Tensor = (history_BHd @ own_dF).unsqueeze(2)
             return own_BH1F + bias_BNF.unsqueeze(1)
@@ -120,7 +124,7 @@ class ConstantUnit(nn.Module):
 
     def pairs(self, history_BHd: Tensor, key_BNd: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, H, N, o]."""
-        return self.value.expand(*history_BHd.shape[:2], key_BNd.shape[1], -1)
+        return self.value.to(history_BHd.dtype).expand(*history_BHd.shape[:2], key_BNd.shape[1], -1)
 
 
 def attention_weights(

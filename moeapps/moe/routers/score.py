@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from typing_extensions import override
 
 from moeapps.moe.routers.chooser import Pool
@@ -71,6 +72,21 @@ def _one(features: Features, who: str) -> Tensor:
     if not isinstance(features, Tensor):
         raise ValueError(f"{who} reads one tensor of features, but got a tuple of {len(features)}; use AttentionScore.")
     return features
+
+
+def applied(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """What a module gives, in the precision of its inputs: its parameters follow where the model was cast to another.
+
+    Args:
+        module: has parameters, all of one dtype.
+        inputs: its arguments, all of one dtype.
+    """
+    dtype = inputs[0].dtype
+    if next(module.parameters()).dtype == dtype or torch.is_autocast_enabled(inputs[0].device.type):
+        result: Tensor = module(*inputs)
+        return result
+    cast: Tensor = functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, inputs)
+    return cast
 
 
 class LinearScore(Score):

@@ -19,7 +19,7 @@ from moeapps.moe.routers.pairs import (
     attention_weights,
     check_attention,
 )
-from moeapps.moe.routers.score import Features, LinearScore, Score, _one
+from moeapps.moe.routers.score import Features, LinearScore, Score, _one, applied
 
 
 class AttentionScore(Score):
@@ -136,5 +136,5 @@ class RecurrentScore(Score):
         self, features: Features, *, group: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         r_NS = self.into(_one(features, "RecurrentScore"))
-        h_NS = self.cell(r_NS, torch.zeros_like(r_NS) if state is None else state)
+        h_NS = applied(self.cell, r_NS, torch.zeros_like(r_NS) if state is None else state.to(r_NS.dtype))
         return self.out(h_NS), h_NS

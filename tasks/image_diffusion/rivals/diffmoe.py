@@ -16,7 +16,7 @@ from moeapps.moe import LinearScore, Routing
 from moeapps.moe.ranks import rows_of_all_ranks, sum_over_ranks
 from moeapps.moe.routers.chooser import Pool, is_recomputed, pairs_to_routing, rows_that_count, share_of
 from moeapps.moe.routers.router import RouterBase, device_of, full_precision, without_autocast
-from moeapps.moe.routers.score import Features
+from moeapps.moe.routers.score import Features, applied
 from moeapps.moe.wide import WideBuffers, wide_dtype
 
 NORMAL_STD = 0.006
@@ -101,7 +101,7 @@ class DiffMoERouter(WideBuffers, RouterBase):
             read = full_precision(features)
             assert isinstance(read, Tensor)
             logits_NE = self.score.forward(read)
-            capacity_NE: Tensor = self.predictor(read.detach())
+            capacity_NE = applied(self.predictor, read.detach())
         weight_NE = logits_NE.softmax(-1)
         rank_NE = weight_NE.detach()
         sure_NE = capacity_NE.detach().sigmoid()

@@ -223,10 +223,11 @@ class StackedGates(RouterBase):
             weight_NGE = share_NKQ.transpose(1, 2)
             return weight_NGE, weight_NGE.detach()
         shape = (self.num_gates, self.num_experts)
-        weight_NGE = (share_NKQ.flatten(1) @ self.place).unflatten(1, shape)
+        dtype = share_NKQ.dtype  # the tables of 0 and 1 follow where the model was cast
+        weight_NGE = (share_NKQ.flatten(1) @ self.place.to(dtype)).unflatten(1, shape)
         if self.num_columns == self.num_gates:
             return weight_NGE, weight_NGE.detach()
-        return weight_NGE, (share_NKQ.detach().flatten(1) @ self.place_mixing).unflatten(1, shape)
+        return weight_NGE, (share_NKQ.detach().flatten(1) @ self.place_mixing.to(dtype)).unflatten(1, shape)
 
     def _shares(self, z_SNd: Tensor) -> Tensor:
         """The softmax of every column over its slots, [N, K, Q]."""

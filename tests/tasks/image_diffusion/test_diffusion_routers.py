@@ -140,6 +140,18 @@ def test_diffmoe_threshold_follows_the_quantile_and_evaluation_leaves_it() -> No
     assert torch.equal(router.state_dict()["threshold"], kept)
 
 
+def test_diffmoe_in_bfloat16_routes_as_one_of_its_rounded_parameters_and_moves_its_threshold() -> None:
+    low = routers.diffmoe(num_experts=E)(D).bfloat16().train()
+    rounded, x = copy.deepcopy(low).float(), torch.randn(20, D).bfloat16()
+    for _ in range(30):
+        found, wanted = low(x), rounded(x.float())
+
+    torch.testing.assert_close(found.capacity_NE, wanted.capacity_NE)
+    assert torch.equal(found.expert_M, wanted.expert_M)
+    assert low.threshold.dtype == torch.float32
+    torch.testing.assert_close(low.threshold, rounded.threshold)
+
+
 def test_diffmoe_evaluates_by_threshold_token_by_token_or_by_counts_of_the_batch() -> None:
     x = torch.randn(30, D)
     token = routers.DiffMoERouter(D, E).eval()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -98,6 +99,19 @@ def test_gates_say_whether_their_weights_depend_on_the_mates_of_a_row(mixing: st
 
     assert gates.pool == ("batch" if mixing == "shuffled" else "row")
     assert torch.allclose(together, alone) == (gates.pool == "row")
+
+
+@pytest.mark.parametrize("residual", ["none", "self_gate", "constant", "ones"])
+@pytest.mark.parametrize("mixing", ["softmax", "uniform", "constant"])
+def test_gates_in_bfloat16_are_those_of_their_rounded_parameters(mixing: str, residual: str) -> None:
+    tables = {"sees": [[True, False, True], [True, True, False]], "owns": [[True, False, False], [False, True, False]]}
+    low = StackedGates(4, reads=[(0,), (0, 1)], mixing=mixing, residual=residual, **tables).bfloat16()
+    rounded, states = copy.deepcopy(low).float(), torch.randn(2, 6, 4).bfloat16()
+    found, wanted = low(states), rounded(states.float())
+
+    assert found.weight.dtype == torch.float32
+    torch.testing.assert_close(found.weight, wanted.weight)
+    torch.testing.assert_close(found.probs_NE, wanted.probs_NE)
 
 
 def gradients(net: RankingNet, loss: Tensor, level: int) -> Tensor:
