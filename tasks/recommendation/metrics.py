@@ -140,7 +140,8 @@ def calibration(logit: Tensor, label: Tensor, mask: Tensor | None = None) -> Ten
 def expected_calibration_error(logit: Tensor, label: Tensor, mask: Tensor | None = None, bins: int = 10) -> Tensor:
     """Sum over bins of share of rows times |mean probability - mean label|; bins hold equally many rows.
 
-    Equally many, not equally wide: rare tasks have nearly all probabilities in the lowest of ten equal intervals.
+    Equally many, not equally wide: rare tasks have nearly all probabilities in the lowest of ten equal intervals. Rows
+    whose logits tie may fall on both sides of a border; each counts with the mean of the tied, whatever their order.
 
     Returns:
         float64 scalar in [0, 1], NaN without rows.
@@ -148,7 +149,9 @@ def expected_calibration_error(logit: Tensor, label: Tensor, mask: Tensor | None
     logit, label = _counted(logit, label, mask)
     if not len(logit):
         return torch.tensor(torch.nan, dtype=torch.float64)
-    gap = logit.sigmoid().sub(label)[logit.argsort()]
+    _, of_row, tied = torch.unique(logit, return_inverse=True, return_counts=True)  # ascending
+    total = logit.new_zeros(len(tied)).index_add(0, of_row, logit.sigmoid() - label)
+    gap: Tensor = (total / tied).repeat_interleave(tied)
     return sum((part.sum().abs() for part in gap.tensor_split(bins)), gap.new_zeros(())) / len(gap)
 
 

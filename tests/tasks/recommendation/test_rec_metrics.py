@@ -168,6 +168,23 @@ def test_probabilities_that_are_true_have_small_calibration_error_and_shifted_on
     assert float(expected_calibration_error(torch.full((10,), 20.0), torch.zeros(10))) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_calibration_error_of_ties_does_not_depend_on_the_order_of_rows() -> None:
+    even = torch.tensor([1.0, 0.0] * 10)
+    assert float(expected_calibration_error(torch.zeros(20), even)) == pytest.approx(0.0)  # half are positive
+    assert float(expected_calibration_error(torch.zeros(20), even.sort().values)) == pytest.approx(0.0)
+    g = torch.Generator().manual_seed(0)
+    logit, label = torch.randint(-3, 3, (500,), generator=g).float(), (torch.rand(500, generator=g) < 0.4).float()
+    first = float(expected_calibration_error(logit, label))
+    for order in (label.argsort(), label.argsort(descending=True), torch.randperm(500, generator=g)):
+        assert float(expected_calibration_error(logit[order], label[order])) == pytest.approx(first)
+    # Two scores, each a bin of its own: by hand 0.5 |p(1) - 0.7| + 0.5 |p(-1) - 0.2|.
+    scores = torch.tensor([1.0, -1.0]).repeat_interleave(10)
+    labels = torch.tensor([1.0] * 7 + [0.0] * 3 + [1.0] * 2 + [0.0] * 8)
+    p = 1 / (1 + math.exp(-1))
+    wanted = 0.5 * abs(p - 0.7) + 0.5 * abs(1 - p - 0.2)
+    assert float(expected_calibration_error(scores, labels, bins=2)) == pytest.approx(wanted)
+
+
 def batches() -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     g = torch.Generator().manual_seed(0)
     made = []
