@@ -196,6 +196,9 @@ def path_consistency(choices: Sequence[Tensor], num_experts: int) -> Tensor:
             two layers.
         num_experts: E; ids outside [0, E) (the sentinel) are left out of the pair.
 
+    Returns:
+        0-dim float64; pairs of layers without a row in common are left out, nan without any.
+
     Raises:
         ValueError: With fewer than two layers.
 
@@ -205,7 +208,8 @@ def path_consistency(choices: Sequence[Tensor], num_experts: int) -> Tensor:
         raise ValueError(
             f"{len(choices)} layer(s): a path needs at least two; give the choices of two or more MoE layers"
         )
-    return torch.stack([_agreement(first_N, second_N, num_experts) for first_N, second_N in pairwise(choices)]).mean()
+    pairs = [_agreement(first_N, second_N, num_experts) for first_N, second_N in pairwise(choices)]
+    return torch.stack(pairs).nanmean()
 
 
 @torch.no_grad()
@@ -327,11 +331,13 @@ def _sequences(assign: Tensor, length: int, least: int = 1) -> Tensor:
 
 
 def _agreement(first_N: Tensor, second_N: Tensor, num_experts: int) -> Tensor:
+    """Normalised mutual information of two layers, 1 where both use one expert alone; nan without a row in common."""
     kept = (first_N >= 0) & (first_N < num_experts) & (second_N >= 0) & (second_N < num_experts)
     pair_N = first_N[kept] * num_experts + second_N[kept]
     joint_EE = torch.bincount(pair_N, minlength=num_experts**2).double().view(num_experts, num_experts)
     total = _entropy(joint_EE.sum(0)) + _entropy(joint_EE.sum(1))
-    return torch.where(total > 1e-12, 2.0 * _information(joint_EE) / total.clamp_min(_TINY), torch.ones_like(total))
+    agreement = torch.where(total > 1e-12, 2.0 * _information(joint_EE) / total.clamp_min(_TINY), 1.0)
+    return agreement.where(kept.any(), torch.nan)
 
 
 def _work_per_row(routing: Routing) -> Tensor:

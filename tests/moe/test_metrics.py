@@ -191,6 +191,15 @@ def test_path_consistency_leaves_dropped_rows_out(choices) -> None:
     torch.testing.assert_close(a, metrics.path_consistency([first[50:], second[50:]], 5))
 
 
+def test_path_consistency_without_rows_is_unknown(choices) -> None:
+    first, second = choices
+    none, dropped = torch.zeros(0, dtype=torch.int64), torch.full_like(first, 5)
+    assert metrics.path_consistency([none, none], 5).isnan()
+    assert metrics.path_consistency([first, dropped], 5).isnan()
+    known = metrics.path_consistency([first, second], 5)
+    torch.testing.assert_close(metrics.path_consistency([first, second, dropped], 5), known)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -88,12 +88,13 @@ def expected_list_auc(score: Tensor, probability: Tensor, mask: Tensor) -> Tenso
         mask: bool [B, N].
 
     Returns:
-        float64 [B]; NaN for a list of one candidate. No score gives more than ``score = probability``.
+        float64 [B]; NaN for a list of one candidate or none. No score gives more than ``score = probability``.
     """
     score_BN, probability_BN = _checked(score, probability, mask)
     below_BN, upto_BN = _ranks(score_BN, mask)
     others_B1 = mask.sum(1, keepdim=True) - 1
-    return ((below_BN + upto_BN - 1) / 2 / others_B1 * probability_BN).sum(1)
+    expected_B = ((below_BN + upto_BN - 1) / 2 / others_B1 * probability_BN).sum(1)
+    return expected_B.where(others_B1.squeeze(1) > 0, torch.nan)
 
 
 def gate_stability(gate: Tensor, other: Tensor, user: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,10 @@ def test_expected_auc_is_the_mean_over_which_candidate_is_the_one() -> None:
     wanted = sum(p[:, i] * list_auc(score, torch.eye(5)[i].expand(20, 5), mask) for i in range(5))
     torch.testing.assert_close(expected_list_auc(score, p, mask), wanted)
     assert expected_list_auc(score[:, :1], p[:, :1] * 0 + 1, mask[:, :1]).isnan().all()
+    some = mask.clone()
+    some[3] = False
+    assert expected_list_auc(score, p, some).isnan().tolist() == [n == 3 for n in range(20)]
+    assert expected_list_auc(score[:, :0], p[:, :0], mask[:, :0]).isnan().all()
 
 
 def test_padding_does_not_count() -> None:
