@@ -109,7 +109,7 @@ class BiasBalancer:
         layers: shell-style pattern on the names of the layers.
 
     Raises:
-        ValueError: a rate that is not above 0, or no layer with a bias.
+        ValueError: a rate that is not above 0, no layer with a bias, or a layer with several.
 
     Source: as `update_bias`.
 
@@ -133,9 +133,14 @@ class BiasBalancer:
             # A recorder calls the network itself by its class where it is the layer.
             where = name or type(layer).__name__
             if isinstance(layer, MoELayer) and fnmatchcase(where, layers):
-                for chooser in layer.router.modules():
-                    if isinstance(chooser, TopK) and chooser.bias is not None:
-                        self.choosers[where] = chooser
+                found = [c for c in layer.router.modules() if isinstance(c, TopK) and c.bias is not None]
+                if len(found) > 1:  # a record counts what all of them chose, and one bias would move by it
+                    raise ValueError(
+                        f"the router of layer {where!r} has {len(found)} choosers with a bias, but balancing can move "
+                        "only one per layer; set balance_bias: true in one of them, or leave the layer out by 'layers'"
+                    )
+                if found:
+                    self.choosers[where] = found[0]
         if not self.choosers:
             raise ValueError(
                 f"balancing finds no layer like {layers!r} with a bias; set balance_bias: true in its router"

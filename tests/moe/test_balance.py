@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from moeapps.moe.balance import CountAccumulator, sum_over_ranks, update_bias
+from moeapps.moe import LinearScore, MLPExperts, MoELayer, MoERecorder, Router, SumRouters, TopK
+from moeapps.moe.balance import BiasBalancer, CountAccumulator, sum_over_ranks, update_bias
 from moeapps.moe.losses import GlobalBatchBalance, SwitchBalance
 from moeapps.moe.record import Record
 from moeapps.moe.routing import DenseRouting, Routing
@@ -94,6 +95,24 @@ def test_reset_forgets() -> None:
     accumulator.add([record([0])])
     accumulator.reset()
     assert accumulator.totals() == {}
+
+
+def test_a_layer_with_several_biases_is_refused_and_one_is_moved() -> None:
+    def network(*biased: bool) -> nn.Sequential:
+        router = SumRouters([Router(LinearScore(5, 4), TopK(1, balance_bias=b, renormalise=False)) for b in biased])
+        return nn.Sequential(nn.Linear(5, 5), MoELayer(router, MLPExperts(4, 5, 6)))
+
+    with pytest.raises(ValueError, match=r"layer '1' has 2 choosers with a bias, .* or leave the layer out"):
+        BiasBalancer(network(True, True))
+    with pytest.raises(ValueError, match="finds no layer"):
+        BiasBalancer(network(False, False))
+    net = network(False, True)
+    balancer = BiasBalancer(net)
+    with MoERecorder(net) as recorder:
+        net(torch.randn(30, 5))
+    balancer.add(recorder.records)
+    balancer.step()
+    assert net[1].router.routers[1].choose.bias.any()
 
 
 def test_one_process_sums_to_itself() -> None:

@@ -23,7 +23,7 @@ class BiasBalancing(L.Callback):
         layers: shell-style pattern on the names of the layers.
 
     Raises:
-        ValueError: rate is not above 0; at the start of training, no layer has a bias.
+        ValueError: rate is not above 0; at the start of training, no layer has a bias, or one has several.
 
     Source: Wang et al. (2024), auxiliary-loss-free load balancing.
     """
