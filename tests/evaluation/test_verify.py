@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished cells run again: which are drawn, what they are held to, and what is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moeapps.evidence.cells import beside_seeds
+from moeapps.evidence.grid import GridError, Variant
+from tests.evaluation.evidence_common import evidence, fill, result, toy
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return fill(tmp_path)
+
+
+def test_verify_accepts_equal_numbers_and_refuses_others(repository: Path, monkeypatch) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(pairs=3)}, ()))
+    runs.run()
+    before = (runs.cells_folder / "dense-s1-d1.json").read_text()
+    assert runs.verify(2, seed=0) == 0
+    monkeypatch.setenv("DRIFT", "1e-7")
+    assert runs.verify(1, seed=0) == 0
+    monkeypatch.setenv("DRIFT", "1e-5")
+    assert runs.verify(1, seed=0) == 1
+    assert "DIFFERS" in console.export_text()
+    assert (runs.cells_folder / "dense-s1-d1.json").read_text() == before, "verifying changes no cell"
+    with pytest.raises(GridError, match="only 3 cells"):
+        runs.verify(4)
+
+
+# Seeds 1 to 3 of each of two variants score 0.51, 0.52, 0.53: their standard deviation is 0.01, with 4 degrees of
+# freedom. Student's t there is 4.604 at 0.995 (one metric; any table of it), so two seeds differ by up to
+# 4.604 * sqrt(2) * 0.01 = 0.06511.
+@pytest.mark.parametrize(
+    ("made_with", "run_with", "drift", "bad"),
+    [
+        ("AVX2", "AVX512", 1e-3, 0),
+        ("AVX2", "AVX512", 0.0650, 0),
+        ("AVX2", "AVX512", 0.0652, 1),
+        ("AVX2", "AVX2", 1e-3, 1),
+        ("", "AVX2", 1e-3, 0),  # a cell older than the field
+        ("", "AVX2", 0.07, 1),
+    ],
+)
+def test_other_arithmetic_is_held_to_what_two_seeds_differ_by(
+    repository: Path, monkeypatch, made_with: str, run_with: str, drift: float, bad: int
+) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(pairs=3), "moe": Variant(pairs=3)}, ()))
+    monkeypatch.setenv("KERNELS", made_with)
+    runs.run()
+    assert {cell.instruction_set for cell in runs.read().values()} == {made_with}
+    assert {cell.threads for cell in runs.read().values()} == {1}
+    monkeypatch.setenv("KERNELS", run_with)
+    monkeypatch.setenv("DRIFT", str(drift))
+
+    assert runs.verify(1, seed=0) == bad
+
+    text = " ".join(console.export_text().split())
+    if made_with != run_with:
+        assert f"made with {made_with or 'an unknown instruction set'}" in text
+        assert f"{drift / 0.01:.2g} of the standard deviation over seeds" in text
+    assert ("DIFFERS" in text) == bool(bad)
+
+
+def test_the_seeds_of_one_variant_are_not_mixed_with_the_next_ones() -> None:
+    """Two variants far apart, each steady: the difference between variants is no spread over seeds."""
+    cells = [result("dense", seed, 0.1 + seed / 1e4) for seed in (1, 2, 3)]
+    cells += [result("moe", seed, 0.9 + seed / 1e4) for seed in (1, 2, 3)]
+    name = next(iter(cells[0].metrics))
+    moved = replace(cells[0], metrics={**cells[0].metrics, name: cells[0].metrics[name] + 0.001})
+
+    lines, largest = beside_seeds(cells[0], moved, cells, {name: "linear"})
+
+    assert len(lines) == 1  # 0.001 is ten times the spread of 1e-4; two seeds differ by 6.5 times at most
+    assert "10 of the standard deviation" in largest
