@@ -50,9 +50,10 @@ def choices(runs: Sequence[RunResults], metric: str, cells: Mapping[Path, Mappin
         cells: run -> column of the matrix -> value.
 
     Raises:
-        ValueError: no seed has two candidates.
+        ValueError: no seed has two candidates, or two of one setting.
     """
-    keys, names = pair_keys(runs), {run.path: v.name for v in variants_of(runs) for run in v.runs}
+    variants = variants_of(runs)
+    keys, names = pair_keys(variants), {run.path: variant.name for variant in variants for run in variant.runs}
     seeds: dict[Hashable, list[RunResults]] = {}
     for run in runs:
         seeds.setdefault(keys[run.path], []).append(run)

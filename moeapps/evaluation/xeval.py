@@ -237,7 +237,8 @@ def compare(
         notes: gains a line for a variant that shares no seed with the baseline.
 
     Raises:
-        ValueError: the baseline holds runs of several variants, or runs of its own variant that it was not given.
+        ValueError: the baseline holds runs of several variants, or runs of its own variant that it was not given; or
+            seeds do not say which runs are pairs.
     """
     paths = {run.path.resolve() for run in baseline}
     bases = [variant for variant in variants if any(run.path.resolve() in paths for run in variant.runs)]
@@ -252,11 +253,11 @@ def compare(
             "a baseline as well, or leave it out"
         )
     out: list[Difference] = []
-    keys = pair_keys([run for variant in variants for run in variant.runs])
-    base = {keys[run.path]: run for run in bases[0].runs}
     for variant in variants:
         if variant is bases[0]:
             continue
+        keys = pair_keys([variant, bases[0]])
+        base = {keys[run.path]: run for run in bases[0].runs}
         pairs = [(run, base[keys[run.path]]) for run in variant.runs if keys[run.path] in base]
         if not pairs:
             notes.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,11 @@ def table(runs: list[RunResults], metric: str) -> dict[Path, dict[str, float]]:
     return {row.run: row.cells for row in build_matrix(runs, [], metric).rows}
 
 
-def candidate(folder: Path, variant: str, seed: int, val: list[float], unseen: list[float], **more: str) -> Path:
+def candidate(folder: Path, variant: str, seed: int, val: list[float], unseen: list[float], **more: Any) -> Path:
     """A run: [seen a, seen b, validation v] as validated, and unseen u and w as tested."""
-    path = write_run(folder, [0.5, 0.5, val[2], *unseen], variant=variant, seed=seed, **more)  # type: ignore[arg-type]
+    path = write_run(folder, [0.5, 0.5, val[2], *unseen], variant=variant, seed=seed, **more)
     roles = {"a": "seen", "b": "seen", "v": "validation"}
-    write_run(folder, list(val), variant=variant, seed=seed, stage="val", roles=roles, **more)  # type: ignore[arg-type]
+    write_run(folder, list(val), variant=variant, seed=seed, stage="val", roles=roles, **more)
     return path
 
 
@@ -78,6 +79,15 @@ def test_curves_tell_the_seen_domains_up_to_the_step_whose_weights_were_tested(t
     assert found["seen"].unseen is not None
     assert math.isnan(found["seen"].unseen.low), "one seed has no interval"
     assert found["validation"].chosen == {"toy/x": 1}, "the first of equals"
+
+
+def test_candidates_of_one_seed_are_those_of_one_data_seed_as_well(tmp_path: Path) -> None:
+    scores = {("x", 1): 0.9, ("y", 1): 0.1, ("x", 2): 0.2, ("y", 2): 0.3}
+    paths = []
+    for (name, seed), value in scores.items():
+        seeds = {"seed_everything": 0, "data.init_args.seed": seed}
+        paths.append(candidate(tmp_path / f"{name}{seed}", name, 0, [value] * 3, [value] * 2, seeds=seeds))
+    assert chosen(paths)["seen"].chosen == {"toy/x": 1, "toy/y": 1}
 
 
 def test_what_cannot_be_followed_says_what_to_do(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moeapps.evaluation.results import read_results
+from moeapps.evaluation.statistics import paired_t_interval
 from moeapps.evaluation.xeval import build_matrix
 from moeapps.training.run import seeds_of, variant_hash
 from tests.evaluation.xeval_common import write_run
@@ -54,6 +55,39 @@ def test_seeds_of_the_data_count_as_seeds_and_other_test_data_is_said(tmp_path: 
     assert [note for note in matrix.notes if "data.init_args.data_seed differs" in note]
     apart = build_matrix([run("5", 1, "a")], [run("6", 2, "b")])
     assert any("share no seed" in note for note in apart.notes)
+
+
+def sown(folder: Path, variant: str, seeds: dict[str, int], value: float) -> Any:
+    told = {"seed_everything": 0, **seeds}
+    return read_results(write_run(folder, [value] * 5, variant=variant, variant_hash=variant * 12, seeds=told))
+
+
+def test_runs_of_one_seed_and_several_data_seeds_pair_by_both_and_none_is_dropped(tmp_path: Path) -> None:
+    values = {("a", 1): 0.5, ("a", 2): 0.7, ("b", 1): 0.4, ("b", 2): 0.5}
+    runs = {}
+    for (variant, seed), value in values.items():
+        own = {"model.init_args.deal_seed": seed} if variant == "a" else {}  # which its baseline has not
+        seeds = {"data.init_args.seed": seed, **own}
+        runs[variant, seed] = sown(tmp_path / f"{variant}{seed}", variant, seeds, value)
+
+    matrix = build_matrix([runs["a", 1], runs["a", 2]], [runs["b", 2], runs["b", 1]])
+
+    found = {d.column: d for d in matrix.differences}["a"]
+    expected = paired_t_interval([0.5, 0.7], [0.4, 0.5])
+    assert (found.over, found.interval.n) == ("seeds", 2)
+    assert (found.interval.mean, found.interval.low) == (pytest.approx(expected.mean), pytest.approx(expected.low))
+
+
+def test_a_variant_that_does_not_tell_its_data_seeds_does_not_unpair_the_others(tmp_path: Path) -> None:
+    seeds = {"data.init_args.data_seed": 1}, {"data.init_args.data_seed": 2}
+    ours, base = ([sown(tmp_path / f"{v}{i}", v, s, 0.5) for i, s in enumerate(seeds)] for v in "ab")
+    silent = sown(tmp_path / "c", "c", {}, 0.5)
+
+    with pytest.raises(ValueError, match=r"b0 and \S+b1 differ by data.init_args.data_seed alone, which not every run"):
+        build_matrix([*ours, silent], base)
+    matrix = build_matrix([*ours, silent], base[:1])
+    assert {d.variant: d.interval.n for d in matrix.differences if d.column == "a"} == {"toy/a": 0, "toy/c": 0}
+    assert not [note for note in matrix.notes if "share no seed" in note]
 
 
 def test_a_run_and_its_continuation_are_one_training(tmp_path: Path) -> None:
