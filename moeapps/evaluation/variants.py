@@ -23,6 +23,18 @@ class Variant:
     runs: list[RunResults]
 
 
+def one_of_each(*groups: Sequence[RunResults]) -> list[list[RunResults]]:
+    """Return the groups with each run folder once in a group, as it was first called in any: paths may be spelt apart.
+
+    Args:
+        groups: of runs, for instance those to compare and the baseline.
+    """
+    known: dict[Path, RunResults] = {}
+    for run in (run for group in groups for run in group):
+        known.setdefault(run.path.resolve(), run)
+    return [[known[place] for place in dict.fromkeys(run.path.resolve() for run in group)] for group in groups]
+
+
 def check_runs(runs: Sequence[RunResults]) -> None:
     """Refuse runs that are not independent trainings.
 

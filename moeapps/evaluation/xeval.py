@@ -26,7 +26,7 @@ from moeapps.evaluation.remarks import conclusion, different_data, different_dom
 from moeapps.evaluation.results import Direction, RunResults
 from moeapps.evaluation.statistics import Interval, paired_t_interval, t_interval
 from moeapps.evaluation.units import Floats, plain_parts, pooled_score, score_draws
-from moeapps.evaluation.variants import Variant, check_runs, pair_keys, variants_of
+from moeapps.evaluation.variants import Variant, check_runs, one_of_each, pair_keys, variants_of
 
 ROLES = ("seen", "validation", "unseen")
 
@@ -143,7 +143,8 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
     systems = sorted({str(run.header.get("system")) for run in (*runs, *baseline)})
     if len(systems) > 1:
         raise ValueError(f"the runs are of several systems ({', '.join(systems)}); give runs of one")
-    every = list({run.path.resolve(): run for run in (*runs, *baseline)}.values())
+    runs, baseline = one_of_each(runs, baseline)
+    every = list({run.path: run for run in (*runs, *baseline)}.values())
     check_runs(every)
     chosen = metric or str(runs[0].header.get("main_metric") or next(iter(runs[0].values)))
     for run in every:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from moeapps.cli import main
 from moeapps.evaluation.results import read_results
 from moeapps.evaluation.statistics import paired_t_interval
 from moeapps.evaluation.xeval import build_matrix
@@ -88,6 +90,22 @@ def test_a_variant_that_does_not_tell_its_data_seeds_does_not_unpair_the_others(
     matrix = build_matrix([*ours, silent], base[:1])
     assert {d.variant: d.interval.n for d in matrix.differences if d.column == "a"} == {"toy/a": 0, "toy/c": 0}
     assert not [note for note in matrix.notes if "share no seed" in note]
+
+
+def test_paths_that_are_spelt_apart_are_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("a", 0.5), ("b", 0.4)):
+        write_run(tmp_path / "runs" / name, [value] * 5, variant=name, params_active=7, train_flops=9)
+    monkeypatch.chdir(tmp_path)
+    whole = str(tmp_path / "runs" / "b")
+
+    for words in (["runs/a", "runs/b", "--baseline", whole], ["runs/a", whole, "runs/b", "runs/../runs/a"]):
+        assert main(["xeval", *words, "--select", "--out", "out"]) == 0, capsys.readouterr().err
+        written = json.loads((tmp_path / "out" / "xeval.json").read_text())
+        assert [row["run"] for row in written["rows"]] in (["runs/a", "runs/b"], ["runs/a", whole])
+        assert [cost["runs"] for cost in written["costs"]] == [1, 1]
+        assert [choice["chosen"] for choice in written["choices"] if choice["rule"] == "oracle"] == [{"toy/a": 1}]
 
 
 def test_a_run_and_its_continuation_are_one_training(tmp_path: Path) -> None:
