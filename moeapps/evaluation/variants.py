@@ -49,9 +49,11 @@ def check_runs(runs: Sequence[RunResults]) -> None:
             )
     known = {run.path.resolve(): run for run in runs}
     for run in runs:
-        before = run.continued_from
-        if before is not None and before != run.path.resolve() and before in known:
-            raise ValueError(f"{run.path} continues {known[before].path}: the two are one training; give one of them")
+        for before in run.trained_before:
+            if before in known:
+                raise ValueError(
+                    f"{run.path} continues {known[before].path}: the two are one training; give one of them"
+                )
 
 
 def variants_of(runs: Sequence[RunResults]) -> list[Variant]:

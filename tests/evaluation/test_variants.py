@@ -118,6 +118,50 @@ def test_a_run_and_its_continuation_are_one_training(tmp_path: Path) -> None:
     assert len(build_matrix([read_results(second)]).rows) == 1
 
 
+def continuation(root: Path, version: int, told: str | None) -> Path:
+    """A run, with what it says that it continued both in its results and in run.json."""
+    folder = root / "toy" / "base" / f"version_{version}"
+    write_run(folder, [1.0] * 5, variant_hash=str(version) * 12, continued_from=told)
+    (folder / "run.json").write_text(json.dumps({"continued_from": told}))
+    return folder
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute", "absolute, moved", "relative to another folder"])
+def test_a_continuation_is_known_from_any_folder_and_over_a_run_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    before = {
+        "relative": "runs",
+        "absolute": str(tmp_path / "here" / "runs"),
+        "absolute, moved": "/cluster/of/old/runs",
+        "relative to another folder": "../scratch/runs",
+    }[given]
+    root, folders = tmp_path / "here" / "runs", []
+    for version in range(3):
+        told = f"{before}/toy/base/version_{version - 1}/checkpoints/last.ckpt" if version else None
+        folders.append(continuation(root, version, told))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    runs = [read_results(folder) for folder in folders]
+    for earlier, later in ((0, 1), (1, 2), (0, 2)):
+        with pytest.raises(ValueError, match=rf"version_{later} continues \S+version_{earlier}: the two are one"):
+            build_matrix([runs[later]], [runs[earlier]])
+    assert runs[2].trained_before == folders[1::-1]
+
+
+def test_a_chain_of_continuations_ends_where_runs_are_gone_damaged_or_come_round(tmp_path: Path) -> None:
+    paths = [tmp_path / "toy" / "base" / f"version_{k}" / "checkpoints" / "last.ckpt" for k in range(3)]
+    folders = [continuation(tmp_path, k, str(paths[(k + 1) % 3])) for k in range(3)]
+    assert read_results(folders[0]).trained_before == folders[1:]
+    (folders[2] / "run.json").write_text("{")
+    assert read_results(folders[0]).trained_before == folders[1:]
+    (folders[1] / "run.json").unlink()
+    assert read_results(folders[0]).trained_before == folders[1:2]
+    (folders[1] / "config.yaml").write_text(f"ckpt_path: {paths[2]}\n")
+    assert read_results(folders[0]).trained_before == folders[1:]
+
+
 def test_an_untrained_run_is_refused(tmp_path: Path) -> None:
     run = read_results(write_run(tmp_path / "r", [1.0] * 5, global_step=0))
 
