@@ -81,6 +81,23 @@ def test_curves_tell_the_seen_domains_up_to_the_step_whose_weights_were_tested(t
     assert found["validation"].chosen == {"toy/x": 1}, "the first of equals"
 
 
+def test_curves_tell_the_weights_that_were_tested_and_not_those_that_training_ended_with(tmp_path: Path) -> None:
+    for name, best, late in (("x", 0.6, 0.1), ("y", 0.5, 0.9)):
+        # best.ckpt is of the first five steps, whose validation is logged with the fifth of them, counted from 0.
+        path = write_run(tmp_path / name, [0.5] * 5, variant=name, global_step=10, tested_step=5)
+        (path / "metrics.csv").write_text(f"epoch,step,val/seen/acc\n0,4,{best}\n1,5,{late}\n1,9,{late}\n")
+    assert chosen([tmp_path / "x", tmp_path / "y"])["seen"].chosen == {"toy/x": 1}
+
+
+def test_the_validation_of_another_checkpoint_than_the_tested_one_is_not_looked_at(tmp_path: Path) -> None:
+    for name, best, last in (("x", 0.6, 0.1), ("y", 0.5, 0.9)):
+        path = write_run(tmp_path / name, [0.5] * 5, variant=name, tested_step=5)
+        roles = {"a": "seen"}
+        (path / "metrics.csv").write_text(f"epoch,step,val/seen/acc\n0,4,{best}\n1,9,{last}\n")
+        write_run(path, [last], variant=name, stage="val", roles=roles, tested_step=10)
+    assert chosen([tmp_path / "x", tmp_path / "y"])["seen"].chosen == {"toy/x": 1}
+
+
 def test_candidates_of_one_seed_are_those_of_one_data_seed_as_well(tmp_path: Path) -> None:
     scores = {("x", 1): 0.9, ("y", 1): 0.1, ("x", 2): 0.2, ("y", 2): 0.3}
     paths = []
