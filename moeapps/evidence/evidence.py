@@ -272,7 +272,7 @@ class Evidence:
 
     def summarise(self) -> dict[str, Any]:
         """Compute and write the results file and the page of all results in its folder; give the former."""
-        results = summarise(self.grid, self.read(), self.place.command)
+        results = summarise(self.grid, self.read(), self.place.command, set(self.stale()))
         if self.place.name != self.grid.system:  # one of several grids of a system
             results = {"name": self.place.name, **results}
         write_text(self.place.summary, to_json(results))

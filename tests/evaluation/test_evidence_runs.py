@@ -18,7 +18,7 @@ from benchmarks.evidence.__main__ import ROOT, main
 from moeapps.evidence.cells import CellError, read_cells, write_cell
 from moeapps.evidence.evidence import Evidence
 from moeapps.evidence.grid import Cell, Grid, GridError, Ladder, Variant
-from tests.evaluation.evidence_common import evidence, fill, place, result, toy
+from tests.evaluation.evidence_common import WIN, evidence, fill, place, result, toy
 
 
 @pytest.fixture
@@ -149,6 +149,19 @@ def test_changed_configs_are_noticed_and_run_again_on_request(repository: Path) 
     assert "stay as they are" in console.export_text()
     runs.run(redo_stale=True)
     assert runs.stale() == []
+
+
+def test_a_claim_over_changed_and_unchanged_configs_is_not_tested(repository: Path) -> None:
+    grid = toy({"moe": Variant(("wide.yaml",), ("--gain", "0.1")), "dense": Variant()}, (WIN,))
+    runs, _ = evidence(repository, grid)
+    runs.run()
+    verdicts = [runs.summarise()["claims"][0]["verdict"]]
+    (repository / "wide.yaml").write_text("model: {width: 16}\n")
+    verdicts.append(runs.summarise()["claims"][0]["verdict"])
+    (repository / "base.yaml").write_text("model: {depth: 3}\n")
+    verdicts.append(runs.summarise()["claims"][0]["verdict"])
+    assert verdicts[::2] == ["supported"] * 2
+    assert verdicts[1].startswith("not tested (the cells of moe were made with configs that have changed since")
 
 
 def test_missing_config_fails_before_anything_runs(repository: Path) -> None:
