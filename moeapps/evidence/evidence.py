@@ -156,10 +156,8 @@ class Evidence:
                 f"{len(stale)} finished cells were made with configs that have changed since; they {what}."
             )
         skip = done.keys() - (set(stale) if redo_stale else set())
-        planned = self.grid.cells()
-        wanted = [cell for cell in shard.part(planned) if fnmatch.fnmatch(cell.variant, only)]
-        if not any(fnmatch.fnmatch(cell.variant, only) for cell in planned):
-            raise GridError(f"--only {only!r} matches no variant; there are {', '.join(self.grid.all_variants)}")
+        planned, names = self.grid.cells(), self._named(only)
+        wanted = [cell for cell in shard.part(planned) if cell.variant in names]
         waiting = [cell for cell in wanted if cell not in skip]
         failures = self._run(
             waiting,
@@ -173,6 +171,17 @@ class Evidence:
         if shard.of == 1 or self.read().keys() >= set(planned):
             self.summarise()
         return len(failures)
+
+    def _named(self, only: str) -> list[str]:
+        """Give the variants that match a pattern.
+
+        Raises:
+            GridError: none does.
+        """
+        found = [name for name in self.grid.all_variants if fnmatch.fnmatch(name, only)]
+        if not found:
+            raise GridError(f"--only {only!r} matches no variant; there are {', '.join(self.grid.all_variants)}")
+        return found
 
     def leases(self, lease_s: float = LEASE_S, again: Collection[Cell] = ()) -> Leases:
         """The leases of this process on cells of the grid.
@@ -206,17 +215,32 @@ class Evidence:
         now = {name: self.grid.definition(name, self.root) for name in self.grid.all_variants}
         return [c for c, result in self.read().items() if c.variant in now and result.definition != now[c.variant]]
 
-    def verify(self, count: int, *, seed: int | None = None, jobs: int = 2) -> int:
+    def verify(
+        self, count: int, *, only: str = "*", seed: int | None = None, jobs: int = 2, timeout_s: float = 3600.0
+    ) -> int:
         """Draw finished cells at random, run them again, and give how many differ.
 
         With the same instruction set and threads that is by more than 1e-6. A cell made with others, or before cells
         said so, is held to what two seeds differ by (`beside_seeds`), and the largest difference is printed.
+
+        Args:
+            count: how many cells.
+            only: pattern of the variants to draw from.
+            seed: of the drawing; None draws others each time.
+            jobs: cells at a time.
+            timeout_s: wall seconds after which a cell is stopped, which counts as one that differs.
+
+        Raises:
+            GridError: there are fewer cells.
         """
-        done = self.read()
+        done, names = self.read(), self._named(only)
         fresh = sorted(done.keys() - set(self.stale()), key=lambda cell: cell.stem)
+        fresh = [cell for cell in fresh if cell.variant in names]
         if len(fresh) < count:
+            which = "" if only == "*" else f" of --only {only!r}"
             raise GridError(
-                f"--verify {count}: only {len(fresh)} cells are finished with the present configs; run the grid first"
+                f"--verify {count}: only {len(fresh)} cells{which} are finished with the present configs; run the grid "
+                "first"
             )
         drawn = random.Random(seed).sample(fresh, count)
         bad: list[str] = []
@@ -232,7 +256,7 @@ class Evidence:
                 self.console.print(f"  {line}")
             bad.extend([result.cell.stem] if lines else [])
 
-        failures = self._run(drawn, self.work / "verify", compare, jobs=jobs)
+        failures = self._run(drawn, self.work / "verify", compare, jobs=jobs, timeout_s=timeout_s)
         return len(bad) + len(failures)
 
     def recount(self, *, only: str = "*") -> None:
@@ -243,7 +267,7 @@ class Evidence:
         )  # brings torch and Lightning, which nothing else needs
 
         have = {cell.variant for cell in self.read()}
-        for name in [name for name in self.grid.all_variants if name in have and fnmatch.fnmatch(name, only)]:
+        for name in [name for name in self._named(only) if name in have]:
             if self.grid.all_variants[name].stages:
                 self.console.print(f"{name}: a curriculum cannot be counted without its training; left as it is")
                 continue

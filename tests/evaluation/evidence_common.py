@@ -50,6 +50,7 @@ if "--crash" in sys.argv:
     sys.exit("out of luck")
 while time.process_time() < float(word("--burn", 0.0)):
     pass
+time.sleep(float(os.environ.get("PAUSE", 0.0)))
 if "--hang" in sys.argv:
     pathlib.Path("hanging").touch()
     time.sleep(60)

@@ -33,6 +33,23 @@ def test_verify_accepts_equal_numbers_and_refuses_others(repository: Path, monke
         runs.verify(4)
 
 
+def test_verify_draws_of_the_variants_that_are_named_and_stops_what_takes_long(repository: Path, monkeypatch) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(pairs=2), "moe": Variant(pairs=2)}, ()))
+    runs.run()
+    assert runs.verify(2, only="mo*") == 0
+    text = console.export_text()
+    assert all(f"{cell}: the same numbers" in text for cell in ("moe-s1-d1", "moe-s2-d2"))
+    with pytest.raises(GridError, match=r"--verify 3: only 2 cells of --only 'mo\*' are finished"):
+        runs.verify(3, only="mo*")
+    with pytest.raises(GridError, match="matches no variant"):
+        runs.verify(1, only="nothing")
+    with pytest.raises(GridError, match="matches no variant"):
+        runs.recount(only="nothing")
+    monkeypatch.setenv("PAUSE", "60")
+    assert runs.verify(1, timeout_s=1.0) == 1
+    assert "stopped after 1 s" in console.export_text()
+
+
 # Seeds 1 to 3 of each of two variants score 0.51, 0.52, 0.53: their standard deviation is 0.01, with 4 degrees of
 # freedom. Student's t there is 4.604 at 0.995 (one metric; any table of it), so two seeds differ by up to
 # 4.604 * sqrt(2) * 0.01 = 0.06511.
