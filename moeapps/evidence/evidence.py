@@ -280,9 +280,10 @@ class Evidence:
 
     def _compare_beside_seeds(self, old: CellResult, new: CellResult, done: dict[Cell, CellResult]) -> list[str]:
         """Print how a cell differs from itself under other arithmetic; give what two seeds do not explain."""
-        used: dict[str, Scale] = dict.fromkeys(sorted(self.grid.show), "linear")
-        used |= {claim.metric: claim.scale for claim in self.grid.claims if old.variant in claim.variants}
-        metrics = {name: scale for name, scale in used.items() if name in old.metrics or name in new.metrics}
+        used = self._used_metrics(old.variant)
+        metrics = {name: scale for name, scale in used.items() if old.has(name) or new.has(name)}
+        # What no claim and no table uses is told by all that was measured.
+        metrics = metrics or dict.fromkeys(sorted(old.metrics.keys() | new.metrics.keys()), "linear")
         lines, largest = beside_seeds(old, new, done.values(), metrics)
         made = f"{old.instruction_set or 'an unknown instruction set'} ({old.machine or 'unknown machine'})"
         told = "DIFFERS by more than two seeds do" if lines else "the same within what two seeds differ by"
@@ -293,6 +294,20 @@ class Evidence:
             markup=False,
         )
         return lines
+
+    def _used_metrics(self, variant: str) -> dict[str, Scale]:
+        """The metrics of a variant that tables, its claims and the ladder use, and on which scale."""
+        used: dict[str, Scale] = dict.fromkeys(sorted(self.grid.show), "linear")
+        ladder = self.grid.ladder
+        if ladder is not None:
+            sides = (ladder.system, ladder.baseline)
+            if variant in {ladder.variant_name(level, side) for level in ladder.levels for side in sides}:
+                used[ladder.metric] = "linear"
+        for claim in self.grid.claims:
+            if variant in claim.variants:
+                metrics = [claim.metric, *([claim.baseline_metric] if claim.baseline_metric else [])]
+                used |= dict.fromkeys(metrics, claim.scale)
+        return used
 
     def summarise(self) -> dict[str, Any]:
         """Compute and write the results file and the page of all results in its folder; give the former."""

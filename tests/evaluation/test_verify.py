@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moeapps.evidence.cells import beside_seeds
-from moeapps.evidence.grid import GridError, Variant
+from moeapps.evidence.grid import Claim, GridError, Ladder, Variant
 from tests.evaluation.evidence_common import evidence, fill, result, toy
 
 
@@ -48,6 +48,27 @@ def test_verify_draws_of_the_variants_that_are_named_and_stops_what_takes_long(r
     monkeypatch.setenv("PAUSE", "60")
     assert runs.verify(1, timeout_s=1.0) == 1
     assert "stopped after 1 s" in console.export_text()
+
+
+def test_what_no_claim_and_no_table_uses_is_verified_by_all_that_was_measured(repository: Path, monkeypatch) -> None:
+    runs, console = evidence(repository, toy({"dense": Variant(pairs=3)}, (), show=()))
+    monkeypatch.setenv("KERNELS", "AVX512")
+    runs.run()
+    monkeypatch.setenv("KERNELS", "AVX2")
+    monkeypatch.setenv("DRIFT", "0.5")
+    assert runs.verify(1, seed=0) == 1
+    assert "DIFFERS" in console.export_text()
+
+
+def test_what_is_compared_is_what_claims_tables_and_the_ladder_use(repository: Path) -> None:
+    """A geometric mean is in no cell under its name, and a claim may have another metric of its baseline."""
+    claim = Claim("C1", "", "geometric.seen/miou", "higher", "moe", "dense", baseline_metric="hall/miou", scale="log10")
+    ladder = Ladder({"hard": Variant(flags=("--gain", "0"))}, "moe", "dense", "unseen/miou", "higher", "")
+    runs, _ = evidence(repository, toy(None, (claim,), show=("seen/miou",), ladder=ladder))
+    log = {"geometric.seen/miou": "log10", "hall/miou": "log10"}
+    assert runs._used_metrics("moe") == {"seen/miou": "linear", **log}
+    assert runs._used_metrics("ladder-hard-moe") == {"seen/miou": "linear", "unseen/miou": "linear"}
+    assert runs._used_metrics("same") == {"seen/miou": "linear"}
 
 
 # Seeds 1 to 3 of each of two variants score 0.51, 0.52, 0.53: their standard deviation is 0.01, with 4 degrees of
@@ -95,3 +116,23 @@ def test_the_seeds_of_one_variant_are_not_mixed_with_the_next_ones() -> None:
 
     assert len(lines) == 1  # 0.001 is ten times the spread of 1e-4; two seeds differ by 6.5 times at most
     assert "10 of the standard deviation" in largest
+
+
+@pytest.mark.parametrize(("old", "new", "lines"), [(0.0, 0.1, 1), (0.1, -0.1, 1), (0.0, 0.0, 0), (0.10, 0.11, 0)])
+def test_a_value_without_a_logarithm_is_told_and_ends_nothing(old: float, new: float, lines: int) -> None:
+    cells = [result("dense", seed, value) for seed, value in ((1, old), (2, 0.2), (3, 0.0), (4, 0.3))]
+
+    found, _ = beside_seeds(cells[0], result("dense", 1, new), cells, {"unseen/miou": "log10"})
+
+    assert [line.endswith("has no logarithm to be compared by") for line in found] == [True] * lines
+
+
+def test_a_geometric_mean_is_compared_though_no_cell_has_it_by_name() -> None:
+    cells = [
+        result("dense", s, 0.0, roles={"kitchen": "seen"}, domains=["kitchen"], metrics={"kitchen/mse": 0.1 + s / 1e4})
+        for s in (1, 2, 3)
+    ]
+    moved = replace(cells[0], metrics={"kitchen/mse": 0.2})
+    found, largest = beside_seeds(cells[0], moved, cells, {"geometric.seen/mse": "linear"})
+    assert len(found) == 1
+    assert largest.startswith("the largest difference is geometric.seen/mse: 0.1001 before, 0.2 now")
