@@ -158,7 +158,9 @@ def run_grid(
     except KeyboardInterrupt:
         console.print("Interrupted. Finished cells are kept; the same command goes on from here.")
         return 130
-    console.print(f"results: {place.summary.relative_to(place.root)}, {place.page}", markup=False, soft_wrap=True)
+    below = place.summary.is_relative_to(place.root)  # a grid may name a folder elsewhere
+    summary = place.summary.relative_to(place.root) if below else place.summary
+    console.print(f"results: {summary}, {place.page}", markup=False, soft_wrap=True)
     return min(1, failed)
 
 

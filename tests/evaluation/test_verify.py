@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moeapps.commands.evidence import parser, run_grid
 from moeapps.evidence.cells import beside_seeds
 from moeapps.evidence.grid import Claim, GridError, Ladder, Variant
+from moeapps.evidence.reading import GridFile
 from tests.evaluation.evidence_common import evidence, fill, result, toy
 
 
@@ -48,6 +51,32 @@ def test_verify_draws_of_the_variants_that_are_named_and_stops_what_takes_long(r
     monkeypatch.setenv("PAUSE", "60")
     assert runs.verify(1, timeout_s=1.0) == 1
     assert "stopped after 1 s" in console.export_text()
+
+
+def test_the_command_verifies_what_it_is_told_and_names_results_that_lie_elsewhere(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch
+) -> None:
+    monkeypatch.setattr("moeapps.evidence.checks.check_words", lambda *_: None)  # the program has words of its own
+    results = tmp_path_factory.mktemp("results")
+    grid = toy({"dense": Variant(pairs=2), "moe": Variant(pairs=2)}, ())
+    file = GridFile(Path("toy.yaml"), grid, results, results / "evidence.md", "moeapps evidence toy.yaml")
+
+    def told(*words: str) -> tuple[int, str]:
+        _, console = evidence(repository, grid)
+        command = (sys.executable, str(repository / "fake.py"))
+        options = parser().parse_args(["toy.yaml", *words])
+        return run_grid(file, options, console=console, root=repository, command=command), console.export_text()
+
+    status, text = told()
+    assert status == 0
+    assert f"results: {results / 'toy.json'}, {results / 'evidence.md'}" in text
+    status, text = told("--verify", "2", "--only", "mo*")
+    assert status == 0
+    assert all(f"{cell}: the same numbers" in text for cell in ("moe-s1-d1", "moe-s2-d2"))
+    monkeypatch.setenv("PAUSE", "60")
+    status, text = told("--verify", "1", "--timeout", "0.02")
+    assert status == 1
+    assert "stopped after 1 s" in text
 
 
 def test_what_no_claim_and_no_table_uses_is_verified_by_all_that_was_measured(repository: Path, monkeypatch) -> None:
