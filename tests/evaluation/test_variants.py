@@ -193,6 +193,32 @@ def test_the_hash_of_a_variant_forgets_seeds_and_places_alone() -> None:
     assert len(seeds_of(config(3))) == 4
 
 
+def test_what_a_run_started_from_counts_by_its_own_hash_and_not_by_its_folder(tmp_path: Path) -> None:
+    def hashed(*paths: str, **more: str) -> str:
+        given = {"path": list(paths) if len(paths) > 1 else paths[0], **more}
+        start = {"class_path": "moeapps.training.stages.FromCheckpoint", "init_args": given}
+        return variant_hash({"system": "toy", "model": {"init_args": {"width": 8, "start": start}}})
+
+    def source(name: str, hashed_as: str) -> str:
+        folder = tmp_path / name / "version_0"
+        (folder / "checkpoints").mkdir(parents=True)
+        for file in ("best", "last"):
+            (folder / "checkpoints" / f"{file}.ckpt").touch()
+        (folder / "run.json").write_text(json.dumps({"variant_hash": hashed_as}))
+        return str(tmp_path / name)
+
+    one, other, third = source("s1", "a" * 12), source("s2", "a" * 12), source("s3", "b" * 12)
+    best, last = (f"version_0/checkpoints/{name}.ckpt" for name in ("best", "last"))
+
+    assert hashed(one) == hashed(other) == hashed(f"{other}/version_0")
+    assert hashed(f"{one}/{best}") == hashed(f"{other}/{best}")
+    assert hashed(one, third) == hashed(other, third)
+    apart = [hashed(one), hashed(third), hashed(one, checkpoint="best"), hashed(f"{one}/{best}")]
+    apart += [hashed(f"{one}/{last}"), hashed(one, third), hashed(third, one), hashed("gone/1"), hashed("gone/2")]
+    assert len(set(apart)) == len(apart)
+    assert variant_hash({"system": "toy", "model": {"init_args": {"start": None}}})
+
+
 def test_callbacks_that_change_the_training_make_another_variant_and_those_that_look_on_do_not() -> None:
     def hashed(*callbacks: dict[str, Any]) -> str:
         return variant_hash({"system": "toy", "trainer": {"callbacks": list(callbacks) or None}})

@@ -197,6 +197,7 @@ class SaveRun(SaveConfigCallback):
         # Only a fit goes on from a checkpoint; a test of the run tells what its fit did.
         fitting = stage == "fit" or trainer.state.fn == "fit"
         self.continued = _as_found(self.config.get("ckpt_path")) if fitting else known.get("continued_from")
+        self.known = known
         if not self.already_saved and stage != "fit" and folder is not None and _has_run(folder):
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
@@ -230,7 +231,7 @@ class SaveRun(SaveConfigCallback):
             "seed": config.get("seed_everything"),
             "seeds": seeds_of({key: config.get(key) for key in ("seed_everything", "model", "data")}),
             "config_hash": config_hash(config),
-            "variant_hash": variant_hash(config),
+            "variant_hash": self._variant_hash(config),
             "commit": git_commit(),
             "packages": own_packages(config),
             "versions": versions(),
@@ -246,6 +247,12 @@ class SaveRun(SaveConfigCallback):
         from the start.
         """
         return {**self.facts, "continued_from": self.continued, **self.times}
+
+    def _variant_hash(self, config: dict[str, Any]) -> str:
+        """What was run is known from the training on: the run it started from may have gone since."""
+        known = self.known.get("variant_hash")
+        same = self.known.get("config_hash") == config_hash(config)
+        return str(known) if known and same else variant_hash(config)
 
 
 def _as_found(checkpoint: Any) -> str | None:
