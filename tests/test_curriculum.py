@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moeapps.cli import main as moeapps
 from moeapps.commands.curriculum import Done, main, plan, settings_digest
 from moeapps.commands.messages import UsageError
+from moeapps.evaluation.results import read_results
+from moeapps.evaluation.xeval import build_matrix
 
 pytestmark = pytest.mark.usefixtures("no_routing_figures")
 
@@ -78,6 +82,27 @@ def test_each_stage_starts_from_the_one_before_and_the_last_is_tested_and_counts
     costs = [state(folder)["callbacks"]["MoESummary"]["train_flops"] for folder in folders]
     assert costs[0] < costs[1] < costs[2] == header["train_flops"]
     assert header["started_from"]["path"] == [str(folders[1] / "checkpoints" / "last.ckpt")]
+
+
+@pytest.mark.medium
+def test_chains_that_differ_by_their_seeds_are_one_variant_also_when_their_first_stages_have_gone(
+    tmp_path: Path, stages: list[str]
+) -> None:
+    for seed in ("1", "2"):
+        assert main(words(stages[:2], f"--name=s{seed}", "--seed_everything", seed)) == 0
+    last = [toy(tmp_path, name) / "version_0" for name in ("s1", "s2")]
+
+    def hashes(file: str) -> list[str]:
+        found = [json.loads((folder / file).read_text()) for folder in last]
+        return [about.get("header", about)["variant_hash"] for about in found]
+
+    trained = hashes("run.json")
+    assert trained[0] == trained[1]
+    for name in ("s1_stage0", "s2_stage0"):
+        shutil.rmtree(toy(tmp_path, name))
+    assert moeapps(["test", "--run", str(last[0])]) == 0
+    assert hashes("metrics/test.json") == trained
+    assert len(build_matrix([read_results(folder) for folder in last]).variants) == 1
 
 
 @pytest.mark.medium

@@ -62,7 +62,7 @@ def add_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--verify-seed", type=int, metavar="S", help="seed of the drawing (default: another one each time)"
     )
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="run only the variants that match (* and ?)")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="only the variants that match (* and ?)")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each (default 2)")
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="MIN", help="minutes after which a cell is stopped (60)"
@@ -139,7 +139,14 @@ def run_grid(
     check_words(file, place.root)
     try:
         if options.verify is not None:
-            return min(1, evidence.verify(options.verify, seed=options.verify_seed, jobs=options.jobs))
+            differ = evidence.verify(
+                options.verify,
+                only=options.only,
+                seed=options.verify_seed,
+                jobs=options.jobs,
+                timeout_s=60 * options.timeout,
+            )
+            return min(1, differ)
         failed = evidence.run(
             only=options.only,
             redo_stale=options.redo_stale,
@@ -151,7 +158,9 @@ def run_grid(
     except KeyboardInterrupt:
         console.print("Interrupted. Finished cells are kept; the same command goes on from here.")
         return 130
-    console.print(f"results: {place.summary.relative_to(place.root)}, {place.page}", markup=False, soft_wrap=True)
+    below = place.summary.is_relative_to(place.root)  # a grid may name a folder elsewhere
+    summary = place.summary.relative_to(place.root) if below else place.summary
+    console.print(f"results: {summary}, {place.page}", markup=False, soft_wrap=True)
     return min(1, failed)
 
 

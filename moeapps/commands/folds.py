@@ -35,7 +35,7 @@ def leave_one_out(options: argparse.Namespace, words: str, console: Console) -> 
     if missing:
         console.print(f"{missing} of {len(planned)} cells are not run yet; the table comes with the last one")
         return status
-    rows = fold_rows(setting, file.grid, done)
+    rows = fold_rows(setting, file.grid, done, evidence.stale())
     head, lines = fold_cells(setting, rows, bracketed)
     better = "larger" if setting.direction == "max" else "smaller"
     title = f"{setting.metric} on the domain left out ({better} is better), 95 % over {len(options.seeds)} seeds"

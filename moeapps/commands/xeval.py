@@ -86,12 +86,13 @@ def main(args: list[str]) -> int:
         raise ValueError("no run given; name run folders, or a config after --leave-one-out (moeapps xeval --help)")
     from moeapps.evaluation.choices import choices
     from moeapps.evaluation.compute import cost_warnings
+    from moeapps.evaluation.variants import one_of_each
     from moeapps.evaluation.xeval import build_matrix
     from moeapps.reporting.matrix import closing_lines, rich_tables
     from moeapps.reporting.screen import screen_tables
     from moeapps.text import lines
 
-    runs, baseline = read_all(options.runs), read_all(options.baseline)
+    runs, baseline = one_of_each(read_all(options.runs), read_all(options.baseline))
     matrix = build_matrix(runs, baseline, options.metric)
     if options.select:
         cells = {row.run: row.cells for row in matrix.rows}

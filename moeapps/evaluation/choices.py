@@ -50,9 +50,10 @@ def choices(runs: Sequence[RunResults], metric: str, cells: Mapping[Path, Mappin
         cells: run -> column of the matrix -> value.
 
     Raises:
-        ValueError: no seed has two candidates.
+        ValueError: no seed has two candidates, or two of one setting.
     """
-    keys, names = pair_keys(runs), {run.path: v.name for v in variants_of(runs) for run in v.runs}
+    variants = variants_of(runs)
+    keys, names = pair_keys(variants), {run.path: variant.name for variant in variants for run in variant.runs}
     seeds: dict[Hashable, list[RunResults]] = {}
     for run in runs:
         seeds.setdefault(keys[run.path], []).append(run)
@@ -108,13 +109,19 @@ def _of_results(rule: str, run: RunResults, metric: str) -> float | None:
     if not (run.path / "metrics" / "val.json").is_file():
         return None
     found = read_results(run.path, "val")
+    steps = [results.header.get("tested_step") for results in (run, found)]
+    if None not in steps and steps[0] != steps[1]:  # the validation of another checkpoint
+        return None
     values = [v for d, v in found.values.get(metric, {}).items() if found.roles[d] == rule and not math.isnan(v)]
     return math.fsum(values) / len(values) if values else None
 
 
 def _of_curves(rule: str, run: RunResults, metric: str) -> float | None:
-    """The last validation up to the step whose weights were tested."""
+    """The validation of the weights that were tested; of results that do not tell them, that of the end of training."""
     file, until = run.path / "metrics.csv", run.header.get("global_step")
+    tested = run.header.get("tested_step")
+    if isinstance(tested, int):
+        until = tested - 1  # a validation after n steps is logged with the step before, counted from 0
     if not file.is_file() or file.stat().st_size > _LARGEST:
         return None
     found = None

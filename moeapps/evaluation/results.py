@@ -74,7 +74,17 @@ class RunResults:
     def continued_from(self) -> Path | None:
         """The run folder that this training continued, None for a training from the start."""
         found = self.header.get("continued_from", self.config.get("ckpt_path"))
-        return Path(found).resolve().parents[1] if found else None
+        return continued_folder(str(found), self.path) if found else None
+
+    @property
+    def trained_before(self) -> list[Path]:
+        """The run folders that this training went on from, the nearest first, as far as they are there to tell."""
+        found: list[Path] = []
+        before = self.continued_from
+        while before is not None and before not in (*found, self.path.resolve()):
+            found.append(before)
+            before = _continued_by(before)
+        return found
 
     @property
     def seed(self) -> int | None:
@@ -150,6 +160,34 @@ def _check(raw: Any) -> None:
     for name, value, kind in kinds:
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r:.80}")
+
+
+def continued_folder(checkpoint: str, folder: Path) -> Path:
+    """Return the run folder of a checkpoint that a run went on from.
+
+    Args:
+        checkpoint: as the run tells it: where it lay then, in early versions relative to the working directory.
+        folder: of the run. Runs are moved together: what lay below one folder with it does so still.
+    """
+    run, here = Path(checkpoint).parent.parent, folder.resolve()
+    if not run.parts:
+        return Path(checkpoint).resolve().parent.parent
+    near = (here, *here.parents)
+    # The last levels are <system>/<name>/version_k: with fewer of them, other runs would be found.
+    tails = [Path(*run.parts[first:]) for first in range(1, len(run.parts) - 2)]
+    places = [*(above / run for above in near), run, *(above / tail for tail in tails for above in near)]
+    return next((place for place in places if place.is_dir()), run).resolve()
+
+
+def _continued_by(folder: Path) -> Path | None:
+    """The run folder that an earlier training continued; None where it began anew, or does not say."""
+    try:
+        file = folder / "run.json"
+        about = read_json(file) if file.is_file() else {}
+        found = about["continued_from"] if "continued_from" in about else _config_beside(folder).get("ckpt_path")
+    except (OSError, ValueError, TypeError, KeyError, YAMLError):  # a damaged run that is not itself compared
+        return None
+    return continued_folder(found, folder) if isinstance(found, str) and found else None
 
 
 def _by_metric(table: dict[str, dict[str, Any]], read: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,18 @@ class Variant:
     runs: list[RunResults]
 
 
+def one_of_each(*groups: Sequence[RunResults]) -> list[list[RunResults]]:
+    """Return the groups with each run folder once in a group, as it was first called in any: paths may be spelt apart.
+
+    Args:
+        groups: of runs, for instance those to compare and the baseline.
+    """
+    known: dict[Path, RunResults] = {}
+    for run in (run for group in groups for run in group):
+        known.setdefault(run.path.resolve(), run)
+    return [[known[place] for place in dict.fromkeys(run.path.resolve() for run in group)] for group in groups]
+
+
 def check_runs(runs: Sequence[RunResults]) -> None:
     """Refuse runs that are not independent trainings.
 
@@ -37,9 +49,11 @@ def check_runs(runs: Sequence[RunResults]) -> None:
             )
     known = {run.path.resolve(): run for run in runs}
     for run in runs:
-        before = run.continued_from
-        if before is not None and before != run.path.resolve() and before in known:
-            raise ValueError(f"{run.path} continues {known[before].path}: the two are one training; give one of them")
+        for before in run.trained_before:
+            if before in known:
+                raise ValueError(
+                    f"{run.path} continues {known[before].path}: the two are one training; give one of them"
+                )
 
 
 def variants_of(runs: Sequence[RunResults]) -> list[Variant]:
@@ -72,7 +86,41 @@ def _check_seeds(group: Sequence[RunResults]) -> None:
         found[seeds] = run
 
 
-def pair_keys(runs: Sequence[RunResults]) -> dict[Path, Hashable]:
-    """Return for each run what its partner must share: the seed and, where all runs tell them, the data seeds."""
+def pair_keys(variants: Sequence[Variant]) -> dict[Path, Hashable]:
+    """Return for each run what its partner in another variant must share.
+
+    That is the seed and, where all runs tell them, the data seeds. Where these do not tell the runs of a variant apart,
+    it is every seed whose key all runs tell.
+
+    Raises:
+        ValueError: two runs of a variant share all of that, so that nothing says which of them is whose partner.
+    """
+    runs = [run for variant in variants for run in variant.runs]
     told = all(run.data_seeds for run in runs)
-    return {run.path: (run.seed, tuple(sorted(run.data_seeds.items())) if told else ()) for run in runs}
+    keys: dict[Path, Hashable] = {
+        run.path: (run.seed, tuple(sorted(run.data_seeds.items())) if told else ()) for run in runs
+    }
+    if not any(_alike(variant, keys) for variant in variants):
+        return keys
+    common = set.intersection(*(set(run.seeds) for run in runs))
+    keys = {run.path: (run.seed, tuple(sorted((key, run.seeds[key]) for key in common))) for run in runs}
+    for variant in variants:
+        if (alike := _alike(variant, keys)) is not None:
+            one, other = alike
+            every = sorted(one.seeds.keys() | other.seeds.keys())
+            differ = [key for key in every if one.seeds.get(key) != other.seeds.get(key)]
+            raise ValueError(
+                f"{one.path} and {other.path} differ by {', '.join(differ)} alone, which not every run tells, so "
+                "neither has a partner of its own; give one of them"
+            )
+    return keys
+
+
+def _alike(variant: Variant, keys: Mapping[Path, Hashable]) -> tuple[RunResults, RunResults] | None:
+    """Two runs of one variant that have one key; None where all have their own."""
+    found: dict[Hashable, RunResults] = {}
+    for run in variant.runs:
+        other = found.setdefault(keys[run.path], run)
+        if other is not run:
+            return other, run
+    return None

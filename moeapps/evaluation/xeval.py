@@ -26,7 +26,7 @@ from moeapps.evaluation.remarks import conclusion, different_data, different_dom
 from moeapps.evaluation.results import Direction, RunResults
 from moeapps.evaluation.statistics import Interval, paired_t_interval, t_interval
 from moeapps.evaluation.units import Floats, plain_parts, pooled_score, score_draws
-from moeapps.evaluation.variants import Variant, check_runs, pair_keys, variants_of
+from moeapps.evaluation.variants import Variant, check_runs, one_of_each, pair_keys, variants_of
 
 ROLES = ("seen", "validation", "unseen")
 
@@ -143,7 +143,8 @@ def build_matrix(runs: Sequence[RunResults], baseline: Sequence[RunResults] = ()
     systems = sorted({str(run.header.get("system")) for run in (*runs, *baseline)})
     if len(systems) > 1:
         raise ValueError(f"the runs are of several systems ({', '.join(systems)}); give runs of one")
-    every = list({run.path.resolve(): run for run in (*runs, *baseline)}.values())
+    runs, baseline = one_of_each(runs, baseline)
+    every = list({run.path: run for run in (*runs, *baseline)}.values())
     check_runs(every)
     chosen = metric or str(runs[0].header.get("main_metric") or next(iter(runs[0].values)))
     for run in every:
@@ -237,7 +238,8 @@ def compare(
         notes: gains a line for a variant that shares no seed with the baseline.
 
     Raises:
-        ValueError: the baseline holds runs of several variants, or runs of its own variant that it was not given.
+        ValueError: the baseline holds runs of several variants, or runs of its own variant that it was not given; or
+            seeds do not say which runs are pairs.
     """
     paths = {run.path.resolve() for run in baseline}
     bases = [variant for variant in variants if any(run.path.resolve() in paths for run in variant.runs)]
@@ -252,11 +254,11 @@ def compare(
             "a baseline as well, or leave it out"
         )
     out: list[Difference] = []
-    keys = pair_keys([run for variant in variants for run in variant.runs])
-    base = {keys[run.path]: run for run in bases[0].runs}
     for variant in variants:
         if variant is bases[0]:
             continue
+        keys = pair_keys([variant, bases[0]])
+        base = {keys[run.path]: run for run in bases[0].runs}
         pairs = [(run, base[keys[run.path]]) for run in variant.runs if keys[run.path] in base]
         if not pairs:
             notes.append(

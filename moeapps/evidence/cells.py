@@ -236,15 +236,20 @@ def beside_seeds(
         metrics: What is compared, and on which scale: the metrics that claims and tables use.
 
     Returns:
-        One line per metric whose difference two seeds do not explain, or that is not known in both; and a sentence on
-        the largest difference beside that spread.
+        One line per metric whose difference two seeds do not explain, or that is not known in both, or has no logarithm
+        in one; and a sentence on the largest difference beside that spread.
     """
     lines, shares = [], {}
     done = list(done)
     for name, scale in metrics.items():
-        if old.metrics.get(name) is None or new.metrics.get(name) is None:
-            same = old.metrics.get(name) is new.metrics.get(name)
-            lines += [] if same else [f"{name}: {old.metrics.get(name)} before, {new.metrics.get(name)} now"]
+        if not (old.has(name) and new.has(name)):
+            known = [cell.value(name) if cell.has(name) else None for cell in (old, new)]
+            lines += [f"{name}: {known[0]} before, {known[1]} now"] if old.has(name) or new.has(name) else []
+            continue
+        if not (_has_scaled(old, name, scale) and _has_scaled(new, name, scale)):
+            if old.value(name) != new.value(name):
+                told = f"{name}: {old.value(name)} before, {new.value(name)} now"
+                lines.append(f"{told}; a value that is not positive has no logarithm to be compared by")
             continue
         a, b = _scaled(old, name, scale), _scaled(new, name, scale)
         spread, freedom = _pooled_spread(name, scale, done)
@@ -260,20 +265,24 @@ def beside_seeds(
         return lines, "no metric has a spread over seeds to set it beside"
     name = max(shares, key=lambda key: shares[key])
     return lines, (
-        f"the largest difference is {name}: {old.metrics[name]:.6g} before, {new.metrics[name]:.6g} now, "
+        f"the largest difference is {name}: {old.value(name):.6g} before, {new.value(name):.6g} now, "
         f"{shares[name]:.2g} of the standard deviation over seeds"
     )
 
 
 def _scaled(cell: CellResult, name: str, scale: Scale) -> float:
-    return math.log10(cell.metrics[name]) if scale == "log10" else cell.metrics[name]
+    return math.log10(cell.value(name)) if scale == "log10" else cell.value(name)
+
+
+def _has_scaled(cell: CellResult, name: str, scale: Scale) -> bool:
+    return cell.has(name) and (scale != "log10" or cell.value(name) > 0)
 
 
 def _pooled_spread(name: str, scale: Scale, cells: Iterable[CellResult]) -> tuple[float, int]:
     """Standard deviation of a metric within variants, and its degrees of freedom."""
     values: dict[str, list[float]] = {}
     for cell in cells:
-        if name in cell.metrics:
+        if _has_scaled(cell, name, scale):
             values.setdefault(cell.variant, []).append(_scaled(cell, name, scale))
     squares = math.fsum(statistics.variance(group) * (len(group) - 1) for group in values.values() if len(group) > 1)
     freedom = sum(len(group) - 1 for group in values.values())

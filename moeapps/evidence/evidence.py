@@ -156,10 +156,8 @@ class Evidence:
                 f"{len(stale)} finished cells were made with configs that have changed since; they {what}."
             )
         skip = done.keys() - (set(stale) if redo_stale else set())
-        planned = self.grid.cells()
-        wanted = [cell for cell in shard.part(planned) if fnmatch.fnmatch(cell.variant, only)]
-        if not any(fnmatch.fnmatch(cell.variant, only) for cell in planned):
-            raise GridError(f"--only {only!r} matches no variant; there are {', '.join(self.grid.all_variants)}")
+        planned, names = self.grid.cells(), self._named(only)
+        wanted = [cell for cell in shard.part(planned) if cell.variant in names]
         waiting = [cell for cell in wanted if cell not in skip]
         failures = self._run(
             waiting,
@@ -173,6 +171,17 @@ class Evidence:
         if shard.of == 1 or self.read().keys() >= set(planned):
             self.summarise()
         return len(failures)
+
+    def _named(self, only: str) -> list[str]:
+        """Give the variants that match a pattern.
+
+        Raises:
+            GridError: none does.
+        """
+        found = [name for name in self.grid.all_variants if fnmatch.fnmatch(name, only)]
+        if not found:
+            raise GridError(f"--only {only!r} matches no variant; there are {', '.join(self.grid.all_variants)}")
+        return found
 
     def leases(self, lease_s: float = LEASE_S, again: Collection[Cell] = ()) -> Leases:
         """The leases of this process on cells of the grid.
@@ -206,17 +215,32 @@ class Evidence:
         now = {name: self.grid.definition(name, self.root) for name in self.grid.all_variants}
         return [c for c, result in self.read().items() if c.variant in now and result.definition != now[c.variant]]
 
-    def verify(self, count: int, *, seed: int | None = None, jobs: int = 2) -> int:
+    def verify(
+        self, count: int, *, only: str = "*", seed: int | None = None, jobs: int = 2, timeout_s: float = 3600.0
+    ) -> int:
         """Draw finished cells at random, run them again, and give how many differ.
 
         With the same instruction set and threads that is by more than 1e-6. A cell made with others, or before cells
         said so, is held to what two seeds differ by (`beside_seeds`), and the largest difference is printed.
+
+        Args:
+            count: how many cells.
+            only: pattern of the variants to draw from.
+            seed: of the drawing; None draws others each time.
+            jobs: cells at a time.
+            timeout_s: wall seconds after which a cell is stopped, which counts as one that differs.
+
+        Raises:
+            GridError: there are fewer cells.
         """
-        done = self.read()
+        done, names = self.read(), self._named(only)
         fresh = sorted(done.keys() - set(self.stale()), key=lambda cell: cell.stem)
+        fresh = [cell for cell in fresh if cell.variant in names]
         if len(fresh) < count:
+            which = "" if only == "*" else f" of --only {only!r}"
             raise GridError(
-                f"--verify {count}: only {len(fresh)} cells are finished with the present configs; run the grid first"
+                f"--verify {count}: only {len(fresh)} cells{which} are finished with the present configs; run the grid "
+                "first"
             )
         drawn = random.Random(seed).sample(fresh, count)
         bad: list[str] = []
@@ -232,7 +256,7 @@ class Evidence:
                 self.console.print(f"  {line}")
             bad.extend([result.cell.stem] if lines else [])
 
-        failures = self._run(drawn, self.work / "verify", compare, jobs=jobs)
+        failures = self._run(drawn, self.work / "verify", compare, jobs=jobs, timeout_s=timeout_s)
         return len(bad) + len(failures)
 
     def recount(self, *, only: str = "*") -> None:
@@ -243,7 +267,7 @@ class Evidence:
         )  # brings torch and Lightning, which nothing else needs
 
         have = {cell.variant for cell in self.read()}
-        for name in [name for name in self.grid.all_variants if name in have and fnmatch.fnmatch(name, only)]:
+        for name in [name for name in self._named(only) if name in have]:
             if self.grid.all_variants[name].stages:
                 self.console.print(f"{name}: a curriculum cannot be counted without its training; left as it is")
                 continue
@@ -256,9 +280,10 @@ class Evidence:
 
     def _compare_beside_seeds(self, old: CellResult, new: CellResult, done: dict[Cell, CellResult]) -> list[str]:
         """Print how a cell differs from itself under other arithmetic; give what two seeds do not explain."""
-        used: dict[str, Scale] = dict.fromkeys(sorted(self.grid.show), "linear")
-        used |= {claim.metric: claim.scale for claim in self.grid.claims if old.variant in claim.variants}
-        metrics = {name: scale for name, scale in used.items() if name in old.metrics or name in new.metrics}
+        used = self._used_metrics(old.variant)
+        metrics = {name: scale for name, scale in used.items() if old.has(name) or new.has(name)}
+        # What no claim and no table uses is told by all that was measured.
+        metrics = metrics or dict.fromkeys(sorted(old.metrics.keys() | new.metrics.keys()), "linear")
         lines, largest = beside_seeds(old, new, done.values(), metrics)
         made = f"{old.instruction_set or 'an unknown instruction set'} ({old.machine or 'unknown machine'})"
         told = "DIFFERS by more than two seeds do" if lines else "the same within what two seeds differ by"
@@ -270,9 +295,23 @@ class Evidence:
         )
         return lines
 
+    def _used_metrics(self, variant: str) -> dict[str, Scale]:
+        """The metrics of a variant that tables, its claims and the ladder use, and on which scale."""
+        used: dict[str, Scale] = dict.fromkeys(sorted(self.grid.show), "linear")
+        ladder = self.grid.ladder
+        if ladder is not None:
+            sides = (ladder.system, ladder.baseline)
+            if variant in {ladder.variant_name(level, side) for level in ladder.levels for side in sides}:
+                used[ladder.metric] = "linear"
+        for claim in self.grid.claims:
+            if variant in claim.variants:
+                metrics = [claim.metric, *([claim.baseline_metric] if claim.baseline_metric else [])]
+                used |= dict.fromkeys(metrics, claim.scale)
+        return used
+
     def summarise(self) -> dict[str, Any]:
         """Compute and write the results file and the page of all results in its folder; give the former."""
-        results = summarise(self.grid, self.read(), self.place.command)
+        results = summarise(self.grid, self.read(), self.place.command, set(self.stale()))
         if self.place.name != self.grid.system:  # one of several grids of a system
             results = {"name": self.place.name, **results}
         write_text(self.place.summary, to_json(results))

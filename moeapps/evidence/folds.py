@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,15 +97,30 @@ def fold_grid(
     return GridFile(Path(f"{name}-leave-one-out.yaml"), grid, results, results / "evidence.md", words)
 
 
-def fold_rows(setting: Setting, grid: Grid, done: Mapping[Cell, CellResult]) -> list[FoldRow]:
+def fold_rows(
+    setting: Setting, grid: Grid, done: Mapping[Cell, CellResult], stale: Collection[Cell] = ()
+) -> list[FoldRow]:
     """Give one row per left-out domain, then the mean and the worst over domains, each seed by itself.
 
+    Args:
+        setting: what was run.
+        grid: of `fold_grid`.
+        done: finished cells.
+        stale: those of them that were made with configs which have changed since.
+
     Raises:
-        GridError: cells are missing; the text says how many.
+        GridError: cells are missing or stale; the text says how many.
     """
-    missing = [cell.stem for cell in grid.cells() if cell not in done]
+    planned = grid.cells()
+    missing = [cell.stem for cell in planned if cell not in done]
     if missing:
-        raise GridError(f"{len(missing)} of {len(grid.cells())} cells are not run ({', '.join(missing[:3])} ...)")
+        raise GridError(f"{len(missing)} of {len(planned)} cells are not run ({', '.join(missing[:3])} ...)")
+    old = [cell.stem for cell in planned if cell in stale]
+    if old:
+        raise GridError(
+            f"{len(old)} of {len(planned)} cells were made with configs that have changed since "
+            f"({', '.join(old[:3])} ...); the same command with --redo-stale makes them again"
+        )
     scores = {
         side: {
             domain: [

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moeapps.evaluation.statistics import judge, paired_t_interval
@@ -17,13 +17,14 @@ _RATIOS = {"flops_ratio": "flops_per_token", "train_flops_ratio": "train_flops",
 _DIGITS = 12  # Significant digits kept: beyond the rounding of different library builds nothing is lost.
 
 
-def summarise(grid: Grid, results: Results, command: str = "") -> dict[str, Any]:
+def summarise(grid: Grid, results: Results, command: str = "", stale: Collection[Cell] = ()) -> dict[str, Any]:
     """Give the content of the results file.
 
     Args:
         grid: The grid with its claims.
         results: Finished cells; what is missing makes a claim "not tested (...)", never an error.
         command: What to type to run the grid.
+        stale: Finished cells that were made with configs which have changed since.
     """
     planned = grid.cells()
     used = [results[cell] for cell in planned if cell in results]
@@ -41,13 +42,13 @@ def summarise(grid: Grid, results: Results, command: str = "") -> dict[str, Any]
         "choice": grid.choice,
         "missing_domains": _merged(result.missing_domains for result in used),
         "sources": _merged(result.sources for result in used),
-        "claims": [_claim(grid, claim, results) for claim in grid.claims],
-        "ladder": _ladder(grid, results),
+        "claims": [_claim(grid, claim, results, stale) for claim in grid.claims],
+        "ladder": _ladder(grid, results, stale),
         "variants": {name: _variant(grid, name, results) for name in grid.variants},
     }
 
 
-def _claim(grid: Grid, claim: Claim, results: Results) -> dict[str, Any]:
+def _claim(grid: Grid, claim: Claim, results: Results, stale: Collection[Cell]) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "id": claim.id,
         "kind": claim.kind,
@@ -70,7 +71,7 @@ def _claim(grid: Grid, claim: Claim, results: Results) -> dict[str, Any]:
         "train_flops_ratio": None,
         "params_ratio": None,
     }
-    reason = claim.untested or _unusable(grid, claim.variants, results, claim.metric)
+    reason = claim.untested or _unusable(grid, claim.variants, results, claim.metric, stale)
     if not reason:
         try:
             reason = _fill(grid, claim, results, entry)
@@ -127,7 +128,7 @@ def _unmatched(claim: Claim, entry: Mapping[str, Any]) -> str:
     return ""
 
 
-def _unusable(grid: Grid, names: Sequence[str], results: Results, metric: str) -> str:
+def _unusable(grid: Grid, names: Sequence[str], results: Results, metric: str, stale: Collection[Cell]) -> str:
     """Say why the cells of these variants cannot be compared; an empty text if they can."""
     wanted = [Cell(name, *pair) for name in names for pair in grid.pairs(*names)]
     missing = [cell for cell in wanted if cell not in results]
@@ -137,6 +138,10 @@ def _unusable(grid: Grid, names: Sequence[str], results: Results, metric: str) -
     for name in names:
         if len({result.definition for result in found if result.variant == name}) > 1:
             return f"the cells of {name} were made with different configs"
+    # Cells that are all stale were made by one state of the configs, as far as anybody can tell, and do compare.
+    old = [name for name in names if any(cell in stale for cell in wanted if cell.variant == name)]
+    if 0 < len(old) < len(names):
+        return f"the cells of {', '.join(old)} were made with configs that have changed since, others with today's"
     if len({tuple(result.domains) for result in found}) > 1:
         return "the cells were tested on different domains"
     # A domain whose metric is not a number is left out of the mean of its role: such means are not comparable.
@@ -162,7 +167,7 @@ def _ratio(results: Results, system: str, baseline: str, name: str, pairs: Seque
     return _rounded(math.fsum(sizes[0]) / math.fsum(sizes[1]))
 
 
-def _ladder(grid: Grid, results: Results) -> dict[str, Any] | None:
+def _ladder(grid: Grid, results: Results, stale: Collection[Cell]) -> dict[str, Any] | None:
     ladder = grid.ladder
     if ladder is None:
         return None
@@ -170,7 +175,7 @@ def _ladder(grid: Grid, results: Results) -> dict[str, Any] | None:
     for level in ladder.levels:
         names = [ladder.variant_name(level, name) for name in (ladder.system, ladder.baseline)]
         entry: dict[str, Any] = {"level": level, "system": [], "baseline": [], "diff_mean": None, "ci95": None}
-        reason = _unusable(grid, names, results, ladder.metric)
+        reason = _unusable(grid, names, results, ladder.metric, stale)
         if reason:
             entry["note"] = f"not tested ({reason})"
         else:

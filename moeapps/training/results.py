@@ -22,7 +22,7 @@ def write_results(task: BaseTask, stage: str, table: ScoreTable, folder: Path, t
         stage: ``val`` or ``test``.
         table: its scores.
         folder: of the run.
-        trained: epoch and step of the checkpoint's training, where weights came from one.
+        trained: epoch and step of the checkpoint, where the weights came from one.
     """
     results = {"header": header(task, trained), **table.as_dict()}
     results["summary"] |= told_by_callbacks(task, "describe_results")
@@ -33,7 +33,10 @@ def write_results(task: BaseTask, stage: str, table: ScoreTable, folder: Path, t
 
 
 def header(task: BaseTask, trained: Mapping[str, int]) -> dict[str, Any]:
-    """Return what a results file says about its run: the parts that callbacks and the command line know."""
+    """Return what a results file says about its run: the parts that callbacks and the command line know.
+
+    ``global_step`` is the step that training had come to, ``tested_step`` that of the weights.
+    """
     kind = type(task)
     parts: dict[str, Any] = {"task": f"{kind.__module__}.{kind.__qualname__}", "main_metric": task.main_metric}
     parts |= told_by_callbacks(task, "describe_run")
@@ -42,8 +45,10 @@ def header(task: BaseTask, trained: Mapping[str, int]) -> dict[str, Any]:
     if task.origin is not None:
         parts["started_from"] = task.origin.as_dict()
     now = {"epoch": task.current_epoch, "global_step": task.global_step}
-    # A test of a checkpoint does not train: how far its training had come stands in the checkpoint.
-    return parts | (now if task.global_step else {**now, **trained})
+    # A test of a checkpoint does not train: how far its training had come stands in the checkpoint. After a training,
+    # the weights tested are those of the best checkpoint, which may be of an earlier step than the last.
+    tested = {"tested_step": trained.get("global_step", task.global_step)}
+    return parts | (now if task.global_step else {**now, **trained}) | tested
 
 
 def told_by_callbacks(task: BaseTask, method: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from moeapps.bounds import read_json
+
 if TYPE_CHECKING:
     import lightning as L
 
@@ -268,14 +270,41 @@ def variant_hash(config: dict[str, Any]) -> str:
     """Return 12 hex digits that name WHAT was run: as `config_hash`, but runs that differ by their seeds share it.
 
     Where data is kept and how it is loaded does not count either. Callbacks count that may change the training
-    (averaged weights, balancing, which checkpoint is best); those that only look on do not.
+    (averaged weights, balancing, which checkpoint is best); those that only look on do not. Of a run that it starts
+    from, what was run there counts and not its folder, which names a seed; where that run is gone, its path does.
     """
     data = dict(config.get("data") or {})
     data["init_args"] = {k: v for k, v in (data.get("init_args") or {}).items() if k not in _SILENT_DATA_KEYS}
-    config = _seedless({**config, "data": data})
+    config = _seedless({**config, "data": data, "model": _start_named(config.get("model"))})
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
     callbacks = [each for each in (callbacks if isinstance(callbacks, list) else [callbacks]) if not _looks_on(each)]
     return _digest(_counted(config) | ({"callbacks": callbacks} if callbacks else {}))
+
+
+def _start_named(model: Any) -> Any:
+    """A model's configuration with the hash of the run that it starts from, or of several, in place of the path."""
+    arguments = dict(model.get("init_args") or {}) if isinstance(model, dict) else {}
+    start = arguments.get("start")
+    given = start.get("init_args") if isinstance(start, dict) else None
+    if not isinstance(start, dict) or not isinstance(given, dict) or "path" not in given:
+        return model
+    paths = given["path"]
+    named = [_variant_at(each) for each in paths] if isinstance(paths, list) else _variant_at(paths)
+    return {**model, "init_args": {**arguments, "start": {**start, "init_args": {**given, "path": named}}}}
+
+
+def _variant_at(path: Any) -> Any:
+    """What a run is called in the hash of one that starts from it: its own hash, and the checkpoint where named."""
+    if not isinstance(path, str):
+        return path
+    place = Path(path)
+    try:
+        file = place.is_file()
+        folder = place.resolve().parent.parent if file else newest_version(place)
+        found = read_json(folder / "run.json").get("variant_hash")
+    except (OSError, ValueError, AttributeError):  # gone, or not one of ours: nothing but the path tells it
+        return path
+    return {"variant_hash": found, "checkpoint": place.name if file else None} if found else path
 
 
 def _looks_on(callback: Any) -> bool:

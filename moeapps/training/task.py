@@ -310,6 +310,7 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
 
     def on_train_start(self) -> None:
         """Remember where the optimizer stands (a resumed run does not start at 0); hold what is frozen."""
+        self._trained = {}  # from here on the weights are those of no checkpoint, until one is loaded
         self._last_step = self.trainer.global_step
         if self.trained is not None:
             hold_statistics(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,11 @@ def table(runs: list[RunResults], metric: str) -> dict[Path, dict[str, float]]:
     return {row.run: row.cells for row in build_matrix(runs, [], metric).rows}
 
 
-def candidate(folder: Path, variant: str, seed: int, val: list[float], unseen: list[float], **more: str) -> Path:
+def candidate(folder: Path, variant: str, seed: int, val: list[float], unseen: list[float], **more: Any) -> Path:
     """A run: [seen a, seen b, validation v] as validated, and unseen u and w as tested."""
-    path = write_run(folder, [0.5, 0.5, val[2], *unseen], variant=variant, seed=seed, **more)  # type: ignore[arg-type]
+    path = write_run(folder, [0.5, 0.5, val[2], *unseen], variant=variant, seed=seed, **more)
     roles = {"a": "seen", "b": "seen", "v": "validation"}
-    write_run(folder, list(val), variant=variant, seed=seed, stage="val", roles=roles, **more)  # type: ignore[arg-type]
+    write_run(folder, list(val), variant=variant, seed=seed, stage="val", roles=roles, **more)
     return path
 
 
@@ -78,6 +79,32 @@ def test_curves_tell_the_seen_domains_up_to_the_step_whose_weights_were_tested(t
     assert found["seen"].unseen is not None
     assert math.isnan(found["seen"].unseen.low), "one seed has no interval"
     assert found["validation"].chosen == {"toy/x": 1}, "the first of equals"
+
+
+def test_curves_tell_the_weights_that_were_tested_and_not_those_that_training_ended_with(tmp_path: Path) -> None:
+    for name, best, late in (("x", 0.6, 0.1), ("y", 0.5, 0.9)):
+        # best.ckpt is of the first five steps, whose validation is logged with the fifth of them, counted from 0.
+        path = write_run(tmp_path / name, [0.5] * 5, variant=name, global_step=10, tested_step=5)
+        (path / "metrics.csv").write_text(f"epoch,step,val/seen/acc\n0,4,{best}\n1,5,{late}\n1,9,{late}\n")
+    assert chosen([tmp_path / "x", tmp_path / "y"])["seen"].chosen == {"toy/x": 1}
+
+
+def test_the_validation_of_another_checkpoint_than_the_tested_one_is_not_looked_at(tmp_path: Path) -> None:
+    for name, best, last in (("x", 0.6, 0.1), ("y", 0.5, 0.9)):
+        path = write_run(tmp_path / name, [0.5] * 5, variant=name, tested_step=5)
+        roles = {"a": "seen"}
+        (path / "metrics.csv").write_text(f"epoch,step,val/seen/acc\n0,4,{best}\n1,9,{last}\n")
+        write_run(path, [last], variant=name, stage="val", roles=roles, tested_step=10)
+    assert chosen([tmp_path / "x", tmp_path / "y"])["seen"].chosen == {"toy/x": 1}
+
+
+def test_candidates_of_one_seed_are_those_of_one_data_seed_as_well(tmp_path: Path) -> None:
+    scores = {("x", 1): 0.9, ("y", 1): 0.1, ("x", 2): 0.2, ("y", 2): 0.3}
+    paths = []
+    for (name, seed), value in scores.items():
+        seeds = {"seed_everything": 0, "data.init_args.seed": seed}
+        paths.append(candidate(tmp_path / f"{name}{seed}", name, 0, [value] * 3, [value] * 2, seeds=seeds))
+    assert chosen(paths)["seen"].chosen == {"toy/x": 1, "toy/y": 1}
 
 
 def test_what_cannot_be_followed_says_what_to_do(tmp_path: Path) -> None:

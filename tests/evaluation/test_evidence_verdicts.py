@@ -12,7 +12,7 @@ import pytest
 from benchmarks.evidence.__main__ import ROOT
 from benchmarks.grids import list_systems, load_file, load_grid
 from moeapps.evidence.cells import CellError, CellResult, read_cells
-from moeapps.evidence.evidence import all_results, to_json
+from moeapps.evidence.evidence import Evidence, Place, all_results, to_json
 from moeapps.evidence.grid import Cell, Claim, GridError, Ladder, Variant
 from moeapps.evidence.report import render
 from moeapps.evidence.summary import summarise
@@ -119,6 +119,24 @@ def test_claims_against_a_constant_within_a_model_and_on_differences_of_differen
     assert (found["D"]["kind"], found["D"]["ci95"]) == ("exact", None)
 
 
+def test_stale_cells_are_not_compared_with_fresh_ones_and_all_stale_ones_are() -> None:
+    ladder = Ladder({"plain": Variant()}, "moe", "dense", "unseen/miou", "higher", "")
+    grid, cells = toy(ladder=ladder), results(moe=[0.6] * 3, dense=[0.5] * 3, same=[0.5] * 3)
+
+    def verdicts(*stale: str) -> list[str]:
+        found = summarise(grid, cells, stale={cell for cell in cells if cell.variant in stale})
+        return [*(claim["verdict"] for claim in found["claims"]), found["ladder"]["levels"][0].get("note", "compared")]
+
+    told = "not tested (the cells of {} were made with configs that have changed since, others with today's)"
+    assert verdicts() == verdicts("moe", "dense", "same") == ["supported", "supported", "compared"]
+    assert verdicts("moe") == [told.format("moe"), "supported", told.format("moe")]
+    assert verdicts("dense") == [told.format("dense")] * 3
+    within = Claim("B", "", "unseen/miou", "higher", "moe", "same", minus=("dense", "dense"), match="none")
+    stale = {cell for cell in cells if cell.variant != "dense"}
+    found = summarise(toy(None, (within,)), cells, stale=stale)["claims"][0]["verdict"]
+    assert found == told.format("moe, same")
+
+
 def test_headline_pairs_use_all_the_seeds_both_variants_have() -> None:
     variants = {"moe": Variant(pairs=8), "dense": Variant(pairs=8), "same": Variant()}
     cells = results(moe=[0.6] * 8, dense=[0.5] * 8, same=[0.5] * 3)
@@ -201,7 +219,8 @@ def test_every_committed_interval_and_verdict_follows_from_its_cells() -> None:
     for data in all_results(RESULTS):
         file = load_file(data["system"])
         cells = read_cells(RESULTS / file.name / "cells", file.grid.system)
-        assert almost_equal(json.loads(to_json(summarise(file.grid, cells, file.command))), data), file.name
+        stale = Evidence(file.grid, Place.of(file, ROOT)).stale()
+        assert almost_equal(json.loads(to_json(summarise(file.grid, cells, file.command, stale))), data), file.name
 
 
 def test_every_committed_grid_can_be_read_and_its_configs_exist() -> None:

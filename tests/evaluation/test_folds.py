@@ -76,9 +76,12 @@ def test_mean_and_worst_are_taken_within_each_seed(direction: str, worst: list[f
     assert cells == [["a_b", "0.5000", "0.5000", r"-0.1000 \pm 0.1000"]]
 
 
-def test_a_missing_cell_and_a_missing_score_are_told() -> None:
+def test_missing_and_stale_cells_are_told() -> None:
     cells = done(system=SYSTEM)
     assert math.isnan(fold_rows(SETTING, fold_grid(SETTING, ["t.yaml"], (), (4,), "x").grid, cells)[0].system.low)  # type: ignore[arg-type]
+    stale = [Cell("system-without-c", 5, 5), Cell("of-another-grid", 5, 5)]
+    with pytest.raises(GridError, match=r"1 of 6 cells were made with configs that .* \(system-without-c"):
+        fold_rows(SETTING, grid(), cells, stale)  # type: ignore[arg-type]
     del cells[Cell("system-without-c", 5, 5)]
     with pytest.raises(GridError, match=r"1 of 6 cells are not run \(system-without-c-s5-d5"):
         fold_rows(SETTING, grid(), cells)  # type: ignore[arg-type]

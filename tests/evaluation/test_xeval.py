@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from moeapps.cli import main
 from moeapps.evaluation.results import read_results
 from moeapps.evaluation.statistics import paired_t_interval
 from moeapps.evaluation.xeval import build_matrix, cells
 from moeapps.reporting.matrix import markdown, rich_tables
-from moeapps.training.run import seeds_of, variant_hash
 from tests.evaluation.xeval_common import write_run
 
 
@@ -129,107 +127,6 @@ def test_means_of_a_difference_are_over_the_domains_that_both_have(tmp_path: Pat
     assert found["mean seen"] == pytest.approx(0.2)
     assert "b" not in found
     assert any("Not every run has acc of b" in note for note in matrix.notes)
-
-
-# --- which runs are one variant ---
-
-
-def test_runs_are_one_variant_by_what_was_run_and_not_by_their_names(tmp_path: Path) -> None:
-    values = [0.9, 0.7, 0.6, 0.5, 0.3]
-    runs = [
-        write_run(tmp_path / "1", values, variant="first", seed=0, variant_hash="aaaaaaaaaaaa"),
-        write_run(tmp_path / "2", values, variant="again", seed=1, variant_hash="aaaaaaaaaaaa"),
-        write_run(tmp_path / "3", values, variant="first", seed=1, variant_hash="bbbbbbbbbbbb"),
-    ]
-
-    matrix = build_matrix([read_results(path) for path in runs])
-
-    assert [row.variant for row in matrix.rows] == ["toy/first#aaaaaa", "toy/first#aaaaaa", "toy/first#bbbbbb"]
-    assert list(matrix.variants) == ["toy/first#aaaaaa"]
-
-
-@pytest.mark.parametrize("names", [("a", "a"), ("a", "b")])
-def test_two_runs_of_one_seed_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
-    runs = [
-        write_run(tmp_path / str(i), [1.0] * 5, variant=name, variant_hash="aaaaaaaaaaaa")
-        for i, name in enumerate(names)
-    ]
-
-    with pytest.raises(ValueError, match="both have seed 0"):
-        build_matrix([read_results(path) for path in runs])
-    with pytest.raises(ValueError, match="both have seed 0"):
-        build_matrix([read_results(runs[0])], [read_results(runs[1])])
-
-
-def test_seeds_of_the_data_count_as_seeds_and_other_test_data_is_said(tmp_path: Path) -> None:
-    def run(name: str, data_seed: int, variant: str) -> Any:
-        seeds = {"seed_everything": 0, "data.init_args.data_seed": data_seed, "data.init_args.seed": 0}
-        values = [0.5 + 0.1 * (variant == "a"), 0.5, 0.5, 0.5, 0.5]
-        return read_results(write_run(tmp_path / name, values, variant=variant, variant_hash=variant * 12, seeds=seeds))
-
-    matrix = build_matrix([run("1", 1, "a"), run("2", 2, "a")], [run("4", 2, "b"), run("3", 1, "b")])
-
-    assert matrix.differences[0].over == "seeds"
-    assert [note for note in matrix.notes if "data.init_args.data_seed differs" in note]
-    apart = build_matrix([run("5", 1, "a")], [run("6", 2, "b")])
-    assert any("share no seed" in note for note in apart.notes)
-
-
-def test_a_run_and_its_continuation_are_one_training(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "base" / "version_0", [1.0] * 5, variant_hash="a" * 12)
-    checkpoint = str(first / "checkpoints" / "last.ckpt")
-    second = write_run(tmp_path / "base" / "version_1", [1.0] * 5, variant_hash="b" * 12, continued_from=checkpoint)
-
-    with pytest.raises(ValueError, match="the two are one training"):
-        build_matrix([read_results(second)], [read_results(first)])
-    assert len(build_matrix([read_results(second)]).rows) == 1
-
-
-def test_an_untrained_run_is_refused(tmp_path: Path) -> None:
-    run = read_results(write_run(tmp_path / "r", [1.0] * 5, global_step=0))
-
-    with pytest.raises(ValueError, match="never trained"):
-        build_matrix([run])
-
-
-def test_results_without_a_hash_are_told_apart_by_the_config_beside_them(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / str(i), [1.0] * 5, seed=i) for i in range(3)]
-    for i, (path, width) in enumerate(zip(runs, (8, 8, 16), strict=True)):
-        config = {"seed_everything": i, "model": {"init_args": {"width": width}}, "data": {"init_args": {"seed": i}}}
-        (path / "config.yaml").write_text(yaml.safe_dump(config))
-
-    matrix = build_matrix([read_results(path) for path in runs])
-
-    assert [row.variant == matrix.rows[0].variant for row in matrix.rows] == [True, True, False]
-    assert read_results(runs[1]).seeds == {"seed_everything": 1, "data.init_args.seed": 1}
-
-
-def test_the_hash_of_a_variant_forgets_seeds_and_places_alone() -> None:
-    def config(seed: int, width: int = 8, folder: str = "x", steps: int = 5) -> dict[str, Any]:
-        data = {"init_args": {"data_seed": seed, "cache_dir": folder, "source": {"init_args": {"seed": seed}}}}
-        model = {"init_args": {"width": width, "blocks": [{"init_args": {"deal_seed": seed}}]}}
-        return {"seed_everything": seed, "model": model, "data": data, "trainer": {"max_steps": steps}}
-
-    assert variant_hash(config(0)) == variant_hash(config(1, folder="y"))
-    assert len({variant_hash(c) for c in (config(0), config(0, width=9), config(0, steps=6))}) == 3
-    assert set(seeds_of(config(3)).values()) == {3}
-    assert len(seeds_of(config(3))) == 4
-
-
-def test_callbacks_that_change_the_training_make_another_variant_and_those_that_look_on_do_not() -> None:
-    def hashed(*callbacks: dict[str, Any]) -> str:
-        return variant_hash({"system": "toy", "trainer": {"callbacks": list(callbacks) or None}})
-
-    averaged = {"class_path": "moeapps.training.callbacks.AveragedWeights", "init_args": {"decay": 0.99}}
-    report = {"class_path": "moeapps.training.callbacks.ExpertReport"}
-    figures = {"class_path": "tasks.point_cloud.report.figures.ScanFigures", "init_args": {"scans": 2}}
-
-    assert hashed() == hashed(report) == hashed(report, figures)
-    assert hashed(averaged, report) == hashed(averaged) != hashed()
-    assert hashed({**averaged, "init_args": {"decay": 0.9}}) != hashed(averaged)
-    assert hashed({"class_path": "mine.Freeze", "init_args": {"seed": 1}}) == hashed(
-        {"class_path": "mine.Freeze", "init_args": {"seed": 2}}
-    )
 
 
 @pytest.mark.parametrize("width", [60, 200])

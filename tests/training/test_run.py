@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,29 @@ def test_test_of_a_run_folder_repeats_the_numbers_in_place(trained: Path) -> Non
     assert main(["validate", "--run", str(trained)]) == 0
     assert (trained / "metrics" / "val.json").is_file()
     assert main(["predict", "--run", str(trained)]) == 0
+
+
+@pytest.mark.usefixtures("no_routing_figures")
+def test_results_tell_the_step_of_the_tested_weights_and_a_continuation_where_it_came_from(tmp_path: Path) -> None:
+    flat = [*TOY, "--model.optimizer.lr", "1e-12", "--model.net.norm", "false"]  # the first epoch stays the best
+    run(["fit", *flat, "--trainer.max_epochs", "2"])
+    last = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
+    run(["fit", *flat, "--trainer.max_epochs", "3", "--ckpt_path", os.path.relpath(last)])
+    run(["fit", *flat, "--trainer.max_epochs", "1", "--trainer.enable_checkpointing", "false"])
+
+    def header(version: int) -> dict[str, Any]:
+        found = json.loads((run_folder(tmp_path, version) / "metrics" / "test.json").read_text())["header"]
+        return {key: found[key] for key in ("global_step", "tested_step", "continued_from")}
+
+    # 9 steps an epoch.
+    assert header(0) == {"global_step": 18, "tested_step": 9, "continued_from": None}
+    assert header(1) == {"global_step": 27, "tested_step": 9, "continued_from": str(last)}
+    assert header(2) == {"global_step": 9, "tested_step": 9, "continued_from": None}
+    assert main(["test", "--run", str(run_folder(tmp_path, 1)), "--ckpt_path", "last"]) == 0
+    assert header(1) == {"global_step": 27, "tested_step": 27, "continued_from": str(last)}
+    with (run_folder(tmp_path) / "metrics.csv").open() as lines:
+        steps = [int(line["step"]) for line in csv.DictReader(lines) if line.get("val/seen/accuracy")]
+    assert steps == [8, 17], "the validation of a checkpoint is logged with the step before its own"
 
 
 @pytest.mark.usefixtures("no_routing_figures")

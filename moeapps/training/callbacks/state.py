@@ -196,7 +196,8 @@ class SaveRun(SaveConfigCallback):
         self.about = str(known.get("about") or comment_of(self.config.get("config") or ()))
         # Only a fit goes on from a checkpoint; a test of the run tells what its fit did.
         fitting = stage == "fit" or trainer.state.fn == "fit"
-        self.continued = self.config.get("ckpt_path") if fitting else known.get("continued_from")
+        self.continued = _as_found(self.config.get("ckpt_path")) if fitting else known.get("continued_from")
+        self.known = known
         if not self.already_saved and stage != "fit" and folder is not None and _has_run(folder):
             self.config_filename = f"config_{getattr(stage, 'value', stage)}.yaml"
         super().setup(trainer, pl_module, stage)
@@ -230,7 +231,7 @@ class SaveRun(SaveConfigCallback):
             "seed": config.get("seed_everything"),
             "seeds": seeds_of({key: config.get(key) for key in ("seed_everything", "model", "data")}),
             "config_hash": config_hash(config),
-            "variant_hash": variant_hash(config),
+            "variant_hash": self._variant_hash(config),
             "commit": git_commit(),
             "packages": own_packages(config),
             "versions": versions(),
@@ -242,10 +243,22 @@ class SaveRun(SaveConfigCallback):
 
         ``about`` is the first comment line of the first config, which names the system and says what it is.
         ``commit`` is that of moeapps; ``packages`` has version and commit of the user's own packages.
-        ``continued_from`` is the checkpoint that a resumed training went on from, None for one from the start.
+        ``continued_from`` is the checkpoint that a resumed training went on from, with its whole path, None for one
+        from the start.
         """
-        continued = None if self.continued is None else str(self.continued)
-        return {**self.facts, "continued_from": continued, **self.times}
+        return {**self.facts, "continued_from": self.continued, **self.times}
+
+    def _variant_hash(self, config: dict[str, Any]) -> str:
+        """What was run is known from the training on: the run it started from may have gone since."""
+        known = self.known.get("variant_hash")
+        same = self.known.get("config_hash") == config_hash(config)
+        return str(known) if known and same else variant_hash(config)
+
+
+def _as_found(checkpoint: Any) -> str | None:
+    """A checkpoint as it is found from any folder: results are read elsewhere than runs are trained."""
+    path = None if checkpoint is None else str(checkpoint)
+    return str(Path(path).resolve()) if path is not None and Path(path).is_file() else path
 
 
 def comment_of(configs: Sequence[Any]) -> str:
