@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -25,6 +26,22 @@ model:
 trainer: {max_epochs: 2}
 """
 WHOLE = ROUTER.replace('    trained: ["*.router.*"]\n', "").replace("second stage, the router alone", "third stage")
+
+
+class PressAtStart(L.Callback):
+    """Interrupt a training of two epochs that begins before it has a checkpoint, once.
+
+    Args:
+        mark: file that says it was.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self.mark = Path(mark)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.max_epochs == 2 and trainer.global_step == 0 and not self.mark.exists():
+            self.mark.touch()
+            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -128,6 +145,27 @@ def test_stages_of_other_settings_or_weights_are_refused_and_made_again_on_deman
     held.write(record)
     assert main(words(stages[:2])) == 2
     assert "other weights of the stage before" in capsys.readouterr().err
+
+
+@pytest.mark.medium
+def test_a_stage_made_again_never_goes_on_from_the_run_of_other_settings(tmp_path: Path, stages: list[str]) -> None:
+    """The new run is cut before it has a checkpoint; only the old one's are there."""
+    press = ["--trainer.callbacks+=test_curriculum.PressAtStart", f"--trainer.callbacks.mark={tmp_path / 'mark'}"]
+    assert main(words(stages[:1], *press)) == 0
+    Path(stages[0]).write_text(FIRST.replace("1", "2"), encoding="utf-8")
+    assert main([*words(stages[:1], *press), "--redo"]) == 130
+    assert done(tmp_path, "curriculum")["first"] == 1
+    assert main(words(stages[:1], *press)) == 0
+
+    run = Path(done(tmp_path, "curriculum")["run"])
+    assert json.loads((run / "run.json").read_text())["continued_from"] is None
+    assert state(run)["global_step"] == 18
+
+
+def test_the_record_of_a_stage_from_before_it_named_its_first_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_text('{"settings": "a", "source": null, "run": "b", "checkpoint": "c"}')
+
+    assert Done.read(tmp_path / "stage.json") == Done("a", None, "b", "c", first=0)
 
 
 @pytest.mark.medium

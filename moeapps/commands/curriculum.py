@@ -73,6 +73,8 @@ class Done:
         source: digest of the checkpoint it started from; None for the first.
         run: its run folder, once it is finished.
         checkpoint: digest of the last checkpoint there.
+        seconds: how long the last command that worked on it took.
+        first: number of the first version that these settings made; earlier ones are of others.
     """
 
     settings: str
@@ -80,6 +82,7 @@ class Done:
     run: str | None = None
     checkpoint: str | None = None
     seconds: float = field(default=0.0)
+    first: int = 0
 
     @classmethod
     def read(cls, file: Path) -> Done | None:
@@ -230,6 +233,7 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     """Run a stage unless it is done; return its run folder."""
     from moeapps.commands.run import run
     from moeapps.training.checkpoints import CheckpointError
+    from moeapps.training.run import next_version
     from moeapps.training.stages import checkpoint_file, file_digest
 
     title = f"stage {stage.number} ({stage.config})"
@@ -250,7 +254,10 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     words = [*stage.words, "--name", stage.name]
     words += [] if source is None else [f"--{START}.init_args.path={source}"]
     words += [] if stage.last else ["--test_after_fit=false"]
-    resumed = None if known is None else newest_checkpoint(stage.folder)
+    wanted.first = next_version(stage.folder)
+    if known is not None:  # a smaller number comes where versions were deleted
+        wanted.first = min(known.first, wanted.first)
+    resumed = None if known is None else newest_checkpoint(stage.folder, wanted.first)
     words += [] if resumed is None else [f"--ckpt_path={resumed}"]
     wanted.write(file)
     log.info("%s %s", title, "begins" if resumed is None else f"goes on from {resumed}")
@@ -282,12 +289,18 @@ def settings_digest(words: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with which a run goes on: the newest whole one of the newest version that has any."""
+def newest_checkpoint(folder: Path, first: int = 0) -> Path | None:
+    """Return the checkpoint with which a run goes on: the newest whole one of the newest version that has any.
+
+    Args:
+        folder: of all versions of the run.
+        first: number of the first version that may be gone on with.
+    """
     from moeapps.training.checkpoints import first_whole
     from moeapps.training.run import versions_of
 
-    return next(filter(None, (first_whole(version / "checkpoints") for version in versions_of(folder))), None)
+    versions = versions_of(folder, first)
+    return next(filter(None, (first_whole(version / "checkpoints") for version in versions)), None)
 
 
 def _check_unchanged(title: str, run: Path, digest: str | None) -> None:
