@@ -28,6 +28,20 @@ trainer: {max_epochs: 2}
 WHOLE = ROUTER.replace('    trained: ["*.router.*"]\n', "").replace("second stage, the router alone", "third stage")
 
 
+class PressInTest(L.Callback):
+    """Interrupt the test after a training; not where nothing was left to train."""
+
+    def __init__(self) -> None:
+        self.trained = False
+
+    def on_train_start(self, *args: Any) -> None:
+        self.trained = True
+
+    def on_test_start(self, *args: Any) -> None:
+        if self.trained:
+            raise KeyboardInterrupt
+
+
 class PressAtStart(L.Callback):
     """Interrupt a training of two epochs that begins before it has a checkpoint, once.
 
@@ -145,6 +159,21 @@ def test_stages_of_other_settings_or_weights_are_refused_and_made_again_on_deman
     held.write(record)
     assert main(words(stages[:2])) == 2
     assert "other weights of the stage before" in capsys.readouterr().err
+
+
+@pytest.mark.medium
+def test_a_stage_that_was_cut_in_its_test_is_tested_and_done(tmp_path: Path, stages: list[str]) -> None:
+    cut = {0: ["--trainer.callbacks+=test_curriculum.PressInTest"]}
+    assert main(words(stages[:1], own=cut)) == 130
+    assert not (toy(tmp_path, "curriculum") / "version_0" / "metrics" / "test.json").exists()
+    assert main(words(stages[:1], own=cut)) == 0
+
+    again = toy(tmp_path, "curriculum") / "version_1"
+    assert done(tmp_path, "curriculum")["run"] == str(again)
+    assert (again / "metrics" / "test.json").is_file()
+    assert moved(again.with_name("version_0"), again) == []
+    assert main(words(stages[:1], own=cut)) == 0
+    assert len(list(again.parent.glob("version_*"))) == 2
 
 
 @pytest.mark.medium

@@ -90,6 +90,19 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_a_damaged_best_one_refused
     assert read_checkpoint(folder(tmp_path, 2) / "checkpoints" / "best.ckpt")["epoch"] == 3
 
 
+def test_a_fit_that_finds_nothing_left_to_train_leaves_a_folder_to_go_on_from(tmp_path: Path) -> None:
+    run([*FIT, "--trainer.max_epochs", "2"])
+    run(["fit", "--run", str(folder(tmp_path)), *QUIET])
+
+    first, again = (folder(tmp_path, version) / "checkpoints" for version in (0, 1))
+    for file in ("best.ckpt", "last.ckpt"):
+        assert (again / file).read_bytes() == (first / file).read_bytes()
+    check_whole(again / "last.ckpt")
+    longer = run(["fit", "--run", str(again.parent), *QUIET, "--trainer.max_epochs", "3"])
+    assert longer.config.fit.ckpt_path == str(again / "last.ckpt")
+    assert longer.trainer.global_step == 27
+
+
 def test_last_and_best_are_those_of_the_named_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--ckpt_path", "last"]) == 2
     assert "--ckpt_path last: no run in" in capsys.readouterr().err

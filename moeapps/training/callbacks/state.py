@@ -107,7 +107,8 @@ class BestCheckpoint(ModelCheckpoint):
     best.ckpt, and the last weights are what is tested.
 
     Lightning's own ``save_last`` writes only when the best improves, which is of no use for going on. A resumed run
-    gets a folder of its own; it takes the best checkpoint so far, and its score, along.
+    gets a folder of its own; it takes the best checkpoint so far, and its score, along. Where nothing was left to
+    train, last.ckpt there is a copy of what was resumed.
 
     Args:
         monitor: key of the metric that decides.
@@ -119,11 +120,18 @@ class BestCheckpoint(ModelCheckpoint):
         self._said: set[str] = set()
         self._resumes = True
         self._resumed: Path | None = None  # the checkpoint that training goes on from
+        self._trains = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Note whether a training will go on: a test takes nothing along."""
         self._resumes = trainer.state.fn == "fit"
+        self._resumed, self._trains = None, False
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that there is something to train."""
+        self._trains = True
+        super().on_train_start(trainer, pl_module)
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         """Store the score that chooses under the monitor's name, where Lightning looks for it."""
@@ -160,6 +168,17 @@ class BestCheckpoint(ModelCheckpoint):
         if self.dirpath is not None and not getattr(trainer, "fast_dev_run", False):
             self.last_model_path = str(Path(self.dirpath) / "last.ckpt")
             trainer.save_checkpoint(self.last_model_path)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the folder of a training that was over already begin where it ended, for whoever goes on from here."""
+        dry = self.dirpath is None or getattr(trainer, "fast_dev_run", False)
+        if self._trains or dry or self._resumed is None or not self._resumed.is_file():
+            return
+        last = Path(cast(str, self.dirpath)) / "last.ckpt"
+        if trainer.is_global_zero and not last.is_file():
+            copy_checkpoint(self._resumed, last)
+        self.last_model_path = str(last)
+        trainer.strategy.barrier("last.ckpt")  # who reads it next may be another process
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note where the checkpoint lies: its best is looked for beside it."""
