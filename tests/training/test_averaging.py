@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -84,6 +86,42 @@ def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path, accu
     for part in ("state_dict", "current_model_state"):
         for name, value in whole[part].items():
             torch.testing.assert_close(rest[part][name], value)
+
+
+@pytest.fixture
+def _restored_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def checkpoint(tmp_path: Path, name: str, file: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Average and weights of a checkpoint of a run."""
+    held = torch.load(tmp_path / "runs" / "toy" / name / "version_0" / "checkpoints" / file, weights_only=True)
+    return {part: held[part] for part in ("state_dict", "current_model_state")}
+
+
+def differing(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> list[str]:
+    return [f"{part} {name}" for part in a for name in a[part] if not torch.equal(a[part][name], b[part][name])]
+
+
+@pytest.mark.usefixtures("_restored_signals")
+@pytest.mark.parametrize("before", [(), ("moeapps.training.callbacks.InterruptCheckpoint",)], ids=["after", "before"])
+def test_a_validation_that_is_cut_leaves_weights_and_average_in_their_places(
+    tmp_path: Path, before: tuple[str, ...]
+) -> None:
+    """Whether the checkpoint is written after or before the average hears of the interruption."""
+    words = ["fit", *TOY, "--test_after_fit", "false", "--trainer.max_epochs", "3"]
+    assert main([*words, *averaging(tmp_path, "tests.toy.KeepEpochs"), "--name", "whole"]) == 0
+    cut = averaging(tmp_path, *before, "tests.toy.PressKeyInValidation")
+    assert main([*words, *cut, "--name", "cut"]) == 130
+    at = checkpoint(tmp_path, "whole", "epoch=1.ckpt")
+    assert differing(checkpoint(tmp_path, "cut", "interrupted.ckpt"), at) == []
+    path = tmp_path / "runs" / "toy" / "cut" / "version_0" / "checkpoints" / "interrupted.ckpt"
+    assert main([*words, *averaging(tmp_path), "--name", "rest", "--ckpt_path", str(path)]) == 0
+
+    assert differing(checkpoint(tmp_path, "rest", "last.ckpt"), checkpoint(tmp_path, "whole", "last.ckpt")) == []
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
