@@ -88,6 +88,27 @@ def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path, accu
             torch.testing.assert_close(rest[part][name], value)
 
 
+class Evaluated(L.Callback):
+    """Keep the weights of the last evaluation."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def test_a_validation_after_the_fit_is_of_the_checkpoint_that_it_is_given(tmp_path: Path) -> None:
+    overlay = averaging(tmp_path, "tests.toy.KeepEpochs", "test_averaging.Evaluated")
+    done = run(["fit", *TOY, *overlay, "--test_after_fit", "false", "--trainer.max_epochs", "2"])
+    path = tmp_path / "runs" / "toy" / "base" / "version_0" / "checkpoints" / "epoch=0.ckpt"
+    done.trainer.validate(done.model, datamodule=done.datamodule, ckpt_path=str(path), verbose=False)
+    tape = next(callback for callback in done.trainer.callbacks if isinstance(callback, Evaluated))
+
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert [name for name in saved if not torch.equal(saved[name], tape.weights[name])] == []
+
+
 @pytest.fixture
 def _restored_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)

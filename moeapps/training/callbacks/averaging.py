@@ -72,8 +72,8 @@ class AveragedWeights(WeightAveraging):
         return step_idx is not None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Have the average evaluated."""
-        self._evaluate_average(pl_module, True)
+        """Have the average evaluated while it is trained; any later command says itself what it evaluates."""
+        self._evaluate_average(pl_module, trainer.state.fn == TrainerFn.FITTING)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the weights back."""
