@@ -80,8 +80,10 @@ class MoESummary(L.Callback):
     @property
     def train_flops(self) -> int | None:
         """What the training steps so far have cost, with those of the runs it started from; None if not known."""
-        if self.training is None or self._task is None:
+        if self._task is None:
             return self._earlier
+        if self.training is None:  # what was spent before this training is not all
+            return None
         before = 0 if self._task.origin is None else self._task.origin.train_flops
         own = self.training.flops(self._task.step_kinds(self.steps, self.training.steps))
         return None if before is None else before + own
