@@ -209,6 +209,9 @@ def test_a_checkpoint_that_is_gone_or_another_one_is_told(
     checkpoint.unlink()
     assert main(words(stages[:1])) == 2
     assert "its checkpoint is gone" in capsys.readouterr().err
+    assert main([*words(stages[:1]), "--redo"]) == 0  # as both lines say
+    assert done(tmp_path, "curriculum")["run"] == str(toy(tmp_path, "curriculum") / "version_1")
+    assert main(words(stages[:1])) == 0
 
 
 def test_files_come_first_then_common_options_then_those_of_the_stage(tmp_path: Path, stages: list[str]) -> None:

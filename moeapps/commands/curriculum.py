@@ -31,7 +31,7 @@ What stands before the first --stage is for all of them; options win over the fi
 
   --name NAME      of the last stage's run, runs/<system>/NAME (default: curriculum); earlier ones are NAME_stage0, ...
   --shared DIR     keep earlier stages there, found again by any chain that begins with the same ones (and seeds)
-  --redo           train stages again whose settings have changed since, and those that follow
+  --redo           train stages again whose settings or checkpoints have changed since, and those that follow
 
 The same command goes on after an interruption; stages that are done are left alone. The last stage is tested.
 
@@ -248,9 +248,13 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
             )
         known = None
     if known is not None and known.run is not None:
-        _check_unchanged(title, Path(known.run), known.checkpoint)
-        log.info("%s is done: %s", title, known.run)
-        return Path(known.run)
+        changed = _changed(title, Path(known.run), known.checkpoint)
+        if changed is None:
+            log.info("%s is done: %s", title, known.run)
+            return Path(known.run)
+        if not redo:
+            raise UsageError(changed)
+        known = None
     words = [*stage.words, "--name", stage.name]
     words += [] if source is None else [f"--{START}.init_args.path={source}"]
     words += [] if stage.last else ["--test_after_fit=false"]
@@ -303,15 +307,18 @@ def newest_checkpoint(folder: Path, first: int = 0) -> Path | None:
     return next(filter(None, (first_whole(version / "checkpoints") for version in versions)), None)
 
 
-def _check_unchanged(title: str, run: Path, digest: str | None) -> None:
+def _changed(title: str, run: Path, digest: str | None) -> str | None:
+    """Say what is wrong with the checkpoint of a stage that is done, and what helps; None where nothing is."""
     from moeapps.training.stages import StageError, checkpoint_file, file_digest
 
+    helps = "put it back, or use --redo to train the stage again"
     try:
         found = file_digest(checkpoint_file(run))
-    except StageError as error:
-        raise UsageError(f"{title} was done, but its checkpoint is gone: {error}") from error
+    except StageError:
+        return f"{title} was done, but its checkpoint is gone: there is no {run / 'checkpoints' / 'last.ckpt'}; {helps}"
     if found != digest:
-        raise UsageError(f"{title}: the checkpoint in {run} is not the one that the stage ended with; use --redo")
+        return f"{title}: the checkpoint in {run} is not the one that the stage ended with; {helps}"
+    return None
 
 
 def _cut(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
