@@ -162,6 +162,16 @@ def test_stages_of_other_settings_or_weights_are_refused_and_made_again_on_deman
 
 
 @pytest.mark.medium
+def test_stages_that_were_moved_are_done(tmp_path: Path, stages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(words(stages[:2])) == 0
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    monkeypatch.setenv("MOEAPPS_RUNS", str(tmp_path / "moved"))
+    assert main(words(stages[:2])) == 0
+
+    assert len(list((tmp_path / "moved").rglob("version_*"))) == 2  # nothing was made again
+
+
+@pytest.mark.medium
 def test_a_stage_that_was_cut_in_its_test_is_tested_and_done(tmp_path: Path, stages: list[str]) -> None:
     cut = {0: ["--trainer.callbacks+=test_curriculum.PressInTest"]}
     assert main(words(stages[:1], own=cut)) == 130

@@ -248,10 +248,11 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
             )
         known = None
     if known is not None and known.run is not None:
-        changed = _changed(title, Path(known.run), known.checkpoint)
+        place = stage.folder / Path(known.run).name  # where it is now: the runs may have been moved since
+        changed = _changed(title, place, known.checkpoint)
         if changed is None:
-            log.info("%s is done: %s", title, known.run)
-            return Path(known.run)
+            log.info("%s is done: %s", title, place)
+            return place
         if not redo:
             raise UsageError(changed)
         known = None
