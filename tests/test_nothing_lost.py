@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -258,11 +259,32 @@ def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_a_validation_stops_at_once_and_its_scores_are_made_anew(tmp_path: Path) -> None:
-    def scores(path: Path) -> list[str]:
-        with (path / "metrics.csv").open() as file:
-            return [row["val/seen/accuracy"] for row in csv.DictReader(file) if row["val/seen/accuracy"]]
+def scores(path: Path) -> list[str]:
+    with (path / "metrics.csv").open() as file:
+        return [row["val/seen/accuracy"] for row in csv.DictReader(file) if row["val/seen/accuracy"]]
 
+
+class SaveInValidation(L.Callback):
+    """Write a checkpoint within the validation of the second epoch, as SLURM's signal does, and go on."""
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, loader: int = 0
+    ) -> None:
+        if trainer.current_epoch == 1 and (i, loader) == (1, 1) and not trainer.sanity_checking:
+            trainer.save_checkpoint(Path(str(trainer.log_dir)) / "hpc_ckpt_1.ckpt")
+
+
+def test_a_checkpoint_written_within_a_validation_goes_on_with_all_of_it(tmp_path: Path) -> None:
+    whole = run([*FIT, f"{ADD}test_nothing_lost.SaveInValidation", "--trainer.max_epochs", "3"])
+    path = folder(tmp_path) / "hpc_ckpt_1.ckpt"
+    resumed = run([*FIT, "--ckpt_path", str(path), "--trainer.max_epochs", "3"])
+
+    assert len(scores(folder(tmp_path))) == 3
+    assert scores(folder(tmp_path, 1)) == scores(folder(tmp_path))[1:]
+    assert all(torch.equal(value, resumed.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
+
+
+def test_ctrl_c_in_a_validation_stops_at_once_and_its_scores_are_made_anew(tmp_path: Path) -> None:
     run([*FIT, "--trainer.max_epochs", "3"])
     with pytest.raises(SystemExit):
         run([*FIT, f"{ADD}tests.toy.PressKeyInValidation", "--trainer.max_epochs", "3"])
