@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,24 @@ def test_a_validation_that_is_cut_leaves_weights_and_average_in_their_places(
     assert main([*words, *averaging(tmp_path), "--name", "rest", "--ckpt_path", str(path)]) == 0
 
     assert differing(checkpoint(tmp_path, "rest", "last.ckpt"), checkpoint(tmp_path, "whole", "last.ckpt")) == []
+
+
+class PressAtEnd(L.Callback):
+    """Send a real Ctrl-C when the last step is done."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("_restored_signals")
+def test_a_training_that_is_cut_after_its_last_step_still_knows_the_weights(tmp_path: Path) -> None:
+    words = ["fit", *TOY, *averaging(tmp_path, "test_averaging.PressAtEnd"), "--test_after_fit", "false"]
+    assert main([*words, "--trainer.max_epochs", "2"]) == 130
+
+    last = checkpoint(tmp_path, "base", "last.ckpt")
+    assert differing(checkpoint(tmp_path, "base", "interrupted.ckpt"), last) == []
+    assert not torch.equal(*(last[part]["net.first.weight"] for part in ("state_dict", "current_model_state")))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

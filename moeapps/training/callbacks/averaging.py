@@ -73,15 +73,22 @@ class AveragedWeights(WeightAveraging):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have the average evaluated while it is trained; any later command says itself what it evaluates."""
-        self._evaluate_average(pl_module, trainer.state.fn == TrainerFn.FITTING)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluate_average(pl_module, True)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the weights back."""
-        self._evaluate_average(pl_module, False)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluate_average(pl_module, False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in the network, for the test; the weights stay, for a checkpoint that is written yet."""
+        self._evaluate_average(pl_module, True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the weights back where a validation was cut: whoever uses the network from here on means them."""
-        self._evaluate_average(pl_module, False)
+        """Put the weights back where a training was cut: whoever uses the network from here on means them."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluate_average(pl_module, False)
 
     def _evaluate_average(self, task: L.LightningModule, wanted: bool) -> None:
         """Exchange network and average, unless they are where they are wanted."""
@@ -97,7 +104,7 @@ class AveragedWeights(WeightAveraging):
         """Put the average where weights are looked for, and the weights themselves beside it."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["averaging_step"] = self._latest_update_step
-        if self._swapped:  # saved within a validation: by a signal of the queue, or before our `on_exception`
+        if self._swapped:  # within a validation, by a signal of the queue or before our `on_exception`; after training
             weights, average = checkpoint["state_dict"], checkpoint["current_model_state"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
 
