@@ -22,7 +22,8 @@ from torch import nn
 
 from moeapps.cli import main
 from moeapps.commands.messages import option_names
-from moeapps.commands.run import Cli, import_tasks, quiet
+from moeapps.commands.run import Cli, import_tasks, quiet, run
+from moeapps.training.callbacks import PredictionWriter
 from tasks.image_diffusion.model import LATENTS
 from tasks.point_cloud.data.features import IN_DIM
 from tests.systems import BASELINES, BASES, OTHERS, PAPERS, base_of, flags, name, tiny
@@ -152,8 +153,13 @@ def test_base_config_fits_tests_and_predicts(path: Path, tmp_path: Path) -> None
     assert results["header"]["flops_per_token"] > 0
     assert main(["test", "--run", str(folder), *QUICK]) == 0
     assert json.loads((folder / "metrics" / "test.json").read_text())["rows"] == results["rows"]
-    assert main(["predict", "--run", str(folder), *QUICK]) == 0
-    assert any(path.is_file() for path in (folder / "predictions").rglob("*"))
+    done = run(["predict", "--run", str(folder), *QUICK])
+    place, writer = folder / "predictions", done.model.prediction_writer() or PredictionWriter()
+    files = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    patterns = [writer.written(domain) for domain in done.datamodule.eval_domains("predict")]
+    assert files
+    # What a later predict removes; else rows of both would be read.
+    assert [file for file in files if not any(re.fullmatch(pattern, file) for pattern in patterns)] == []
 
 
 # At its own inner rate CAVIA diverges on data this small, as it does on some seeds of the evidence, and says so.

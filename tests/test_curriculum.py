@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -29,6 +30,36 @@ model:
 trainer: {max_epochs: 2}
 """
 WHOLE = ROUTER.replace('    trained: ["*.router.*"]\n', "").replace("second stage, the router alone", "third stage")
+
+
+class PressInTest(L.Callback):
+    """Interrupt the test after a training; not where nothing was left to train."""
+
+    def __init__(self) -> None:
+        self.trained = False
+
+    def on_train_start(self, *args: Any) -> None:
+        self.trained = True
+
+    def on_test_start(self, *args: Any) -> None:
+        if self.trained:
+            raise KeyboardInterrupt
+
+
+class PressAtStart(L.Callback):
+    """Interrupt a training of two epochs that begins before it has a checkpoint, once.
+
+    Args:
+        mark: file that says it was.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self.mark = Path(mark)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.max_epochs == 2 and trainer.global_step == 0 and not self.mark.exists():
+            self.mark.touch()
+            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -156,6 +187,52 @@ def test_stages_of_other_settings_or_weights_are_refused_and_made_again_on_deman
 
 
 @pytest.mark.medium
+def test_stages_that_were_moved_are_done(tmp_path: Path, stages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(words(stages[:2])) == 0
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    monkeypatch.setenv("MOEAPPS_RUNS", str(tmp_path / "moved"))
+    assert main(words(stages[:2])) == 0
+
+    assert len(list((tmp_path / "moved").rglob("version_*"))) == 2  # nothing was made again
+
+
+@pytest.mark.medium
+def test_a_stage_that_was_cut_in_its_test_is_tested_and_done(tmp_path: Path, stages: list[str]) -> None:
+    cut = {0: ["--trainer.callbacks+=test_curriculum.PressInTest"]}
+    assert main(words(stages[:1], own=cut)) == 130
+    assert not (toy(tmp_path, "curriculum") / "version_0" / "metrics" / "test.json").exists()
+    assert main(words(stages[:1], own=cut)) == 0
+
+    again = toy(tmp_path, "curriculum") / "version_1"
+    assert done(tmp_path, "curriculum")["run"] == str(again)
+    assert (again / "metrics" / "test.json").is_file()
+    assert moved(again.with_name("version_0"), again) == []
+    assert main(words(stages[:1], own=cut)) == 0
+    assert len(list(again.parent.glob("version_*"))) == 2
+
+
+@pytest.mark.medium
+def test_a_stage_made_again_never_goes_on_from_the_run_of_other_settings(tmp_path: Path, stages: list[str]) -> None:
+    """The new run is cut before it has a checkpoint; only the old one's are there."""
+    press = ["--trainer.callbacks+=test_curriculum.PressAtStart", f"--trainer.callbacks.mark={tmp_path / 'mark'}"]
+    assert main(words(stages[:1], *press)) == 0
+    Path(stages[0]).write_text(FIRST.replace("1", "2"), encoding="utf-8")
+    assert main([*words(stages[:1], *press), "--redo"]) == 130
+    assert done(tmp_path, "curriculum")["first"] == 1
+    assert main(words(stages[:1], *press)) == 0
+
+    run = Path(done(tmp_path, "curriculum")["run"])
+    assert json.loads((run / "run.json").read_text())["continued_from"] is None
+    assert state(run)["global_step"] == 18
+
+
+def test_the_record_of_a_stage_from_before_it_named_its_first_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_text('{"settings": "a", "source": null, "run": "b", "checkpoint": "c"}')
+
+    assert Done.read(tmp_path / "stage.json") == Done("a", None, "b", "c", first=0)
+
+
+@pytest.mark.medium
 def test_a_checkpoint_that_is_gone_or_another_one_is_told(
     tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +244,9 @@ def test_a_checkpoint_that_is_gone_or_another_one_is_told(
     checkpoint.unlink()
     assert main(words(stages[:1])) == 2
     assert "its checkpoint is gone" in capsys.readouterr().err
+    assert main([*words(stages[:1]), "--redo"]) == 0  # as both lines say
+    assert done(tmp_path, "curriculum")["run"] == str(toy(tmp_path, "curriculum") / "version_1")
+    assert main(words(stages[:1])) == 0
 
 
 def test_files_come_first_then_common_options_then_those_of_the_stage(tmp_path: Path, stages: list[str]) -> None:

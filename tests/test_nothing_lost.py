@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -88,6 +89,19 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_a_damaged_best_one_refused
     )
     assert again.trainer.checkpoint_callback.best_model_path == str(folder(tmp_path, 2) / "checkpoints" / "best.ckpt")
     assert read_checkpoint(folder(tmp_path, 2) / "checkpoints" / "best.ckpt")["epoch"] == 3
+
+
+def test_a_fit_that_finds_nothing_left_to_train_leaves_a_folder_to_go_on_from(tmp_path: Path) -> None:
+    run([*FIT, "--trainer.max_epochs", "2"])
+    run(["fit", "--run", str(folder(tmp_path)), *QUIET])
+
+    first, again = (folder(tmp_path, version) / "checkpoints" for version in (0, 1))
+    for file in ("best.ckpt", "last.ckpt"):
+        assert (again / file).read_bytes() == (first / file).read_bytes()
+    check_whole(again / "last.ckpt")
+    longer = run(["fit", "--run", str(again.parent), *QUIET, "--trainer.max_epochs", "3"])
+    assert longer.config.fit.ckpt_path == str(again / "last.ckpt")
+    assert longer.trainer.global_step == 27
 
 
 def test_last_and_best_are_those_of_the_named_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,11 +259,32 @@ def test_ctrl_c_inside_a_step_waits_for_its_end_and_fit_goes_on_there(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_a_validation_stops_at_once_and_its_scores_are_made_anew(tmp_path: Path) -> None:
-    def scores(path: Path) -> list[str]:
-        with (path / "metrics.csv").open() as file:
-            return [row["val/seen/accuracy"] for row in csv.DictReader(file) if row["val/seen/accuracy"]]
+def scores(path: Path) -> list[str]:
+    with (path / "metrics.csv").open() as file:
+        return [row["val/seen/accuracy"] for row in csv.DictReader(file) if row["val/seen/accuracy"]]
 
+
+class SaveInValidation(L.Callback):
+    """Write a checkpoint within the validation of the second epoch, as SLURM's signal does, and go on."""
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int, loader: int = 0
+    ) -> None:
+        if trainer.current_epoch == 1 and (i, loader) == (1, 1) and not trainer.sanity_checking:
+            trainer.save_checkpoint(Path(str(trainer.log_dir)) / "hpc_ckpt_1.ckpt")
+
+
+def test_a_checkpoint_written_within_a_validation_goes_on_with_all_of_it(tmp_path: Path) -> None:
+    whole = run([*FIT, f"{ADD}test_nothing_lost.SaveInValidation", "--trainer.max_epochs", "3"])
+    path = folder(tmp_path) / "hpc_ckpt_1.ckpt"
+    resumed = run([*FIT, "--ckpt_path", str(path), "--trainer.max_epochs", "3"])
+
+    assert len(scores(folder(tmp_path))) == 3
+    assert scores(folder(tmp_path, 1)) == scores(folder(tmp_path))[1:]
+    assert all(torch.equal(value, resumed.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
+
+
+def test_ctrl_c_in_a_validation_stops_at_once_and_its_scores_are_made_anew(tmp_path: Path) -> None:
     run([*FIT, "--trainer.max_epochs", "3"])
     with pytest.raises(SystemExit):
         run([*FIT, f"{ADD}tests.toy_callbacks.PressKeyInValidation", "--trainer.max_epochs", "3"])

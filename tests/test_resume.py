@@ -74,6 +74,41 @@ def test_resumed_run_takes_the_best_checkpoint_along(tmp_path: Path) -> None:
     assert resumed.trainer.checkpoint_callback.best_model_path == str(checkpoints(tmp_path, 1) / "best.ckpt")
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_best_so_far_is_found_once_the_runs_were_moved(tmp_path: Path, replaced: bool) -> None:
+    """Also where another run has taken the place, whose best is not this one's."""
+    run([*TOY, "--trainer.max_epochs", "1"])
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    if replaced:
+        run([*TOY, "--trainer.max_epochs", "1", "--seed_everything", "5"])
+    held = tmp_path / "moved" / "toy" / "base" / "version_0" / "checkpoints"
+    words = ["--trainer.max_epochs", "2", "--ckpt_path", str(held / "last.ckpt"), "--model.optimizer.lr", "1e-12"]
+    resumed = run([*TOY, *words])
+
+    best = checkpoints(tmp_path, int(replaced)) / "best.ckpt"
+    assert resumed.trainer.checkpoint_callback.best_model_path == str(best)
+    assert best.read_bytes() == (held / "best.ckpt").read_bytes()
+
+
+def test_the_best_so_far_is_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new folder has the name there that the old one has here."""
+    toy = ["fit", "--config", str(Path("tests/toy.yaml").resolve()), *TOY[3:]]
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.setenv("MOEAPPS_RUNS", "runs")
+    monkeypatch.chdir(here)
+    run([*toy, "--trainer.max_epochs", "1"])
+    monkeypatch.chdir(there)
+    held = checkpoints(here, 0)
+    words = ["--trainer.max_epochs", "2", "--ckpt_path", str(held / "last.ckpt"), "--model.optimizer.lr", "1e-12"]
+    run([*toy, *words])
+
+    assert (checkpoints(there, 0) / "best.ckpt").read_bytes() == (held / "best.ckpt").read_bytes()
+
+
 @pytest.fixture
 def _restored_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)

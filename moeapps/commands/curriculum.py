@@ -31,7 +31,7 @@ What stands before the first --stage is for all of them; options win over the fi
 
   --name NAME      of the last stage's run, runs/<system>/NAME (default: curriculum); earlier ones are NAME_stage0, ...
   --shared DIR     keep earlier stages there, found again by any chain that begins with the same ones (and seeds)
-  --redo           train stages again whose settings have changed since, and those that follow
+  --redo           train stages again whose settings or checkpoints have changed since, and those that follow
 
 The same command goes on after an interruption; stages that are done are left alone. The last stage is tested.
 
@@ -73,6 +73,8 @@ class Done:
         source: digest of the checkpoint it started from; None for the first.
         run: its run folder, once it is finished.
         checkpoint: digest of the last checkpoint there.
+        seconds: how long the last command that worked on it took.
+        first: number of the first version that these settings made; earlier ones are of others.
     """
 
     settings: str
@@ -80,6 +82,7 @@ class Done:
     run: str | None = None
     checkpoint: str | None = None
     seconds: float = field(default=0.0)
+    first: int = 0
 
     @classmethod
     def read(cls, file: Path) -> Done | None:
@@ -230,6 +233,7 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     """Run a stage unless it is done; return its run folder."""
     from moeapps.commands.run import run
     from moeapps.training.checkpoints import CheckpointError
+    from moeapps.training.run import next_version
     from moeapps.training.stages import checkpoint_file, file_digest
 
     title = f"stage {stage.number} ({stage.config})"
@@ -244,13 +248,21 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
             )
         known = None
     if known is not None and known.run is not None:
-        _check_unchanged(title, Path(known.run), known.checkpoint)
-        log.info("%s is done: %s", title, known.run)
-        return Path(known.run)
+        place = stage.folder / Path(known.run).name  # where it is now: the runs may have been moved since
+        changed = _changed(title, place, known.checkpoint)
+        if changed is None:
+            log.info("%s is done: %s", title, place)
+            return place
+        if not redo:
+            raise UsageError(changed)
+        known = None
     words = [*stage.words, "--name", stage.name]
     words += [] if source is None else [f"--{START}.init_args.path={source}"]
     words += [] if stage.last else ["--test_after_fit=false"]
-    resumed = None if known is None else newest_checkpoint(stage.folder)
+    wanted.first = next_version(stage.folder)
+    if known is not None:  # a smaller number comes where versions were deleted
+        wanted.first = min(known.first, wanted.first)
+    resumed = None if known is None else newest_checkpoint(stage.folder, wanted.first)
     words += [] if resumed is None else [f"--ckpt_path={resumed}"]
     wanted.write(file)
     log.info("%s %s", title, "begins" if resumed is None else f"goes on from {resumed}")
@@ -282,23 +294,32 @@ def settings_digest(words: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with which a run goes on: the newest whole one of the newest version that has any."""
+def newest_checkpoint(folder: Path, first: int = 0) -> Path | None:
+    """Return the checkpoint with which a run goes on: the newest whole one of the newest version that has any.
+
+    Args:
+        folder: of all versions of the run.
+        first: number of the first version that may be gone on with.
+    """
     from moeapps.training.checkpoints import first_whole
     from moeapps.training.run import versions_of
 
-    return next(filter(None, (first_whole(version / "checkpoints") for version in versions_of(folder))), None)
+    versions = versions_of(folder, first)
+    return next(filter(None, (first_whole(version / "checkpoints") for version in versions)), None)
 
 
-def _check_unchanged(title: str, run: Path, digest: str | None) -> None:
+def _changed(title: str, run: Path, digest: str | None) -> str | None:
+    """Say what is wrong with the checkpoint of a stage that is done, and what helps; None where nothing is."""
     from moeapps.training.stages import StageError, checkpoint_file, file_digest
 
+    helps = "put it back, or use --redo to train the stage again"
     try:
         found = file_digest(checkpoint_file(run))
-    except StageError as error:
-        raise UsageError(f"{title} was done, but its checkpoint is gone: {error}") from error
+    except StageError:
+        return f"{title} was done, but its checkpoint is gone: there is no {run / 'checkpoints' / 'last.ckpt'}; {helps}"
     if found != digest:
-        raise UsageError(f"{title}: the checkpoint in {run} is not the one that the stage ended with; use --redo")
+        return f"{title}: the checkpoint in {run} is not the one that the stage ended with; {helps}"
+    return None
 
 
 def _cut(args: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:

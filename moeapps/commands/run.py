@@ -47,7 +47,8 @@ DESCRIPTIONS = {
     "fit": "Train, then test the best checkpoint on seen, validation and unseen domains.",
     "validate": "Score a checkpoint on the validation data of every domain.",
     "test": "Score a checkpoint on the test data of every domain; metrics/test.json of the run is written anew.",
-    "predict": "Write what a checkpoint says about the test data to the folder predictions of the run.",
+    "predict": "Write what a checkpoint says about the test data to the folder predictions of the run; what an earlier "
+    "predict wrote there of the same domains is removed.",
 }
 
 

@@ -123,10 +123,16 @@ def newest_version(folder: Path) -> Path:
     return versions[max(held or versions)] if versions else folder
 
 
-def versions_of(folder: Path) -> list[Path]:
-    """Return the versions in runs/<system>/<name>, the newest first; a folder without any is returned itself."""
+def versions_of(folder: Path, first: int = 0) -> list[Path]:
+    """Return the versions in runs/<system>/<name>, the newest first; a folder without any is returned itself.
+
+    Args:
+        folder: the run's.
+        first: the smallest number that counts.
+    """
     versions = _versions(folder)
-    return [versions[number] for number in sorted(versions, reverse=True)] or [folder]
+    counted = [versions[number] for number in sorted(versions, reverse=True) if number >= first]
+    return counted if versions else [folder]
 
 
 def _versions(folder: Path) -> dict[int, Path]:

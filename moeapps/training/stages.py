@@ -210,7 +210,8 @@ class Fused(Start):
 def read_source(path: str | Path, which: Which = "last") -> Source:
     """Read the checkpoint of an earlier run.
 
-    The cost is that of the whole run, also where its best checkpoint is an earlier one.
+    The cost is that of the whole run, also where its best checkpoint is an earlier one, and not known if it is not
+    known at the run's end.
 
     Args:
         path: a run, a run folder or a file.
@@ -221,14 +222,14 @@ def read_source(path: str | Path, which: Which = "last") -> Source:
     """
     file = checkpoint_file(path, which)
     held = _read(file)
-    costs = [_train_flops(held)]
+    spent = [_spent(held)]
     last = file.with_name("last.ckpt")
     if file != last and last.is_file():
-        costs.append(_train_flops(_read(last)))
-    known = [cost for cost in costs if cost is not None]
+        spent.append(_spent(_read(last)))
+    latest = max(spent, key=lambda each: (each[0], each[1] or 0))
     state = {key: value for key, value in held["state_dict"].items() if not key.startswith(_OWN)}
     about = {key: value for key, value in held.items() if key not in ("state_dict", "optimizer_states")}
-    return Source(file, state, file_digest(file), max(known, default=None), about)
+    return Source(file, state, file_digest(file), latest[1], about)
 
 
 def checkpoint_file(path: str | Path, which: Which = "last") -> Path:
@@ -259,9 +260,10 @@ def _read(file: Path) -> dict[str, Any]:
         raise StageError(f"{error}, or train that run again") from error
 
 
-def _train_flops(held: dict[str, Any]) -> int | None:
+def _spent(held: dict[str, Any]) -> tuple[int, int | None]:
+    """Return the steps of a checkpoint, and what all trainings up to there have cost; None if that is not known."""
     found = held.get("callbacks", {}).get("MoESummary", {}).get("train_flops")
-    return None if found is None else int(found)
+    return int(held.get("global_step", 0)), None if found is None else int(found)
 
 
 def parts_of(state: dict[str, Tensor], pattern: str) -> dict[str, dict[str, Tensor]]:

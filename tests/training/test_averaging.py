@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -84,6 +87,81 @@ def test_a_resumed_run_averages_on_as_if_it_had_not_stopped(tmp_path: Path, accu
     for part in ("state_dict", "current_model_state"):
         for name, value in whole[part].items():
             torch.testing.assert_close(rest[part][name], value)
+
+
+class Evaluated(L.Callback):
+    """Keep the weights of the last evaluation."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def test_a_validation_after_the_fit_is_of_the_checkpoint_that_it_is_given(tmp_path: Path) -> None:
+    overlay = averaging(tmp_path, "tests.toy.KeepEpochs", "test_averaging.Evaluated")
+    done = run(["fit", *TOY, *overlay, "--test_after_fit", "false", "--trainer.max_epochs", "2"])
+    path = tmp_path / "runs" / "toy" / "base" / "version_0" / "checkpoints" / "epoch=0.ckpt"
+    done.trainer.validate(done.model, datamodule=done.datamodule, ckpt_path=str(path), verbose=False)
+    tape = next(callback for callback in done.trainer.callbacks if isinstance(callback, Evaluated))
+
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert [name for name in saved if not torch.equal(saved[name], tape.weights[name])] == []
+
+
+@pytest.fixture
+def _restored_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def checkpoint(tmp_path: Path, name: str, file: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Average and weights of a checkpoint of a run."""
+    held = torch.load(tmp_path / "runs" / "toy" / name / "version_0" / "checkpoints" / file, weights_only=True)
+    return {part: held[part] for part in ("state_dict", "current_model_state")}
+
+
+def differing(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> list[str]:
+    return [f"{part} {name}" for part in a for name in a[part] if not torch.equal(a[part][name], b[part][name])]
+
+
+@pytest.mark.usefixtures("_restored_signals")
+@pytest.mark.parametrize("before", [(), ("moeapps.training.callbacks.InterruptCheckpoint",)], ids=["after", "before"])
+def test_a_validation_that_is_cut_leaves_weights_and_average_in_their_places(
+    tmp_path: Path, before: tuple[str, ...]
+) -> None:
+    """Whether the checkpoint is written after or before the average hears of the interruption."""
+    words = ["fit", *TOY, "--test_after_fit", "false", "--trainer.max_epochs", "3"]
+    assert main([*words, *averaging(tmp_path, "tests.toy.KeepEpochs"), "--name", "whole"]) == 0
+    cut = averaging(tmp_path, *before, "tests.toy.PressKeyInValidation")
+    assert main([*words, *cut, "--name", "cut"]) == 130
+    at = checkpoint(tmp_path, "whole", "epoch=1.ckpt")
+    assert differing(checkpoint(tmp_path, "cut", "interrupted.ckpt"), at) == []
+    path = tmp_path / "runs" / "toy" / "cut" / "version_0" / "checkpoints" / "interrupted.ckpt"
+    assert main([*words, *averaging(tmp_path), "--name", "rest", "--ckpt_path", str(path)]) == 0
+
+    assert differing(checkpoint(tmp_path, "rest", "last.ckpt"), checkpoint(tmp_path, "whole", "last.ckpt")) == []
+
+
+class PressAtEnd(L.Callback):
+    """Send a real Ctrl-C when the last step is done."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("_restored_signals")
+def test_a_training_that_is_cut_after_its_last_step_still_knows_the_weights(tmp_path: Path) -> None:
+    words = ["fit", *TOY, *averaging(tmp_path, "test_averaging.PressAtEnd"), "--test_after_fit", "false"]
+    assert main([*words, "--trainer.max_epochs", "2"]) == 130
+
+    last = checkpoint(tmp_path, "base", "last.ckpt")
+    assert differing(checkpoint(tmp_path, "base", "interrupted.ckpt"), last) == []
+    assert not torch.equal(*(last[part]["net.first.weight"] for part in ("state_dict", "current_model_state")))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moeapps.moe import GLUExperts, LinearScore, MLPExperts, MoELayer, Router, TopK
 from moeapps.moe.presets import dense, dense_twin, linear, point_moe
@@ -137,23 +138,48 @@ def test_the_first_training_batch_is_the_first_of_training_and_moves_no_order() 
     assert not torch.equal(first[0], second[0])
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_says_what_it_spent_and_a_resumed_one_what_was_spent_in_all(tmp_path: Path) -> None:
-    def fit(epochs: int, ckpt: Path | None = None) -> MoESummary:
-        summary, saved = MoESummary(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)
-        trainer = L.Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[summary, saved], enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
-        )  # fmt: skip
-        trainer.fit(task(point_moe()), datamodule=ToyData(), ckpt_path=ckpt)
-        return summary
+class Late(SingleDeviceStrategy):
+    """Read checkpoints when all is set up, as strategies for networks in parts do."""
 
-    once = fit(1)
-    resumed = fit(3, tmp_path / "1" / "last.ckpt")
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
+def fit(folder: Path, epochs: int, ckpt: Path | None = None, *, late: bool = False) -> MoESummary:
+    summary, saved = MoESummary(), ModelCheckpoint(folder / str(epochs), save_last=True)
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[summary, saved],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, limit_val_batches=0,
+        strategy=Late(torch.device("cpu")) if late else "auto",
+    )  # fmt: skip
+    trainer.fit(task(point_moe()), datamodule=ToyData(), ckpt_path=ckpt)
+    return summary
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_says_what_it_spent_and_a_resumed_one_what_was_spent_in_all(tmp_path: Path, late: bool) -> None:
+    once = fit(tmp_path, 1, late=late)
+    resumed = fit(tmp_path, 3, ckpt=tmp_path / "1" / "last.ckpt", late=late)
 
     steps = 9  # 72 rows in batches of 8
     assert (once.describe_run()["train_steps"], once.describe_run()["train_flops"]) == (steps, steps * step_by_hand(8))
     assert resumed.describe_run()["train_flops"] == 3 * once.describe_run()["train_flops"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_resumed_run_that_cannot_be_counted_does_not_give_the_earlier_part_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = fit(tmp_path, 1)
+    monkeypatch.setattr("moeapps.training.callbacks.summary.is_placed", lambda task: True)  # a network in parts
+    resumed = fit(tmp_path, 3, ckpt=tmp_path / "1" / "last.ckpt")
+
+    assert once.train_flops is not None
+    assert resumed.train_flops is None
+    assert "train_flops" not in resumed.describe_run()
+    assert resumed.state_dict() == {"steps": 27, "train_flops": None}
 
 
 # --- dense twins ---

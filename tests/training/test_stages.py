@@ -151,6 +151,15 @@ def test_the_cost_of_a_best_checkpoint_is_that_of_its_whole_run(tmp_path: Path) 
     assert read_source(folder(tmp_path, "long"), "best").train_flops == whole
 
 
+def test_a_cost_that_is_not_known_at_the_end_of_a_run_is_not_that_of_its_best(tmp_path: Path) -> None:
+    for name, step, flops in (("best", 1, 7), ("last", 2, None)):
+        callbacks = {"MoESummary": {"train_flops": flops}}
+        torch.save({"state_dict": {}, "global_step": step, "callbacks": callbacks}, tmp_path / f"{name}.ckpt")
+
+    assert read_source(tmp_path / "best.ckpt").train_flops is None
+    assert read_source(tmp_path / "last.ckpt").train_flops is None
+
+
 def test_a_cost_that_was_not_counted_is_not_made_up(tmp_path: Path) -> None:
     stage("first", *QUIET)
     stage("second", source=str(tmp_path / "runs" / "toy" / "first"))

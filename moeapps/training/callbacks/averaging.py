@@ -37,12 +37,14 @@ class AveragedWeights(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} is not allowed; use 0 (no averaging) to below 1")
         self.decay, self.warmup = decay, warmup
+        self._swapped = False  # the network holds the average, and the average's place the weights
         super().__init__(multi_avg_fn=self.average)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         trainer.precision_plugin.convert_module(pl_module)  # what is copied here: the average has the weights' type
         if stage == "fit":
+            self._swapped = False
             # As Lightning does it, but that places the network here: ours are placed after all callbacks are set up.
             self._average_model = AveragedModel(
                 pl_module, pl_module.device, use_buffers=True, multi_avg_fn=self.average
@@ -69,6 +71,31 @@ class AveragedWeights(WeightAveraging):
         """Return whether this is the end of an optimizer step; every one is averaged."""
         return step_idx is not None
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the average evaluated while it is trained; any later command says itself what it evaluates."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluate_average(pl_module, True)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the weights back."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluate_average(pl_module, False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in the network, for the test; the weights stay, for a checkpoint that is written yet."""
+        self._evaluate_average(pl_module, True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the weights back where a training was cut: whoever uses the network from here on means them."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._evaluate_average(pl_module, False)
+
+    def _evaluate_average(self, task: L.LightningModule, wanted: bool) -> None:
+        """Exchange network and average, unless they are where they are wanted."""
+        if self._average_model is not None and self._swapped != wanted:
+            self._swap_models(task)
+            self._swapped = wanted
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the state lies beside the weights, so that a later command need not name this callback."""
         return {}
@@ -77,6 +104,9 @@ class AveragedWeights(WeightAveraging):
         """Put the average where weights are looked for, and the weights themselves beside it."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["averaging_step"] = self._latest_update_step
+        if self._swapped:  # within a validation, by a signal of the queue or before our `on_exception`; after training
+            weights, average = checkpoint["state_dict"], checkpoint["current_model_state"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with weights and average where training is resumed; else keep the average, which is loaded already."""

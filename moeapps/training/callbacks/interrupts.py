@@ -42,7 +42,8 @@ class InterruptCheckpoint(L.Callback):
     def __init__(self) -> None:
         self._before: Any = None
         self._asked = 0  # 1 + the place in _STOPS of what was asked for
-        self._in_validation = False
+        self._in_validation = False  # one that an exception has ended
+        self._scored = False  # the last one, wholly
         self._agreement: _Agreement | None = None
 
     @override
@@ -135,9 +136,18 @@ class InterruptCheckpoint(L.Callback):
                 words = ["--config", "FILE", "--ckpt_path", str(path)]
             log.info("interrupted; go on with: %s fit %s", program(), shlex.join(words))
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that a checkpoint from here on lies within a validation: SLURM's signal has one written at any time."""
+        self._scored = False
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that all of it is scored."""
+        self._scored = True
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have a validation that was interrupted made anew: Lightning would leave it out, or score its rest alone."""
-        if self._in_validation:
+        within = trainer.state.fn == "fit" and trainer.validating and not self._scored
+        if self._in_validation or within:
             done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}

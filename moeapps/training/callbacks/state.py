@@ -107,7 +107,8 @@ class BestCheckpoint(ModelCheckpoint):
     best.ckpt, and the last weights are what is tested.
 
     Lightning's own ``save_last`` writes only when the best improves, which is of no use for going on. A resumed run
-    gets a folder of its own; it takes the best checkpoint so far, and its score, along.
+    gets a folder of its own; it takes the best checkpoint so far, and its score, along. Where nothing was left to
+    train, last.ckpt there is a copy of what was resumed.
 
     Args:
         monitor: key of the metric that decides.
@@ -118,11 +119,19 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
         self._said: set[str] = set()
         self._resumes = True
+        self._resumed: Path | None = None  # the checkpoint that training goes on from
+        self._trains = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Note whether a training will go on: a test takes nothing along."""
         self._resumes = trainer.state.fn == "fit"
+        self._resumed, self._trains = None, False
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that there is something to train."""
+        self._trains = True
+        super().on_train_start(trainer, pl_module)
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         """Store the score that chooses under the monitor's name, where Lightning looks for it."""
@@ -160,24 +169,53 @@ class BestCheckpoint(ModelCheckpoint):
             self.last_model_path = str(Path(self.dirpath) / "last.ckpt")
             trainer.save_checkpoint(self.last_model_path)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the folder of a training that was over already begin where it ended, for whoever goes on from here."""
+        dry = self.dirpath is None or getattr(trainer, "fast_dev_run", False)
+        if self._trains or dry or self._resumed is None or not self._resumed.is_file():
+            return
+        last = Path(cast(str, self.dirpath)) / "last.ckpt"
+        if trainer.is_global_zero and not last.is_file():
+            copy_checkpoint(self._resumed, last)
+        self.last_model_path = str(last)
+        trainer.strategy.barrier("last.ckpt")  # who reads it next may be another process
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note where the checkpoint lies: its best is looked for beside it."""
+        self._resumed = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the scores, and a copy of the best checkpoint of the run that goes on here."""
         state = dict(state_dict)
-        old = Path(state["best_model_path"])
-        moved = self._resumes and self.dirpath is not None and state["dirpath"] != self.dirpath
-        if moved and not (state["best_model_path"] and _is_whole(old)):
+        taken = self._resumes and self.dirpath is not None
+        old = self._best_so_far(Path(state["best_model_path"])) if taken else None
+        if taken and old is None:
             if state["best_model_path"]:
-                log.warning("%s is damaged or gone; the best of the epochs from here on is kept instead", old)
+                told = "%s is damaged or gone; the best of the epochs from here on is kept instead"
+                log.warning(told, state["best_model_path"])
             fresh = type(self)(cast(str, self.monitor), cast(Any, self.mode)).state_dict()
             state |= {key: fresh[key] for key in fresh if key != "monitor"}
-        elif self.dirpath is not None and moved:
-            new = Path(self.dirpath) / old.name
-            if getattr(rank_zero_only, "rank", 0) == 0:
+        elif old is not None:
+            new = Path(cast(str, self.dirpath)) / old.name
+            if old.resolve() != new.resolve() and getattr(rank_zero_only, "rank", 0) == 0:
                 copy_checkpoint(old, new)
             state["best_k_models"] = {str(new): score for score in state["best_k_models"].values()}
             state["best_model_path"] = state["kth_best_model_path"] = str(new)
             state["last_model_path"] = ""
         super().load_state_dict({**state, "dirpath": self.dirpath})
+
+    def _best_so_far(self, stored: Path) -> Path | None:
+        """Return the best checkpoint of the run that goes on, None where it is damaged or gone.
+
+        The stored path is that of a moment: from another working directory, or once folders were moved, it leads
+        nowhere, or to the best of another run. So what lies beside the resumed checkpoint, in a folder of the same
+        name, comes first.
+        """
+        places = [stored]
+        if self._resumed is not None and stored.name:
+            beside = self._resumed.with_name(stored.name)
+            places.insert(0 if beside.parent.name == stored.parent.name else 1, beside)
+        return next((path for path in places if _is_whole(path)), None)
 
 
 class SaveRun(SaveConfigCallback):

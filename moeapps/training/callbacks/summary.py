@@ -8,6 +8,7 @@ import math
 from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -51,6 +52,7 @@ class MoESummary(L.Callback):
         self.steps = 0
         self._earlier: int | None = None
         self._task: BaseTask | None = None  # once this process trains it
+        self._resumes = False
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,17 +73,23 @@ class MoESummary(L.Callback):
         """Save how many steps were taken and what they have cost."""
         return {"steps": self.steps, "train_flops": self.train_flops}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether a training goes on: that of a network in parts is told only once it has begun."""
+        self._resumes = trainer.state.fn == TrainerFn.FITTING
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on from there, unless this process has trained: then the checkpoint is but the best of its own."""
-        if self._task is None:
+        """Count on from there; after a training in this process the checkpoint is but the best of its own."""
+        if self._task is None or self._resumes:
             self.steps = int(state_dict.get("steps", 0))
             self._earlier = state_dict.get("train_flops")
 
     @property
     def train_flops(self) -> int | None:
         """What the training steps so far have cost, with those of the runs it started from; None if not known."""
-        if self.training is None or self._task is None:
+        if self._task is None:
             return self._earlier
+        if self.training is None:  # what was spent before this training is not all
+            return None
         before = 0 if self._task.origin is None else self._task.origin.train_flops
         own = self.training.flops(self._task.step_kinds(self.steps, self.training.steps))
         return None if before is None else before + own

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ class LogitsWriter(PredictionWriter):
     measured values ``prediction`` is the value and there are no logits. ``prediction_before`` is that of the student
     without adaptation.
     """
+
+    @override
+    def written(self, domain: str) -> str:
+        return rf"{re.escape(domain)}(?:-\d+)?\.csv"
 
     @override
     def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from tasks.audio.report.drawing import sounds
 
 class ClipWriter(PredictionWriter):
     """Write ``predictions/<domain>/batch-<k>/<index>.wav``, .png and .txt of every clip, and index.html beside them."""
+
+    def written(self, domain: str) -> str:
+        """The files of every clip, and the page of every batch."""
+        return rf"{re.escape(domain)}/batch-\d+/(?:index\.html|\d+\.(?:wav|png|txt))"
 
     def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:
         """Write one batch of a domain."""

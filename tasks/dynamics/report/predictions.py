@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ class TrajectoryWriter(PredictionWriter):
     Arrays: ``X`` predicted and ``truth`` [S, N, T, D], ``t`` [S, T] seconds, ``names``, ``env``, ``family``, ``expert``
     [S], ``context`` [S, c]. Further batches of a domain get a number.
     """
+
+    def written(self, domain: str) -> str:
+        """One file per batch."""
+        return rf"{re.escape(domain)}(?:-\d+)?\.npz"
 
     def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:
         """Write one batch of environments."""

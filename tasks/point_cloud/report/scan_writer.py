@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +53,23 @@ class ScanWriter(PredictionWriter):
             )
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the rest of a run that was stopped."""
+        """Forget the rest of a run that was stopped, and remove what an earlier one left."""
+        super().on_predict_start(trainer, pl_module)
         self._tiles = []
+
+    def written(self, domain: str) -> str:
+        """Scans, also in folders; their names are those of the data, whichever they were."""
+        return rf"{re.escape(domain)}/(?:classes\.csv|(?:[^./][^/]*/)*[^./][^/]*\.(?:ply|las|classes\.txt))"
+
+    def wrote(self, path: Path) -> bool:
+        """By what is in the file, or beside it: what a viewer saved here is its user's."""
+        if path.suffix == ".las":
+            return path.with_suffix(".classes.txt").is_file()
+        if path.suffix == ".txt":
+            return path.with_name(path.name.removesuffix(".classes.txt") + ".las").is_file()
+        with path.open("rb") as file:
+            head = file.read(1000)
+        return (b"\ncomment class 0 " if path.suffix == ".ply" else b"id,name,red,green,blue") in head
 
     def save(self, folder: Path, domain: str, number: int, prediction: Any, data: Any) -> None:
         """Take the tiles of one batch; the tiles of a scan follow one another, so that one scan is held at a time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from moeapps.files import WholeFile
 from moeapps.text import cell
+from moeapps.training.callbacks.predictions import remove_earlier
 from moeapps.training.run import run_dir
 from moeapps.training.task import BaseTask
 from tasks.recommendation.data.batch import Interactions
@@ -100,6 +102,14 @@ class ScoreWriter(L.Callback):
             raise ValueError(f"form={form!r} is unknown; use auto, parquet or csv")
         self.ending = "csv" if form == "csv" else "parquet"
         self._open: tuple[str, ScoreTable] | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove what an earlier ``predict`` left, also in the other form or of another number of processes."""
+        remove_earlier(trainer, cast(BaseTask, pl_module), self.written)
+
+    def written(self, domain: str) -> str:
+        """Return a regular expression of the names of the files of a domain."""
+        return rf"{re.escape(domain)}(?:\.rank\d+)?\.(?:parquet|csv)"
 
     def on_predict_batch_end(
         self,

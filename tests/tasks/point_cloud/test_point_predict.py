@@ -184,6 +184,21 @@ def test_formats_are_chosen_by_a_callback_of_the_configuration(copied: Path, tmp
     }
 
 
+def test_scans_of_an_earlier_predict_do_not_stay_and_what_a_user_saved_there_does(copied: Path, tmp_path: Path) -> None:
+    both = own_folder(tmp_path / "both", {name: SCANS[name] for name in ("c.npy", "d.npz")})
+    assert main(["predict", "--run", str(copied), *both]) == 0
+    place = copied / "predictions" / "yard"
+    edited = {"edited.ply": b"ply\nformat ascii 1.0\nend_header\n", "edited.las": b"LASF", "notes.txt": b"seen"}
+    for name, content in edited.items():
+        (place / name).write_bytes(content)
+    assert main(["predict", "--run", str(copied), *own_folder(tmp_path / "one", {"c.npy": SCANS["c.npy"]})]) == 0
+
+    assert {path.name for path in place.iterdir()} == {
+        *("classes.csv", "c.ply", "c.las", "c.classes.txt"),
+        *edited,
+    }
+
+
 def test_predictions_are_independent_of_the_batch_size(copied: Path, tmp_path: Path) -> None:
     flags = own_folder(tmp_path / "own", {"a.ply": SCANS["a.ply"], "d.npz": SCANS["d.npz"]})
     files = []

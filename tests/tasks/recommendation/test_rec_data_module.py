@@ -92,6 +92,9 @@ def test_a_run_with_sparse_tables_learns_clips_tests_and_predicts(
     wanted = float(gauc(logits[:, 0], table.label[:, 0], table.user, table.mask[:, 0]))
     assert values["angle_00", "gauc_click"] == pytest.approx(wanted, abs=1e-6)
 
+    (folder / "predictions").mkdir()
+    for name in ("angle_00.rank1.csv", "angle_00.parquet"):  # of an earlier predict: more processes, the other form
+        (folder / "predictions" / name).touch()
     trainer.predict(task, datamodule=data, return_predictions=False)
     with open(folder / "predictions" / "angle_00.csv", newline="") as file:
         rows = list(csv.DictReader(file))
