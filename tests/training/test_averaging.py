@@ -100,7 +100,7 @@ class Evaluated(L.Callback):
 
 
 def test_a_validation_after_the_fit_is_of_the_checkpoint_that_it_is_given(tmp_path: Path) -> None:
-    overlay = averaging(tmp_path, "tests.toy.KeepEpochs", "test_averaging.Evaluated")
+    overlay = averaging(tmp_path, "tests.toy_callbacks.KeepEpochs", "test_averaging.Evaluated")
     done = run(["fit", *TOY, *overlay, "--test_after_fit", "false", "--trainer.max_epochs", "2"])
     path = tmp_path / "runs" / "toy" / "base" / "version_0" / "checkpoints" / "epoch=0.ckpt"
     done.trainer.validate(done.model, datamodule=done.datamodule, ckpt_path=str(path), verbose=False)
@@ -135,8 +135,8 @@ def test_a_validation_that_is_cut_leaves_weights_and_average_in_their_places(
 ) -> None:
     """Whether the checkpoint is written after or before the average hears of the interruption."""
     words = ["fit", *TOY, "--test_after_fit", "false", "--trainer.max_epochs", "3"]
-    assert main([*words, *averaging(tmp_path, "tests.toy.KeepEpochs"), "--name", "whole"]) == 0
-    cut = averaging(tmp_path, *before, "tests.toy.PressKeyInValidation")
+    assert main([*words, *averaging(tmp_path, "tests.toy_callbacks.KeepEpochs"), "--name", "whole"]) == 0
+    cut = averaging(tmp_path, *before, "tests.toy_callbacks.PressKeyInValidation")
     assert main([*words, *cut, "--name", "cut"]) == 130
     at = checkpoint(tmp_path, "whole", "epoch=1.ckpt")
     assert differing(checkpoint(tmp_path, "cut", "interrupted.ckpt"), at) == []
