@@ -315,8 +315,8 @@ def _variant_at(path: Any) -> Any:
 
 def _looks_on(callback: Any) -> bool:
     path = str(callback.get("class_path", "")) if isinstance(callback, dict) else ""
-    ours = path.startswith("tasks.") and ".report." in path
-    return ours or path.rpartition(".")[2] in _LOOKS_ON
+    reports = path.partition(".")[0] in _COMMON and ".report." in path
+    return reports or path.rpartition(".")[2] in _LOOKS_ON
 
 
 def _seedless(value: Any) -> Any:
