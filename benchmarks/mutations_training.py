@@ -140,7 +140,7 @@ TASK = (
     _training(
         "task.py",
         "the schedule does not know the length of the run",
-        "max(1, int(self.trainer.estimated_stepping_batches))",
+        "max(1, int(steps))",
         "1000",
         "test_task.py",
         "the rate never comes down",

@@ -341,9 +341,18 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
         """Return AdamW with the configured groups and the schedule over the trainer's total number of steps.
 
         Embeddings with sparse gradients are stepped by SparseAdam, joined with it.
+
+        Raises:
+            ValueError: the training has no end.
         """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                "max_epochs=-1 gives the training no end, which its schedule counts on; give --trainer.max_epochs or "
+                "--trainer.max_steps, and --trainer.max_time as well if it may end earlier"
+            )
         optimizer = build_optimizer(self, self.optimizer_config)
-        scheduler = self.schedule(optimizer, max(1, int(self.trainer.estimated_stepping_batches)))
+        scheduler = self.schedule(optimizer, max(1, int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

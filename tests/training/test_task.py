@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moeapps.cli import main
 from moeapps.training.optim import Cosine, OptimizerConfig
-from tests.toy import ToyData, ToyNet, ToyTask
+from tests.toy import TOY, ToyData, ToyNet, ToyTask
 
 ROWS = 24
 
@@ -68,6 +69,15 @@ class Rates(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_training_without_an_end_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOEAPPS_RUNS", str(tmp_path))
+
+    assert main(["fit", *TOY, "--trainer.max_epochs=-1", "--trainer.max_time", "00:00:01:00"]) == 2
+    assert "max_epochs=-1 gives the training no end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
