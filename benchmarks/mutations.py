@@ -50,7 +50,7 @@ ROUTERS = (
     _core(
         "routers/choose.py",
         "top-k forgets to renormalise sigmoids and lost null mass",
-        "            weight_NK = normalised(weight_NK, self._counted(index_NK, None))\n",
+        "            weight_NK = normalised(weight_NK, self._counted(index_NK, taken_NK))\n",
         "            pass\n",
         "test_choosers_by_row.py",
         "weights of sigmoids, or beside null experts, no longer sum to 1",
@@ -58,8 +58,8 @@ ROUTERS = (
     _core(
         "routers/choose.py",
         "bias enters the weight",
-        'source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX\n            weight_NK',
-        "source = self.rank(logits_NX, probs_NX)\n            weight_NK",
+        'source = probs_NX if self.weighing in ("softmax", "sigmoid") else logits_NX\n        weight_NK',
+        "source = self.rank(logits_NX, probs_NX)\n        weight_NK",
         "test_choosers_by_row.py",
         "balancing changes the function of the network, not only the choice",
     ),
@@ -230,8 +230,8 @@ DISPATCH = (
     _core(
         "plan.py",
         "a plan made without gradients is used where they are wanted",
-        "return kept_M.is_inference() or (weight_M.requires_grad and not kept_M.requires_grad)",
-        "return kept_M.is_inference()",
+        "not (kept_M.is_inference() or weight_M.requires_grad)",
+        "not kept_M.is_inference()",
         "test_derivatives.py",
         "a routing looked at before training steps never teaches its router",
     ),

@@ -73,7 +73,7 @@ _SCORES = {
     "probabilities in place of drawn answers",
     "list_auc": "share of a list's pairs, one taken and one not, that are ranked right",
     "list_auc_expected": "the same by the generated log's own probabilities",
-    "truncation_gap": "list AUC that is lost when a user's history is cut to three items",
+    "truncation_gap": "by how much list AUC falls when a user's history is cut to three items",
     "mse": "mean squared error of a trajectory",
     "relative_mse_median": "median over environments of the squared error over the squared size of the state",
     "loss": "what training makes small, on test images",

@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--domains", nargs="+", default=[], metavar="NAME", help="take prompts of their test clips (default: seen ones)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into (default: sample/ of the run)")
     numbers: dict[str, tuple[type, float | None, str]] = {
         "count": (int, 4, "clips of each prompt or domain"),
         "cfg": (float, Drawing.cfg, "strength of guidance; 0 is none"),
