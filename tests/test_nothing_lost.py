@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,11 @@ from moeapps.training.checkpoints import CheckpointError, check_whole, read_chec
 from tests.systems import BASES, name, tiny
 from tests.toy import TOY
 
-pytestmark = [pytest.mark.medium, pytest.mark.usefixtures("no_routing_figures", "_restored_signals")]
+pytestmark = [pytest.mark.medium, pytest.mark.usefixtures("no_routing_figures", "restored_signals")]
 
 QUIET = ["--trainer.enable_model_summary", "false", "--test_after_fit", "false"]
 FIT = ["fit", *TOY, *QUIET]
 ADD = "--trainer.callbacks+="
-
-
-@pytest.fixture
-def _restored_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def folder(tmp_path: Path, version: int = 0, system: str = "toy") -> Path:

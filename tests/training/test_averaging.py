@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -110,14 +109,6 @@ def test_a_validation_after_the_fit_is_of_the_checkpoint_that_it_is_given(tmp_pa
     assert [name for name in saved if not torch.equal(saved[name], tape.weights[name])] == []
 
 
-@pytest.fixture
-def _restored_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def checkpoint(tmp_path: Path, name: str, file: str) -> dict[str, dict[str, torch.Tensor]]:
     """Average and weights of a checkpoint of a run."""
     held = torch.load(tmp_path / "runs" / "toy" / name / "version_0" / "checkpoints" / file, weights_only=True)
@@ -128,7 +119,7 @@ def differing(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torc
     return [f"{part} {name}" for part in a for name in a[part] if not torch.equal(a[part][name], b[part][name])]
 
 
-@pytest.mark.usefixtures("_restored_signals")
+@pytest.mark.usefixtures("restored_signals")
 @pytest.mark.parametrize("before", [(), ("moeapps.training.callbacks.InterruptCheckpoint",)], ids=["after", "before"])
 def test_a_validation_that_is_cut_leaves_weights_and_average_in_their_places(
     tmp_path: Path, before: tuple[str, ...]
@@ -154,7 +145,7 @@ class PressAtEnd(L.Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.usefixtures("_restored_signals")
+@pytest.mark.usefixtures("restored_signals")
 def test_a_training_that_is_cut_after_its_last_step_still_knows_the_weights(tmp_path: Path) -> None:
     words = ["fit", *TOY, *averaging(tmp_path, "test_averaging.PressAtEnd"), "--test_after_fit", "false"]
     assert main([*words, "--trainer.max_epochs", "2"]) == 130
