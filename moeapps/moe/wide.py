@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class WideBuffers(nn.Module):
     """Base of modules with buffers that stay as they are where the model is cast to half precision.
 
-    Tables of numbers close together, and what moves by less than half precision resolves. Other casts hold for them as
-    for the rest. Name it before other bases.
+    Tables of numbers close together, and what moves by less than half precision resolves: the bias of a choice, its
+    threshold. Other casts hold for them as for the rest. Name it before other bases.
 
     Attributes:
         wide: names of the buffers.

@@ -48,7 +48,7 @@ class TopK(RowChooser):
         [1, 2]
     """
 
-    kept_float32: ClassVar[tuple[str, ...]] = ("bias",)
+    wide: ClassVar[tuple[str, ...]] = ("bias",)
     bias: Tensor | None
 
     def __init__(

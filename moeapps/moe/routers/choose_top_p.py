@@ -53,7 +53,7 @@ class TopP(RowChooser):
         [2, 1, 0]
     """
 
-    kept_float32: ClassVar[tuple[str, ...]] = ("threshold", "used")
+    wide: ClassVar[tuple[str, ...]] = ("threshold", "used")
     threshold: Tensor | None
     used: Tensor | None
 

@@ -8,15 +8,15 @@ Ties go to the lowest index.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from moeapps.moe.routing import AnyRouting, Routing
+from moeapps.moe.wide import WideBuffers
 
 NullMass = Literal["lost", "redistributed"]
 Pool = Literal["row", "group", "batch"]
@@ -200,12 +200,8 @@ def is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class RowChooser(Chooser):
+class RowChooser(WideBuffers, Chooser):
     """Base of choosers by row; a subclass says in ``pick`` what each row takes.
-
-    Attributes:
-        kept_float32: buffers that stay in float32 when the model is cast: they move by less than half precision
-            resolves.
 
     Example:
         >>> from moeapps.moe import TopP
@@ -214,7 +210,6 @@ class RowChooser(Chooser):
     """
 
     by_row: ClassVar[bool] = True
-    kept_float32: ClassVar[tuple[str, ...]] = ()
     null_mass: NullMass = "lost"
 
     def pick(self, logits_NX: Tensor) -> Picked:
@@ -233,16 +228,6 @@ class RowChooser(Chooser):
         picked, all_real = self.limit(self.pick(logits_NX), logits_NX, token_mask), self.num_null == 0
         self.observe(picked, token_mask)
         return rows_to_routing(picked, self.num_experts, token_mask, all_real=all_real, logits_NX=logits_NX)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Cast and move all but the dtype of ``kept_float32``."""
-        kept = {name: self._buffers.get(name) for name in self.kept_float32}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers.get(name)
-            if before is not None and after is not None and after.dtype != torch.float32:
-                self._buffers[name] = before.to(after.device)
-        return self
 
     def _check_null(self, num_null: int, null_mass: NullMass) -> None:
         if num_null < 0 or null_mass not in ("lost", "redistributed"):
