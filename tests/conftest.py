@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 # The same cases in every `make test`, so that a failure is the change's; `make fuzz` draws new ones each time.
 settings.register_profile("fixed", derandomize="MOEAPPS_FUZZ" not in os.environ)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    """What lives as long as the session is not searched for cycles again and again: a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
