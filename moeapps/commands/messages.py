@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import itertools
 import re
 import typing
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
+from operator import or_
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,10 +29,6 @@ _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value type:|Expected a path but|"
     r"Expected a <class 'NoneType'>$|Problem with given|$)"
 )
-# The trainer reads 1 as one batch and 1.0 as all. Which type an argument tries first hangs on the order in which
-# packages were imported: Optional[Union[int, float]] and Optional[Union[float, int]] are one entry of typing's cache.
-BATCH_COUNTS = (*(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")), "overfit_batches",
-                "val_check_interval")  # fmt: skip
 # Config files and class flags of the command line being parsed, as plain values: errors arise in nested parsers and in
 # other working directories, where neither is known.
 RAW: ContextVar[dict[str, Any] | None] = ContextVar("moeapps_raw_config", default=None)
@@ -44,6 +41,19 @@ class ShortErrorParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Without this, --trainer.max_epoch would silently mean max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a class, where 1 is a whole number first: one batch, and 1.0 all of them.
+
+        typing caches ``Union[int, float]`` and ``Union[float, int]`` as one: the order of imports would decide.
+        """
+        added = super().add_lightning_class_args(*args, **kwargs)
+        for action in self._actions:
+            kinds = typing.get_args(getattr(action, "_typehint", None))
+            if int in kinds and float in kinds:
+                first = sorted(kinds, key=lambda kind: kind is not int)  # the others stay in order
+                action._typehint = reduce(or_, first)  # type: ignore[attr-defined]
+        return added
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Return a configuration as text; what was parsed was checked then, and is not checked again unless asked."""
@@ -294,32 +304,6 @@ def merged_config(args: Sequence[str]) -> dict[str, Any]:
                 node = node.setdefault(key, {}) if isinstance(node.get(key, {}), dict) else {}
             node["class_path"] = value
     return merged
-
-
-def given_numbers(args: Sequence[str], names: Sequence[str] = BATCH_COUNTS) -> dict[str, int]:
-    """Return those settings of the trainer that a command line, or a config file on it, gives last as a whole number.
-
-    Args:
-        args: its words.
-        names: of the settings.
-
-    Example:
-        >>> given_numbers(["--trainer.overfit_batches", "3", "--trainer.overfit_batches=1.0"], ["overfit_batches"])
-        {}
-        >>> given_numbers(["--trainer.overfit_batches", "3"], ["overfit_batches"])
-        {'overfit_batches': 3}
-    """
-    last: dict[str, Any] = {}
-    for word, following in itertools.zip_longest(args, args[1:], fillvalue=""):
-        option, equals, value = word.partition("=")
-        value = value if equals else following
-        name = option.removeprefix("--trainer.")
-        if option in ("-c", "--config"):
-            found = merged_config(["--config", value]).get("trainer")
-            last |= {name: found[name] for name in names if name in found} if isinstance(found, dict) else {}
-        elif name != option and name in names:
-            last[name] = int(value) if re.fullmatch(r"[+-]?\d+", value) else value
-    return {name: value for name, value in last.items() if isinstance(value, int) and not isinstance(value, bool)}
 
 
 def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from moeapps.commands.boundary import UsageError, guarded, without_debug
 from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_first, refuse_taken_names
 from moeapps.commands.later import collect_again
 from moeapps.commands.listing import located
-from moeapps.commands.messages import RAW, ShortErrorParser, explain, given_numbers, merged_config
+from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
 from moeapps.commands.trust import Trust, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
@@ -165,10 +165,6 @@ class Cli(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words given to us; ``sys.argv`` stays as it is, for processes that are started with it."""
         self.config = parser.parse_args(args)
-        trainer = self.config.get(str(self.config.get("subcommand")), self.config).get("trainer", {})
-        for name, value in given_numbers(self.words).items():
-            if isinstance(trainer[name], float):
-                trainer[name] = value
 
     # Construction -------------------------------------------------------------------------------------------------
 
