@@ -287,8 +287,12 @@ class DynamicsTask(BaseTask):
             data = self.data
             parts = [data.get_dataset(name, "train") for name in data.present("seen")]
             items = [part[i] for part in parts for i in range(len(cast(Any, part)))]
-            self._training = collate_environments(items).each(lambda part: part.to(self.device))
+            self._training = collate_environments(items).each(self._placed)
         return self._training
+
+    def _placed(self, part: Tensor) -> Tensor:
+        """On the device, and in the dtype that the trainer gives to batches."""
+        return part.to(self.device, cast(torch.dtype, self.dtype) if part.is_floating_point() else part.dtype)
 
     @torch.no_grad()
     def routing_losses(self, layer: str, *, needed: bool) -> tuple[Tensor, Tensor | None]:
