@@ -178,10 +178,11 @@ def text() -> str:
         if results.is_file():
             report = json.loads(results.read_text(encoding="utf-8"))
             file = f"../{Path(results).relative_to(ROOT).as_posix()}"
-            named = "FOLDER" in command and "before" in report
-            before = f"; FOLDER is a checkout of {report['before']}" if named else ""
+            before, run = "", command.removesuffix(" --before FOLDER")
+            if run != command and report.get("before"):
+                before, run = f"; FOLDER is a checkout of {report['before']}", command
             on = f" on {kind_of(report)}" if kind_of(report) else ""
-            lines += [f"### {heading}", "", f"`python -m benchmarks.{command}` ([results]({file})){on}{before}.", ""]
+            lines += [f"### {heading}", "", f"`python -m benchmarks.{run}` ([results]({file})){on}{before}.", ""]
             others = {kind: {goal.name: goal for goal in of(other)} for kind, other in elsewhere(report).items()}
             for goal in of(report):
                 same = {kind: known[goal.name] for kind, known in others.items() if goal.name in known}
