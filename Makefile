@@ -41,7 +41,7 @@ audio-curriculum: setup  ## train UniMoE-Audio in its four stages; goes on where
 adaptation: setup  ## train the four stages of Meta-DMoE, then test on domains never seen (under 5 minutes); resumable
 	$(ONE_THREAD) $(BIN)/moeapps curriculum --config configs/meta_dmoe.yaml $(foreach stage,student experts aggregator meta,--stage configs/stages/meta_dmoe_$(stage).yaml)
 
-test: setup  ## all but test-slow (what CI runs; 5 to 10 minutes on two cores, JOBS=2)
+test: setup  ## all but test-slow (what CI runs; 10 to 13 minutes on two cores, JOBS=2)
 	$(PYTEST) --fail-on-skip --doctest-modules moeapps tests
 
 test-fast: setup  ## the laws only, while you work (under 3 minutes)
