@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def test_what_waits_is_there_when_it_is_used() -> None:
     assert found["real"] == [True] * len(found["real"])
 
 
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """The collector as a program finds it; the session has frozen what it holds (tests/conftest.py)."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_the_search_for_cycles_is_off_while_building_and_on_afterwards() -> None:
     assert gc.isenabled()
     with without_collector():
@@ -177,6 +187,7 @@ def test_the_search_for_cycles_is_off_while_building_and_on_afterwards() -> None
     assert gc.isenabled()
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_a_program_with_plans_of_its_own_for_the_collector_keeps_them() -> None:
     gc.disable()
     try:
