@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.core_cases import median_ms, paired_ratios
 from benchmarks.limits import check_parts
+from benchmarks.machines import with_elsewhere
 from moeapps.allocator import keep_freed_memory
 from moeapps.files import write_json
 
@@ -121,5 +122,5 @@ def command(
     report = measure(pairs=options.pairs)
     show(report)
     if options.json:
-        write_json(options.json, report)
+        write_json(options.json, with_elsewhere(report, options.json))
     return 0 if ok(report) else 1

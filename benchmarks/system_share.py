@@ -12,7 +12,6 @@ About two minutes on an idle core, fifteen with ``--before``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -217,12 +216,6 @@ def step_elsewhere(system: str, tree: Path) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def known_rows(results: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a committed report."""
-    rows: dict[str, dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["systems"]
-    return rows
-
-
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """Print the report as a table."""
     table = Table("system", "CPU ms per step", "calls of MoE layers", "their share", "over the step before")
@@ -248,14 +241,16 @@ def main(args: list[str] | None = None) -> int:
         print(median_ms(train_step(*build(options.only_step)), samples=9))
         return 0
     from benchmarks.core import machine
+    from benchmarks.machines import known_here, with_elsewhere  # not there at every commit that this is run against
 
     command = "python -m benchmarks.system_share" + (f" --before {options.before}" if options.before else "")
-    rows = known_rows(options.json) if options.only else {}
+    report: dict[str, Any] = {"command": command, "machine": machine(), "threads": 1}
+    rows = report["systems"] = known_here(report, options.json).get("systems", {}) if options.only else {}
     for system in track(options.only or systems(), description="systems", transient=True):
         rows[system] = share(system, options.pairs)
         if options.before:
             rows[system] |= over_before(system, options.before, options.pairs)
-        write_json(options.json, {"command": command, "machine": machine(), "threads": 1, "systems": rows})
+        write_json(options.json, with_elsewhere(report, options.json))
     show(rows)
     return 0 if all(row.get("ok", True) for row in rows.values()) else 1
 
