@@ -139,12 +139,16 @@ class AdaptationTask(BaseTask):
         """Return the logits [B, K] that this stage trains and their labels [B]."""
         raise TypeError(f"{type(self).__name__} must define trained_logits(batch)")
 
+    def stage_loss(self, batch: Any, logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        """Return the loss of `trained_logits`, some of whose rows have a label."""
+        return self.task_loss(logits_BK, label_B)
+
     def shared_step(self, batch: ImageBatch | EpisodeBatch, stage: Stage) -> StepOutput:
         """Training: the loss of the stage. Evaluation: the adapter on one episode."""
         if stage == "train":
             logits_BK, label_B = self.trained_logits(batch)
             known = self.known(label_B)
-            loss = self.task_loss(logits_BK, label_B) if known else 0 * logits_BK.sum()
+            loss = self.stage_loss(batch, logits_BK, label_B) if known else 0 * logits_BK.sum()
             return StepOutput(loss, len(batch), labelled=known)
         answer = self.answer(batch, self.last_domain or "")
         label_Q = answer.query.label
@@ -364,8 +368,9 @@ class AggregatorTask(WithExperts):
 class MetaTask(WithExperts):
     """Stage 4: episodes of a domain whose expert is masked; the loss is that of the ADAPTED student on the query.
 
-    Its gradient reaches student and aggregator through the step. Everything is in evaluation mode, as published:
-    dropout is off and batch normalisation uses what it has learned before.
+    It is a mean over the domains of a step, each a mean over its own query images (equation 4; paper: a sum). Its
+    gradient reaches student and aggregator through the step. Everything is in evaluation mode, as published: dropout is
+    off and batch normalisation uses what it has learned before.
 
     Source: Meta-DMoE (docs/papers/meta_dmoe.md, equation 4).
     """
@@ -385,3 +390,10 @@ class MetaTask(WithExperts):
             weights = self.net.adapt(episode.support.image, self.tokens(episode.support), train=True)
             found.append(self.net(episode.query.image, weights))
         return torch.cat(found), batch.query.label
+
+    @override
+    def stage_loss(self, batch: EpisodeBatch, logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        """Return the mean over the domains with a label: one of few images or labels counts like any other."""
+        sizes = [len(episode.query) for episode in batch]
+        parts = zip(logits_BK.split(sizes), label_B.split(sizes), strict=True)
+        return torch.stack([self.task_loss(*part) for part in parts if self.known(part[1])]).mean()
