@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeapps.moe.routers.router import without_autocast
+
 RankingLoss = Literal["pointwise", "pairwise", "softmax"]
 Similarity = Literal["cosine", "dot"]
 
@@ -75,7 +77,7 @@ def info_nce(
     r"""InfoNCE, :math:`-\frac{1}{B} \sum_i \log \frac{e^{sim(g_i, g'_i) / \tau}}{\sum_j e^{sim(g_i, g'_j) / \tau}}`.
 
     The sum runs over i itself and the lists of other users: another list of the same user is no negative. 0 for
-    one list and for none.
+    one list and for none. In float32 at least, under any autocast.
 
     Args:
         anchor_BK: g.
@@ -92,9 +94,13 @@ def info_nce(
     check_contrast(temperature, similarity)
     if len(anchor_BK) == 0:
         return anchor_BK.sum()
-    if similarity == "cosine":
-        anchor_BK, positive_BK = F.normalize(anchor_BK, dim=1), F.normalize(positive_BK, dim=1)
-    logits_BB = anchor_BK @ positive_BK.t() / temperature
+    exact = torch.promote_types(anchor_BK.dtype, torch.float32)
+    # A similarity rounded to bfloat16 errs by 0.004, and over a small temperature by much more.
+    with without_autocast(anchor_BK.device):
+        anchor_BK, positive_BK = anchor_BK.to(exact), positive_BK.to(exact)
+        if similarity == "cosine":
+            anchor_BK, positive_BK = F.normalize(anchor_BK, dim=1), F.normalize(positive_BK, dim=1)
+        logits_BB = anchor_BK @ positive_BK.t() / temperature
     same_BB = (user_B.unsqueeze(1) == user_B).fill_diagonal_(False)
     return F.cross_entropy(
         logits_BB.masked_fill(same_BB, float("-inf")), torch.arange(len(user_B), device=user_B.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tasks.recommendation.losses import (
     RANKING_LOSSES,
     RankingLoss,
+    Similarity,
     info_nce,
     list_softmax,
     pairwise,
@@ -109,6 +110,31 @@ def test_info_nce_is_its_loop_and_leaves_the_same_user_out() -> None:
         weights = {j: torch.exp(unit_g[i] @ unit_h[j] / 0.5) for j in allowed}
         terms.append(-torch.log(weights[i] / sum(weights.values())))
     torch.testing.assert_close(loss, torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_info_nce_is_its_loop_under_bfloat16_too(similarity: Similarity) -> None:
+    """Similarities rounded to bfloat16 would move the loss by half a per cent and its gradient by two."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(64, 8, generator=generator)
+    h = g + 0.05 * torch.randn(64, 8, generator=generator)
+    anchor = g.clone().requires_grad_()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(anchor, h, torch.arange(64), similarity=similarity)
+    (slope,) = torch.autograd.grad(loss, anchor)
+
+    exact = g.double().requires_grad_()
+    terms = []
+    for i in range(64):
+        near = [exact[i] @ other / 0.1 for other in h.double()]
+        if similarity == "cosine":
+            near = [s / exact[i].norm() / other.norm() for s, other in zip(near, h.double(), strict=True)]
+        terms.append(torch.logsumexp(torch.stack(near), 0) - near[i])
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    (wanted,) = torch.autograd.grad(expected, exact)
+    assert float((slope.double() - wanted).norm() / wanted.norm()) < 1e-4
 
 
 def test_pairs_of_one_user_have_no_gradient() -> None:
