@@ -84,7 +84,8 @@ def router_similarity(probs_NE: Tensor, taken_NE: Tensor) -> Tensor:
     """
     num_rows, num_experts = probs_NE.shape
     taken = taken_NE.to(probs_NE.dtype)
-    together, alike = taken.T @ taken, probs_NE.T @ probs_NE
+    with without_autocast(probs_NE.device):  # bfloat16 does not count beyond 256
+        together, alike = taken.T @ taken, probs_NE.T @ probs_NE
     same = torch.eye(num_experts, dtype=torch.bool, device=probs_NE.device)
     own = num_experts * together / together.diagonal().sum().clamp_min(1)
     cross = (num_experts**2 - num_experts) * together / together.masked_fill(same, 0).sum().clamp_min(1)

@@ -148,6 +148,22 @@ def test_similarity_of_balanced_one_hot_routing_is_one_and_of_agreeing_experts_m
     assert router_similarity(probs, pairs).item() == pytest.approx(slow, rel=1e-5)
 
 
+def test_similarity_counts_pairs_exactly_under_bfloat16_too() -> None:
+    probs, pairs = (3 * torch.randn(700, 4)).softmax(-1), torch.rand(700, 4) < 0.6
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router_similarity(probs, pairs)
+    p, m = probs.double(), pairs.double()
+    together = [[float(m[:, i] @ m[:, j]) for j in range(4)] for i in range(4)]
+    own = sum(together[i][i] for i in range(4))
+    cross = sum(map(sum, together)) - own
+    slow = 0.0
+    for i in range(4):
+        for j in range(4):
+            weight = 4 * together[i][i] / own if i == j else 12 * together[i][j] / cross
+            slow += weight * float(p[:, i] @ p[:, j]) / 700
+    assert found.item() == pytest.approx(slow, rel=1e-5)
+
+
 def test_similarity_trains_the_router_of_expert_race() -> None:
     router = routers.expert_race(num_experts=3)(6)
     layer = MoELayer(router, MLPExperts(3, 6, 8)).train()
