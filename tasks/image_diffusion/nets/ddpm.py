@@ -79,7 +79,10 @@ class GaussianDiffusion(WideBuffers, Process):
         return self.step_of(t_B).float() * (1000.0 / self.steps)
 
     def losses(self, output: Tensor, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
-        """Squared error of the noise, plus the bound of the step in bits with the mean held fixed."""
+        """Squared error of the noise, plus the bound of the step in bits with the mean held fixed.
+
+        Step 0, whose posterior has no variance, borrows that of step 1 (DiT).
+        """
         noise, fraction = output.float().chunk(2, dim=1)
         error_B = (noise - eps).square().flatten(1).mean(1)
         if not self.variance_weight:
@@ -87,13 +90,18 @@ class GaussianDiffusion(WideBuffers, Process):
         step_B = self.step_of(t_B)
         before_B = self.alpha_bar_T[(step_B - 1).clamp_min(0)].where(step_B > 0, 1.0)
         x_k = self.corrupt(x0, eps, t_B)
-        jump = Jump(self.alpha_bar_T[step_B], before_B, x0)
+        jump = Jump(self.alpha_bar_T[step_B], before_B, x0, least=self._posterior(1))
         mean, log_variance = jump.mean(x_k, noise.detach()), jump.log_variance(fraction)
         true_mean = jump.posterior_mean(x0, x_k)
         bound = _normal_kl(true_mean, jump.log_posterior, mean, log_variance)
         first = _discrete_nll(x0, mean, log_variance)  # the last denoising step has a likelihood instead
         bound = torch.where(per_image(step_B, x0) == 0, first, bound) / _LOG2
         return error_B + self.variance_weight * bound.flatten(1).mean(1)
+
+    def _posterior(self, step: int) -> Tensor:
+        """Posterior variance of a step above 0, float64 []."""
+        now, before = self.alpha_bar_T[step], self.alpha_bar_T[step - 1]
+        return (1 - now / before) * (1 - before) / (1 - now)
 
 
 class Jump:
@@ -103,14 +111,15 @@ class Jump:
         alpha_bar_B: of the present step, float64 [B].
         before_B: of the step that is jumped to; 1 is clean.
         like: images [B, C, H, W] whose dtype the numbers take.
+        least: variance in place of the posterior's 0 of a jump to clean, whose logarithm would be infinite; None is
+            half of beta, for those who make no use of it.
     """
 
-    def __init__(self, alpha_bar_B: Tensor, before_B: Tensor, like: Tensor) -> None:
+    def __init__(self, alpha_bar_B: Tensor, before_B: Tensor, like: Tensor, *, least: Tensor | None = None) -> None:
         alpha_B = alpha_bar_B / before_B
         beta_B = 1 - alpha_B
         posterior_B = beta_B * (1 - before_B) / (1 - alpha_bar_B)
-        # A jump to clean has posterior variance 0; its logarithm is cut as usual, at that of a small beta.
-        log_posterior_B = posterior_B.where(posterior_B > 0, beta_B * 0.5).log()
+        log_posterior_B = posterior_B.where(posterior_B > 0, beta_B * 0.5 if least is None else least).log()
         self.log_beta, self.log_posterior = per_image(beta_B.log(), like), per_image(log_posterior_B, like)
         self._data = per_image(before_B.sqrt() * beta_B / (1 - alpha_bar_B), like)
         self._noisy = per_image(alpha_B.sqrt() * (1 - before_B) / (1 - alpha_bar_B), like)

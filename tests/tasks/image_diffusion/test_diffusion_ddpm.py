@@ -109,6 +109,38 @@ def test_the_loss_of_true_noise_and_posterior_variance_is_zero_beyond_the_first_
     assert GaussianDiffusion(variance_weight=0.0).losses(wide, x0, eps, at(process, 500)).abs().max() < 1e-9
 
 
+def loss_of_one_number(step: int, x0: float, noise: float, told: float, share: float) -> float:
+    """Improved DDPM by hand, with the variance of step 1 where that of the posterior is 0 (step 0)."""
+    beta = [1e-4 + (0.02 - 1e-4) * k / 999 for k in range(1000)]
+    kept = [math.prod(1 - b for b in beta[: k + 1]) for k in range(step + 2)]
+    before = kept[step - 1] if step else 1.0
+    x = math.sqrt(kept[step]) * x0 + math.sqrt(1 - kept[step]) * noise
+    guess = (x - math.sqrt(1 - kept[step]) * told) / math.sqrt(kept[step])
+    one, other = (
+        beta[step] * math.sqrt(before) / (1 - kept[step]),
+        math.sqrt(1 - beta[step]) * (1 - before) / (1 - kept[step]),
+    )
+    k = max(step, 1)
+    narrow = math.log(beta[k] * (1 - kept[k - 1]) / (1 - kept[k]))
+    wide = (share + 1) / 2 * math.log(beta[step]) + (1 - share) / 2 * narrow
+    mean = one * guess + other * x
+    if step:
+        gap = (one * x0 + other * x - mean) ** 2
+        bits = 0.5 * (wide - narrow - 1 + math.exp(narrow - wide) + gap * math.exp(-wide)) / math.log(2)
+    else:
+        reach = [(1 + math.erf((x0 - mean + edge / 255) / math.exp(wide / 2) / math.sqrt(2))) / 2 for edge in (1, -1)]
+        bits = -math.log2(reach[0] - reach[1])
+    return (told - noise) ** 2 + bits
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 500, 999])
+def test_the_loss_of_every_step_is_the_published_one(step: int) -> None:
+    process, case = GaussianDiffusion(), {"x0": 0.3, "noise": -0.4, "told": -0.9, "share": -0.7}
+    x0, eps, told, share = (torch.full((1, 1, 1, 1), value, dtype=torch.float64) for value in case.values())
+    found = process.losses(torch.cat([told, share], 1), x0, eps, at(process, step, 1))
+    assert float(found) == pytest.approx(loss_of_one_number(step, **case), rel=1e-4)
+
+
 def test_the_bound_trains_the_variance_and_not_the_noise() -> None:
     process, x0, eps = GaussianDiffusion(), noisy().clamp(-1, 1), noisy(seed=2)
     noise, fraction = noisy(seed=3).requires_grad_(), noisy(seed=4).requires_grad_()
