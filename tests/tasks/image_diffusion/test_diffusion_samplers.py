@@ -161,3 +161,16 @@ def test_bad_input_is_refused(labels: list[int], options, message: str) -> None:
 def test_labels_of_another_type_are_refused() -> None:
     with pytest.raises(ValueError, match="give int64"):
         sample(task(), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_in_any_precision_is_told_exact_times(dtype: torch.dtype) -> None:
+    """Bfloat16 would round 999 to 1000 and 857 to 856: other times than those of training."""
+    network, told = net(promoe(num_experts=3), learn_sigma=True).to(dtype).eval(), []
+    network.time.register_forward_pre_hook(lambda _, inputs: told.append(float(inputs[0][0])))
+
+    sample(network, torch.tensor([1]), steps=7, solver="euler")
+    assert told == pytest.approx([1000 * (1 - i / 7) for i in range(7)], rel=1e-6)
+    told.clear()
+    sample(network, torch.tensor([1]), steps=7, solver="ddim", process=GaussianDiffusion())
+    assert told == [round(999 * (6 - i) / 6) for i in range(7)]
