@@ -163,13 +163,44 @@ class InnerStep(nn.Module):
 
 
 def blend_statistics(backbone: nn.Module, weights: Weights, image: Tensor, share: float) -> Mapping[str, Tensor]:
-    """Return the buffers with running statistics moved towards those of the images, by ``share``."""
+    """Return the buffers with running statistics moved towards those of the images, by ``share``.
+
+    Each layer's images have passed the layers before as they will pass them from now on, normalised by the mixture.
+
+    Source: Schneider et al., NeurIPS 2020.
+    """
     buffers = {name: value.clone() for name, value in weights.buffers.items()}
     if len(image) < 2:
         return buffers  # one image has no variance between images; small feature maps have none at all
-    with torch.no_grad(), batch_statistics(backbone, momentum=share):
+    mixing = batch_statistics(backbone, momentum=share) if share == 1 else mixed_statistics(backbone, share)
+    with torch.no_grad(), mixing:
         Weights(weights.parameters, buffers).run(backbone, image)
     return buffers
+
+
+@contextmanager
+def mixed_statistics(module: nn.Module, share: float) -> Iterator[None]:
+    """Let batch normalisation move its running statistics towards those of its batch, and normalise by the result."""
+
+    def mix(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        var, mean = torch.var_mean(x, [place for place in range(x.dim()) if place != 1])
+        for running, own in ((layer.running_mean, mean), (layer.running_var, var)):
+            if isinstance(running, Tensor):
+                running.lerp_(own.to(running.dtype), share)
+
+    layers = has_batch_norm(module)
+    before = [layer.training for layer in layers]
+    handles = [layer.register_forward_pre_hook(mix) for layer in layers]
+    try:
+        for layer in layers:
+            layer.eval()
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.train(own)
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -203,6 +203,33 @@ def test_statistics_of_the_support_are_those_of_the_activations(share: float) ->
         torch.testing.assert_close(buffers[key], (1 - share) * old[key] + share * own_value)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.999])
+def test_the_statistics_of_deeper_layers_are_those_behind_layers_that_mix(share: float) -> None:
+    """What a layer will see from the support is what its share of the support was taken from."""
+    made, x = net(InnerStep(rate=0.0, statistics=share)).double(), images(6).double()
+    backbone = made.student.backbone
+    old = {name: value.clone() for name, value in backbone.named_buffers()}
+    expected, kept = {}, x
+    for block in range(3):
+        weight, scale, shift = (
+            backbone.get_parameter(f"blocks.{block}.{name}") for name in ("0.weight", "1.weight", "1.bias")
+        )
+        kept = nn.functional.conv2d(kept, weight, padding=1)
+        flat = kept.transpose(0, 1).flatten(1)
+        own = {"mean": flat.mean(1), "var": (flat - flat.mean(1, keepdim=True)).square().sum(1) / (flat.shape[1] - 1)}
+        mixed = {n: (1 - share) * old[f"blocks.{block}.1.running_{n}"] + share * value for n, value in own.items()}
+        expected |= {f"blocks.{block}.1.running_{name}": value for name, value in mixed.items()}
+        mean, var, gamma, beta = (v[:, None, None] for v in (mixed["mean"], mixed["var"], scale, shift))
+        kept = nn.functional.max_pool2d(((kept - mean) / (var + 1e-5).sqrt() * gamma + beta).relu(), 2)
+
+    found = made.step(backbone, x, torch.zeros(6, 8, dtype=torch.float64)).buffers
+
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+        assert torch.equal(dict(backbone.named_buffers())[name], old[name])
+    assert not any(module.training or module._forward_pre_hooks for module in backbone.modules())
+
+
 def test_one_image_leaves_the_statistics_as_they_are() -> None:
     made = net(InnerStep(statistics=1.0))
     buffers = made.step(made.student.backbone, images(1), torch.zeros(1, 8)).buffers
