@@ -87,31 +87,44 @@ class ClassScores(Metric):
 class ValueScores(Metric):
     """Pearson's r of measured values after and before adaptation, and what was gained.
 
-    Images without a value (not a number) are not counted. Fewer than two, or values that do not vary, have no r.
+    Images without a value (not a number) are not counted. Fewer than two, or values that do not vary have no r. Sums
+    are float64: those of float32 see a spread where predictions are all alike, and lose one beside a large mean.
     """
 
     full_state_update = False
     higher_is_better = True
     larger_is_better: ClassVar[dict[str, bool]] = dict.fromkeys(("pearson", "pearson_before", "gain"), True)
+    least: Tensor
+    most: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.after, self.before = PearsonCorrCoef(), PearsonCorrCoef()
+        self.after, self.before = (PearsonCorrCoef().set_dtype(torch.float64) for _ in range(2))
+        # Of predictions after and before, and of values: what does not vary is known exactly.
+        self.add_state("least", torch.full((3,), torch.inf, dtype=torch.float64), dist_reduce_fx="min")
+        self.add_state("most", torch.full((3,), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
 
     @override
     def update(
         self, after_B1: Tensor, before_B1: Tensor, value_B: Tensor, others: Mapping[str, Tensor] | None = None
     ) -> None:
         """Add images: predictions after and before adaptation, and values."""
-        known_B = ~value_B.isnan()
-        if bool(known_B.any()):
-            self.after.update(after_B1[known_B, 0], value_B[known_B])
-            self.before.update(before_B1[known_B, 0], value_B[known_B])
+        rows_3B = torch.stack([part.double() for part in (after_B1[:, 0], before_B1[:, 0], value_B)])
+        rows_3B = rows_3B[:, ~value_B.isnan()]
+        if rows_3B.shape[1]:
+            self.after.update(rows_3B[0], rows_3B[2])
+            self.before.update(rows_3B[1], rows_3B[2])
+            self.least = torch.minimum(self.least, rows_3B.amin(1))
+            self.most = torch.maximum(self.most, rows_3B.amax(1))
 
     @override
     def compute(self) -> dict[str, Tensor]:
         """Return the three scores."""
-        after, before = self.after.compute(), self.before.compute()
+        varies_3 = self.most > self.least  # of all processes, so that they agree on what to ask
+        after, before = (
+            r.compute() if bool(varies_3[place] & varies_3[2]) else torch.full_like(self.most[0], torch.nan)
+            for place, r in enumerate((self.after, self.before))
+        )
         return {"pearson": after, "pearson_before": before, "gain": after - before}
 
     @override

@@ -58,6 +58,43 @@ def test_r_of_measured_values_is_numpys() -> None:
     assert float(scores.compute()["pearson"]) == pytest.approx(1.0, abs=1e-6)
 
 
+def r_by_hand(x: list[float], y: list[float]) -> float:
+    mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    both = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    squares = [math.fsum((v - m) ** 2 for v in values) for values, m in ((x, mean_x), (y, mean_y))]
+    return both / math.sqrt(squares[0] * squares[1])
+
+
+@pytest.mark.parametrize("size", [1, 7, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_r_beside_a_large_mean_and_in_half_precision_is_a_sum_by_hand(dtype: torch.dtype, size: int) -> None:
+    value = logits(200, 1, 0)[:, 0]
+    told = (0.3 * value + logits(200, 1, 1)[:, 0]).unsqueeze(1)
+    told = told * 0.05 + 4000 if dtype == torch.float32 else told.to(dtype)
+    scores = ValueScores()
+    for rows in torch.arange(200).split(size):
+        scores.update(told[rows], -told[rows], value[rows])
+
+    r = r_by_hand(told[:, 0].double().tolist(), value.double().tolist())
+    found = scores.compute()
+    assert float(found["pearson"]) == pytest.approx(r, rel=1e-9)
+    assert float(found["gain"]) == pytest.approx(2 * r, rel=1e-9)
+
+
+@pytest.mark.parametrize("told", [-0.09216339, -1.8883489, -7.5567093, 1e-3, 0.1])
+def test_a_prediction_that_is_always_the_same_has_no_r(told: float) -> None:
+    """A float32 mean that is updated batch by batch wanders, and its spread would be one of the predictions."""
+    scores = ValueScores()
+    for part in range(15):
+        value = logits(16, 1, part)[:, 0]
+        scores.update(torch.full((16, 1), told), value.unsqueeze(1), value)
+
+    found = {name: float(score) for name, score in scores.compute().items()}
+    assert math.isnan(found["pearson"])
+    assert math.isnan(found["gain"])
+    assert found["pearson_before"] == pytest.approx(1.0, abs=1e-12)
+
+
 def test_the_worst_domain_is_the_least_of_its_role() -> None:
     numbers = {"a": ("unseen", 0.7), "b": ("unseen", 0.4), "c": ("seen", 0.9), "d": ("seen", 0.95)}
     rows = [ScoreRow(name, role, "accuracy", value, 10, "max") for name, (role, value) in numbers.items()]
