@@ -101,7 +101,9 @@ class Tent(GradientAdapter):
     Raises:
         ValueError: in use, a backbone without batch normalisation.
 
-    Source: D. Wang et al., Tent: fully test-time adaptation by entropy minimization, ICLR 2021.
+    Source: D. Wang et al., Tent: fully test-time adaptation by entropy minimization, ICLR 2021. Differs: images are
+        answered after the step on their batch (there by the pass that the step is of), and Adam begins anew with each
+        batch (there it keeps its moments).
     """
 
     def __init__(
