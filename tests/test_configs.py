@@ -162,16 +162,11 @@ def test_base_config_fits_tests_and_predicts(path: Path, tmp_path: Path) -> None
     assert [file for file in files if not any(re.fullmatch(pattern, file) for pattern in patterns)] == []
 
 
-# At its own inner rate CAVIA diverges on data this small, as it does on some seeds of the evidence, and says so.
-CALM = {"mixer_cavia": ["--model.init_args.inner_lr=0.001"]}
-
-
 @pytest.mark.usefixtures("no_routing_figures")  # bases draw
 @pytest.mark.parametrize("path", BASELINES, ids=name)
 def test_baseline_fits_and_validates_under_a_name_of_its_own(path: Path, tmp_path: Path) -> None:
     """Tests of the base configs score all domains; a baseline's network meets evaluation in its validation."""
-    calm = CALM.get(path.stem, [])
-    assert main(["fit", *tiny(base_of(path), path), *QUICK, "--test_after_fit", "false", *calm]) == 0
+    assert main(["fit", *tiny(base_of(path), path), *QUICK, "--test_after_fit", "false"]) == 0
 
     (saved,) = (tmp_path / "runs").glob("*/*/version_0/config.yaml")
     config = yaml.safe_load(saved.read_text(encoding="utf-8"))

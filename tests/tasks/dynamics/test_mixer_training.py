@@ -124,6 +124,10 @@ def test_cavia_differentiates_through_its_inner_steps() -> None:
         values.append(float(made.training_loss(data, rollout=False).detach()))
         weight.data[0, 0, 0] -= sign * 1e-6
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(slope[0, 0, 0]), rel=1e-4)
+    near, found = made.training_loss(data, rollout=False), made.net.contexts.detach().clone()
+    rolled = made.training_loss(data, rollout=True)
+    assert torch.equal(made.net.contexts, found)  # a descent on whole roll-outs diverges
+    assert float(rolled.detach()) != pytest.approx(float(near.detach()), rel=1e-3)
     with pytest.raises(ValueError, match="CAVIA has one expert"):
         CaviaTask(net=lambda facts: network(), facts=FACTS)
 
