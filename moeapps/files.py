@@ -21,6 +21,11 @@ def is_clutter(path: Path) -> bool:
     return path.name.startswith(".") or path.name.lower() in _CLUTTER
 
 
+def place_of(path: Path) -> str:
+    """Return the folder and the name of a data file, for errors: each domain may have a file of that name."""
+    return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
+
+
 class WholeFile:
     """A file that appears under its name once it is complete; a crash before that leaves no half-written one.
 

@@ -285,3 +285,13 @@ def test_a_damaged_series_file_is_read_or_told(form: str, changes: list[tuple[in
             refused()
             told = str(error)
     assert path.name in told
+
+
+@pytest.mark.parametrize("text", ["t,a\n", "t,a\n0,abc\n", "t,a\n0,1,2\n", 't,a\n0,"1\n'])
+def test_an_error_tells_the_folder_whose_file_it_is(tmp_path: Path, text: str) -> None:
+    """Every domain may have a file of that name."""
+    path = tmp_path / "machine_b" / "e1.csv"
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SeriesFormatError, match="^machine_b/e1.csv"):
+        read_csv(path)

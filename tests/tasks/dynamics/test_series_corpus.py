@@ -67,7 +67,7 @@ def test_every_ts_file_is_read_but_that_with_time_stamps(folder: Path) -> None:
         except SeriesFormatError as error:
             told.append(str(error))
 
-    assert told == ["UnitTestTimeStamps_TRAIN.ts has time stamps, which are not read; resample it to a grid"]
+    assert told == ["UnitTest/UnitTestTimeStamps_TRAIN.ts has time stamps, which are not read; resample it to a grid"]
 
 
 @pytest.mark.parametrize("name", ["ArrowHead", "BasicMotions", "GunPoint"])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.io import arff
 
+from moeapps.files import place_of
 from tasks.dynamics.data.readers.ts_format import LabelledSeries, SeriesFormatError, check_room, count_lines, text_of
 from tasks.dynamics.data.source import Floats
 
@@ -39,21 +40,23 @@ def read_arff(path: Path) -> LabelledSeries:
         rows, about = _load(text)
     # scipy's reader answers damage with nearly any error.
     except Exception as error:
-        raise SeriesFormatError(f"{path.name}{_line(text)} cannot be read ({error}); correct or remove it") from error
+        raise SeriesFormatError(
+            f"{place_of(path)}{_line(text)} cannot be read ({error}); correct or remove it"
+        ) from error
     if not len(rows) or not about.names():
-        raise SeriesFormatError(f"{path.name} holds no series; is it an .arff file with an @data line?")
+        raise SeriesFormatError(f"{place_of(path)} holds no series; is it an .arff file with an @data line?")
     names, kinds = about.names(), about.types()
     labelled = kinds[-1] == "nominal"
     regression = kinds[-1] == "numeric" and names[-1].lower() == "target"
     values = names[:-1] if labelled or regression else names
     if not values or {about[name][0] for name in values} not in ({"numeric"}, {"relational"}):
         raise SeriesFormatError(
-            f"{path.name} has attributes of the kinds {', '.join(sorted(set(kinds)))}; give numbers, or one relational "
-            "attribute, and last a nominal class or a numeric target"
+            f"{place_of(path)} has attributes of the kinds {', '.join(sorted(set(kinds)))}; give numbers, or one "
+            "relational attribute, and last a nominal class or a numeric target"
         )
-    series = [_series(row, values, f"{path.name}, series {place + 1}") for place, row in enumerate(rows)]
+    series = [_series(row, values, f"{place_of(path)}, series {place + 1}") for place, row in enumerate(rows)]
     if len({x.shape[1] for x in series}) > 1:
-        raise SeriesFormatError(f"{path.name}: series have different numbers of channels; all must have the same")
+        raise SeriesFormatError(f"{place_of(path)}: series have different numbers of channels; all must have the same")
     last = [row[names[-1]] for row in rows]
     return LabelledSeries(
         series,

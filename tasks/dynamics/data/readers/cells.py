@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from moeapps.files import place_of
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, check_room, count_lines, lines_of, text_of
 from tasks.dynamics.data.source import Floats
 
@@ -76,14 +77,16 @@ def read_cells(path: Path) -> Cells:
     )
     separator = next((mark for mark in _SEPARATORS if mark in re.sub('"[^"]*"', "", head)), ",")
     if next(numbered, None) is None:
-        raise SeriesFormatError(f"{path.name}: needs a line of column names and at least one row")
+        raise SeriesFormatError(f"{place_of(path)}: needs a line of column names and at least one row")
     lines = count_lines(text)
     cells = (lines + text.count(separator), _CELL_BYTES)
     check_room(path, sys.getsizeof(text), lines=(lines, _ROW_BYTES), cells=cells)
     for number, line in lines_of(text, end) if '"' in text else ():
         if number >= first and line.count('"') % 2:
-            raise SeriesFormatError(f"{path.name}, line {number}: a quote is opened and not closed; close or remove it")
-    head_cells = _columns(path.name, [(first, head)], separator, 0)
+            raise SeriesFormatError(
+                f"{place_of(path)}, line {number}: a quote is opened and not closed; close or remove it"
+            )
+    head_cells = _columns(place_of(path), [(first, head)], separator, 0)
     names = [cell[0].as_py().lstrip("#").strip() for cell in head_cells]
     # A line of tabs alone is a row of missing values where tabs divide the columns.
     rows = (
@@ -94,14 +97,14 @@ def read_cells(path: Path) -> Cells:
     blocks: list[list[Any]] = []
     places: list[npt.NDArray[np.int64]] = []
     while block := list(islice(rows, _BLOCK)):
-        blocks.append(_columns(path.name, block, separator, len(names)))
+        blocks.append(_columns(place_of(path), block, separator, len(names)))
         places.append(np.array([n for n, _ in block]))
     if not blocks:
-        raise SeriesFormatError(f"{path.name}: needs at least one row below its column names")
+        raise SeriesFormatError(f"{place_of(path)}: needs at least one row below its column names")
     columns = [pa.concat_arrays(parts) for parts in zip(*blocks, strict=True)]
     if len(names) > 1 and not names[-1] and pc.all(pc.equal(columns[-1], "")).as_py():
         names, columns = names[:-1], columns[:-1]
-    return Cells(path.name, tuple(names), tuple(columns), np.concatenate(places), first)
+    return Cells(place_of(path), tuple(names), tuple(columns), np.concatenate(places), first)
 
 
 def _columns(file: str, rows: list[tuple[int, str]], separator: str, count: int) -> list[Any]:

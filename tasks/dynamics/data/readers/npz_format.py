@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from moeapps.bounds import check_npz, read_json
 from moeapps.data.domain import Split
+from moeapps.files import place_of
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats
 
@@ -57,31 +58,33 @@ def read_npz(path: Path) -> NpzFile:
     with _readable(path), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile) or not {"X", "t"} <= set(arrays.files):
             held = sorted(arrays.files) if isinstance(arrays, np.lib.npyio.NpzFile) else "one array"
-            raise SeriesFormatError(f"{path.name} holds {held}; it must hold X and t")
-        x, t = (_numbers(arrays[name], f"{path.name}: {name}") for name in ("X", "t"))
+            raise SeriesFormatError(f"{place_of(path)} holds {held}; it must hold X and t")
+        x, t = (_numbers(arrays[name], f"{place_of(path)}: {name}") for name in ("X", "t"))
         t = np.atleast_2d(t)
     if x.ndim == 4:
         x = x[None]
     if x.ndim != 5 or t.shape != (x.shape[0], x.shape[3]) or x.shape[3] < 2 or not x.size:
         raise SeriesFormatError(
-            f"{path.name}: X has shape {x.shape}, t {t.shape}; expected X [S, N, T, D] with t [T], or "
+            f"{place_of(path)}: X has shape {x.shape}, t {t.shape}; expected X [S, N, T, D] with t [T], or "
             "X [F, S, N, T, D] with t [F, T], T at least 2, nothing empty"
         )
     steps = np.diff(t)
     if not (steps > 0).all() or not np.allclose(steps, steps[:, :1], rtol=1e-3):
-        raise SeriesFormatError(f"{path.name}: t is not evenly spaced and rising; resample the trajectories")
+        raise SeriesFormatError(f"{place_of(path)}: t is not evenly spaced and rising; resample the trajectories")
     F, S = x.shape[:2]
     bounds_path, json_path = (path.with_name(path.stem + end) for end in ("_bounds.npy", "_envs.json"))
     bounds, parameters = None, None
     if bounds_path.is_file():
         with _readable(bounds_path), open(bounds_path, "rb") as stream:
             check_npz(bounds_path)
-            bounds = _numbers(np.load(stream, allow_pickle=False), bounds_path.name)
+            bounds = _numbers(np.load(stream, allow_pickle=False), place_of(bounds_path))
     if json_path.is_file():
         with _readable(json_path):
             parameters = read_json(json_path)
     if bounds is not None and bounds.shape != (F, S, 1, 1, x.shape[4]):
-        raise SeriesFormatError(f"{bounds_path.name} has shape {bounds.shape}, expected {(F, S, 1, 1, x.shape[4])}")
+        raise SeriesFormatError(
+            f"{place_of(bounds_path)} has shape {bounds.shape}, expected {(F, S, 1, 1, x.shape[4])}"
+        )
     return NpzFile(
         x=x.reshape(F * S, *x.shape[2:]),
         dt=np.repeat(steps.mean(1), S),
@@ -100,7 +103,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     # numpy answers damage with nearly any error; an array larger than the memory is one too.
     except Exception as error:
-        raise SeriesFormatError(f"{path.name} cannot be read ({error}); it is damaged: write it again") from error
+        raise SeriesFormatError(f"{place_of(path)} cannot be read ({error}); it is damaged: write it again") from error
 
 
 def _numbers(array: Any, where: str) -> Floats:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moeapps.bounds import BoundError, check_parts, require_file
+from moeapps.files import place_of
 from tasks.dynamics.data.source import Floats
 
 _LINE = re.compile(r"(?!\Z)([^\r\n]*)(?:\r\n|\r|\n|\Z)")
@@ -82,7 +83,7 @@ def check_room(path: Path, held: int, **parts: tuple[int, int]) -> None:
         SeriesFormatError: it would.
     """
     try:
-        check_parts(path.name, path.stat().st_size, held, parts)
+        check_parts(place_of(path), path.stat().st_size, held, parts)
     except BoundError as error:
         raise SeriesFormatError(str(error)) from error
 
@@ -105,23 +106,25 @@ def read_ts(path: Path) -> LabelledSeries:
         if not text or text[0] in "#%":
             continue
         if in_data:
-            values, label = _series(text, f"{path.name}, line {number}", _classes(header), regression)
+            values, label = _series(text, f"{place_of(path)}, line {number}", _classes(header), regression)
             series.append(values)
             last += [] if label is None else [label]
         elif text.lower() == "@data":
             in_data, regression = True, _says(header, "targetlabel")
             if regression and _says(header, "classlabel"):
-                raise SeriesFormatError(f"{path.name} announces a class and a target; a line ends in one of them")
+                raise SeriesFormatError(f"{place_of(path)} announces a class and a target; a line ends in one of them")
             if _says(header, "timestamps"):
-                raise SeriesFormatError(f"{path.name} has time stamps, which are not read; resample it to a grid")
+                raise SeriesFormatError(f"{place_of(path)} has time stamps, which are not read; resample it to a grid")
         else:
             key, *words = text.split()
             header[key.lstrip("@").lower()] = words
     if not series:
-        raise SeriesFormatError(f"{path.name} holds no series; is it a .ts file with an @data line?")
+        raise SeriesFormatError(f"{place_of(path)} holds no series; is it a .ts file with an @data line?")
     widths = {values.shape[1] for values in series}
     if len(widths) > 1:
-        raise SeriesFormatError(f"{path.name}: series have {sorted(widths)} channels; all must have the same number")
+        raise SeriesFormatError(
+            f"{place_of(path)}: series have {sorted(widths)} channels; all must have the same number"
+        )
     if regression:
         return LabelledSeries(series, None, [float(number) for number in last])
     return LabelledSeries(series, last if last else None)

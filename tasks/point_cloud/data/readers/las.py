@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeapps.bounds import BoundError, require_file
+from moeapps.files import place_of
 from tasks.point_cloud.data.readers.laz import LazSizeError, check_laz
 
 _LAZ_POINTS_PER_BYTE = 100
@@ -134,18 +135,18 @@ def read_las(path: Path | str) -> LasCloud:
             points = file.read_points(-1)
             header = file.header
     except (laspy.errors.LaspyException, RuntimeError, ValueError, OSError, MemoryError, struct.error) as error:
-        raise LasError(f"{path.name} cannot be read: {error}; fetch it again") from error
+        raise LasError(f"{place_of(path)} cannot be read: {error}; fetch it again") from error
     except BaseException as error:
         # The decompressor is Rust: a damaged chunk can end in its panic, which does not derive from Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise LasError(f"{path.name} is damaged: {error}; fetch it again") from error
+        raise LasError(f"{place_of(path)} is damaged: {error}; fetch it again") from error
     if len(points) != count:
-        raise LasError(f"{path.name} is damaged: {len(points)} of {count} points can be read; fetch it again")
+        raise LasError(f"{place_of(path)} is damaged: {len(points)} of {count} points can be read; fetch it again")
     pos = np.empty((count, 3))
     for axis, (name, scale, offset) in enumerate(zip("XYZ", header.scales, header.offsets, strict=True)):
         pos[:, axis] = points.array[name] * scale + offset
-    _check_bounds(pos, header, path.name)
+    _check_bounds(pos, header, place_of(path))
     return LasCloud(pos, points, _is_geographic(header, pos))
 
 
@@ -162,26 +163,26 @@ def _checked_count(path: Path) -> int:
             f"cannot read {path} ({str(error.strerror).lower()}); give the path of a .las or .laz file"
         ) from error
     if head[:4] != b"LASF":
-        raise LasError(f"{path.name} is not a LAS file: it does not begin with LASF")
+        raise LasError(f"{place_of(path)} is not a LAS file: it does not begin with LASF")
     header_size, start, num_vlrs, kind, length, count = struct.unpack_from("<HIIBHI", head.ljust(375, b"\0"), 94)
     if len(head) < 227 or size < max(header_size, start):
-        raise LasError(f"{path.name} is cut short: {size} bytes, its points begin at byte {start}; fetch it again")
+        raise LasError(f"{place_of(path)} is cut short: {size} bytes, its points begin at byte {start}; fetch it again")
     if start < header_size or num_vlrs * 54 > start - header_size:
         raise LasError(
-            f"{path.name} is damaged: header of {header_size} bytes, {num_vlrs} records, points at byte {start}"
+            f"{place_of(path)} is damaged: header of {header_size} bytes, {num_vlrs} records, points at byte {start}"
         )
     minor, compressed, kind = head[25], bool(kind & 0xC0), kind & 0x3F  # bit 7; old writers set bit 6 too
     if minor >= 4:
         large = struct.unpack_from("<Q", head.ljust(375, b"\0"), 247)[0]
         if kind < 6 and count != large and 0 < large < 2**32 and not compressed:
-            raise LasError(f"{path.name} is damaged: its header gives both {count} and {large} points")
+            raise LasError(f"{place_of(path)} is damaged: its header gives both {count} and {large} points")
         count = large or count
     elif kind >= 6:
-        raise LasError(f"{path.name} is damaged: point format {kind} in LAS 1.{minor}, it came with 1.4")
+        raise LasError(f"{place_of(path)} is damaged: point format {kind} in LAS 1.{minor}, it came with 1.4")
     scale, offset = np.frombuffer(head, "<f8", 6, 131).reshape(2, 3)
     finite = np.isfinite([scale, offset]).all() and (np.abs(scale) > 1e-12).all()
     if not finite or np.abs(scale).max() > 1e6 or np.abs(offset).max() > 1e15:
-        raise LasError(f"{path.name} is damaged: scale {scale.tolist()}, offset {offset.tolist()}")
+        raise LasError(f"{place_of(path)} is damaged: scale {scale.tolist()}, offset {offset.tolist()}")
     # Waveforms (formats 4, 5, 9, 10) and, since 1.4, further records may follow the points.
     more = kind in (4, 5, 9, 10) or (minor >= 4 and any(head[243:247]))
     room = (size, start, int(count), length)
@@ -194,11 +195,11 @@ def _check_compression(path: Path, size: int, records: tuple[int, int], start: i
         with path.open("rb") as file:
             check_laz(file, size, records, start, count)
     except (LazSizeError, lazrs.LazrsError, struct.error, OSError, ValueError, OverflowError) as error:
-        raise LasError(f"{path.name} is damaged: {error}; fetch it again") from error
+        raise LasError(f"{place_of(path)} is damaged: {error}; fetch it again") from error
     except BaseException as error:  # as in read_las
         if type(error).__name__ != "PanicException":
             raise
-        raise LasError(f"{path.name} is damaged: {error}; fetch it again") from error
+        raise LasError(f"{place_of(path)} is damaged: {error}; fetch it again") from error
 
 
 def _require_room(
@@ -216,15 +217,15 @@ def _require_room(
     if compressed:
         if count > _LAZ_POINTS_PER_BYTE * size:
             raise LasError(
-                f"{path.name} is damaged: its header tells of {count} points in {size} bytes; fetch it again"
+                f"{place_of(path)} is damaged: its header tells of {count} points in {size} bytes; fetch it again"
             )
         _check_compression(path, size, records, start, count)
         return
     end = start + count * length
     if end > size or (end < size and not more):
         raise LasError(
-            f"{path.name} is {'cut short' if end > size else 'damaged'}: {count} points of {length} bytes end at byte "
-            f"{end}, the file has {size}; fetch it again"
+            f"{place_of(path)} is {'cut short' if end > size else 'damaged'}: {count} points of {length} bytes end "
+            f"at byte {end}, the file has {size}; fetch it again"
         )
 
 
