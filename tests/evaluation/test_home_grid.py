@@ -91,6 +91,14 @@ def test_all_overlays_of_the_grid_exist_and_every_baseline_is_in_it() -> None:
     assert shipped <= used
 
 
+def test_the_page_names_the_rate_of_the_regimes_that_have_one_for_all() -> None:
+    """It once named three that were tried, and the cells had a fourth."""
+    for overlay in ("home_four_passes", "home_ml100k"):
+        settings = load(ROOT / "benchmarks" / "evidence" / f"{overlay}.yaml")
+        rate = settings["model"]["init_args"]["optimizer"]["lr"]
+        assert f"one learning rate for all, {rate * 1000:g}e-3, set by hand between" in GRID.choice
+
+
 def test_real_data_have_no_data_seed_but_an_order() -> None:
     cells = {cell.variant: GRID.arguments(cell) for cell in GRID.cells()}
     assert "--data.init_args.source.init_args.data_seed" not in cells["home_ml100k"]
