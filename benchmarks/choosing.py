@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from benchmarks.markdown import wrapped
-from benchmarks.readme import ROOT, claim_of, claim_rows
+from benchmarks.readme import ROOT, claim_of, claim_rows, holds
 from moeapps.files import write_text
 
 PAGE = ROOT / "docs" / "choosing_a_router.md"
@@ -86,6 +86,8 @@ def tables() -> str:
         counts = [found.count(word) for word, *_ in _VERBS]
         verbs = zip(counts, _VERBS, strict=True)
         told = [f"{count or 'none'} {one if count == 1 else many}" for count, (_, one, many) in verbs]
+        lone = sum(holds(claim_of(system, name)).endswith(", alone") for system, name in claims)
+        told += [f"{lone} of those decided {'stands' if lone == 1 else 'stand'} alone"] if lone else []
         told += [f"{untested} could not be tested"] if (untested := len(found) - sum(counts)) else []
         parts.append(f"### {question}\n\nOf {len(found)} claims {', '.join(told)}.\n\n{claim_rows(claims)}")
     return "\n" + "\n".join(parts) + "\n"

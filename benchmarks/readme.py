@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.markdown import wrapped
 from moeapps.evaluation.results import RunResults, read_results
+from moeapps.evidence.report import LEVEL
 from moeapps.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,13 +211,25 @@ def claim_rows(claims: Iterable[tuple[str, str]]) -> str:
     Args:
         claims: system and id of each.
     """
-    rows = ["| system | claim | difference | compute | holds |", "|---|---|---|---|---|"]
+    rows = ["| system | claim | difference | compute | runs | holds |", "|---|---|---|---|---|---|"]
     for system, name in claims:
         claim = claim_of(system, name)
-        word = _WORDS.get(claim["verdict"], claim["verdict"])
-        cells = (_NAMES[system], claim["text"], difference(claim), compute(claim), word)
+        cells = (_NAMES[system], claim["text"], difference(claim), compute(claim), runs(claim), holds(claim))
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def runs(claim: dict[str, Any]) -> str:
+    """Say how many runs a comparison has of each, and in brackets how many data they are on where some share theirs."""
+    return f"{len(claim['seeds'])}" + (f" ({claim['clusters']})" if "clusters" in claim else "")
+
+
+def holds(claim: dict[str, Any]) -> str:
+    """Say whether a claim holds, and whether it does so only while nobody counts how many there are."""
+    corrected, decided = claim.get("p_holm"), claim["verdict"] in ("supported", "not supported")
+    if decided and corrected is not None and corrected >= LEVEL:
+        return _WORDS[claim["verdict"]].strip("*") + ", alone"
+    return _WORDS.get(claim["verdict"], str(claim["verdict"]))
 
 
 def compute(claim: dict[str, Any]) -> str:

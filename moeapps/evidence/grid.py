@@ -266,6 +266,12 @@ class Grid:
         """Give the (seed, data seed) pairs that all these variants run."""
         return self.seeds[: min(self._all[name].pairs for name in names)]
 
+    @property
+    def shared_pairs(self) -> tuple[Pair, ...]:
+        """The pairs that most variants run: averages over them compare, as those over unlike seeds do not."""
+        counts = [variant.pairs for variant in self.variants.values()]
+        return self.seeds[: max(sorted(set(counts)), key=counts.count)]
+
     def cells(self) -> list[Cell]:
         """List every cell: headline, ladder, wide table, each seed by seed, so that an interrupted grid is balanced."""
         ladder = tuple(name for name in self._all if name not in self.variants and name not in self.headline)

@@ -21,8 +21,16 @@ holds in every run, *median* when the median over runs reaches the bar. What the
 *inconclusive*. Ratios of compute and parameters are system over baseline; training FLOPs are those of all training
 steps, forward and backward, and a claim at equal FLOPs is tested only where they agree within 2 per cent. For a metric
 marked log10 the difference is one of logarithms (−0.3 is half the error).
+
+Verdicts are of one claim at a time. *p* is that of its interval (two-sided, of a true difference right at the bar); in
+brackets it is corrected for all claims of the system that have an interval (Holm). A verdict whose p is below 0.05 in
+brackets, too, holds beside all others; any other may be what one of many looks shows by luck. An interval over three
+runs reaches 2.5 standard deviations of their differences to each side: *inconclusive* there says that the runs are too
+few to tell, not that two variants tie.
 """
 _NONE = "\nNo system has been measured yet.\n"
+LEVEL = 0.05
+"""What a p value is below where a verdict holds."""
 _VERDICTS = ("supported", "not supported", "inconclusive", "not tested")
 
 
@@ -56,8 +64,15 @@ def _overview(systems: Sequence[Mapping[str, Any]]) -> str:
     for results in systems:
         counts = [sum(c["verdict"].split(" (")[0] == verdict for c in results["claims"]) for verdict in _VERDICTS]
         cells = f"{results['cells']} of {results['cells_planned']}"
-        rows.append([f"[{_name(results)}](#{_name(results)})", cells, _hours(results["cpu_s"]), *map(str, counts)])
-    return "\n" + _table(["system", "cells", "CPU", *_VERDICTS], rows)
+        name = f"[{_name(results)}](#{_name(results)})"
+        rows.append([name, cells, _hours(results["cpu_s"]), *map(str, counts), *_decided(results["claims"])])
+    return "\n" + _table(["system", "cells", "CPU", *_VERDICTS, "decided by an interval", "corrected"], rows)
+
+
+def _decided(claims: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How many claims an interval decides, and how many of them also after the correction."""
+    corrected = [c["p_holm"] for c in claims if c.get("p_holm") is not None and c["verdict"] != "inconclusive"]
+    return str(len(corrected)), str(sum(p < LEVEL for p in corrected))
 
 
 def _system(results: Mapping[str, Any]) -> str:
@@ -81,7 +96,7 @@ def _system(results: Mapping[str, Any]) -> str:
 
 
 def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
-    header = ["id", "claim", "rule", "metric", "system", "baseline", "difference"]
+    header = ["id", "claim", "rule", "metric", "system", "baseline", "difference", "p (corrected)"]
     header += ["FLOPs a row", "training FLOPs", "params", "verdict"]
     rows = []
     for claim in claims:
@@ -97,6 +112,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
                 _side(claim["system_variant"], claim["system"], (claim["minus"] or [None])[0]),
                 _side(claim["baseline_variant"], claim["baseline"], (claim["minus"] or [None])[-1]),
                 _difference(claim["diff_mean"], claim["ci95"]),
+                _p(claim.get("p"), claim.get("p_holm")),
                 _times(claim["flops_ratio"]),
                 _times(claim.get("train_flops_ratio")),
                 _times(claim["params_ratio"]),
@@ -129,14 +145,18 @@ def _ladder(ladder: Mapping[str, Any]) -> list[str]:
 
 def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = list(dict.fromkeys(name for variant in variants.values() for name in variant["mean"]))
-    header = ["variant", "cells", "parameters", "active", "FLOPs a row", "training FLOPs", *metrics]
+    header = ["variant", "cells", "averaged", "parameters", "active", "FLOPs a row", "training FLOPs", *metrics]
     rows = []
     for name, variant in variants.items():
         sizes = [_count(variant[key]) for key in ("params_total", "params_active", "flops_per_token")]
         sizes.append(_number(variant.get("train_flops")))
         means = [_number(variant["mean"].get(metric)) for metric in metrics]
-        rows.append([name, f"{variant['cells']} of {variant['cells_planned']}", *sizes, *means])
-    return _table(header, rows)
+        cells = f"{variant['cells']} of {variant['cells_planned']}"
+        rows.append([name, cells, str(variant.get("averaged", "–")), *sizes, *means])
+    return (
+        "Sizes and scores are averaged over the pairs of seeds that most variants have, so that rows compare; a row "
+        "over fewer compares with none.\n\n" + _table(header, rows)
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -157,6 +177,16 @@ def _difference(mean: float | None, interval: Sequence[float] | None) -> str:
     if mean is None:
         return "–"
     return _signed(mean) + (f" [{_signed(interval[0])}, {_signed(interval[1])}]" if interval else "")
+
+
+def _p(alone: float | None, corrected: float | None) -> str:
+    if alone is None:
+        return "–"
+    return _share(alone) + (f" ({_share(corrected)})" if corrected is not None else "")
+
+
+def _share(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
 
 
 def _signed(value: float) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from moeapps.evaluation.statistics import judge, paired_t_interval
+from moeapps.evaluation.statistics import holm, judge, paired_t_interval
 from moeapps.evidence.cells import CellError, CellResult
 from moeapps.evidence.grid import Cell, Claim, Grid, Pair
 
@@ -42,7 +42,7 @@ def summarise(grid: Grid, results: Results, command: str = "", stale: Collection
         "choice": grid.choice,
         "missing_domains": _merged(result.missing_domains for result in used),
         "sources": _merged(result.sources for result in used),
-        "claims": [_claim(grid, claim, results, stale) for claim in grid.claims],
+        "claims": _corrected([_claim(grid, claim, results, stale) for claim in grid.claims]),
         "ladder": _ladder(grid, results, stale),
         "variants": {name: _variant(grid, name, results) for name in grid.variants},
     }
@@ -67,6 +67,8 @@ def _claim(grid: Grid, claim: Claim, results: Results, stale: Collection[Cell]) 
         "baseline": [],
         "diff_mean": None,
         "ci95": None,
+        "p": None,
+        "p_holm": None,
         "flops_ratio": None,
         "train_flops_ratio": None,
         "params_ratio": None,
@@ -80,6 +82,14 @@ def _claim(grid: Grid, claim: Claim, results: Results, stale: Collection[Cell]) 
     if reason:
         entry["verdict"] = f"not tested ({reason})"
     return entry
+
+
+def _corrected(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add what is left of every p when it is one of as many as the grid has tested (Holm)."""
+    family = [claim for claim in claims if claim["p"] is not None and not claim["verdict"].startswith("not tested")]
+    for claim, p in zip(family, holm([claim["p"] for claim in family]), strict=True):
+        claim["p_holm"] = _rounded(p)
+    return claims
 
 
 def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> str:
@@ -105,6 +115,7 @@ def _fill(grid: Grid, claim: Claim, results: Results, entry: dict[str, Any]) -> 
     entry["diff_mean"] = _rounded(result.diff_mean)
     if result.interval is not None:
         entry["ci95"] = [_rounded(result.interval.low), _rounded(result.interval.high)]
+    entry["p"] = None if result.p is None else _rounded(result.p)
     entry["verdict"] = result.verdict
     return _unmatched(claim, entry)
 
@@ -160,7 +171,7 @@ def _values(results: Results, variant: str, metric: str, pairs: Sequence[Pair], 
 
 
 def _ratio(results: Results, system: str, baseline: str, name: str, pairs: Sequence[Pair]) -> float | None:
-    """Ratio of a size of the two variants; None if unknown for some cell. Sizes do not depend on the seed."""
+    """Ratio of a size of the two variants, of their means over seeds; None if unknown for some cell."""
     sizes = [[getattr(results[Cell(v, *pair)], name) for pair in pairs] for v in (system, baseline)]
     if any(not size for row in sizes for size in row):
         return None
@@ -200,11 +211,14 @@ def _ladder(grid: Grid, results: Results, stale: Collection[Cell]) -> dict[str, 
 
 
 def _variant(grid: Grid, name: str, results: Results) -> dict[str, Any]:
-    """Sizes and the shown metrics of one variant, over the pairs it has run."""
-    found = [results[cell] for cell in (Cell(name, *pair) for pair in grid.pairs(name)) if cell in results]
-    entry: dict[str, Any] = {"cells": len(found), "cells_planned": len(grid.pairs(name))}
+    """Sizes and the shown metrics of one variant, over those of the grid's shared pairs that it has run."""
+    done = [pair for pair in grid.pairs(name) if Cell(name, *pair) in results]
+    found = [results[Cell(name, *pair)] for pair in done if pair in grid.shared_pairs]
+    entry: dict[str, Any] = {"cells": len(done), "cells_planned": len(grid.pairs(name)), "averaged": len(found)}
     for size in ("params_total", "params_active", "flops_per_token", "train_flops"):
-        entry[size] = getattr(found[0], size) if found else None
+        sizes = [getattr(result, size) for result in found]
+        known = bool(sizes) and all(value is not None for value in sizes)
+        entry[size] = _rounded(math.fsum(sizes) / len(sizes)) if known else None
     entry["mean"] = {
         metric: _rounded(math.fsum(result.value(metric) for result in found) / len(found))
         for metric in grid.show

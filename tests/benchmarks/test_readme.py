@@ -105,10 +105,26 @@ def test_a_row_of_verdicts_says_what_the_comparison_cost() -> None:
     table, below = readme.verdicts().split("\n\n")
     legend = " ".join(below.split())
     header, _, *rows = table.splitlines()
-    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["system", "claim", "difference", "compute", "holds"]
+    titles = [cell.strip() for cell in header.split("|")[1:-1]]
+    assert titles == ["system", "claim", "difference", "compute", "runs", "holds"]
     assert len(rows) == len(readme.CLAIMS)
     shown = {row.split("|")[3].split("/")[1].split()[0] for row in rows}
     assert {name for name in shown if f"`{name}`: " in legend} == shown  # no score without its meaning
+
+
+def test_a_row_of_verdicts_says_on_how_many_runs_it_rests_and_what_correction_leaves() -> None:
+    assert readme.runs({"seeds": [[1, 1], [2, 2]]}) == "2"
+    assert readme.runs({"seeds": [[1, 1], [2, 2], [3, 1]], "clusters": 2}) == "3 (2)"
+    assert readme.holds({"verdict": "supported", "p_holm": 0.01}) == "**yes**"
+    assert readme.holds({"verdict": "supported", "p_holm": 0.06}) == "yes, alone"
+    assert readme.holds({"verdict": "not supported", "p_holm": 0.06}) == "no, alone"
+    assert readme.holds({"verdict": "inconclusive", "p_holm": 0.9}) == "open"
+    assert (
+        readme.holds({"verdict": "supported", "p_holm": None}) == "**yes**"
+    )  # exact: of these runs, no statement more
+    assert "no longer when it is corrected for all claims of that system" in " ".join(
+        (readme.ROOT / "README.md").read_text(encoding="utf-8").split()
+    )
 
 
 def test_the_closing_lines_of_the_demo_name_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:

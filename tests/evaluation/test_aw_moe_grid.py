@@ -85,5 +85,34 @@ def test_contrast_was_swept_over_twelve_settings_on_each_log_and_the_overlay_has
     assert name == found["best"]["ml100k"]
 
 
+def test_the_readme_tells_wins_ties_and_losses_as_they_were_found() -> None:
+    claims = {c["id"]: c for c in json.loads((ROOT / "benchmarks/results/aw_moe.json").read_text())["claims"]}
+    told = " ".join((ROOT / "tasks/recommendation/README.md").read_text(encoding="utf-8").split())
+
+    def points(name: str, sign: str = "+") -> str:
+        values = [100 * claims[name]["diff_mean"], *(100 * end for end in claims[name]["ci95"])]
+        shown = [f"{value:{'+' if i else sign}.1f}".replace("-", "−") for i, value in enumerate(values)]
+        return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+    groups = claims["C6a"]["system"]
+    for sentence in (
+        f"AW-MoE gains {points('C1a', '')} and {points('C1d', '')} on seen domains, {points('C1c', '')} and "
+        f"{points('C1f', '')} on unseen ones",
+        f"{points('C1b')} for users with few past items, {points('C1e')} for histories that are cut",
+        f"gate on the category (eight seeds) it gains {points('C2a', '')} and {points('C2d', '')}.",
+        f"(three seeds) nothing is decided: {points('C7a')} and {points('C7b')}. Beside MMoE's gate it is open on the "
+        f"generated log, {points('C8a')}, and a gain on MovieLens, {points('C8b')}.",
+        f"a cut history costs {points('C4a')} and {points('C4c')} points more than without, and "
+        f"{points('C4e', '')} and {points('C4f', '')} more than with past items dropped alone.",
+        f"above 0.8 in {sum(value > 0.8 for value in groups)} of {len(groups)} runs, "
+        f"{sum(groups) / len(groups):.2f} on average",
+    ):
+        assert sentence in told, sentence
+    verdicts = {name: claims[name]["verdict"] for name in claims}
+    assert {verdicts[name] for name in ("C1b", "C1d", "C1e", "C7a", "C7b", "C8a", "C4a", "C4c")} == {"inconclusive"}
+    left = [c["id"] for c in claims.values() if c["p_holm"] is not None and c["p_holm"] < 0.05]
+    assert left == ["C2d", "C2f"], "the README says what is left"
+
+
 def test_all_overlays_of_the_grid_exist_and_definitions_differ() -> None:
     assert len({GRID.definition(name, ROOT) for name in GRID.all_variants}) == len(GRID.all_variants)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.grids import load_grid
 from moeapps.commands.curriculum import plan
@@ -62,3 +64,42 @@ def test_the_words_of_a_chain_are_stages_of_a_curriculum() -> None:
     ]
     assert len(set(beginnings)) == 1
     assert plan(GRID.arguments(Cell("meta_dmoe", 2, 2))[1:])[0].name not in {beginnings[0]}
+
+
+def test_the_readme_tells_wins_ties_and_losses_as_they_were_found() -> None:
+    results = json.loads((ROOT / "benchmarks/results/meta_dmoe.json").read_text(encoding="utf-8"))
+    claims = {claim["id"]: claim for claim in results["claims"]}
+    told = " ".join((ROOT / "tasks/adaptation/README.md").read_text(encoding="utf-8").split())
+
+    def points(found: dict[str, Any], sign: str = "", turned: bool = False) -> str:
+        values = [100 * value * (-1 if turned else 1) for value in (found["diff_mean"], *found["ci95"])]
+        middle, *ends = [f"{value:{sign}.1f}".replace("-", "−") for value in values]
+        return f"{middle} [{', '.join(reversed(ends) if turned else ends)}]"
+
+    def gain(name: str) -> str:
+        return f"{100 * claims[name]['diff_mean']:.1f}"
+
+    def share(name: str) -> str:
+        return f"{1 / claims[name]['train_flops_ratio']:.2f}"
+
+    near, _, far = results["ladder"]["levels"]
+    for sentence in (
+        f"better by {points(claims['C2b'])} on average and by {points(claims['C2a'])} on the worst domain",
+        f"(by {gain('C7a')}), TENT ({gain('C7c')}), T3A ({gain('C7d')}), SHOT ({gain('C7e')}), MEMO ({gain('C7f')}) "
+        f"and a mixture trained jointly on the core ({gain('C7g')})",
+        f"over ERM is {points(near)} where domains lie half as far apart, and {points(far)} where they lie half as far",
+        f"by {points(claims['C2d'], turned=True)} on average, by {points(claims['C2e'], turned=True)} where it",
+        f"on the worst domain the difference is open, {points(claims['C2c'], '+')}",
+        f"gains {points(claims['C1a'])} over the same student as it was",
+        f"costs {share('C1c')} of the compute, ends at the same score: the step adds {points(claims['C1c'], '+')}",
+        f"at {share('C3b')} of the compute, is better by {points(claims['C3b'], turned=True)}",
+        f"changes next to nothing ({points(claims['C1d'], '+')})",
+        f"with the support's statistics the method is better by {points(claims['C2f'])}",
+        f"they began as by {gain('C4b')}, the aggregator that answers itself by {gain('C4c')}",
+        f"and {share('C7h')} of the compute of training, is better than the adapted student by "
+        f"{points(claims['C7h'], turned=True)}. Asking the one expert that is surest (domain-id routing), at the same "
+        f"{share('C7i')} of the compute, is not told apart from it: {points(claims['C7i'], '+')} for the student.",
+        f"in place of asked {points(claims['C5a'], '+')}, in place of zeroed {points(claims['C5b'], '+')}; first-order "
+        f"derivatives {points(claims['C3c'], '+')}",
+    ):
+        assert sentence in told, sentence

@@ -43,12 +43,22 @@ def test_the_ladder_has_three_levels_of_growing_conflict() -> None:
 
 def test_the_card_of_the_task_quotes_the_computed_differences() -> None:
     results = json.loads((ROOT / "benchmarks/results/point_moe.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "tasks/point_cloud/README.md").read_text(encoding="utf-8")
+    told = " ".join((ROOT / "tasks/point_cloud/README.md").read_text(encoding="utf-8").split())
     claims = {claim["id"]: claim for claim in results["claims"]}
 
-    for name in ("C1a", "C1d", "C2a", "C2e", "C3a", "C3b", "C2d"):
-        assert f"{claims[name]['diff_mean']:+.3f}" in readme, name
+    def shown(value: float) -> str:
+        return f"{value:+.3f}".replace("-", "−")
+
+    for name in ("C1a", "C1b", "C1c", "C1d", "C2a", "C2c", "C2e"):
+        low, high = claims[name]["ci95"]
+        assert f"{shown(claims[name]['diff_mean'])} [{shown(low)}, {shown(high)}]" in told, name
+    for name in ("C3a", "C3b", "C2d"):
+        assert shown(claims[name]["diff_mean"]) in told, name
+    steps = [level["diff_mean"] for level in results["ladder"]["levels"]]
+    assert f"the three differences are {shown(steps[0])}, {shown(steps[1])} and {shown(steps[2])}" in told
+    assert max(abs(end - level["diff_mean"]) for level in results["ladder"]["levels"] for end in level["ci95"]) < 0.045
+    assert {claims[name]["verdict"] for name in ("C4a", "C4b")} == {"supported"}, "a balance loss is not needed"
     assert {claims[name]["verdict"] for name in ("C1a", "C1b", "C1c", "C1d", "C2a", "C2e", "C5a")} == {"inconclusive"}
     assert {claims[name]["verdict"] for name in ("C2d", "C3a", "C3b", "C5b", "C6a", "C6b", "C6c")} == {"supported"}
-    told = [sum(claims["C5a"][side]) / 8 for side in ("system", "baseline")]
-    assert all(0.035 < value < 0.05 for value in told), "the README says 4 per cent"
+    shares = [sum(claims["C5a"][side]) / 8 for side in ("system", "baseline")]
+    assert all(0.035 < value < 0.05 for value in shares), "the README says 4 per cent"

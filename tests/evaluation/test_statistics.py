@@ -11,9 +11,11 @@ from scipy import stats
 from moeapps.evaluation.statistics import (
     bootstrap_interval,
     cluster_means,
+    holm,
     judge,
     paired_t_interval,
     t_interval,
+    t_p_value,
 )
 
 
@@ -48,6 +50,26 @@ def test_paired_interval_equals_scipy_and_ignores_what_pairs_share() -> None:
     assert (ours.low, ours.high) == pytest.approx((scipy.low, scipy.high), rel=1e-10)
     assert (shifted.low, shifted.high) == pytest.approx((ours.low, ours.high), abs=1e-12)
     assert ours.n == 8
+
+
+def test_p_values_equal_scipy_and_agree_with_the_verdict_of_the_interval() -> None:
+    generator = np.random.default_rng(3)
+    for rule, margin, direction in (("superiority", 0.0, "higher"), ("non-inferiority", 0.5, "lower")) * 40:
+        base, gain = generator.normal(size=6), generator.normal(0.4, 0.6, size=6)
+        found = judge((base + gain).tolist(), base.tolist(), rule=rule, direction=direction, margin=margin)  # type: ignore[arg-type]
+        assert found.p == pytest.approx(stats.ttest_1samp(gain, 0.0 if rule == "superiority" else 0.5).pvalue, rel=1e-9)
+        assert (found.p < 0.05) == (found.verdict != "inconclusive")
+    assert judge([1.0, 2.0], [1.0, 2.0], rule="exact", direction="equal").p is None
+    assert (t_p_value([0.2, 0.2]), t_p_value([0.2, 0.2], 0.2)) == (0.0, 1.0)
+    assert judge([1.0, 2.0, 9.0], [0.0, 0.0, 0.0], rule="superiority", direction="higher", clusters=[1, 1, 2]).p == (
+        pytest.approx(stats.ttest_1samp([1.5, 9.0], 0.0).pvalue)
+    )
+
+
+def test_holm_multiplies_the_least_p_by_all_of_them_and_never_falls() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_equal_differences_give_an_interval_of_zero_width() -> None:

@@ -91,5 +91,30 @@ def test_stages_come_in_the_order_of_the_paper_and_the_first_three_are_not_teste
     assert warm["trained"] == ["*.ffn.router.*", "*.ffn.experts.banks.1.*"]
 
 
+def test_the_readme_tells_wins_ties_and_losses_and_whose_scores_were_known() -> None:
+    claims = {c["id"]: c for c in json.loads((ROOT / "benchmarks/results/unimoe_audio.json").read_text())["claims"]}
+    told = " ".join((ROOT / "tasks/audio/README.md").read_text(encoding="utf-8").split())
+
+    def bits(name: str, sign: str = "+") -> str:
+        values = (claims[name]["diff_mean"], *claims[name]["ci95"])
+        shown = [f"{value:{sign}.3f}".replace("-", "−") for value in values]
+        return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+    for sentence in (
+        f"by {-claims['C3a']['diff_mean']:.2f} on all seen domains, {-claims['C3b']['diff_mean']:.2f} on music",
+        f"{bits('C8a')} on seen domains, {bits('C8c')} on unseen ones",
+        f"beside it the curriculum is open, {bits('C8d')}",
+        f"AdaMoE is ahead of the mixture on average, {bits('C6g')}, which is open, too",
+        f"not beaten by the curriculum on that domain, {bits('C7m')}",
+        "(the first two points) are of eight seeds that no choice has seen, the others of three whose scores",
+    ):
+        assert sentence in told, sentence
+    opened = ("C8a", "C8b", "C8c", "C8d", "C6g", "C7m", "C9a", "C9b", "C9c")
+    assert {claims[name]["verdict"] for name in opened} == {"inconclusive"}
+    assert claims["C6e"]["verdict"] == "supported", "the null expert costs no more than 0.03"
+    first = [c["id"] for c in claims.values() if any(pair in ([1, 1], [2, 2], [3, 3]) for pair in c["seeds"])]
+    assert not {"C3a", "C3b", "C3c", "C8a", "C8b", "C8c"} & set(first)
+
+
 def test_all_overlays_of_the_grid_exist_and_definitions_differ() -> None:
     assert len({GRID.definition(name, ROOT) for name in GRID.all_variants}) == len(GRID.all_variants)
