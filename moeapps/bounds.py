@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -125,13 +126,19 @@ def check_parts(
         raise BoundError(f"{path} has {told} in {size:,} bytes, which would fill memory; {advice}")
 
 
+# YAML 1.1 takes 010 for eight and 1:30 for ninety, which nobody means who writes them.
+_OTHER_NUMBER = re.compile(r"[-+]?(?:0[0-9_]+|[0-9_]+(?::[0-9_]+)+(?:\.[0-9_]*)?)")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for documents whose aliases stand for few values."""
+    """PyYAML's safe loader, for documents that say each thing once and whose aliases stand for few values."""
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
             _values(node, {}, 0)
+            _said_once(node)
         return node
 
 
@@ -139,7 +146,8 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        BoundError: too large, too deep, or with aliases that stand for too much or for themselves.
+        BoundError: too large, too deep, with aliases that stand for too much or for themselves, with a key twice, or
+            with a number that YAML reads as another one.
         yaml.YAMLError: not YAML.
         OSError: it cannot be read.
     """
@@ -150,7 +158,8 @@ def read_yaml_nodes(path: Path) -> tuple[Any, yaml.Node | None]:
     """Read a YAML file with its nodes, which know their lines; None for an empty file. What `<<` names is merged.
 
     Raises:
-        BoundError: too large, too deep, or with aliases that stand for too much or for themselves.
+        BoundError: too large, too deep, with aliases that stand for too much or for themselves, with a key twice, or
+            with a number that YAML reads as another one.
         yaml.YAMLError: not YAML.
         OSError: it cannot be read.
     """
@@ -167,6 +176,36 @@ def read_yaml_nodes(path: Path) -> tuple[Any, yaml.Node | None]:
         raise BoundError(f"{path}: a value that cannot be read ({error}); correct it") from error
     finally:
         loader.dispose()
+
+
+def _said_once(root: yaml.Node) -> None:
+    """Refuse keys that stand twice in a mapping, and numbers that YAML reads as another one; neither is ever told."""
+    found, seen = [root], {id(root)}
+    while found:
+        node = found.pop()
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag in _NUMBERS and node.style is None and _OTHER_NUMBER.fullmatch(node.value):
+                value = yaml.SafeLoader("").construct_object(node)
+                if node.value.lstrip("+-0_") != str(abs(value)) and value:
+                    told = f"line {node.start_mark.line + 1}: YAML reads {node.value} as {value}"
+                    raise BoundError(
+                        f"{told}; write the number that is meant, or {node.value!r} in quotes where it is a word"
+                    )
+            continue
+        below: list[yaml.Node] = list(node.value)
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                word, line = (key.tag, key.value), key.start_mark.line + 1
+                if word in lines:
+                    told = f"line {line}: {key.value!r} stands in line {lines[word]} already"
+                    raise BoundError(f"{told}, and of two the last would win in silence; keep one")
+                lines[word] = line
+            below = [part for pair in node.value for part in pair]
+        found += [part for part in below if id(part) not in seen]
+        seen |= {id(part) for part in below}
 
 
 def _values(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -51,14 +51,17 @@ class WholeFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.finish()
-        else:
-            self.drop()
+            return
+        self.drop()
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise self._named(error) from error
 
     def finish(self) -> None:
         """Give the file its name.
 
         Raises:
             RuntimeError: nothing was written.
+            OSError: it cannot be written to the end.
         """
         try:
             if not self.temporary.exists():
@@ -67,8 +70,16 @@ class WholeFile:
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
                 file.replace(self.path.parent / file.name)
+        except OSError as error:
+            if error.filename is None and error.errno is not None:
+                raise self._named(error) from error
+            raise
         finally:
             self.drop()
+
+    def _named(self, error: OSError) -> OSError:
+        """The same error with the file in it: the system tells of a full disk and a quota without a name."""
+        return OSError(error.errno, error.strerror, str(self.path))
 
     def drop(self) -> None:
         """Leave nothing behind of what is not finished."""

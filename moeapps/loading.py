@@ -7,7 +7,10 @@ exported folder (`moeapps export`) is loaded like a run.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -96,7 +99,7 @@ def load_run(
             "of `moeapps export`"
         )
     weights = _weights_of(folder) if checkpoint is None else Path(checkpoint)
-    with isolate_rng():  # building draws first weights, and sets the seed of the run
+    with isolate_rng(), _own_seed():  # building draws first weights, and sets the seed of the run
         built = _build(folder, trust)
     task, data = cast(BaseTask, built.model), cast(DomainDataModule, built.datamodule)
     _restore(task, weights)
@@ -106,6 +109,20 @@ def load_run(
     trainer.datamodule, task.trainer = data, trainer
     task.to(device).eval()
     return Trained(folder, weights, task, data)
+
+
+@contextmanager
+def _own_seed() -> Iterator[None]:
+    """Keep the seed that Lightning leaves in the environment: a later trainer and child processes would take it up."""
+    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _build(folder: Path, trust: frozenset[str] | None) -> Cli:

@@ -62,6 +62,46 @@ def test_yaml_that_grows_is_told(tmp_path: Path, name: str) -> None:
     told(read_own_labels, tmp_path / "a.yaml", "a.yaml")
 
 
+SAID_TWICE = {
+    "a: 1\nb: 2\na: 3": ("line 3", "'a' stands in line 1 already"),
+    "names:\n  0: floor\n  0: wall": ("line 3", "'0' stands in line 2 already"),
+    "- {b: 1, c: {d: 1, d: 1}}": ("line 1", "'d'"),
+}
+OTHER_NUMBERS = {"a: 010": "as 8", "a: [1:30]": "as 90", "a: -2:30.5": "as -150.5", "012: x": "as 10"}
+PLAIN = {
+    "a: '010'": "010",
+    "a: 07": 7,
+    "a: 00": 0,
+    "a: 1_000": 1000,
+    "a: 0x10": 16,
+    "a: '1:30'": "1:30",
+    "a: 0.50": 0.5,
+}
+
+
+@pytest.mark.parametrize("text", SAID_TWICE)
+def test_yaml_that_says_a_thing_twice_is_told(tmp_path: Path, text: str) -> None:
+    """The last of two equal keys wins in silence, so half of what a user wrote would not count."""
+    (tmp_path / "a.yaml").write_text(text)
+    told(bounds.read_yaml, tmp_path / "a.yaml", "a.yaml", *SAID_TWICE[text])
+    told(read_own_labels, tmp_path / "a.yaml", "a.yaml")
+
+
+def test_what_merges_is_not_said_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &x {b: 1, c: 1}\nd: {<<: *x, b: 2}\ne: *x")
+    assert bounds.read_yaml(tmp_path / "a.yaml")["d"] == {"b": 2, "c": 1}
+
+
+def test_numbers_that_yaml_reads_as_others_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text, words in OTHER_NUMBERS.items():
+        path.write_text(text)
+        told(bounds.read_yaml, path, "a.yaml", words)
+    for text, value in PLAIN.items():
+        path.write_text(text)
+        assert bounds.read_yaml(path) == {"a": value}
+
+
 def test_configs_of_ours_are_far_from_the_bounds() -> None:
     for path in Path("configs").rglob("*.yaml"):
         assert bounds.read_yaml(path) == yaml.safe_load(path.read_text(encoding="utf-8"))

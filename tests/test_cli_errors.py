@@ -29,6 +29,7 @@ WRONG_FLAGS = [
     (["--config", "nofile.yaml"], ["nofile.yaml"]),
     (["--model.fail", "true"], ["fail=True is not allowed; set it to false"]),
     (["--data.batch_size", "0"], ["batch_size=0"]),
+    (["--data.num_workers", "-1"], ["num_workers=-1; use 0"]),
     (["--model.net.moe", "moeapps.moe.presets.dense"], ["write it as class_path: moeapps.moe.presets.dense"]),
     (["--data.unseen", "[a]"], ["domain 'a' is given as seen and as unseen"]),
 ]  # fmt: skip

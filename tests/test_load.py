@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -268,6 +269,18 @@ def test_loading_and_predicting_leave_random_numbers_as_they_were(tmp_path: Path
     moeapps.load(tmp_path / "run").predict(0)
 
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seed", [None, "41"])
+def test_loading_leaves_no_seed_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: str | None) -> None:
+    """Lightning reads its seed, and whether to seed workers, from the environment of whatever comes later."""
+    make_run("mixer", tmp_path / "run")
+    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(variable, raising=False)
+        if seed is not None:
+            monkeypatch.setenv(variable, seed)
+    moeapps.load(tmp_path / "run")
+    assert [os.environ.get(variable) for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")] == [seed, seed]
 
 
 def test_the_package_itself_loads_no_torch() -> None:

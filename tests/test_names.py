@@ -129,6 +129,11 @@ WRONG: list[tuple[str, str]] = [
     ("model: {init_args: {net: {class_path: tests.toy.ToyNett}}}", r"did you mean 'tests\.toy\.ToyNet'\?\ntests\.toy "),
     ("model: {init_args: {net: {class_path: tests.toyy.ToyNet}}}", r"there is no module 'tests\.toyy'$"),
     ("data: {init_args: {mixing: stirred}}", r"data\.mixing: given 'stirred', allowed: 'concat', 'balanced', 'one_dom"),
+    ("model: {init_args: {optimizer: {lr: null}}}", r"line 1: model\.optimizer\.lr: given null, allowed: float; "),
+    ("data:\n  init_args:\n    batch_size:", r"line 3: data\.batch_size: given null, allowed: int; leave it out"),
+    ("data: {init_args: {mixing: null}}", r"data\.mixing: given null, allowed: Literal\["),
+    ("model:\n  init_args:", r"line 2: model\.init_args: given null, allowed: options with values; leave it out"),
+    ("name:\nsystem: toy", r"line 1: name: given null, allowed: str; leave it out"),
     ("model: [1", r"wrong\.yaml, line 1: while parsing a flow sequence: expected "),
     ("a: 1\nb: [}", r"wrong\.yaml, line 2: while parsing "),
     ("- a\n- b", r"wrong\.yaml holds list .*; a config is keys with values"),
@@ -181,7 +186,7 @@ def test_a_wrong_flag_is_told(words: list[str], told: str) -> None:
         ["--model.schedule", "OneCycle", "--model.schedule.pct_start", "0.1"],
         ["--model.net.moe", "moeapps.moe.presets.dense", "--model.net.moe.expansion", "2"],
         ["--trainer.callbacks+=BiasBalancing", "--trainer.callbacks.rate=1"],
-        ["--data.mixing", "null"],
+        ["--data.predict", "null"],
         ["--print_config"],
         ["--model.help", "tests.toy.ToyTask"],
         ["--config", "{trainer: {max_epochs: 1}}"],
@@ -190,6 +195,15 @@ def test_a_wrong_flag_is_told(words: list[str], told: str) -> None:
 )
 def test_right_flags_pass(words: list[str]) -> None:
     check(["fit", *TOY, *words])
+
+
+def test_an_inherited_option_is_read_where_it_is_written(tmp_path: Path) -> None:
+    """The module of a task need not import what its base class names."""
+    overlay = tmp_path / "a.yaml"
+    overlay.write_text("model: {init_args: {optimizer: {lrr: 1}}}")
+    for base in BASES:
+        with pytest.raises(UsageError, match="unknown option 'lrr' of OptimizerConfig"):
+            check(["fit", *flags(base, overlay)])
 
 
 def test_a_class_of_a_later_file_brings_its_own_options(tmp_path: Path) -> None:

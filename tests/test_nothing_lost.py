@@ -122,6 +122,18 @@ def test_nothing_is_tested_or_predicted_with_weights_as_they_are_drawn_unless_it
     assert (folder(tmp_path) / "metrics" / "test.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "flag", ["--trainer.max_epochs=0", "--trainer.max_steps=0", "--trainer.limit_train_batches=0.0"]
+)
+def test_a_fit_that_takes_no_step_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would test weights as they are drawn, and its results would look like those of a training."""
+    assert main(["fit", *TOY, flag]) == 2
+    told = capsys.readouterr().err
+    assert flag.removeprefix("--") in told
+    assert "moeapps test --untrained" in told
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_checkpoint_callback_of_the_users_stands_beside_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ Whatever cannot be told from the sources alone is left to the parser of the comm
 
 from __future__ import annotations
 
+import ast
 import difflib
 import itertools
 import re
@@ -24,6 +25,8 @@ from moeapps.commands.signatures import (
     dataclass_in,
     literals_in,
     options,
+    owner_of,
+    refuses_null,
     resolve,
     trainer_options,
 )
@@ -210,6 +213,16 @@ def _no_class_yet(key: str, place: str, annotation: tuple[Any, Definition] | Non
     raise WrongWordError(f"{told}\nname one that has {key!r} first: --{place} {' or '.join(having)}", key)
 
 
+def _no_null(value: Any, place: str, annotation: ast.expr | None) -> None:
+    """Refuse null where None means nothing; the parser would take it, and a comparison or a size fail on it."""
+    if value is None and refuses_null(annotation):
+        assert annotation is not None
+        key = place.rpartition(".")[2]
+        raise WrongWordError(
+            f"{place}: given null, allowed: {ast.unparse(annotation)}; leave it out for the default", key
+        )
+
+
 class _Reader:
     """What files and flags have named so far, and the complaints on what comes next.
 
@@ -236,6 +249,8 @@ class _Reader:
         """Check what a whole file says."""
         for key, value in config.items():
             self._key(str(key))
+            if value is None and key in ("name", "system"):  # a folder called None would be made
+                raise WrongWordError(f"{key}: given null, allowed: str; leave it out for the default", key)
             if key == "trainer" and isinstance(value, dict):
                 for word, inner in value.items():
                     self._trainer(str(word).removesuffix("+"))  # `callbacks+` adds to a list
@@ -265,12 +280,13 @@ class _Reader:
             if kind is None or known is None:
                 return
             self._option(key, known, kind, place)
-            place, annotation = f"{place}.{key}", (known.get(key), kind)
+            place, annotation = f"{place}.{key}", (known.get(key), owner_of(key, kind))
             kind = self._class_at(place, annotation)
         named = named or place in self.classes or (annotation is not None and family_of(*annotation) is not None)
         if value is not None and (named or _CLASS_PATH.fullmatch(value)):
             self._class(value, place)
         elif value is not None and annotation is not None:
+            _no_null(None if value in ("null", "None") else value, place, annotation[0])
             self._word(value, place, annotation)
 
     def _key(self, word: str) -> None:
@@ -350,13 +366,18 @@ class _Reader:
             self._class(path, place)
         kind = self._class_at(place, annotation)
         inner = value.get("init_args") if set(value) <= set(_INNER) else value
+        if inner is None and "init_args" in value:
+            raise WrongWordError(
+                f"{place}.init_args: given null, allowed: options with values; leave it out", "init_args"
+            )
         known = options(kind) if kind is not None else None
         for key, item in inner.items() if isinstance(inner, dict) else ():
             if key in _INNER:
                 continue
             if kind is not None and known is not None:
                 self._option(str(key), known, kind, place)
-                self._value(item, f"{place}.{key}", (known.get(str(key)), kind))
+                _no_null(item, f"{place}.{key}", known.get(str(key)))
+                self._value(item, f"{place}.{key}", (known.get(str(key)), owner_of(str(key), kind)))
             else:
                 self._value(item, f"{place}.{key}", None)
 

@@ -284,10 +284,18 @@ class Cli(LightningCLI):
     # Running ------------------------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Miss a checkpoint to start from before data are prepared."""
-        start = cast(BaseTask, self.model).start
-        if start is not None and not self._get(self.config, "ckpt_path"):
+        """Miss a checkpoint to start from, or a step to take, before data are prepared."""
+        start, resumed = cast(BaseTask, self.model).start, self._get(self.config, "ckpt_path")
+        if start is not None and not resumed:
             start.check()
+        names = ("max_epochs", "max_steps", "limit_train_batches")
+        nothing = [f"trainer.{name}={getattr(self.trainer, name)}" for name in names if not getattr(self.trainer, name)]
+        if nothing and start is None and not resumed:
+            # Its test would be of weights as they are drawn, in a file of results like any other.
+            raise RunError(
+                f"{nothing[0]}: this training takes no step; allowed is 1 or more, and weights as they are drawn are "
+                "tested by: moeapps test --untrained"
+            )
         self._claim_folder()
 
     def _claim_folder(self) -> None:

@@ -185,17 +185,33 @@ def options(found: Definition) -> dict[str, ast.expr | None] | None:
             and isinstance(item.target, ast.Name)
             and "ClassVar" not in ast.dump(item.annotation)
         }
-    for base in node.bases:
-        name = base.value if isinstance(base, ast.Subscript) else base
-        word = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""
-        if word in _PLAIN_BASES:
-            continue
-        above = named(word, found.source) if isinstance(name, ast.Name) else None
-        inherited = options(above) if isinstance(above, Definition) else None
+    for above in _bases(found):
+        inherited = None if above is None else options(above)
         if inherited is None:
             return None
         taken = {**{key: kind for key, kind in inherited.items() if key not in fixed}, **taken}
     return {**taken, **fields}
+
+
+def _bases(found: Definition) -> Iterator[Definition | None]:
+    """Yield the bases of a class that may bring options; None for one that the sources do not tell."""
+    for base in found.node.bases if isinstance(found.node, ast.ClassDef) else ():
+        name = base.value if isinstance(base, ast.Subscript) else base
+        word = name.attr if isinstance(name, ast.Attribute) else name.id if isinstance(name, ast.Name) else ""
+        if word not in _PLAIN_BASES:
+            above = named(word, found.source) if isinstance(name, ast.Name) else None
+            yield above if isinstance(above, Definition) else None
+
+
+def owner_of(option: str, found: Definition) -> Definition:
+    """Return the class or function that an option is written in: names of its annotation mean what they do there."""
+    own = found.node.body if isinstance(found.node, ast.ClassDef) else []
+    written = [item for item in own if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    if not any(option in _arguments(item) for item in written):
+        for above in _bases(found):
+            if above is not None and option in (options(above) or {}):
+                return owner_of(option, above)
+    return found
 
 
 def _arguments(node: ast.FunctionDef, skip: int = 0) -> dict[str, ast.expr | None]:
@@ -249,6 +265,24 @@ def literals_in(annotation: ast.expr | None, where: Source) -> tuple[object, ...
         value = kept.value if isinstance(kept, ast.Assign | ast.AnnAssign) else None
         return literals_in(value, where) if isinstance(value, ast.Subscript) else None
     return None
+
+
+# What a plain value is annotated as; a name of ours may be an alias that allows None.
+_VALUES = frozenset({"bool", "dict", "float", "int", "list", "Literal", "Mapping", "Path", "Sequence", "str", "tuple"})
+
+
+def refuses_null(annotation: ast.expr | None) -> bool:
+    """Whether an annotation is surely of values, None not among them; classes are the parser's to judge."""
+    if annotation is None:
+        return False
+    node = _unquoted(annotation)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return refuses_null(node.left) and refuses_null(node.right)
+    if isinstance(node, ast.Subscript):
+        if isinstance(node.value, ast.Name) and node.value.id == "Literal" and "None" in ast.unparse(node.slice):
+            return False
+        node = node.value
+    return isinstance(node, ast.Name) and node.id in _VALUES
 
 
 def _unquoted(annotation: ast.expr) -> ast.expr:

@@ -95,6 +95,8 @@ class DomainDataModule(L.LightningDataModule):
         _check_roles(self.roles)
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"batch_size={batch_size}, eval_batch_size={eval_batch_size}; both must be 1 or more")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}; use 0 (this process loads) or a number of processes")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers

@@ -56,8 +56,17 @@ class OptimizerConfig:
     fused: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or any(g.lr_mult <= 0 or (g.lr is not None and g.lr <= 0) for g in self.groups):
-            raise ValueError("lr and lr_mult must be positive; freeze parameters with requires_grad instead of lr 0")
+        rates = [self.lr, *(rate for g in self.groups for rate in (g.lr_mult, g.lr) if rate is not None)]
+        if not all(0 < rate < math.inf for rate in rates):  # nan is neither
+            raise ValueError(
+                f"lr={self.lr}: lr and lr_mult must be positive and finite; freeze parameters with requires_grad "
+                "instead of lr 0"
+            )
+        decays = [self.weight_decay, *(g.weight_decay for g in self.groups if g.weight_decay is not None)]
+        if not all(0 <= decay < math.inf for decay in decays):  # a negative one lets weights grow without a word
+            raise ValueError(f"weight_decay={next(d for d in decays if not 0 <= d < math.inf)}; use 0 or more")
+        if not 0 <= self.eps < math.inf or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"eps={self.eps}, betas={self.betas}; eps is 0 or more, betas lie in [0, 1)")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:

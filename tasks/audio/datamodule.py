@@ -21,7 +21,7 @@ from moeapps.files import write_arrays
 from tasks.audio.data.batch import AudioBatch, CodeClips, right_aligned
 from tasks.audio.data.generated import GeneratedAudio
 from tasks.audio.data.prompt import Prompt, PromptVocabulary
-from tasks.audio.data.readers.audio_files import read_audio
+from tasks.audio.data.readers.audio_files import read_audio, wave_of
 from tasks.audio.data.source import AudioSource, Clip
 from tasks.audio.data.store import load_arrays
 from tasks.audio.nets.tokenizers import MelRVQ, Tokenizer
@@ -228,7 +228,7 @@ class AudioData(SourceDataModule):
         if clip is None:
             return torch.empty(self._tokenizer.num_codebooks, 0, dtype=torch.int64)
         rate = self._tokenizer.sample_rate
-        wave = read_audio(Path(clip), rate) if isinstance(clip, str | Path) else torch.as_tensor(clip).float()
+        wave = read_audio(Path(clip), rate) if isinstance(clip, str | Path) else wave_of(clip)
         if wave.ndim != 1 or not len(wave):
             raise ValueError(f"a clip of shape {tuple(wave.shape)}; give a wave [n] at {rate} samples per second")
         return self.tokenizer.encode(wave[None])[0]

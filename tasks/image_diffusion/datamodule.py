@@ -84,7 +84,7 @@ class ImageData(SourceDataModule):
             ValueError: no such class, or a count below 1.
         """
         words: list[Any] = [inputs] if isinstance(inputs, str | int) else list(inputs)
-        if count < 1 or not words:
+        if not isinstance(count, int) or count < 1 or not words:
             raise ValueError(f"{len(words)} classes and count={count}; name a class or more, and a count of 1 or more")
         label = torch.tensor(class_numbers([str(word) for word in words], self.source.class_names))
         label = label.repeat_interleave(count)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moeapps.commands.boundary import sentence
 from moeapps.files import WholeFile, write_arrays, write_json, write_text
 
 
@@ -62,3 +65,20 @@ def test_json_is_strict_and_arrays_come_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": [None]}
     with np.load(tmp_path / "x", allow_pickle=False) as found:
         assert (found["a"].tolist(), found["names"].tolist()) == ([1, 2], ["p"])
+
+
+def test_a_full_disk_is_told_with_the_file_and_costs_nothing(tmp_path: Path) -> None:
+    """The system's own text, "[Errno 27] File too large", does not say which file."""
+    path, before = tmp_path / "a.txt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_text(path, "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))  # as a full disk: the write breaks off in the file
+    try:
+        with pytest.raises(OSError, match="File too large") as told:
+            write_text(path, "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.filename == str(path)
+    assert told.value.errno == errno.EFBIG
+    assert sentence(told.value) == f"{path}: file too large"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning as L
 import pytest
@@ -159,3 +160,21 @@ def test_under_mixed_precision_a_fused_step_clips_gradients_of_their_true_size(t
         assert model.norms == pytest.approx([0.01] * 3, rel=1e-3)
         runs.append(list(model.parameters()))
     torch.testing.assert_close(*runs)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"groups": [ParamGroup("*", lr_mult=float("nan"))]}, "must be positive and finite"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1; use 0 or more"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan; use 0 or more"),
+        ({"groups": [ParamGroup("*", weight_decay=-2.0)]}, r"weight_decay=-2\.0; use 0 or more"),
+        ({"eps": -1.0}, r"eps=-1\.0, betas"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\)"),
+    ],
+)
+def test_numbers_that_no_optimizer_can_use_are_told_before_data_are_made(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        OptimizerConfig(**options)

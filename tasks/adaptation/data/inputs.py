@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moeapps.data.images.batch import ImageBatch, from_uint8
 from moeapps.data.images.pictures import ENDINGS
+from moeapps.data.numbers import real_numbers
+from moeapps.files import is_clutter
 from tasks.adaptation.data.readers.files import ImageForm
 
 
@@ -37,9 +38,12 @@ def images_of(inputs: Any, size: int, channels: int, form: ImageForm | None = No
         own = ImageForm(size=size, channels=channels) if form is None else form
         image = torch.stack([own.read(path) for path in paths])
     else:
-        array = torch.as_tensor(np.asarray(inputs))
+        array = torch.from_numpy(real_numbers(inputs, "images").copy())
         if array.shape[1:] != (channels, size, size) or not len(array):
             raise ValueError(f"images of shape {tuple(array.shape)}; give (images, {channels}, {size}, {size})")
+        if array.dtype != torch.uint8 and not array.is_floating_point():
+            # 0 and 1 could be black and white, or two levels of 255.
+            raise ValueError(f"images of {array.dtype}; give uint8 pixels, or floats: pixels / 127.5 - 1")
         image = from_uint8(array) if array.dtype == torch.uint8 else array.float()
         if not image.isfinite().all() or (form is None and image.abs().max() > 1):
             raise ValueError("numbers beyond -1 to 1; give uint8 pixels, or pixels / 127.5 - 1")
@@ -58,7 +62,7 @@ def _paths(inputs: Any) -> list[Path] | None:
     if isinstance(inputs, str | Path):
         path = Path(inputs)
         if path.is_dir():
-            found = sorted(each for each in path.iterdir() if each.suffix.lower() in ENDINGS)
+            found = sorted(each for each in path.iterdir() if each.suffix.lower() in ENDINGS and not is_clutter(each))
             if not found:
                 raise ValueError(f"{path} holds no picture; allowed are {', '.join(ENDINGS)}")
             return found

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeapps.data.images.arrays import read_array
+from moeapps.data.numbers import real_numbers
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.data.source import increment_scale
 
@@ -35,14 +36,14 @@ def environment_of(
         The batch, whose query has at least so many samples, and ``steps``.
 
     Raises:
-        ValueError: another form, too few samples, or a step that is not above 0.
+        ValueError: another form, other than real numbers, infinity, too few samples, or a step that is not above 0.
     """
     seen, own_dt = _read(inputs)
     seconds = own_dt if dt is None else dt
     seen = _three(seen, "observed trajectories", state_dim)
     if seen.shape[1] < 2 or not np.isfinite(seconds) or not seconds > 0:
         raise ValueError(f"{seen.shape[1]} samples, dt={seconds}; give 2 samples or more, and seconds above 0")
-    given = seen[:, :1] if start is None else np.asarray(start, np.float32)
+    given = seen[:, :1] if start is None else real_numbers(start, "start")
     given = _three(given[:, None] if given.ndim == 2 else given, "start", state_dim)
     steps = seen.shape[1] if steps is None else steps
     if steps <= given.shape[1] or not np.isfinite(given).all():
@@ -69,7 +70,7 @@ def environment_of(
 
 def _read(inputs: Any) -> tuple[NDArray[Any], float]:
     if not isinstance(inputs, str | Path):
-        return np.asarray(inputs, np.float32), 1.0
+        return real_numbers(inputs, "what was observed"), 1.0
     path = Path(inputs)
     if not path.is_file() or path.suffix.lower() not in (".npy", ".csv"):
         raise ValueError(f"{path}: no such file of .npy or .csv; give one, or an array [N, T, D]")
@@ -79,12 +80,16 @@ def _read(inputs: Any) -> tuple[NDArray[Any], float]:
         held = read_csv(path)
         longest = max(len(part) for part in held.series)
         padded = [np.pad(part, ((0, longest - len(part)), (0, 0)), constant_values=np.nan) for part in held.series]
-        return np.asarray(np.stack(padded), np.float32), held.dt
-    return np.asarray(read_array(path), np.float32), 1.0
+        return np.stack(padded), held.dt
+    return real_numbers(read_array(path), str(path)), 1.0
 
 
 def _three(x: NDArray[Any], what: str, state_dim: int) -> NDArray[np.float32]:
     x = x[None] if x.ndim == 2 else x
     if x.ndim != 3 or x.shape[2] != state_dim or not len(x):
         raise ValueError(f"{what} of shape {x.shape}; give (trajectories, samples, {state_dim})")
-    return x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = x.astype(np.float32)
+    if np.isinf(found).any():
+        raise ValueError(f"{what} hold infinity, or numbers that float32 cannot; leave nan where a sample is missing")
+    return found

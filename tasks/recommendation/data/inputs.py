@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeapps.data.images.arrays import read_arrays
+from moeapps.data.numbers import real_numbers, whole_numbers
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.lists import Lists, ListSchema
 
@@ -45,7 +46,11 @@ def columns_of(inputs: Any) -> Columns:
         raise ValueError(
             f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
         ) from error
-    return {name: table[name].to_pylist() for name in table.column_names}
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"{path} has two columns {twice!r}; rename or drop one")
+    return {name: table[name].to_pylist() for name in names}
 
 
 def interactions_of(inputs: Any, schema: Schema) -> Interactions:
@@ -62,17 +67,20 @@ def interactions_of(inputs: Any, schema: Schema) -> Interactions:
     columns = columns_of(inputs)
     dense = [f"dense_{i}" for i in range(schema.dense_dim)]
     if dense and "dense" not in columns and set(dense) <= set(columns):
-        columns["dense"] = np.stack([np.asarray(columns[name], np.float32) for name in dense], 1)
+        columns["dense"] = np.stack([_reals(name, columns[name]) for name in dense], 1)
     needed = [*(["dense"] if dense else []), *schema.fields, *schema.bags]
     _require(columns, needed)
+    flat = [name for name in schema.fields if np.ndim(columns[name]) != 1]
+    if flat or any(not hasattr(columns[name], "__len__") for name in needed):
+        raise ValueError(f"{', '.join(flat or needed)}: no column of one number a row; give a list, or an array [B]")
     rows = {len(columns[name]) for name in needed}
     if len(rows) != 1:
         raise ValueError(f"columns of different lengths, {sorted(rows)}; give every row a value in each column")
     (size,) = rows
     tasks = len(schema.tasks)
     batch = Interactions(
-        dense=_tensor("dense", columns["dense"], torch.float32) if dense else torch.zeros(size, 0),
-        ids=torch.stack([_tensor(name, columns[name], torch.int64) for name in schema.fields], 1)
+        dense=_reals("dense", columns["dense"]) if dense else torch.zeros(size, 0),
+        ids=torch.stack([_ids(name, columns[name]) for name in schema.fields], 1)
         if schema.fields
         else torch.zeros(size, 0, dtype=torch.int64),
         bags={name: _bag(name, columns[name], columns.get(f"{name}_weight")) for name in schema.bags},
@@ -104,7 +112,7 @@ def lists_of(inputs: Any, schema: ListSchema) -> Lists:
     items = {name: _items(name, columns[name], len(schema.item_fields), width) for name, width in widths.items()}
     size = len(items["candidates"])
     plain = {
-        name: _tensor(name, columns[name], torch.int64) if fields else torch.zeros(size, 0, dtype=torch.int64)
+        name: _ids(name, columns[name]) if fields else torch.zeros(size, 0, dtype=torch.int64)
         for name, fields in parts.items()
     }
     known = {name: values[:, :, 0] != 0 for name, values in items.items()}
@@ -135,24 +143,38 @@ def _require(columns: Columns, needed: list[str]) -> None:
         )
 
 
-def _tensor(name: str, values: Any, dtype: torch.dtype) -> Tensor:
-    try:
-        return torch.as_tensor(np.asarray(values)).to(dtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"column {name!r} holds something else than numbers: {error}") from None
+def _ids(name: str, values: Any) -> Tensor:
+    return torch.from_numpy(whole_numbers(values, f"column {name!r}"))
+
+
+def _reals(name: str, values: Any) -> Tensor:
+    return torch.from_numpy(real_numbers(values, f"column {name!r}").astype(np.float32))
 
 
 def _bag(name: str, values: Any, weight: Any) -> tuple[Tensor, Tensor]:
     """Ids [B, L] and their weights, 1 where none are given; lists of several lengths are padded with 0."""
-    rows = [np.atleast_1d(np.asarray(row)) for row in values]
+    ids = torch.from_numpy(whole_numbers(_padded(name, values), f"column {name!r}"))
+    if weight is None:
+        return ids, (ids != 0).float()
+    given = _reals(f"{name}_weight", _padded(f"{name}_weight", weight))
+    if given.shape != ids.shape or not given.isfinite().all():
+        raise ValueError(
+            f"column '{name}_weight' has shape {tuple(given.shape)} beside ids {tuple(ids.shape)}, or holds nan or "
+            "infinity; give each id a finite weight"
+        )
+    return ids, given
+
+
+def _padded(name: str, values: Any) -> Any:
+    rows = [real_numbers(row, f"column {name!r}") if np.size(row) else np.zeros(0, np.int64) for row in values]
+    if any(row.ndim != 1 for row in rows):
+        raise ValueError(f"column {name!r} holds rows of {rows[0].ndim} dimensions; give each row a list of numbers")
     longest = max((len(row) for row in rows), default=1)
-    padded = np.stack([np.pad(row, (0, longest - len(row))) for row in rows]) if rows else np.zeros((0, longest))
-    ids = _tensor(name, padded, torch.int64)
-    return ids, (ids != 0).float() if weight is None else _tensor(f"{name}_weight", weight, torch.float32)
+    return np.stack([np.pad(row, (0, longest - len(row))) for row in rows]) if rows else np.zeros((0, longest))
 
 
 def _items(name: str, values: Any, fields: int, width: int) -> Tensor:
-    found = _tensor(name, values, torch.int64)
+    found = _ids(name, values)
     if found.ndim != 3 or found.shape[2] != fields or found.shape[1] > width:
         raise ValueError(f"{name} is {tuple(found.shape)}; give (lists, up to {width} items, {fields} fields)")
     return torch.nn.functional.pad(found, (0, 0, 0, width - found.shape[1]))

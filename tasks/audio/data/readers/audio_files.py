@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
+
+from moeapps.data.numbers import real_numbers
 
 ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")
 SILENT = 1e-3
@@ -58,6 +61,22 @@ def read_audio(path: Path, sample_rate: int) -> Tensor:
     if not len(samples):
         raise AudioFileError(f"{path} holds no sample; leave it out")
     return resample(torch.from_numpy(samples), rate, sample_rate).clamp(-1, 1)
+
+
+def wave_of(values: Any) -> Tensor:
+    """Return an array or tensor of samples as a wave float32, of the shape that it has.
+
+    Raises:
+        AudioFileError: integers, whose full scale is not known, or samples beyond -1 and 1, which are of another scale.
+    """
+    try:
+        found = real_numbers(values, "a clip")
+    except ValueError as error:
+        raise AudioFileError(str(error)) from error
+    if found.dtype.kind != "f" or (np.abs(found) > 1).any():
+        given = f"samples of {found.dtype} up to {np.abs(found.astype(np.float64)).max(initial=0):.4g}"
+        raise AudioFileError(f"a clip of {given}; give floats from -1 to 1 (16-bit samples: divide by 32768)")
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def _check_size(path: Path, frames: int, rate: int, wanted: int) -> None:
