@@ -293,5 +293,5 @@ def test_an_error_tells_the_folder_whose_file_it_is(tmp_path: Path, text: str) -
     path = tmp_path / "machine_b" / "e1.csv"
     path.parent.mkdir()
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(SeriesFormatError, match="^machine_b/e1.csv"):
+    with pytest.raises(SeriesFormatError, match=r"^machine_b/e1\.csv"):
         read_csv(path)
