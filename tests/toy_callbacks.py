@@ -72,6 +72,16 @@ class SendSigterm(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class StopWithin(L.Callback):
+    """End training after the given number of steps, wherever its epoch is, as ``max_time`` does."""
+
+    def __init__(self, step: int = 4) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
 class SendSigusr1(L.Callback):
     """Do as SLURM does when the time of a job is nearly over, under SLURM alone, in a training that was not resumed.
 

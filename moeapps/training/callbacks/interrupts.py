@@ -46,6 +46,12 @@ class InterruptCheckpoint(L.Callback):
         self._scored = False  # the last one, wholly
         self._agreement: _Agreement | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have a training with ``max_steps`` go on from an end of an epoch as one without goes on."""
+        # Lightning 2.6 takes each checkpoint of a training with max_steps for one within an epoch: it ends that epoch
+        # a second time, and the order of the next one is left out.
+        cast(Any, trainer.fit_loop)._iteration_based_training = lambda: False
+
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
@@ -151,6 +157,23 @@ class InterruptCheckpoint(L.Callback):
             done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}
+        if trainer.state.fn == "fit":
+            _reopen_cut_epoch(checkpoint["loops"]["fit_loop"], cast(float, trainer.num_training_batches))
+
+
+def _reopen_cut_epoch(progress: dict[str, Any], num_batches: float) -> None:
+    """Have an epoch that ``max_steps`` or ``max_time`` cut go on: Lightning counts it as done, and leaves its rest out.
+
+    Args:
+        progress: of the loops of the training, as a checkpoint holds it; changed.
+        num_batches: of an epoch.
+    """
+    epoch, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    ended = epoch["current"]["processed"] == epoch["current"]["started"] > 0
+    if ended and 0 < batches["current"]["processed"] < num_batches and not batches["is_last_batch"]:
+        for count in (epoch["total"], epoch["current"]):
+            count["processed"] -= 1
+            count["completed"] = count["processed"]
 
 
 class _Agreement:
