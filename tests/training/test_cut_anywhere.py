@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings that end at moments of all kinds: within an epoch, with max_steps set."""
+"""Trainings that end at moments of all kinds: within an epoch, a step of several batches, with max_steps set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,31 @@ def test_what_max_steps_cut_goes_on_within_its_epoch(tmp_path: Path, steps: int,
     rest = rows([*words, "--trainer.max_steps=20", "--name=rest", f"--ckpt_path={held(tmp_path, 'cut')}"])
 
     assert [*cut, *rest] == whole
+    assert differing(held(tmp_path, "whole"), held(tmp_path, "rest")) == []
+
+
+@pytest.fixture
+def _restored_sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("restored_signals", "_restored_sigterm")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("accumulate", "batch", "stops"), [(2, 4, 6), (3, 3, 6), (2, 8, 9)])
+def test_a_signal_waits_for_all_batches_of_a_step(
+    tmp_path: Path, sent: signal.Signals, accumulate: int, batch: int, stops: int
+) -> None:
+    """No checkpoint holds the gradients of half a step; the last step of an epoch may have fewer batches."""
+    words = [*TOY, "--trainer.max_epochs=2", f"--trainer.accumulate_grad_batches={accumulate}"]
+    whole = rows([*words, "--name=whole"])
+    struck = [f"{ADD}SignalInBatch", f"--trainer.callbacks.batch={batch}", f"--trainer.callbacks.number={int(sent)}"]
+    assert main([*words, "--name=cut", *struck]) == 128 + sent
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    rest = rows([*words, "--name=rest", f"--ckpt_path={held(tmp_path, 'cut', 'interrupted.ckpt')}"])
+
+    assert rest == whole[stops:]
     assert differing(held(tmp_path, "whole"), held(tmp_path, "rest")) == []
 
 

@@ -60,9 +60,10 @@ class InterruptCheckpoint(L.Callback):
         self._asked, pl_module.stop_asked = 0, None
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer, KeyboardInterrupt))
-        # Lightning's handler tells the others within itself, in between their sums; it is back when the trainer ends.
-        # Under SLURM it leaves SIGTERM to the queue.
-        if self._agreement is not None and not isinstance(_environment(trainer), SLURMEnvironment):
+        # Lightning's handler tells the others within itself, in between their sums, and stops after a batch, also where
+        # a step takes several; it is back when the trainer ends. Under SLURM it leaves SIGTERM to the queue.
+        several = self._agreement is not None or trainer.accumulate_grad_batches > 1
+        if several and not isinstance(_environment(trainer), SLURMEnvironment):
             signal.signal(signal.SIGTERM, lambda *_: self._ask(trainer, SIGTERMException))
 
     def _ask(self, trainer: L.Trainer, stop: type[BaseException]) -> None:
@@ -70,7 +71,7 @@ class InterruptCheckpoint(L.Callback):
         if self._asked and stop is SIGTERMException:
             return
         if self._asked or not (trainer.training or self._agreement):
-            raise KeyboardInterrupt
+            raise stop
         self._asked = 1 + _STOPS.index(stop)
         if self._agreement is None:
             cast(BaseTask, trainer.lightning_module).stop_asked = stop
@@ -85,8 +86,10 @@ class InterruptCheckpoint(L.Callback):
             self._agree(cast(BaseTask, pl_module))
 
     def _agree(self, task: BaseTask, *, at_once: bool = False) -> None:
-        """Have the task stop if any process was asked to."""
+        """Have the task stop if any process was asked to; what was agreed on stays, until a whole step is taken."""
         assert self._agreement is not None
+        if task.stop_asked is not None:
+            return
         asked = self._agreement.reached(self._asked, at_once=at_once)
         task.stop_asked = _STOPS[asked - 1] if asked else None
 
