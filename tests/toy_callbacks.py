@@ -72,6 +72,34 @@ class SendSigterm(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class StopWithin(L.Callback):
+    """End training after the given number of steps, wherever its epoch is, as ``max_time`` does."""
+
+    def __init__(self, step: int = 4) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+class SignalInBatch(L.Callback):
+    """Send this process a signal before the given batch, from 0; not in a resumed run.
+
+    Args:
+        batch: of the training.
+        number: of the signal.
+    """
+
+    def __init__(self, batch: int, number: int = int(signal.SIGINT)) -> None:
+        self.batch, self.number = batch, number
+        self.seen = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.seen == self.batch:
+            os.kill(os.getpid(), self.number)
+        self.seen += 1
+
+
 class SendSigusr1(L.Callback):
     """Do as SLURM does when the time of a job is nearly over, under SLURM alone, in a training that was not resumed.
 

@@ -318,7 +318,8 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the records, which hold the step's graph; tell the losses if the optimizer has stepped.
 
-        This is the last that hears of a step: if Ctrl-C came in it, training stops here.
+        This is the last that hears of a step: if Ctrl-C came in it, training stops here, unless more batches are to be
+        accumulated: no checkpoint holds the gradients so far.
 
         Raises:
             KeyboardInterrupt: it did.
@@ -332,7 +333,7 @@ class BaseTask(AnswersInputs, Shown, Evaluated):
             self._last_step = self.trainer.global_step
             for aux in cast(list[AuxLoss], list(self.aux_losses)):
                 aux.on_optimizer_step()
-        if self.stop_asked is not None:
+        if self.stop_asked is not None and not cast(Any, self.trainer).fit_loop._should_accumulate():
             raise self.stop_asked
 
     # Optimisation -------------------------------------------------------------------------------------------------

@@ -386,6 +386,11 @@ class DynamicsTask(BaseTask):
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._round_start = [value.to(self.device) for value in self._round_start]  # a checkpoint is read to the CPU
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the start of the current round, if a round has begun."""
         checkpoint["round_start"] = [value.clone() for value in self._round_start]

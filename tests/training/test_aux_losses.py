@@ -16,7 +16,9 @@ from torch import Tensor
 from moeapps.moe.losses import Anneal, AuxLoss, ChosenBalance, SwitchBalance, ZLoss
 from moeapps.moe.objectives import switch_balance
 from moeapps.moe.record import MoERecorder, Record
+from moeapps.training.callbacks import StopDiverged
 from tests.toy import ToyData, ToyNet, ToyTask
+from tests.toy_callbacks import Poison
 
 
 def trainer(folder: Path, *callbacks: L.Callback, max_epochs: int = 1, **options: Any) -> L.Trainer:
@@ -65,6 +67,15 @@ def test_losses_hear_of_every_optimizer_step_after_its_micro_batches(
 
     assert first.seen == diary
     assert second.seen == diary
+
+
+def test_a_step_that_is_left_out_costs_no_other_step_its_count(tmp_path: Path) -> None:
+    """What is put back are the buffers before the bad step, not those before the end of the good one before it."""
+    data, loss = ToyData(batch_size=24), ChosenBalance(0.01, anneal=Anneal(final=0.001, steps=100))
+    runner = trainer(tmp_path, Poison([1]), StopDiverged(skip=1), limit_val_batches=0)
+    runner.fit(ToyTask(net=ToyNet(), facts=data.facts, aux_losses=[loss]), datamodule=data)
+
+    assert int(loss.get_buffer("steps_taken")) == runner.global_step == 3
 
 
 class FirstBatch(L.Callback):

@@ -16,6 +16,7 @@ import yaml
 from moeapps.cli import main
 from moeapps.commands.run import run
 from moeapps.training.callbacks import AveragedWeights
+from tests.systems import tiny
 
 pytestmark = [pytest.mark.medium, pytest.mark.usefixtures("no_routing_figures")]
 
@@ -116,7 +117,8 @@ def checkpoint(tmp_path: Path, name: str, file: str) -> dict[str, dict[str, torc
 
 
 def differing(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> list[str]:
-    return [f"{part} {name}" for part in a for name in a[part] if not torch.equal(a[part][name], b[part][name])]
+    parts = ("state_dict", "current_model_state")
+    return [f"{part} {name}" for part in parts for name in a[part] if not torch.equal(a[part][name], b[part][name])]
 
 
 @pytest.mark.usefixtures("restored_signals")
@@ -159,3 +161,20 @@ def test_a_training_that_is_cut_after_its_last_step_still_knows_the_weights(tmp_
 def test_decay_outside_its_range_is_told(decay: float) -> None:
     with pytest.raises(ValueError, match=f"decay={decay}"):
         AveragedWeights(decay)
+
+
+def test_the_average_follows_a_gate_that_is_fitted_while_training(tmp_path: Path) -> None:
+    """How many rows a gate divides is known after its first fit; what it remembers of them has another size then."""
+    base, folder = Path("configs/mixer.yaml"), tmp_path / "runs" / "mixer"
+    words = ["fit", *tiny(base), "--test_after_fit", "false", *averaging(tmp_path, "tests.toy_callbacks.KeepEpochs")]
+    words += ["--trainer.max_epochs", "2", "--model.init_args.net.init_args.gate.init_args.warmup", "0"]
+    assert main([*words, "--name", "whole"]) == 0
+    start = folder / "whole" / "version_0" / "checkpoints" / "epoch=0.ckpt"
+    assert main([*words, "--name", "rest", "--ckpt_path", str(start)]) == 0
+
+    whole, rest = (
+        torch.load(folder / each / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+        for each in ("whole", "rest")
+    )
+    assert whole["state_dict"]["net.layer.router.partition.labels"].numel() == 20
+    assert differing(whole, rest) == []

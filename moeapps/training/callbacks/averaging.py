@@ -67,6 +67,26 @@ class AveragedWeights(WeightAveraging):
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         torch._foreach_lerp_(mean, now, 1 - decay)
 
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._grow(pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _grow(self, task: L.LightningModule) -> None:
+        """Let the average have the network's buffer where that has another size: a gate learns the number of its rows.
+
+        There is no mean of two sizes; the average of such a buffer begins anew.
+        """
+        assert self._average_model is not None
+        own = dict(task.named_modules())
+        for name, module in cast(L.LightningModule, self._average_model.module).named_modules():
+            for key, mean in module._buffers.items():
+                now = own[name]._buffers[key] if name in own else None
+                if mean is not None and now is not None and mean.shape != now.shape:
+                    module._buffers[key] = now.detach().clone()
+
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Return whether this is the end of an optimizer step; every one is averaged."""
         return step_idx is not None
@@ -93,6 +113,7 @@ class AveragedWeights(WeightAveraging):
     def _evaluate_average(self, task: L.LightningModule, wanted: bool) -> None:
         """Exchange network and average, unless they are where they are wanted."""
         if self._average_model is not None and self._swapped != wanted:
+            self._grow(task)  # what grew after the last average
             self._swap_models(task)
             self._swapped = wanted
 

@@ -50,6 +50,7 @@ class StopDiverged(L.Callback):
         self.skipped = 0
         self._watched: list[str] = []
         self._held: dict[str, Tensor] = {}
+        self._held_at = -1  # the step that they are from
         self._bad_loss = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,7 +64,15 @@ class StopDiverged(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._watched = [name for name, value in _state(pl_module).items() if _is_finite(value)]
-        self._hold(pl_module)
+        self._hold(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not when the step before is found to be good: what moves at its end (a balance bias, a count) would be lost.
+        if trainer.global_step != self._held_at:
+            self._hold(trainer, pl_module)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -79,7 +88,6 @@ class StopDiverged(L.Callback):
             return
         held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self._bad_loss and all(_is_finite(p.grad) for p in held):
-            self._hold(pl_module)
             return
         self.skipped += 1
         if self.skipped > self.skip:
@@ -112,7 +120,9 @@ class StopDiverged(L.Callback):
         if self.skipped and trainer.is_global_zero:
             log.warning("%d steps were left out: their loss or gradient was not finite", self.skipped)
 
-    def _hold(self, module: nn.Module) -> None:
+    def _hold(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Keep the buffers as they are before a step of the optimizer."""
+        self._held_at = trainer.global_step
         if self.skip:
             self._held = {name: value.clone() for name, value in module.named_buffers()}
 

@@ -46,6 +46,12 @@ class InterruptCheckpoint(L.Callback):
         self._scored = False  # the last one, wholly
         self._agreement: _Agreement | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have a training with ``max_steps`` go on from an end of an epoch as one without goes on."""
+        # Lightning 2.6 takes each checkpoint of a training with max_steps for one within an epoch: it ends that epoch
+        # a second time, and the order of the next one is left out.
+        cast(Any, trainer.fit_loop)._iteration_based_training = lambda: False
+
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, BaseTask) or threading.current_thread() is not threading.main_thread():
@@ -54,9 +60,10 @@ class InterruptCheckpoint(L.Callback):
         self._asked, pl_module.stop_asked = 0, None
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._before = signal.signal(signal.SIGINT, lambda *_: self._ask(trainer, KeyboardInterrupt))
-        # Lightning's handler tells the others within itself, in between their sums; it is back when the trainer ends.
-        # Under SLURM it leaves SIGTERM to the queue.
-        if self._agreement is not None and not isinstance(_environment(trainer), SLURMEnvironment):
+        # Lightning's handler tells the others within itself, in between their sums, and stops after a batch, also where
+        # a step takes several; it is back when the trainer ends. Under SLURM it leaves SIGTERM to the queue.
+        several = self._agreement is not None or trainer.accumulate_grad_batches > 1
+        if several and not isinstance(_environment(trainer), SLURMEnvironment):
             signal.signal(signal.SIGTERM, lambda *_: self._ask(trainer, SIGTERMException))
 
     def _ask(self, trainer: L.Trainer, stop: type[BaseException]) -> None:
@@ -64,7 +71,7 @@ class InterruptCheckpoint(L.Callback):
         if self._asked and stop is SIGTERMException:
             return
         if self._asked or not (trainer.training or self._agreement):
-            raise KeyboardInterrupt
+            raise stop
         self._asked = 1 + _STOPS.index(stop)
         if self._agreement is None:
             cast(BaseTask, trainer.lightning_module).stop_asked = stop
@@ -79,8 +86,10 @@ class InterruptCheckpoint(L.Callback):
             self._agree(cast(BaseTask, pl_module))
 
     def _agree(self, task: BaseTask, *, at_once: bool = False) -> None:
-        """Have the task stop if any process was asked to."""
+        """Have the task stop if any process was asked to; what was agreed on stays, until a whole step is taken."""
         assert self._agreement is not None
+        if task.stop_asked is not None:
+            return
         asked = self._agreement.reached(self._asked, at_once=at_once)
         task.stop_asked = _STOPS[asked - 1] if asked else None
 
@@ -151,6 +160,23 @@ class InterruptCheckpoint(L.Callback):
             done, begun = {"ready": 0, "started": 0, "processed": 0, "completed": 0}, {"ready": 1, "started": 1}
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             progress |= {"total": {**done, **begun}, "current": done, "is_last_batch": False}
+        if trainer.state.fn == "fit":
+            _reopen_cut_epoch(checkpoint["loops"]["fit_loop"], cast(float, trainer.num_training_batches))
+
+
+def _reopen_cut_epoch(progress: dict[str, Any], num_batches: float) -> None:
+    """Have an epoch that ``max_steps`` or ``max_time`` cut go on: Lightning counts it as done, and leaves its rest out.
+
+    Args:
+        progress: of the loops of the training, as a checkpoint holds it; changed.
+        num_batches: of an epoch.
+    """
+    epoch, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    ended = epoch["current"]["processed"] == epoch["current"]["started"] > 0
+    if ended and 0 < batches["current"]["processed"] < num_batches and not batches["is_last_batch"]:
+        for count in (epoch["total"], epoch["current"]):
+            count["processed"] -= 1
+            count["completed"] = count["processed"]
 
 
 class _Agreement:

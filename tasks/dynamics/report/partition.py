@@ -82,8 +82,12 @@ class PartitionReport(SideReport):
 
     def experts(self, task: DynamicsTask) -> Tensor:
         """The expert of every trained environment, int64 [S]; -1 for none."""
+        layer = task.net.layer
+        was = layer.training
+        layer.eval()  # while training, a gate that warms up draws experts, from the random numbers of the training
         with torch.no_grad(), MoERecorder(task) as recorder:
             task.net.route(task.net.contexts, task.net.group(task.training_data()))
+        layer.train(was)
         return recorder.records[0].chosen()
 
     def measure(self, trainer: L.Trainer, task: DynamicsTask) -> dict[str, float]:

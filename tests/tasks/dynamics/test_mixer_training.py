@@ -149,6 +149,17 @@ def test_contexts_and_weights_reach_the_end_of_the_schedule_with_their_own_last_
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
+def test_a_round_that_a_checkpoint_holds_goes_on_where_the_network_is() -> None:
+    """A checkpoint is read to the CPU; the network may be elsewhere when training starts."""
+    made = task()
+    made.on_load_checkpoint({"round_start": [p.detach().clone() for p in (made.net.contexts, *made.model_parameters)]})
+    made.to("meta")
+    cast(Any, made._trainer).global_step = 1
+    made.on_train_start()
+
+    assert {value.device.type for value in made._round_start} == {"meta"}
+
+
 def test_data_of_another_kind_and_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="the data is a sequence, but FieldMixER models a field; use SequenceMixER"):
         DynamicsTask(net=lambda facts: network(), facts={**FACTS, "kind": "sequence"})
