@@ -16,6 +16,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 import lightning as L
+import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
@@ -29,6 +30,7 @@ from moeapps.commands.later import collect_again
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
 from moeapps.commands.tasks import moved_paths, task_names
+from moeapps.commands.threads import busy_hint
 from moeapps.commands.trust import Trust, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
 from moeapps.text import VisibleLines
@@ -296,6 +298,8 @@ class Cli(LightningCLI):
                 f"{nothing[0]}: this training takes no step; allowed is 1 or more, and weights as they are drawn are "
                 "tested by: moeapps test --untrained"
             )
+        if hint := busy_hint(torch.get_num_threads()):
+            log.info(hint)
         self._claim_folder()
 
     def _claim_folder(self) -> None:
