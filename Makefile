@@ -29,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moeapps needs Python >= 3.11, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
 	@echo "making $(VENV): about 170 packages, 7 GB; 5 minutes, of which the last two write files without a word"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt \
+		--config-settings editable_mode=compat -e '.[dev]'  # a line of the path: import works beside the checkout, too
 	@touch $(STAMP)
 
 demo: setup  ## three systems and a dense twin on two cores, then one page of what the experts did (10 minutes; goes on)

@@ -239,3 +239,16 @@ def test_whatever_is_imported_is_a_requirement_of_its_own() -> None:
     foreign = packages - own - set(sys.stdlib_module_names)
 
     assert {known.get(name, name.replace("_", "-")).lower() for name in foreign} <= required
+
+
+def test_a_folder_of_our_name_beside_a_script_hides_nothing(tmp_path: Path) -> None:
+    """Who works in the folder that the checkout lies in finds the package, not an empty one of the checkout's name."""
+    (tmp_path / "moeapps").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", "import moeapps; print(moeapps.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert Path(done.stdout.strip()).name == "__init__.py", done.stdout + done.stderr
