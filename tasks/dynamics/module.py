@@ -141,6 +141,14 @@ class DynamicsTask(BaseTask):
 
     # Training -----------------------------------------------------------------------------------------------------
 
+    @override
+    def setup(self, stage: str) -> None:
+        given = self.trainer.precision
+        # Roll-outs add up small steps, which half precision rounds away; no gradient here is scaled for float16.
+        if given not in ("32-true", "64-true", "bf16-mixed"):
+            raise ValueError(f"--trainer.precision {given}: a roll-out needs 32-true, 64-true or bf16-mixed; give one")
+        super().setup(stage)
+
     @property
     def model_parameters(self) -> list[nn.Parameter]:
         """The parameters that the model phase trains: all but the contexts."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
+from moeapps.cli import main
 from moeapps.training.optim import Cosine
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.losses import scaled_errors
@@ -20,6 +22,7 @@ from tasks.dynamics.nets.experts import GEPSExperts
 from tasks.dynamics.nets.modulation import SelfModulation
 from tasks.dynamics.rivals import gates as rival_gates
 from tasks.dynamics.rivals.cavia import CaviaTask
+from tests.systems import CONFIGS, tiny
 from tests.tasks.dynamics.mixer_common import C, D, E, S, network, spirals
 
 DOMAINS = {"domains": {"seen": ["a"], "validation": ["b"], "unseen": ["c"]}}
@@ -105,6 +108,15 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_finally_ends_training(
     assert torch.equal(made.net.contexts, before)
     with pytest.raises(RuntimeError, match=r"training diverged: 3 steps in a row.*Lower model.optimizer.lr"):
         made._descend(made.net.contexts.sum() * torch.inf, [made.net.contexts], cast(Any, None))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_that_no_roll_out_survives_are_told(
+    precision: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *tiny(CONFIGS / "mixer.yaml"), "--trainer.precision", precision]) == 2
+
+    assert f"--trainer.precision {precision}: a roll-out needs 32-true" in capfd.readouterr().err
 
 
 def test_cavia_differentiates_through_its_inner_steps() -> None:
