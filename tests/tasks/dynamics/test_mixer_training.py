@@ -140,6 +140,9 @@ def test_cavia_differentiates_through_its_inner_steps() -> None:
     rolled = made.training_loss(data, rollout=True)
     assert torch.equal(made.net.contexts, found)  # a descent on whole roll-outs diverges
     assert float(rolled.detach()) != pytest.approx(float(near.detach()), rel=1e-3)
+    made.net.layer.experts.down0.data *= 1e3  # steep: an inner step is no longer than its rate
+    made.training_loss(data, rollout=False)
+    assert made.net.contexts.norm(dim=1).max() <= 2 * 0.05 + 1e-9
     with pytest.raises(ValueError, match="CAVIA has one expert"):
         CaviaTask(net=lambda facts: network(), facts=FACTS)
 
