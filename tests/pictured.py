@@ -17,8 +17,9 @@ def check_readable(figure: Any) -> None:
         figure: a ``matplotlib.figure.Figure``.
     """
     FigureCanvasAgg(figure).draw()
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if _is_drawn(text)]
+    hidden = {id(text) for panel in figure.axes for text in _left_out(panel)}
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and id(text) not in hidden]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
     for (one, box), (other, beside) in combinations(boxes, 2):
         width = min(box.x1, beside.x1) - max(box.x0, beside.x0)
         height = min(box.y1, beside.y1) - max(box.y0, beside.y0)
@@ -35,21 +36,20 @@ def check_readable(figure: Any) -> None:
         assert not any(_overlap(legend.get_window_extent(), panel) for panel in panels), "a legend lies in a panel"
 
 
-def _is_drawn(text: Text) -> bool:
-    """Whether a text is in its figure's picture: ticks beyond the limits and those of hidden panels are not."""
-    axis = text.axes
-    if axis is None:
-        return True
-    if not axis.get_visible():
-        return False
-    ticks = [*axis.get_xticklabels(which="both"), *axis.get_yticklabels(which="both")]
-    if not axis.axison and (text in ticks or text in (axis.xaxis.label, axis.yaxis.label)):
-        return False
-    if text not in ticks:
-        return True
-    (x0, x1), (y0, y1) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
-    x, y = text.get_position()
-    return x0 <= x <= x1 if text in axis.get_xticklabels(which="both") else y0 <= y <= y1
+def _left_out(panel: Any) -> list[Text]:
+    """Texts of a panel that are not in the picture: all of a hidden one, spare ticks and ticks beyond the limits."""
+    if not panel.get_visible():
+        return list(panel.findobj(Text))
+    found: list[Text] = []
+    for place, (axis, limits) in enumerate(((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim()))):
+        if not panel.axison:
+            found += axis.findobj(Text)
+        used = axis.get_ticklabels(which="both")
+        for tick in (*axis.majorTicks, *axis.minorTicks):
+            for label in (tick.label1, tick.label2):
+                if label not in used or not min(limits) <= label.get_position()[place] <= max(limits):
+                    found.append(label)
+    return found
 
 
 def _overlap(box: Any, beside: Any) -> bool:
