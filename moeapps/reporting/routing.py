@@ -52,7 +52,7 @@ def routing_figure(layers: Mapping[str, Mapping[str, Any]], domains: Sequence[st
     ]
     chosen = [table.shape[1] - int(report.get("given", 0)) for table, report in zip(maps, shown.values(), strict=True)]
     highest = max(float(table[:, :number].max(initial=0.0)) for table, number in zip(maps, chosen, strict=True))
-    image = None
+    image: Any = None
     for axis, title, table, number, report in zip(axes.flat, titles, maps, chosen, shown.values(), strict=False):
         coloured = np.where(np.arange(table.shape[1]) < number, table, np.nan)
         image = axis.imshow(coloured, vmin=0.0, vmax=highest or 1.0, cmap="viridis", aspect="auto")
