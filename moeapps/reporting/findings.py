@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +55,7 @@ def describe_run(folder: Path, limits: Limits = LIMITS, packages: frozenset[str]
     file = folder / "metrics" / "routing_test.json"
     if not file.is_file():
         return RunFinding("Nothing was routed in its test: the network has no experts, or it was not tested.", ())
-    tables, entropies = _routing_tables(file)
+    tables, entropies, per_row = _routing_tables(file)
     notes: list[str] = []
     readers: list[TableReader] = [_factor_tables]
     gallery = gallery_of(folder, packages)
@@ -68,6 +68,8 @@ def describe_run(folder: Path, limits: Limits = LIMITS, packages: frozenset[str]
                 tables[table.layer] = _with(own, table)
         except (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError) as error:
             notes.append(f"tables of experts were left out, a file of them cannot be read ({plain(error)})")
+    # Whatever a table tells rows apart by, as many experts work on each of them.
+    tables = {name: [replace(table, per_row=per_row[name]) for table in own] for name, own in tables.items()}
     layers = tuple(describe_layer(own, entropies.get(name), limits) for name, own in tables.items())
     return RunFinding(summarise(layers), layers, tuple(notes))
 
@@ -193,22 +195,25 @@ def _singular(words: str) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _routing_tables(file: Path) -> tuple[dict[str, list[ExpertTable]], dict[str, float]]:
-    """Work by domain of every layer, and the entropies of their routers."""
+def _routing_tables(file: Path) -> tuple[dict[str, list[ExpertTable]], dict[str, float], dict[str, int | None]]:
+    """Work by domain of every layer, the entropies of their routers, and how many experts work on each row."""
     try:
         raw = read_json(file)
         domains = [str(name) for name in raw["domains"]]
         tables: dict[str, list[ExpertTable]] = {}
         entropies: dict[str, float] = {}
+        per_row: dict[str, int | None] = {}
         for name, report in raw["layers"].items():
             told, always = _number(report["mi_domain"]), report.get("always") is True  # absent in runs of before
             tables[name] = [ExpertTable(name, "domain", domains, report["work"], told=told, always=always)]
+            several = report.get("per_row")  # absent in runs of before, too
+            per_row[name] = several if isinstance(several, int) and 0 < several <= len(report["work"][0]) else None
             entropy = _number(report["entropy"])
             if entropy is not None:
                 entropies[name] = entropy
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a routing file of moeapps ({plain(error)}); run the test again") from error
-    return tables, entropies
+    return tables, entropies, per_row
 
 
 def _factor_tables(folder: Path, layers: dict[str, int]) -> list[ExpertTable]:

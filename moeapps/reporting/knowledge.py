@@ -66,6 +66,7 @@ class ExpertTable:
         always: every expert works on every row, as the layer is built; ``work`` is how much each of them counts.
         story: what the table says in the words of its task, in a clause, where one number cannot tell it.
         sees: which experts a label may be sent to at all [L, E], as a mask has it; empty for all.
+        per_row: how many experts work on each row, where that is the same for all and known; else None.
     """
 
     layer: str
@@ -80,6 +81,7 @@ class ExpertTable:
     always: bool = False
     story: str = ""
     sees: Sequence[Sequence[bool]] = ()
+    per_row: int | None = None
 
     def __post_init__(self) -> None:
         work = np.asarray(self.work, dtype=np.float64)
@@ -106,6 +108,11 @@ class ExpertTable:
     def expert(self, number: int) -> str:
         """What people call an expert."""
         return f"expert {self.experts[number] if self.experts else number}"
+
+    def most(self) -> str:
+        """The most that one expert can take and why, in a clause; empty where that is everything."""
+        several = self.per_row or 1
+        return f"{_percent(1 / several)} is the most, as {several} experts work on each row" if several > 1 else ""
 
     def strength(self) -> float:
         """How much of the factor experts tell, over the most that so many experts could; or the table's own score.
@@ -257,7 +264,8 @@ def _rest(
         busiest = int(load_E.argmax())
         share = load_E[busiest] / len(load_E)
         even = float(load_E.std()) <= limits.even
-        load = "the load is even" if even else f"{table.expert(busiest)} takes {_percent(share)} of the work"
+        limit = f" ({table.most()})" if kinds[0] == "uneven" and table.most() else ""  # else it has been said
+        load = "the load is even" if even else f"{table.expert(busiest)} takes {_percent(share)} of the work{limit}"
         clauses.append(load)
     return clauses
 
@@ -291,7 +299,8 @@ def _pairs(table: ExpertTable, most: int = 3) -> str:
         f"{table.expert(expert)} takes {_percent(share_LE[label, expert])} of {table.labels[label]}"
         for label, expert in clearest_pairs(table)[:most]
     ]
-    return f" ({', '.join(found)})" if found else ""
+    limit = f"; {table.most()}" if table.most() else ""
+    return f" ({', '.join(found)}{limit})" if found else ""
 
 
 def _known(table: ExpertTable) -> float:

@@ -220,6 +220,7 @@ def expert_table(table: ExpertTable, most: int = MOST_LABELS) -> Table:
     rows = [[table.labels[place], *share_LE[place].tolist()] for place in chosen]
     left = int((total_L > 0).sum()) - len(chosen)
     caption = f"Share of the work of each {table.factor} that each expert takes; a row sums to 100 %."
+    caption += f" {table.most()}." if table.most() else ""
     caption += f" {len(chosen)} are shown, those that experts take most of before others; {left} are not." * (left > 0)
     return Table(f"Experts by {table.factor}", head, rows, caption, shaded=True)
 

@@ -23,7 +23,7 @@ from tasks.image_diffusion.model import DiT
 from tasks.image_diffusion.nets.flow import RectifiedFlow
 from tasks.image_diffusion.nets.process import Process
 from tasks.image_diffusion.nets.samplers import image_noise, sample
-from tasks.image_diffusion.report.pictures import grid
+from tasks.image_diffusion.report.pictures import class_figure
 from tasks.image_diffusion.rivals.routers import ClassTable
 
 PAIRED_SEED = 20_251_024
@@ -129,7 +129,7 @@ class ImageDiffusionTask(BaseTask):
     def pictures(self, batch: ImageBatch, domain: str) -> Pictures:
         label = batch.label.unique()[:8]  # few images in few steps: they cost less than the validation
         image = sample(self, label, cfg=self.sampling.cfg, steps=min(self.sampling.steps, 8), seed=0)
-        return {"samples": grid(image, columns=4, enlarge=2 if image.shape[-1] < 64 else 1).permute(2, 0, 1)}
+        return {"samples": class_figure(image, [self.facts["class_names"][c] for c in label.tolist()])}
 
     # Steps --------------------------------------------------------------------------------------------------------
 

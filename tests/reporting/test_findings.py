@@ -42,6 +42,16 @@ def test_a_run_says_what_each_layer_did_and_sums_it_up(tmp_path):
     assert found.notes == ()
 
 
+@pytest.mark.parametrize(("per_row", "told"), [(2, True), (1, False), (None, False), (9, False), ("2", False)])
+def test_every_table_of_a_layer_knows_how_many_experts_work_on_a_row(tmp_path, per_row, told):
+    report = {**layer([[50.0, 50.0, 0.0], [0.0, 50.0, 50.0]], 0.4), "per_row": per_row}
+    experts = {"work": {"experts.0": {"class": [[[60.0, 60.0, 0.0], [0.0, 60.0, 60.0]]]}}, "labels": {}}
+    (found,) = describe_run(run_of(tmp_path, {"net.blocks.0.ffn": report}, experts=experts)).layers
+    assert {table.factor for table in found.tables} == {"domain", "class"}
+    for table in found.tables:
+        assert table.most() == ("50 % is the most, as 2 experts work on each row" if told else "")
+
+
 @pytest.mark.parametrize(
     ("work", "words"),
     [

@@ -109,6 +109,16 @@ def test_few_experts_are_held_against_what_they_can_tell():
     assert "the expert tells 25 % of it, of at most 25 % that 2 experts can tell" in found.sentence
 
 
+def test_shares_are_told_with_the_most_that_one_expert_can_take():
+    pair = [[50.0, 50.0, 0.0], [0.0, 50.0, 50.0]]
+    of_two = describe_layer([table(pair, labels=["north", "south"], per_row=2)]).sentence
+    assert "expert 0 takes 50 % of north, expert 2 takes 50 % of south; 50 % is the most, as 2 experts work" in of_two
+    uneven = describe_layer([table([[90.0, 60.0, 30.0]] * 4, per_row=2)]).sentence
+    assert "expert 0 takes 50 % of the work (50 % is the most, as 2 experts work on each row)" in uneven
+    for several in (None, 1):
+        assert "the most" not in describe_layer([table(pair, labels=["north", "south"], per_row=several)]).sentence
+
+
 def test_a_score_of_its_own_decides_where_weights_are_soft():
     soft = table([[30.0, 28.0], [28.0, 30.0]], factor="taste", labels=("a", "b"), score=("adjusted Rand index", 0.9))
     found = describe_layer([table([[30.0, 28.0], [28.0, 30.0]], labels=("a", "b")), soft], limits=Limits(noise=0.0))

@@ -20,9 +20,10 @@ from moeapps.commands.run import run
 from moeapps.moe import Dense, LinearScore, MLPExperts, MoELayer, MoERecorder, Router, TopK
 from moeapps.moe.experts import GLUExperts
 from moeapps.moe.presets import compose, dense, point_moe, top_k_router
+from moeapps.moe.routing import Routing
 from moeapps.training.callbacks import AveragedWeights, BiasBalancing, ProgressLines, progress_bar
 from moeapps.training.callbacks.interrupts import program
-from moeapps.training.callbacks.routing import RoutingMonitor, layer_report
+from moeapps.training.callbacks.routing import RoutingMonitor, layer_report, rows_by_workers, same_for_all
 from moeapps.training.callbacks.summary import MoESummary, summary_table
 from moeapps.training.callbacks.table import score_table
 from moeapps.training.cost import measure_cost
@@ -46,6 +47,7 @@ def test_monitor_counts_every_assignment_once_per_domain(tmp_path: Path) -> None
     work = torch.tensor(report["layers"]["net.moe"]["work"])
     assert work.shape == (5, 4)
     assert work.sum(1).tolist() == [24 * 2] * 5  # 24 rows per domain, top 2
+    assert (report["layers"]["net.moe"]["per_row"], report["layers"]["net.moe"]["given"]) == (2, 0)
     assert (folder(tmp_path) / "figures" / "routing_test.png").stat().st_size > 1000
     assert {f"moe_test/net.moe/{key}" for key in ("load_cv", "entropy", "dead", "mi_domain")} <= set(
         done.trainer.callback_metrics
@@ -72,6 +74,16 @@ def test_the_file_says_whether_every_expert_always_works(chooser: Any, always: b
     )
 
     assert (recorder.records[0].name in monitor._always) is always
+
+
+def test_rows_are_told_by_how_many_experts_work_on_them() -> None:
+    row, expert = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 2, 3, 3, 3])  # 3: no work
+    counted = rows_by_workers(Routing(row, expert, torch.ones(6), num_rows=3, num_experts=3, top_k=2))
+
+    assert counted.tolist() == [1, 1, 1, 0]
+    assert same_for_all(counted) is None
+    assert same_for_all(torch.tensor([5.0, 0.0, 7.0, 0.0])) == 2  # rows without work are no exception
+    assert same_for_all(torch.zeros(4)) is None
 
 
 def test_report_of_a_table_with_known_answers() -> None:

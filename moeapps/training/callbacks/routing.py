@@ -28,11 +28,15 @@ log = logging.getLogger("moeapps")
 
 @dataclass
 class _Layer:
-    """Sums of one layer in float64: work per domain and expert [S, E], entropy times rows, rows."""
+    """Sums of one layer in float64.
+
+    Work per domain and expert [S, E], entropy times rows, rows, and rows by how many experts worked on them [E + 1].
+    """
 
     table_SE: Tensor
     entropy: Tensor
     rows: Tensor
+    workers: Tensor
 
 
 def expert_work(record: Record) -> Tensor:
@@ -41,6 +45,14 @@ def expert_work(record: Record) -> Tensor:
         return record.routing.counts().double()
     weight_NE = record.routing.assignment().detach().double().abs()
     return (weight_NE if record.token_mask is None else weight_NE[record.token_mask]).sum(0)
+
+
+def rows_by_workers(routing: Routing) -> Tensor:
+    """Count rows by how many experts work on them, float64 [E + 1]."""
+    real_M = (routing.expert_M < routing.num_experts).long()
+    workers_N = torch.zeros(routing.num_rows, dtype=torch.int64, device=real_M.device)
+    workers_N = workers_N.index_add(0, routing.row_M, real_M).clamp(max=routing.num_experts)
+    return torch.bincount(workers_N, minlength=routing.num_experts + 1).double()
 
 
 def routing_entropy(record: Record) -> tuple[float | Tensor, int]:
@@ -57,8 +69,9 @@ class RoutingMonitor(SideReport):
 
     At every evaluation it logs ``moe/<layer>/load_cv``, ``/entropy`` (nats), ``/dead`` (fraction of experts below
     1 percent of the mean load) and ``/mi_domain`` (mutual information of expert and domain over the entropy of the
-    domains), writes metrics/routing_<stage>.json and figures/routing_<stage>.png (expert by domain), and warns once
-    when an expert collapses. While training it logs ``moe/<layer>/train_load_cv`` of the steps since the last log.
+    domains), writes metrics/routing_<stage>.json and figures/routing_<stage>.png (expert by domain; none where all
+    layers have one expert), and warns once when an expert collapses. While training it logs
+    ``moe/<layer>/train_load_cv`` of the steps since the last log.
 
     Args:
         figures: write the heat maps, and show them in TensorBoard where that is on.
@@ -72,6 +85,7 @@ class RoutingMonitor(SideReport):
         self.min_mean_load = min_mean_load
         self._layers: dict[str, _Layer] = {}
         self._always: set[str] = set()
+        self._given: dict[str, int] = {}
         self._train: dict[str, Tensor] = {}
         self._domains: list[str] = []
         self._warned = False
@@ -110,10 +124,14 @@ class RoutingMonitor(SideReport):
             work_E = expert_work(record)
             if record.name not in self._layers:
                 table_SE = work_E.new_zeros(len(self._domains), len(work_E))
-                self._layers[record.name] = _Layer(table_SE, work_E.new_zeros(()), work_E.new_zeros(()))
+                zeros = (work_E.new_zeros(()), work_E.new_zeros(()), work_E.new_zeros(len(work_E) + 1))
+                self._layers[record.name] = _Layer(table_SE, *zeros)
             if isinstance(record.routing, DenseRouting):
                 self._always.add(record.name)
             layer = self._layers[record.name]
+            if isinstance(record.routing, Routing):
+                self._given[record.name] = record.routing.num_given
+                layer.workers += rows_by_workers(record.routing)
             layer.table_SE[self._domains.index(str(task.last_domain))] += work_E
             entropy, rows = routing_entropy(record)
             layer.entropy += entropy * rows
@@ -139,6 +157,8 @@ class RoutingMonitor(SideReport):
         for name, layer in self._layers.items():
             result[name] = layer_report(layer.table_SE, layer.entropy / layer.rows.clamp_min(1.0))
             result[name]["always"] = name in self._always  # every expert works on every row, whatever is routed
+            result[name]["per_row"] = same_for_all(layer.workers)
+            result[name]["given"] = self._given.get(name, 0)  # the last ones, which the router is told to use
             for key in ("load_cv", "entropy", "dead", "mi_domain"):
                 prefix = "moe" if stage == "val" else "moe_test"
                 pl_module.log(f"{prefix}/{name}/{key}", result[name][key], batch_size=1, sync_dist=True)
@@ -155,7 +175,7 @@ class RoutingMonitor(SideReport):
         parts = {(name, part): value for name, layer in self._layers.items() for part, value in vars(layer).items()}
         found = sums_of_all_ranks(parts, device)
         self._layers = {
-            name: _Layer(value, found[name, "entropy"], found[name, "rows"])
+            name: _Layer(value, found[name, "entropy"], found[name, "rows"], found[name, "workers"])
             for (name, part), value in found.items()
             if part == "table_SE"
         }
@@ -186,7 +206,9 @@ class RoutingMonitor(SideReport):
         folder = run_dir(trainer)
         if folder is None:
             return
-        figure = routing_figure({name: report["work"] for name, report in result.items()}, self._domains)
+        figure = routing_figure(result, self._domains)
+        if figure is None:
+            return
         path = folder / "figures" / f"routing_{stage}.png"
         save_figure(figure, path)
         for logger in trainer.loggers:
@@ -194,6 +216,12 @@ class RoutingMonitor(SideReport):
                 with Image.open(path) as drawn:  # once: the file holds what TensorBoard would draw
                     image = np.asarray(drawn.convert("RGB"))
                 logger.experiment.add_image(f"routing/{stage}", image, trainer.global_step, dataformats="HWC")
+
+
+def same_for_all(workers: Tensor) -> int | None:
+    """Return how many experts work on each row that has any; None where that differs or is not counted."""
+    found = workers[1:].nonzero().flatten() + 1
+    return int(found) if len(found) == 1 else None
 
 
 def layer_report(table_SE: Tensor, entropy: Tensor) -> dict[str, Any]:

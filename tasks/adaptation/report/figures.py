@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from moeapps.text import figure_text
+from moeapps.text import figure_text, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LONGEST_NAME = 16
+"""Characters of a name above an image: longer ones would run into the next image's."""
 
 
 def attention_figure(share: Sequence[Sequence[float]], domains: Sequence[str], experts: Sequence[str]) -> Figure:
@@ -25,14 +28,18 @@ def attention_figure(share: Sequence[Sequence[float]], domains: Sequence[str], e
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 + 0.5 * len(experts), 1.6 + 0.26 * len(domains)), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 2.5 + 0.5 * len(experts)), 1.6 + 0.26 * len(domains)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(np.asarray(share), vmin=0.0, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(experts)), list(experts), rotation=60, ha="right")
     axis.set_yticks(range(len(domains)), list(domains))
     axis.tick_params(labelsize=7)
     axis.set_title("attention of the aggregator to each expert", fontsize=9)
-    figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
+    axis.set_xlabel("expert", fontsize=8)
+    axis.set_ylabel("domain", fontsize=8)
+    bar = figure.colorbar(image, ax=axis)
+    bar.set_label("share of the attention", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -93,9 +100,9 @@ def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, i
     columns = max(1, *(len(items) for items in changed.values()))
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.1 * columns, 1.6 * len(changed)), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns + 0.3, 2.4 * len(changed)), layout="constrained")
     axes = figure.subplots(len(changed), columns, squeeze=False)
-    said = [figure_text(name) for name in names]
+    said = [figure_text(plain(name, LONGEST_NAME)) for name in names]
     for row, (kind, items) in zip(axes, changed.items(), strict=True):
         row[0].set_ylabel(kind, fontsize=8)
         for axis in row:
@@ -105,5 +112,6 @@ def changed_figure(changed: Mapping[str, Sequence[tuple[str, Tensor, int, int, i
         for axis, (domain, image, label, before, after) in zip(row, items, strict=False):
             pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
             axis.imshow(((pixels + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy())
-            axis.set_title(f"{domain}\n{said[label]}\n{said[before]} > {said[after]}", fontsize=4)
+            answers = f"true: {said[label]}\nbefore: {said[before]}\nafter: {said[after]}"
+            axis.set_title(f"{figure_text(plain(domain, LONGEST_NAME))}\n{answers}", fontsize=6, loc="left")
     return figure

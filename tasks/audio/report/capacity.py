@@ -101,15 +101,16 @@ class CapacityReport(Report):
         sides = figure.subplots(1, 2)
         slices = sums_ALL.shape[2]
         middle = (torch.arange(slices) + 0.5) / slices
-        for axes, column, title in zip(
-            sides, ("real", "none"), ("real experts of a step", "steps without one"), strict=True
-        ):
+        titles = {"real": ("real experts of a step", "experts"), "none": ("steps without one", "share of the steps")}
+        for axes, (column, (title, amount)) in zip(sides, titles.items(), strict=True):
             for row, domain in enumerate(self.domains):
                 part = sums_ALL[:, row].sum(0)
                 value = part[:, SUMS.index(column)] / part[:, 0].clamp(min=1)
                 axes.plot(middle.numpy(), value.numpy(), label=domain, linestyle="-" if row in self.seen else "--")
-            axes.set(xlabel="place in the clip", title=title)
-        figure.legend(*sides[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+            axes.set(xlabel="place in the clip (0: start, 1: end)", ylabel=amount, title=title)
+        sides[1].set_ylim(bottom=0.0, top=max(0.05, sides[1].get_ylim()[1]))  # a share: none has nothing below 0
+        lines = sides[0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside right center", fontsize=7, title="dashed: unseen", title_fontsize=7)
         return figure
 
 

@@ -26,6 +26,8 @@ Ints = npt.NDArray[np.integer]
 
 MARKERS = "osD^vP*X<>"
 """Marker of family 0, 1, ..."""
+FAMILY_COLOURS = ("#332288", "#88ccee", "#117733", "#999933", "#cc6677", "#882255", "#aa4499", "#44aa99", "#661100")
+"""Colour of family 0, 1, ...: Tol's muted palette; those of experts and states would say that they belong together."""
 
 
 def trajectory_figure(
@@ -64,7 +66,8 @@ def trajectory_figure(
         _limits(axis.set_ylim, truth[e, trajectory])
         axis.set_title(figure_text(names[e]), fontsize=9, color=INK, loc="left")
         axis.set_xlabel("seconds", fontsize=8)
-    _key(figure)
+    states = [(f"state {d}", colour(d)) for d in range(min(truth.shape[3], len(COLOURS)))]
+    _key(figure, (INK, 0.55), INK, states)
     return figure
 
 
@@ -95,7 +98,9 @@ def phase_figure(title: str, truth: Floats, pred: Floats, names: Sequence[str], 
         _limits(axis.set_xlim, truth[e, ..., 0])
         _limits(axis.set_ylim, truth[e, ..., 1])
         axis.set_title(figure_text(names[e]), fontsize=9, color=INK, loc="left")
-    _key(figure)
+        axis.set_xlabel("state 0", fontsize=8)
+        axis.set_ylabel("state 1", fontsize=8)
+    _key(figure, (FAINT, 1.0), COLOURS[0])
     return figure
 
 
@@ -131,20 +136,23 @@ def context_figure(title: str, context: Floats, family: Ints, expert: Ints, fami
         A ``matplotlib.figure.Figure``.
     """
     plane, share = principal_plane(context)
-    figure, axes = _panels(title, 2, 3.6)
-    words = {-1: "unknown", **dict(enumerate(families))}
-    for axis, labels, name in zip(axes, (family, expert), ("hidden family", "expert"), strict=True):
-        for label in np.unique(labels):
-            chosen = labels == label
-            text = words[int(label)] if name == "hidden family" else f"expert {label}"
-            tint, marker = (colour(int(label)), MARKERS[int(label) % len(MARKERS)]) if label >= 0 else (FAINT, ".")
-            axis.scatter(
-                *plane[chosen].T, s=26, color=tint, marker=marker, label=text, edgecolors="white", linewidths=0.4
-            )
+    figure, axes = _panels(title, 2, 3.9)
+    for label in np.unique(family):
+        tint = FAMILY_COLOURS[label % len(FAMILY_COLOURS)] if label >= 0 else FAINT
+        marker = MARKERS[label % len(MARKERS)] if label >= 0 else "."
+        text = figure_text(families[label]) if label >= 0 else "unknown"
+        look = {"s": 26, "marker": marker, "edgecolors": "white", "linewidths": 0.4}
+        axes[0].scatter(*plane[family == label].T, color=tint, label=text, **look)
+    for label in np.unique(expert):
+        # Its number is the marker of an expert: a shape of the other panel would say that a family is meant.
+        tint, marker = (colour(int(label)), f"${label}$") if label >= 0 else (FAINT, ".")
+        text = f"expert {label}" if label >= 0 else "no expert"
+        axes[1].scatter(*plane[expert == label].T, s=34, color=tint, marker=marker, label=text, linewidths=0.2)
+    for axis, name in zip(axes, ("hidden family", "expert"), strict=True):
         axis.set_title(name, fontsize=9, color=INK, loc="left")
         axis.set_xlabel(f"first direction, {share[0]:.0%} of variance", fontsize=8)
-        axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel(f"second direction, {share[1]:.0%}", fontsize=8)
+        axis.set_ylabel(f"second direction, {share[1]:.0%}", fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=7, frameon=False)
     return figure
 
 
@@ -180,7 +188,7 @@ def gate_figure(title: str, steps: Ints, expert: Ints, family: Ints, families: S
     for label in np.unique(family):
         rows = np.flatnonzero(family[order] == label)
         axis.axhline(rows[-1] + 1, color="white", lw=2)
-        name = families[label] if label >= 0 else "unknown"
+        name = figure_text(families[label]) if label >= 0 else "unknown"
         axis.text(
             -0.01, rows.mean() + 0.5, name, transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=8
         )
@@ -215,12 +223,16 @@ def _panels(title: str, count: int, height: float, width: float | None = None) -
     return figure, axes[:count]
 
 
-def _key(figure: Any) -> None:
+def _key(figure: Any, truth: tuple[str, float], pred: str, states: Sequence[tuple[str, str]] = ()) -> None:
+    """Say below all panels what is truth (colour, opacity of its dots), what is predicted, and colours of states."""
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    handles = [Line2D([], [], color=INK, ls="", marker="o", ms=3, label="truth")]
-    handles.append(Line2D([], [], color=INK, ls="-", label="prediction"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    handles: list[Any] = [Line2D([], [], color=truth[0], alpha=truth[1], ls="", marker="o", ms=3, label="truth")]
+    handles.append(Line2D([], [], color=pred, ls="-", label="prediction"))
+    handles += [Patch(color=tint, label=name) for name, tint in states]
+    columns = max(2, int(1.1 * figure.get_figwidth()))  # an inch for each
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -56,7 +56,9 @@ def gallery(folder: Path) -> list[Room]:
         chosen = [grids[k] for k in sorted({round(k) for k in np.linspace(0, len(grids) - 1, MOST_GRIDS)})]
         shown = [
             Picture(
-                f"Epoch {file.stem.split('_')[-1]}", picture_of(file, 700), "A grid of drawn images, a row per class"
+                f"Epoch {file.stem.split('_')[-1]}",
+                picture_of(file, 700),
+                "Drawn images of each class, below its name",
             )
             for file in chosen
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moeapps.files import write_arrays, write_json
+from moeapps.reporting.figures import save_figure
 from moeapps.training.callbacks.report import Report, writing_dir
 from moeapps.training.callbacks.side import SideReport
 from moeapps.training.task import BaseTask
@@ -22,21 +23,21 @@ from tasks.image_diffusion.nets.samplers import sample
 from tasks.image_diffusion.report.inception import InceptionFeatures
 from tasks.image_diffusion.report.judge import Judging, get_judge, training_images
 from tasks.image_diffusion.report.judgement import RealImages, class_table, distance_to_real, judge_images
-from tasks.image_diffusion.report.pictures import grid, spread, visible, write_png
+from tasks.image_diffusion.report.pictures import class_figure, spread, visible
 
 log = logging.getLogger("moeapps")
 
 
 class SampleGrid(SideReport):
-    """Write figures/samples-epoch_<k>.png while training: a row per class, the same noise every time.
+    """Write figures/samples-epoch_<k>.png while training: each class by its name, the same noise every time.
 
     The images are drawn by the weights that validation uses, averaged ones where they are averaged.
 
     Args:
         every_n_epochs: epochs between two grids.
         classes: labels to draw; None spreads ``most_classes`` over all.
-        most_classes: rows at most.
-        per_class: images of a row.
+        most_classes: classes at most.
+        per_class: images of a class.
         cfg: strength of guidance.
         steps: steps of the solver.
         solver: as `sample` names it; None takes the process's own.
@@ -81,9 +82,9 @@ class SampleGrid(SideReport):
         rows = self.classes if self.classes is not None else spread(number, self.most_classes)
         label = torch.tensor(rows).repeat_interleave(self.per_class)
         image = sample(pl_module, label, cfg=self.cfg, steps=self.steps, seed=self.seed, solver=self.solver)
-        # Several classes stand side by side so that the grid is about as wide as high.
-        columns = self.per_class * max(1, round((len(rows) / self.per_class) ** 0.5))
-        write_png(folder / "figures" / f"samples-epoch_{epoch}.png", grid(image, columns))
+        names = cast(Any, pl_module).facts["class_names"]
+        figure = class_figure(image, [names[c] for c in label.tolist()])
+        save_figure(figure, folder / "figures" / f"samples-epoch_{epoch}.png")
 
 
 class GenerationQuality(Report):
@@ -169,7 +170,7 @@ class GenerationQuality(Report):
         pixels = visible(image[shown]).permute(0, 2, 3, 1).numpy()
         named = [names[c] for c in label[shown].tolist()]
         write_arrays(folder / "gallery" / "samples.npz", image=pixels, name=np.array(named))
-        write_png(folder / "figures" / "samples.png", grid(image[shown], 4 * max(1, round((len(shown) / 16) ** 0.5))))
+        save_figure(class_figure(image[shown], named), folder / "figures" / "samples.png")
         all_of_it = self.result["generation"]
         told = ("class_accuracy", "real_class_accuracy", "domain_accuracy", "nearest_ratio")
         shares = ", ".join(f"{name} {all_of_it[name]:.3f}" for name in told if name in all_of_it)

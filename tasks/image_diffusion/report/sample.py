@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from moeapps.files import write_arrays
+from moeapps.reporting.figures import save_figure
 from tasks.image_diffusion.data.classes import class_numbers
 from tasks.image_diffusion.datamodule import ImageData
 from tasks.image_diffusion.nets.autoencoder import LatentDecoder
 from tasks.image_diffusion.nets.samplers import sample
 from tasks.image_diffusion.report.adm import write_adm
-from tasks.image_diffusion.report.pictures import grid, write_png
+from tasks.image_diffusion.report.pictures import class_figure
 
 
 def main(words: Sequence[str], task: Any, data: ImageData) -> int:
@@ -58,7 +59,6 @@ def main(words: Sequence[str], task: Any, data: ImageData) -> int:
     else:
         image = torch.cat([decoder(part) for part in image.split(8)]) if decoder is not None else image
         write_adm(path, image=image, label=label)
-    enlarge = max(1, 56 // image.shape[-1])
-    write_png(options.out / "grid.png", grid(image, options.count, enlarge=enlarge))
+    save_figure(class_figure(image, [names[c] for c in label.tolist()]), options.out / "grid.png")
     print(f"{len(label)} images of {len(chosen)} classes: {options.out / 'grid.png'}, {path}")
     return 0

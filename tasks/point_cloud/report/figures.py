@@ -73,37 +73,69 @@ def _rgb(value: str) -> tuple[float, float, float]:
     return int(value[1:3], 16) / 255, int(value[3:5], 16) / 255, int(value[5:7], 16) / 255
 
 
-def project(
-    pos_R3: Floats, width: int, height: int, yaw: float = 0.6, pitch: float = 0.85
-) -> tuple[Ints, Ints, Floats]:
-    """Orthographic view from obliquely above, fitted to an image; the outermost 1% of either axis may fall outside.
+def view(pos_R3: Floats, yaw: float = 0.6, pitch: float = 0.85) -> tuple[Floats, Floats]:
+    """Turn points to an orthographic view from obliquely above.
+
+    Args:
+        pos_R3: metres, z up.
+        yaw: radians about the vertical axis.
+        pitch: radians of the view above the horizon; pi / 2 is a map.
+
+    Returns:
+        Metres to the right and up in the picture [R, 2], and nearness to the viewer in metres [R].
+    """
+    x, y, z = (pos_R3 - pos_R3.mean(axis=0)).T
+    across, along = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
+    up, near = along * np.sin(pitch) + z * np.cos(pitch), z * np.sin(pitch) - along * np.cos(pitch)
+    return np.stack([across, up], axis=1), near
+
+
+def extent(flat_R2: Floats) -> tuple[Floats, Floats]:
+    """Lowest and highest place [2] of what a picture shows: all points but strays.
+
+    A stray is farther beyond the middle 98% of either axis than these are wide: one would make a speck of the rest.
+
+    Args:
+        flat_R2: metres to the right and up.
+    """
+    low, high = np.quantile(flat_R2, (0.01, 0.99), axis=0)
+    wide = np.maximum(high - low, 1e-6)
+    kept = flat_R2[((flat_R2 >= low - wide) & (flat_R2 <= high + wide)).all(axis=1)]
+    return (kept.min(axis=0), kept.max(axis=0)) if len(kept) else (low, high)
+
+
+def fitting_height(pos_R3: Floats, width: int = 640) -> int:
+    """Pixels of height at which a picture of these points has no empty half; a third to all of its width."""
+    low, high = extent(view(pos_R3)[0])
+    across, up = np.maximum(high - low, 1e-6)
+    return round(float(np.clip(up / across, 1 / 3, 1.0)) * width)
+
+
+def project(pos_R3: Floats, width: int, height: int, margin: float = 0.0) -> tuple[Ints, Ints, Floats]:
+    """Fit a `view` of points to an image, with one scale for both axes.
 
     Args:
         pos_R3: metres, z up.
         width: pixels.
         height: pixels.
-        yaw: radians about the vertical axis.
-        pitch: radians of the view above the horizon; pi / 2 is a map.
+        margin: pixels that stay free at every edge.
 
     Returns:
-        Column and row of each point (some outside the image), and its nearness to the viewer in pixels.
+        Column and row of each point (those of strays may lie outside the image), and its nearness in pixels.
     """
-    x, y, z = (pos_R3 - pos_R3.mean(axis=0)).T
-    across, along = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
-    up, near = along * np.sin(pitch) + z * np.cos(pitch), z * np.sin(pitch) - along * np.cos(pitch)
-    left, right = np.quantile(across, (0.01, 0.99))
-    bottom, top = np.quantile(up, (0.01, 0.99))
-    metres = max((right - left) / width, (top - bottom) / height, 1e-9) * 1.1  # per pixel, with a margin
-    column = (across - (left + right) / 2) / metres + width / 2
-    row = height / 2 - (up - (bottom + top) / 2) / metres
-    return np.floor(column).astype(np.int64), np.floor(row).astype(np.int64), near / metres
+    flat_R2, near = view(pos_R3)
+    low, high = extent(flat_R2)
+    room = np.maximum(np.array([width, height]) - 2 * margin, 1)
+    metres = max(float(((high - low) / room).max()), 1e-9)  # per pixel
+    across, up = ((flat_R2 - (low + high) / 2) / metres).T
+    return np.floor(across + width / 2).astype(np.int64), np.floor(height / 2 - up).astype(np.int64), near / metres
 
 
 def render(pos_R3: Floats, colour_R3: Floats, width: int = 640, height: int = 480) -> Floats:
     """Draw points as discs with a depth buffer and shade the edges of depth.
 
     Eye-dome lighting (Boucheny 2009): a pixel is darkened by exp(-mean of how much nearer its neighbours are), which
-    shows shape without normals. Drawn at twice the size and averaged down.
+    shows shape without normals. Drawn at twice the size and averaged down. No disc is cut by the edge of the image.
 
     Args:
         pos_R3: metres, z up; at least one point.
@@ -115,17 +147,16 @@ def render(pos_R3: Floats, colour_R3: Floats, width: int = 640, height: int = 48
         [height, width, 4] in [0, 1]; transparent where there is no point.
     """
     wide, high = 2 * width, 2 * height
-    column, row, near = project(pos_R3, wide, high)
-    far_first = np.argsort(near)
     reach = int(np.clip(np.sqrt(0.3 * wide * high / len(pos_R3)), 2, 14))
+    column, row, near = project(pos_R3, wide, high, margin=reach + 4)
+    whole = (column >= reach) & (column < wide - reach) & (row >= reach) & (row < high - reach)
+    far_first = np.flatnonzero(whole)[np.argsort(near[whole])]
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disc = dy**2 + dx**2 <= reach**2
-    rows, columns = row[far_first, None] + dy[disc], column[far_first, None] + dx[disc]
-    inside = (rows >= 0) & (rows < high) & (columns >= 0) & (columns < wide)
-    pixel = (rows * wide + columns)[inside]  # of several writes to a pixel the last, nearest one stays
-    source = np.broadcast_to(far_first[:, None], inside.shape)[inside]
+    pixel = ((row[far_first, None] + dy[disc]) * wide + column[far_first, None] + dx[disc]).ravel()
+    source = np.repeat(far_first, np.count_nonzero(disc))
     nearest, image = np.full(high * wide, -np.inf), np.ones((high * wide, 3))
-    nearest[pixel] = near[source]
+    nearest[pixel] = near[source]  # of several writes to a pixel the last, nearest one stays
     image[pixel] = colour_R3[source]
     depth, drawn = nearest.reshape(high, wide), np.isfinite(nearest).reshape(high, wide)
     image = image.reshape(high, wide, 3) * _eye_dome(depth, drawn, step=max(2, reach // 2))[..., None]
@@ -202,21 +233,34 @@ def scan_figure(scan: ScanPicture, dpi: int = 150) -> Any:
         panels.append(("expert", tints[expert]))
         present = [e for e in np.unique(expert) if e >= 0]
         handles.append([Patch(color=tints[e], label=f"expert {e}  {np.mean(expert == e):.0%}") for e in present])
-    figure = Figure(figsize=(4.6 * len(panels), 4.9), dpi=dpi, facecolor="white")
+    height = fitting_height(pos)
+    wide, inches = 4.6 * len(panels), 4.5 * height / 640
+    columns = [_columns(handles[0], 9.0), 3]
+    lines = max(-(-len(own) // most) for own, most in zip(handles, columns, strict=False))
+    below, above = 0.2 + 0.22 * lines, 0.75
+    figure = Figure(figsize=(wide, above + inches + below), dpi=dpi, facecolor="white")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.85, bottom=0.17, wspace=0.03)
+    foot = below / (above + inches + below)
+    figure.subplots_adjust(left=0.01, right=0.99, top=foot * (1 + inches / below), bottom=foot, wspace=0.06)
     for axis, (label, colour) in zip(axes, panels, strict=True):
-        axis.imshow(render(pos, colour), interpolation="antialiased")
+        axis.imshow(render(pos, colour, height=height), interpolation="antialiased")
         axis.set_title(label, fontsize=10, color=INK, loc="left", pad=4)
         axis.set_axis_off()
-    figure.text(0.013, 0.965, figure_text(scan.title), fontsize=14, color=INK, weight="bold", va="top")
-    figure.text(0.987, 0.96, figure_text(scan.note), fontsize=9, color="#6b7280", va="top", ha="right")
+    top = 1 - 0.16 / (above + inches + below)
+    figure.text(0.013, top, figure_text(scan.title), fontsize=14, color=INK, weight="bold", va="top")
+    figure.text(0.987, top, figure_text(scan.note), fontsize=9, color="#6b7280", va="top", ha="right")
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK, "loc": "upper left"}
     style |= {"handlelength": 1.0, "handleheight": 1.0, "columnspacing": 1.4, "borderaxespad": 0}
-    figure.legend(handles=handles[0], ncols=7 if len(panels) > 2 else 9, bbox_to_anchor=(0.013, 0.15), **style)
-    if len(handles) > 1:
-        figure.legend(handles=handles[1], ncols=2, bbox_to_anchor=(0.672, 0.15), **style)
+    places = [0.013, 0.672]
+    for own, most, left in zip(handles, columns, places, strict=False):
+        figure.legend(handles=own, ncols=most, bbox_to_anchor=(left, foot * (1 - 0.1 / below)), **style)
     return figure
+
+
+def _columns(handles: Sequence[Any], inches: float) -> int:
+    """How many entries of a legend stand side by side in so many inches, each as wide as the longest."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    return max(1, int(inches / (0.45 + 0.085 * longest)))
 
 
 class ScanFigures(Report):

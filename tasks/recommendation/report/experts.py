@@ -327,5 +327,7 @@ def draw_gates(samples: list[LevelSample], path: Path) -> None:
         axis.set_xticks(range(len(sample.experts)), sample.experts, rotation=90, fontsize=8)
         axis.set_yticks(range(len(sample.gates)), sample.gates, fontsize=8)
         axis.set_title(f"level {k}", fontsize=9)
+        axis.set_xlabel("expert (grey: the gate may not see it)", fontsize=8)
+        axis.set_ylabel("gate", fontsize=8)
     figure.colorbar(image, ax=list(axes), label="mean gate weight", shrink=0.8)
     save_figure(figure, path, dpi=120)

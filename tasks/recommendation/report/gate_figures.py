@@ -171,7 +171,8 @@ def _points(axis: Any, sample: GateSample, factor: Tensor, names: list[str]) -> 
     axis.set_yticks([])
     axis.set_xlabel("first two principal components of the gates' directions", fontsize=7, color=INK)
     axis.set_aspect("equal", adjustable="datalim")
-    axis.legend(fontsize=7, frameon=False, labelcolor=INK, loc="best", markerscale=1.6, handletextpad=0.1)
+    look = {"fontsize": 7, "frameon": False, "labelcolor": INK, "markerscale": 1.6, "handletextpad": 0.1}
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), **look)  # its marks look like those of lists
     _bare(axis)
 
 

@@ -25,6 +25,7 @@ from tasks.audio.report.few_shot import FewShot
 from tasks.audio.report.generation import AudioSamples, GenerationQuality
 from tasks.audio.report.judge import Judging, get_judge
 from tasks.audio.report.judgement import Real, judge_clips
+from tests.pictured import check_readable
 
 SHORT = Drawing(max_seconds=0.4, min_seconds=0.1, top_k=4)
 QUICK = Judging(steps=60, batch_size=16, width=4)
@@ -179,6 +180,18 @@ def test_clips_of_several_lengths_sound_as_each_alone(data: AudioData) -> None:
 
 
 # --- capacity ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_capacity_names_amounts_and_keeps_a_share_above_nothing() -> None:
+    report = CapacityReport()
+    report.domains, report.seen = [f"voice_{k}" for k in range(12)], list(range(8))
+    figure = report._figure(torch.tensor([8.0, 20.0, 4.0, 0.0]).expand(2, 12, 8, 4))
+    left, right = figure.axes
+
+    check_readable(figure)
+    assert (left.get_ylabel(), right.get_ylabel()) == ("experts", "share of the steps")
+    assert right.get_ylim()[0] == 0
+    assert figure.legends[0].get_title().get_text() == "dashed: unseen"
 
 
 def record_of(choices: list[list[int]], num_experts: int, mask: list[bool] | None = None) -> Record:

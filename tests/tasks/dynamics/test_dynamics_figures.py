@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.artist import Artist
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from moeapps.files import write_arrays
 from moeapps.reporting.figures import COLOURS, save_figure
@@ -18,6 +20,7 @@ from tasks.dynamics.report.figures import (
     principal_plane,
     trajectory_figure,
 )
+from tests.pictured import check_readable
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=(8, 3, 10, 2))
@@ -79,6 +82,48 @@ def test_context_map_colours_families_and_experts() -> None:
     assert left == ["unknown", "harmonic", "pendulum"]
     assert right == ["expert 0", "expert 2"]
     assert tuple(figure.axes[1].collections[1].get_facecolor()[0][:3]) == pytest.approx(to_rgb(COLOURS[2]))
+
+
+def test_no_look_means_a_family_on_one_side_and_an_expert_on_the_other() -> None:
+    numbers = np.arange(9)
+    figure = context_figure("c", RNG.normal(size=(9, 3)), numbers, numbers, [f"family {k}" for k in numbers])
+    families, experts = ({tuple(c.get_facecolor()[0]) for c in axis.collections} for axis in figure.axes)
+    shapes, signs = ({c.get_paths()[0].vertices.round(2).tobytes() for c in axis.collections} for axis in figure.axes)
+
+    assert len(families) == len(experts) == len(shapes) == len(signs) == 9
+    assert not families & experts
+    assert not shapes & signs
+
+
+def test_legends_say_what_colours_and_marks_mean() -> None:
+    def key(figure: Figure) -> dict[str, Artist]:
+        legend = figure.legends[0]
+        return dict(zip([text.get_text() for text in legend.get_texts()], legend.legend_handles, strict=True))
+
+    over_time = trajectory_figure("t", TRUTH, TRUTH, np.ones(8), NAMES)
+    assert list(key(over_time)) == ["truth", "prediction", "state 0", "state 1"]
+    for d in range(2):
+        assert to_rgb(key(over_time)[f"state {d}"].get_facecolor()) == to_rgb(
+            over_time.axes[0].lines[2 * d].get_color()
+        )
+    plane = phase_figure("t", TRUTH, TRUTH, NAMES)
+    dots, line = plane.axes[0].lines[:2]
+    assert to_rgb(key(plane)["truth"].get_color()) == to_rgb(dots.get_color())
+    assert to_rgb(key(plane)["prediction"].get_color()) == to_rgb(line.get_color())
+    assert {(axis.get_xlabel(), axis.get_ylabel()) for axis in plane.axes} == {("state 0", "state 1")}
+
+
+@pytest.mark.parametrize("panels", [1, 6])
+@pytest.mark.parametrize("states", [2, 12])
+def test_texts_stay_apart_and_legends_outside(panels: int, states: int) -> None:
+    truth = RNG.normal(size=(panels, 3, 10, states))
+    family = np.arange(12) % (2 * panels)
+    names = [f"family_{k}_name" for k in range(12)]
+
+    check_readable(trajectory_figure("double_well (seen)", truth, truth, np.ones(panels), NAMES))
+    check_readable(phase_figure("double_well (seen)", truth, truth, NAMES))
+    check_readable(context_figure("contexts", RNG.normal(size=(12, 3)), family, np.arange(12) % states, names))
+    check_readable(gate_figure("gate", np.arange(3), np.tile(family, (3, 1)), family, names))
 
 
 def test_gate_map_groups_environments_by_family() -> None:

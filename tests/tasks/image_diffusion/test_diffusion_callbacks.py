@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from tasks.image_diffusion.report import generation
 from tasks.image_diffusion.report.few_shot import FewShot, paired, tune
 from tasks.image_diffusion.report.generation import GenerationQuality, SampleGrid
 from tasks.image_diffusion.report.judge import Judging
-from tasks.image_diffusion.report.pictures import grid, spread, visible, write_png
+from tasks.image_diffusion.report.pictures import class_figure, grid, spread, visible, write_png
+from tests.pictured import check_readable
 
 QUICK = Judging(epochs=1, batch_size=64, width=4)
 SHOTS: dict[str, Any] = {"images": [4, 12], "steps": 30, "lr": 0.02, "batch_size": 8, "test_images": 20}
@@ -204,6 +206,45 @@ def test_wrong_options_are_told_at_construction(kind: Any, options: dict[str, An
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+NAMES = ["a", "circle", "a_very_long_name_of_a_class_that_does_not_fit_above_its_images", "d", "e"]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("size", [8, 28, 64])
+def test_images_of_a_class_stand_together_under_its_name(classes: int, size: int) -> None:
+    image = torch.linspace(-0.9, 0.9, 4 * classes).reshape(-1, 1, 1, 1).expand(-1, 1, size, size)
+    names = NAMES[:classes]
+    figure = class_figure(image, [name for name in names for _ in range(4)])
+
+    check_readable(figure)
+    said = [text.get_text() for text in figure.texts]
+    assert [word[:1] for word in said] == [name[:1] for name in names]
+    (drawn,) = figure.images
+    pixels = np.asarray(drawn.get_array())[..., 0]
+    high = pixels.shape[0]
+    tones = visible(image)[:, 0, 0, 0].tolist()
+    places = [np.argwhere(pixels == tone) for tone in tones]
+    for name, text in enumerate(figure.texts):
+        own = places[4 * name : 4 * name + 4]
+        assert all(len(place) for place in own)
+        assert len({place[0, 0] for place in own}) == 1  # in one row,
+        lefts = [place[0, 1] for place in own]
+        assert lefts == sorted(lefts)
+        x, y = text.get_position()
+        assert x * pixels.shape[1] == pytest.approx(lefts[0], abs=1)
+        assert 0 < own[0][0, 0] - (1 - y) * high < 10  # right below the name,
+
+
+def test_classes_side_by_side_are_farther_apart_than_images_of_one() -> None:
+    figure = class_figure(torch.zeros(30, 1, 28, 28), [f"class {k // 2}" for k in range(30)])
+    (drawn,) = figure.images
+    row = (np.asarray(drawn.get_array())[..., 0] < 200).any(axis=0)  # columns of dots with a pixel of an image
+    gaps = [len(list(run)) for dark, run in groupby(row.tolist()) if not dark][1:-1]
+
+    assert len(gaps) > 2
+    assert min(gaps[1::2]) > 4 * max(gaps[::2])  # between images and between classes, in turn
 
 
 def test_grid_holds_every_image_in_its_place(tmp_path: Path) -> None:

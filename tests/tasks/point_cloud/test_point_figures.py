@@ -12,10 +12,12 @@ from tasks.point_cloud.report.figures import (
     ScanPicture,
     class_colour,
     expert_colour,
+    fitting_height,
     project,
     render,
     scan_figure,
 )
+from tests.pictured import check_readable
 
 
 def picture(**changes) -> ScanPicture:
@@ -83,6 +85,47 @@ def test_a_figure_has_one_panel_per_question_and_is_written(expert, panels, tmp_
 
     assert len(figure.axes) == panels
     assert (tmp_path / "figures" / "room.png").stat().st_size > 10_000
+
+
+SHAPES = {"road": (60.0, 2.0, 1.0), "room": (6.0, 4.0, 2.5), "tower": (2.0, 2.0, 30.0)}
+
+
+@pytest.mark.parametrize("count", [1, 30, 3000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_point_is_cut_at_the_edge_of_its_picture(shape, count) -> None:
+    pos = np.random.default_rng(0).uniform(0, SHAPES[shape], (count, 3))
+    height = fitting_height(pos, 320)
+    drawn = render(pos, np.full((count, 3), 0.5), 320, height)[..., 3] > 0
+
+    assert drawn.any()
+    assert not drawn[[0, -1]].any()
+    assert not drawn[:, [0, -1]].any()
+    wide, high = (int(np.ptp(np.flatnonzero(drawn.any(axis=axis)))) for axis in (0, 1))
+    if count > 1:
+        assert max(wide / 320, high / height) > 0.9  # it fills its panel one way,
+    if shape == "road" and count == 3000:
+        assert high > 0.8 * height  # and a long flat one has no empty half the other way
+
+
+def test_one_stray_point_does_not_shrink_the_rest() -> None:
+    room = np.random.default_rng(0).uniform(0, SHAPES["room"], (3000, 3))
+    grey = np.full((3001, 3), 0.5)
+    alone = render(room, grey[1:], 200, 150)[..., 3] > 0
+    beside = render(np.concatenate([room, [[500.0, 500.0, 0.0]]]), grey, 200, 150)[..., 3] > 0
+
+    assert beside.sum() == pytest.approx(alone.sum(), rel=0.02)
+
+
+@pytest.mark.parametrize("domain", LABEL_SETS)
+@pytest.mark.parametrize("experts", [None, 8])
+def test_names_of_all_classes_and_experts_stand_below_and_apart(domain, experts) -> None:
+    names, count = LABEL_SETS[domain], 400
+    label = np.arange(count) % len(names)
+    expert = None if experts is None else np.arange(count) % experts
+    pos = np.random.default_rng(0).uniform(0, SHAPES["road"], (count, 3))
+    scan = ScanPicture("drive_front (unseen)", pos, label, label, names, expert, "drive_front-0-4282835600-2-0")
+
+    check_readable(scan_figure(scan, dpi=50))
 
 
 def test_ceilings_and_unlabelled_points_are_left_out() -> None:

@@ -16,16 +16,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from sklearn.metrics import adjusted_rand_score
 
 from tasks.recommendation.data.lists import truncated
 from tasks.recommendation.datamodule import ListData
 from tasks.recommendation.model import ListRanker, aw_moe
 from tasks.recommendation.module import ListRankingTask
+from tasks.recommendation.report import experts as experts_report
 from tasks.recommendation.report.attribution import GateSample, clusters, gate_ari, gate_sample, mean_gates, prior_of
+from tasks.recommendation.report.diagnosis import LevelSample
 from tasks.recommendation.report.explanations import GateReport, chosen_lists, explanation_table, gate_numbers, markdown
 from tasks.recommendation.report.gate_figures import attribution_figure, gate_figure
 from tasks.recommendation.rivals.list_banks import averaged_experts, category_gate
+from tests.pictured import check_readable
 from tests.tasks.recommendation.list_common import make_lists, small_tastes
 
 FACTS: dict[str, Any] = {
@@ -188,11 +192,28 @@ def test_a_test_without_any_past_item_is_told_and_explains_nothing(
 def test_figures_are_drawn_for_any_number_of_users_and_without_factors(num: int, tmp_path: Path) -> None:
     given = hand([8, 2, 6, 7][:num], user=list(range(num)), factor=[0, 1, -1, 0][:num])
 
-    attribution_figure(given, ["a", "b"], str).savefig(tmp_path / "a.png")
-    figure = gate_figure(given, ["a", "b", "never"])
+    explained, figure = attribution_figure(given, ["a", "b"], str), gate_figure(given, ["a", "b", "never"])
+    check_readable(explained)
+    check_readable(figure)
+    explained.savefig(tmp_path / "a.png")
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["a", "b", "never"]
     gate_figure(given, []).savefig(tmp_path / "b.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
+
+
+def test_the_picture_of_all_gates_names_its_axes_and_what_grey_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = torch.full((6, 5, 9), 1 / 9)
+    allowed = torch.arange(9) % 2 == torch.arange(6).unsqueeze(1) % 2
+    experts = [f"interaction.{k}" for k in range(9)]
+    gates = ["click", "eview", "lview", "like", "comment", "follow"]
+    level = LevelSample(torch.zeros(5, 9, 1), share, share, allowed, allowed, experts, gates)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(experts_report, "save_figure", lambda figure, *_, **__: drawn.append(figure))
+    experts_report.draw_gates([level, level], Path("gates.png"))
+
+    check_readable(drawn[0])
+    assert drawn[0].axes[1].get_xlabel() == "expert (grey: the gate may not see it)"
+    assert drawn[0].axes[1].get_ylabel() == "gate"
 
 
 def run_on(task: ListRankingTask, data: ListData, report: GateReport, folder: Path) -> None:
