@@ -31,7 +31,7 @@ from moeapps.commands.signatures import (
     trainer_options,
 )
 from moeapps.commands.tasks import moved_prefix, task_names
-from moeapps.training.run import newest_version
+from moeapps.training.folders import newest_version
 
 _OWN = (
     "config",
@@ -238,7 +238,7 @@ class _Reader:
         """Take the classes of the run that words name; what its config says is not complained of here."""
         for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
             option, equals, value = word.partition("=")
-            file = newest_version(Path(value if equals else following)) / "config.yaml"
+            file = newest_version(Path(value if equals else following), trained=True) / "config.yaml"
             if option == "--run" and file.is_file():
                 try:
                     self.mapping(read_config(file))

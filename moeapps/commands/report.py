@@ -43,7 +43,7 @@ def main(args: list[str]) -> int:
     from moeapps.reporting.page import render
     from moeapps.reporting.view import group, read_run
     from moeapps.text import lines
-    from moeapps.training.run import newest_version
+    from moeapps.training.folders import newest_version
 
     if options.output.is_dir():
         raise ValueError(f"-o {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
