@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from moeapps.commands.messages import UsageError
 from moeapps.training.callbacks import BestCheckpoint
 from moeapps.training.checkpoints import RESUMED, first_whole
-from moeapps.training.folders import holds_checkpoint, newest_version, run_place, runs_root, versions_of
+from moeapps.training.folders import holds_checkpoint, known_runs, newest_version, run_place, versions_of
 
 log = logging.getLogger("moeapps")
 
@@ -126,17 +126,8 @@ def config_of(run: Path) -> Path:
     """
     if not (run / "config.yaml").is_file():
         what = "it holds no config.yaml" if run.is_dir() else "there is no such folder"
-        raise UsageError(f"--run {run}: {what}; give {_known_runs()}")
+        raise UsageError(f"--run {run}: {what}; give {known_runs()}")
     return run / "config.yaml"
-
-
-def _known_runs() -> str:
-    """The newest runs there are, for an error; what a run is called where there is none."""
-    files = sorted(runs_root().glob("*/*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
-    names = list(dict.fromkeys(str(file.parents[1]) for file in files))
-    if not names:  # where $MOEAPPS_RUNS leads
-        return f"a run folder such as {runs_root() / 'promoe' / 'base' / 'version_0'}"
-    return f"a run such as {', '.join(names[:3])}" + (f" ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def checkpoint_of(run: Path | None, command: str = "test", which: str | None = None) -> Path:

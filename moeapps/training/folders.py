@@ -48,6 +48,15 @@ def run_place(system: str, name: str, root: Path | None = None) -> Path:
     return (root or runs_root()) / system / name
 
 
+def known_runs() -> str:
+    """The newest runs there are, for an error; what a run is called where there is none."""
+    files = sorted(runs_root().glob("*/*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    names = list(dict.fromkeys(str(file.parents[1]) for file in files))
+    if not names:  # where $MOEAPPS_RUNS leads
+        return f"a run folder such as {runs_root() / 'promoe' / 'base' / 'version_0'}"
+    return f"a run such as {', '.join(names[:3])}" + (f" ({len(names)} in all)" if len(names) > 3 else "")
+
+
 def claim_version(folder: Path) -> Path:
     """Make the next ``version_k`` of a folder and return it; of runs that begin at once each gets its own.
 
