@@ -47,6 +47,9 @@ def main(args: list[str]) -> int:
 
     if options.output.is_dir():
         raise ValueError(f"-o {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
+    if options.output.suffix.lower() not in (".html", ".htm"):
+        page = options.output.with_suffix(".html")
+        raise ValueError(f"-o {options.output}: the page is HTML, and no program takes it for anything else; -o {page}")
     once = list({newest_version(path).resolve(): path for path in options.runs}.values())
     views = [read_run(path, number, packages) for number, path in enumerate(once)]
     for view in views:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from moeapps.evidence.grid import Claim, Grid, GridError, Ladder, Pair, Variant
 
 Where = tuple[str | int, ...]
 DATA_SEED_FLAGS = ("--data.init_args.seed",)
+_OURS = Path("benchmarks/grids")  # in a checkout
 _WORDS = ("overlays", "flags", "data_seed_flags")
 _VARIANT = ("overlays", "flags", "pairs", "data_seed_flags", "stages")
 _LEVEL = ("overlays", "flags")
@@ -87,13 +89,29 @@ def _at(path: Path, lines: Mapping[Where, int], where: Where) -> str:
     return f"{path}, line {lines[where]}" if where in lines else str(path)
 
 
+def _grids_near(path: Path) -> str:
+    """Name the grids that there are where one is looked for and where ours lie, the nearest first."""
+    folders = dict.fromkeys((path.parent, _OURS))
+    there = {str(file): file.stem for folder in folders for file in sorted(folder.glob("*.yaml")) if _is_grid(file)}
+    if not there:
+        return "; see `moeapps evidence --help`"
+    close = difflib.get_close_matches(path.stem, list(there.values()), n=1)
+    hint = next((f"; did you mean {file}?" for file, stem in there.items() if stem in close), ";")
+    return f"{hint} there are: {', '.join(there)}"
+
+
+def _is_grid(file: Path) -> bool:
+    try:
+        return re.search(r"^(variants|claims):", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def _read(path: Path) -> tuple[Any, dict[Where, int]]:
     try:
         raw, node = read_yaml_nodes(path)
     except OSError as error:
-        raise GridError(
-            f"there is no grid {path} ({error.strerror or error}); see `moeapps evidence --help`"
-        ) from error
+        raise GridError(f"there is no grid {path} ({error.strerror or error}){_grids_near(path)}") from error
     except BoundError as error:
         raise GridError(str(error)) from error
     except yaml.MarkedYAMLError as error:
