@@ -270,7 +270,9 @@ def test_faults_of_the_table_are_told_with_their_line(
 
 
 def test_a_missing_table_and_one_in_another_encoding_are_told(tmp_path: Path) -> None:
-    with pytest.raises(AudioFileError, match=r"no file .*clips\.csv; write a table with the columns file, domain, kind"):
+    with pytest.raises(
+        AudioFileError, match=r"no file .*clips\.csv; write a table with the columns file, domain, kind"
+    ):
         OwnAudio(root=tmp_path)
     (tmp_path / "clips.csv").write_bytes("file,domain,kind,text\na.wav,x,speech,s\xec\n".encode("latin-1"))
     with pytest.raises(AudioFileError, match="save it as CSV in UTF-8"):
