@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.timed import ROOT, timed
 from moeapps.files import write_json
-from moeapps.training.run import newest_version
+from moeapps.training.folders import newest_version
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation_pipeline.json"
 MOST_SECONDS = 480.0

@@ -25,7 +25,7 @@ from benchmarks.readme import ROOT, claim_of
 from moeapps.bounds import read_json
 from moeapps.evidence.cells import read_cells
 from moeapps.reporting.findings import describe_run
-from moeapps.training.run import newest_version, runs_root
+from moeapps.training.folders import holds_checkpoint, newest_version, runs_root
 
 SYSTEMS = {"point_moe": "Point-MoE", "mixer": "MixER", "promoe": "ProMoE"}
 COMMAND = (sys.executable, "-m", "moeapps")
@@ -60,8 +60,8 @@ class Part:
 
     def words(self) -> list[str]:
         """The words of the training, or of going on with one that was interrupted."""
-        run = newest_version(self.folder)
-        if (run / "config.yaml").is_file() and list(run.glob("checkpoints/*.ckpt")):
+        run = newest_version(self.folder, trained=True)
+        if (run / "config.yaml").is_file() and holds_checkpoint(run):
             return ["fit", "--run", str(run)]
         named = [word for config in self.configs for word in ("--config", config)]
         return ["fit", *named, "--name", self.name]

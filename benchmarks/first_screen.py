@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from moeapps.bounds import read_json
 from moeapps.reporting.exhibits import arrays_of
 from moeapps.reporting.figures import COLOURS, FAINT, INK, save_figure
-from moeapps.training.run import newest_version
+from moeapps.training.folders import newest_version
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 SIZE, DPI = (4.6, 3.0), 180

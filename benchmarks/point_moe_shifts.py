@@ -21,7 +21,8 @@ from torch import Tensor
 
 from moeapps.files import write_json
 from moeapps.reporting.figures import save_figure
-from moeapps.training.run import git_commit, machine, newest_version, versions
+from moeapps.training.folders import newest_version
+from moeapps.training.run import git_commit, machine, versions
 from tasks.point_cloud.data.dataset import ScanDataset, collate_scans
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.scans import ScanArrays
@@ -143,7 +144,7 @@ def load_run(path: Path) -> Trained:
     from moeapps.commands.messages import UsageError
     from moeapps.commands.trained import build, load_weights
 
-    folder = newest_version(path)
+    folder = newest_version(path, trained=True)
     try:
         checkpoint, cli = checkpoint_of(folder), build(folder)
     except UsageError as error:

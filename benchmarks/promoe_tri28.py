@@ -29,7 +29,8 @@ from rich.progress import track
 from rich.table import Table
 
 from moeapps.files import write_json, write_text
-from moeapps.training.run import machine, newest_version, runs_root
+from moeapps.training.folders import newest_version, runs_root
+from moeapps.training.run import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "promoe_tri28.json"

@@ -32,7 +32,7 @@ from benchmarks.timed import ROOT, timed
 from moeapps.data.archives import fetch_package
 from moeapps.data.cache import cache_dir
 from moeapps.files import write_json, write_text
-from moeapps.training.run import newest_version
+from moeapps.training.folders import newest_version
 from tasks.audio.packages import PACKAGES
 
 RESULTS = ROOT / "benchmarks" / "results" / "unimoe_audio_generation.json"

@@ -171,7 +171,7 @@ def read_yaml_nodes(path: Path) -> tuple[Any, yaml.Node | None]:
     except RecursionError as error:
         raise BoundError(f"{path}: lists or mappings lie too deep inside one another; flatten it") from error
     except BoundError as error:
-        raise BoundError(f"{path}: {error}") from error
+        raise BoundError(f"{path}{', ' if str(error).startswith('line ') else ': '}{error}") from error
     except (ValueError, OverflowError) as error:  # PyYAML on dates and numbers that do not exist
         raise BoundError(f"{path}: a value that cannot be read ({error}); correct it") from error
     finally:

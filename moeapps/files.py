@@ -26,6 +26,29 @@ def place_of(path: Path) -> str:
     return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 
 
+def absent(path: Path) -> str:
+    """Say what of the way to a file is not there: a wrong root reads unlike a wrong name.
+
+    Args:
+        path: of a file or, in it, the pattern of files that is not met.
+
+    >>> absent(Path("/nowhere/seen/a.csv"))
+    'no folder /nowhere, where seen/a.csv is looked for'
+    >>> absent(Path("/a.csv"))
+    'no file /a.csv'
+    """
+    folder = missing_part(path)
+    if folder == path:
+        return f"no file {path}"
+    what = f"{folder} is no folder" if folder.exists() else f"no folder {folder}"
+    return f"{what}, where {path.relative_to(folder).as_posix()} is looked for"
+
+
+def missing_part(path: Path) -> Path:
+    """Return the first folder on the way to a path that is not there, else the path itself."""
+    return next((part for part in reversed(path.parents) if not part.is_dir() and "*" not in part.name), path)
+
+
 class WholeFile:
     """A file that appears under its name once it is complete; a crash before that leaves no half-written one.
 

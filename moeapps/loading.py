@@ -26,7 +26,7 @@ from moeapps.commands.tasks import extend_path, foreign_tasks
 from moeapps.commands.trained import build
 from moeapps.data.domain import DomainDataModule
 from moeapps.training.checkpoints import read_checkpoint
-from moeapps.training.run import RunError, newest_version, versions_of
+from moeapps.training.folders import RunError, newest_version, versions_of
 from moeapps.training.task import BaseTask
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def load_run(
     extend_path()
     if (complaint := foreign_tasks()) is not None:
         raise ValueError(complaint.removeprefix("error: "))
-    folder = newest_version(Path(run))
+    folder = newest_version(Path(run), trained=True)
     if not (folder / "config.yaml").is_file():
         what = "an empty run" if folder.is_dir() else "no such folder"
         raise ValueError(

@@ -216,7 +216,9 @@ def test_a_wrong_config_is_one_error_of_a_line_or_two(tmp_path: Path, old: str |
     assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_a_newest_version_without_weights_names_the_newest_that_has_them(tmp_path: Path) -> None:
+def test_a_version_without_weights_names_the_newest_that_has_them_and_a_run_is_that_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number, whole in enumerate((True, True, False)):
         folder = tmp_path / f"version_{number}"
         (folder / "checkpoints").mkdir(parents=True)
@@ -227,7 +229,10 @@ def test_a_newest_version_without_weights_names_the_newest_that_has_them(tmp_pat
     with pytest.raises(
         ValueError, match=rf"^{tmp_path / 'version_2'}: no checkpoint, .*; give {tmp_path / 'version_1'},"
     ):
+        moeapps.load(tmp_path / "version_2")
+    with pytest.raises(ValueError, match="missing: data, model"):
         moeapps.load(tmp_path)
+    assert caplog.messages == [f"{tmp_path}: version_2 has no checkpoint; version_1 is taken"]
 
 
 def test_a_package_that_hides_ours_is_named(tmp_path: Path) -> None:

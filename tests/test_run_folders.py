@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from moeapps.cli import main
 from moeapps.commands.run import run
-from moeapps.training.run import RunError, claim_version, newest_version, run_place
+from moeapps.training.folders import RunError, claim_version, newest_version, run_place
 from tests.toy import FAST, TOY, ToyData
 
 pytestmark = pytest.mark.usefixtures("no_routing_figures")
@@ -47,6 +48,64 @@ def test_a_version_that_is_claimed_and_empty_is_not_the_newest_where_there_is_an
     assert newest_version(tmp_path) == first
     (second / "config.yaml").touch()
     assert newest_version(tmp_path) == second
+
+
+def unbegun(folder: Path) -> Path:
+    """A version as a training leaves it that is killed in its first second."""
+    version = claim_version(folder)
+    for name in ("run.json", "config.yaml", "events.out.tfevents.1"):
+        (version / name).write_text("{}")
+    return version
+
+
+def test_a_version_that_came_nowhere_hides_no_earlier_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unbegun(tmp_path)
+    assert newest_version(tmp_path) == newest_version(tmp_path, trained=True) == tmp_path / "version_0"
+    assert not caplog.messages
+    for number, name in ((1, "checkpoints/best.ckpt"), (2, "metrics/test.json")):
+        file = unbegun(tmp_path) / name
+        file.parent.mkdir()
+        file.touch()
+        assert newest_version(tmp_path) == tmp_path / f"version_{number}"
+    unbegun(tmp_path)
+    caplog.clear()
+
+    for _ in range(2):  # and is told once
+        assert newest_version(tmp_path) == tmp_path / "version_2"
+        assert newest_version(tmp_path, trained=True) == tmp_path / "version_1"
+    assert caplog.messages == [
+        f"{tmp_path}: version_3 has no checkpoint and no results; version_2 is taken",
+        f"{tmp_path}: version_3 has no checkpoint; version_1 is taken",
+    ]
+
+
+@pytest.mark.medium
+def test_every_command_takes_the_run_that_an_early_death_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "runs" / "toy" / "base"
+    run(FIT)
+    good = place / "version_0" / "checkpoints" / "best.ckpt"
+    named, page = ["--run", str(place)], tmp_path / "page.html"
+    for words in (
+        ["test", *named],
+        ["validate", *named],
+        ["predict", *named],
+        ["export", str(place), "--out", str(tmp_path / "out")],
+        ["report", str(place), "-o", str(page)],
+        ["fit", *named, "--trainer.max_epochs", "2", "--test_after_fit", "false"],
+    ):
+        early = unbegun(place)
+        assert main(words) == 0, words
+        told = [line for line in capsys.readouterr().err.splitlines() if "is taken" in line]
+        assert len(told) == 1
+        assert told[0].startswith(f"{place}: {early.name} has no checkpoint")
+    assert (place / "version_0" / "metrics" / "test.json").is_file()
+    resumed = json.loads((place / "version_7" / "run.json").read_text())
+    assert resumed["continued_from"] == str(good.with_name("last.ckpt").resolve())
+
+    assert main(["test", "--run", str(place / "version_6")]) == 2
+    assert f"give --run {place / 'version_7'}, which has one" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
@@ -126,3 +185,33 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path, monkeypatch: py
     assert main(["fit", *FAST]) == 0
 
     assert not list((tmp_path / "runs").rglob("version_*"))
+
+
+@pytest.mark.medium
+def test_an_error_before_the_first_step_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "runs" / "toy" / "base"
+    run(FIT)
+    wider = ["--model.init_args.net.init_args.width", "16"]
+    held = place / "version_0" / "checkpoints" / "last.ckpt"
+
+    for words in (["fit", "--run", str(place)], ["fit", *TOY, "--ckpt_path", str(held)]):
+        assert main([*words, *wider]) == 2
+    for command in ("test", "validate", "predict"):
+        assert main([command, *TOY, "--ckpt_path", str(held), *wider]) == 2
+    assert "the weights are of another network" in capsys.readouterr().err
+    assert [path.name for path in place.iterdir()] == ["version_0"]
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    # Within a step there may be what says why.
+    monkeypatch.setattr("tests.toy.ToyTask.shared_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        run([*FIT, "--trainer.num_sanity_val_steps", "0"])
+    assert sorted(path.name for path in place.iterdir()) == ["version_0", "version_1"]
+    # What is tried before a training is no step of it.
+    with pytest.raises(ZeroDivisionError):
+        run(FIT)
+    assert sorted(path.name for path in place.iterdir()) == ["version_0", "version_1"]

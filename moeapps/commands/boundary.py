@@ -128,6 +128,8 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{_shown(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     text, where = str(error).strip(), ""
+    if text == "No supported gpu backend found!":
+        return "--trainer.accelerator gpu: no GPU that torch can use is found here; leave it out, or give cpu"
     if match := _WORKER.match(text):
         # The traceback of the worker ends with the error: "Kind: text", the text over one line or several.
         end = list(re.finditer(rf"^(?:[\w.]+\.)?{match[1]}(?:: |$)", text, re.MULTILINE))

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from moeapps.commands.messages import UsageError
 from moeapps.training.callbacks import BestCheckpoint
 from moeapps.training.checkpoints import RESUMED, first_whole
-from moeapps.training.run import newest_version, run_place, runs_root, versions_of
+from moeapps.training.folders import holds_checkpoint, known_runs, newest_version, run_place, versions_of
 
 log = logging.getLogger("moeapps")
 
@@ -45,7 +45,7 @@ def named_checkpoint(command: str, options: Any) -> str | None:
         return None if path is None else str(path)
     place = run_place(options.system, options.name)
     # Newest first; one that was just begun, or broke off at once, holds none.
-    runs = [run for run in versions_of(place) if any((run / "checkpoints").glob("*.ckpt"))]
+    runs = [run for run in versions_of(place) if holds_checkpoint(run)]
     if not runs:
         raise UsageError(f"--ckpt_path {path}: no run in {place} has a checkpoint; give a file, or --run DIR")
     found = checkpoint_of(runs[0], command, path)
@@ -79,7 +79,7 @@ def ours_first(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
-    """Replace ``--run DIR`` by DIR's config and checkpoint; runs/<system>/<name> stands for its newest version.
+    """Replace ``--run DIR`` by DIR's config and checkpoint; runs/<system>/<name> is its newest version that has one.
 
     ``fit`` goes on from interrupted.ckpt, else last.ckpt, in a new run folder; the other commands take best.ckpt and
     write into DIR. ``--ckpt_path last`` and ``best`` are those of DIR.
@@ -94,7 +94,7 @@ def expand_run(args: list[str]) -> tuple[list[str], Path | None]:
     for i, word in enumerate(args):
         if word == "--run" or word.startswith("--run="):
             name = word[6:] if word.startswith("--run=") else (args[i + 1] if i + 1 < len(args) else "")
-            folder = newest_version(Path(name))
+            folder = newest_version(Path(name), trained=True)
             words = [*args[:i], *args[i + (1 if "=" in word else 2) :]]
             break
     if folder is None:
@@ -126,17 +126,8 @@ def config_of(run: Path) -> Path:
     """
     if not (run / "config.yaml").is_file():
         what = "it holds no config.yaml" if run.is_dir() else "there is no such folder"
-        raise UsageError(f"--run {run}: {what}; give {_known_runs()}")
+        raise UsageError(f"--run {run}: {what}; give {known_runs()}")
     return run / "config.yaml"
-
-
-def _known_runs() -> str:
-    """The newest runs there are, for an error; what a run is called where there is none."""
-    files = sorted(runs_root().glob("*/*/version_*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
-    names = list(dict.fromkeys(str(file.parents[1]) for file in files))
-    if not names:  # where $MOEAPPS_RUNS leads
-        return f"a run folder such as {runs_root() / 'promoe' / 'base' / 'version_0'}"
-    return f"a run such as {', '.join(names[:3])}" + (f" ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def checkpoint_of(run: Path | None, command: str = "test", which: str | None = None) -> Path:
@@ -158,5 +149,7 @@ def checkpoint_of(run: Path | None, command: str = "test", which: str | None = N
     # Of damaged ones alone the first is taken: who reads it says what is wrong.
     found = (first_whole(held) if resumed and present else None) or next(iter(present), None)
     if found is None:
-        raise UsageError(f"--run {run}: no checkpoints/{names[0]} there; name a file with --ckpt_path")
+        others = [] if run is None else [one for one in versions_of(run.parent) if holds_checkpoint(one)]
+        earlier = f"give --run {others[0]}, which has one, or " if others else ""
+        raise UsageError(f"--run {run}: no checkpoints/{names[0]} there; {earlier}name a file with --ckpt_path")
     return found

@@ -142,8 +142,8 @@ def plan(args: Sequence[str]) -> list[Stage]:
     for config, own in parts:
         check(["fit", *common, "--config", config, *own])
     from moeapps.commands.messages import merged_config
+    from moeapps.training.folders import run_place
     from moeapps.training.precedence import insert_config
-    from moeapps.training.run import run_place
 
     _tell_replaced(common, parts)
     name, shared = _option(common, "--name") or "curriculum", _option(common, "--shared")
@@ -233,7 +233,7 @@ def run_stage(stage: Stage, source: Path | None, *, redo: bool) -> Path:
     """Run a stage unless it is done; return its run folder."""
     from moeapps.commands.run import run
     from moeapps.training.checkpoints import CheckpointError
-    from moeapps.training.run import next_version
+    from moeapps.training.folders import next_version
     from moeapps.training.stages import checkpoint_file, file_digest
 
     title = f"stage {stage.number} ({stage.config})"
@@ -302,7 +302,7 @@ def newest_checkpoint(folder: Path, first: int = 0) -> Path | None:
         first: number of the first version that may be gone on with.
     """
     from moeapps.training.checkpoints import first_whole
-    from moeapps.training.run import versions_of
+    from moeapps.training.folders import versions_of
 
     versions = versions_of(folder, first)
     return next(filter(None, (first_whole(version / "checkpoints") for version in versions)), None)

@@ -56,7 +56,7 @@ def _list(packages: list[Package]) -> int:
         print("no task lists a package here; base configs generate their data")
     for package in packages:
         state = "in the cache" if is_fetched(package) else "not fetched"
-        print(f"{package.name} {package.version}  ({package.kind}, {package.size / 1e6:.1f} MB, {state})")
+        print(f"{package.name} {package.version}  ({package.kind}, {_size(package.size)}, {state})")
         for label, text in (
             ("what", package.description),
             ("licence", package.licence),
@@ -66,6 +66,11 @@ def _list(packages: list[Package]) -> int:
             if text:
                 print(f"    {label + ':':<9}{text}")
     return 0
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _configs(package: Package) -> list[str]:

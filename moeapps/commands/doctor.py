@@ -19,7 +19,8 @@ def report() -> list[tuple[str, str]]:
     import torch
 
     from moeapps.data.cache import cache_dir
-    from moeapps.training.run import git_commit, runs_root, versions
+    from moeapps.training.folders import runs_root
+    from moeapps.training.run import git_commit, versions
 
     lines = [(name, number) for name, number in versions().items()]
     lines.append(("commit", git_commit() or "not a checkout"))

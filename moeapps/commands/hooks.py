@@ -62,10 +62,10 @@ def check_words(commands: Sequence[TaskCommand], rest: list[str], run: Path) -> 
     """Let the parser of a run's task read the words, if its config says whose they are; the building tells the rest."""
     import yaml
 
-    from moeapps.training.run import newest_version
+    from moeapps.training.folders import newest_version
 
     try:
-        held = yaml.safe_load((newest_version(run) / "config.yaml").read_text(encoding="utf-8"))
+        held = yaml.safe_load((newest_version(run, trained=True) / "config.yaml").read_text(encoding="utf-8"))
         data = ":".join(str(held["data"]["class_path"]).rsplit(".", 1))
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
         return
@@ -92,9 +92,9 @@ def _hand_over(
     from moeapps.commands.checkpoints import checkpoint_of
     from moeapps.commands.trained import build, load_weights
     from moeapps.commands.trust import take_trust
-    from moeapps.training.run import newest_version
+    from moeapps.training.folders import newest_version
 
-    run = None if run is None else newest_version(run)
+    run = None if run is None else newest_version(run, trained=True)
     built = build(run, configs, take_trust(trust)[1])
     kinds = [kind.__module__ + ":" + kind.__qualname__ for kind in type(built.datamodule).__mro__]
     command = next((command for command in commands if command.data in kinds), None)

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import reduce
@@ -96,8 +96,17 @@ def explain(message: str, parser: LightningArgumentParser, raw: dict[str, Any]) 
         denied = re.match(r"Importing '([^']+)' is not allowed", complaint.text)
         told = [refusal(denied[1])] if denied else _explain_one(complaint, parser, raw)
         lines.append("\n".join(told).replace("\ndid you mean", "; did you mean", 1))
-    lines = list(dict.fromkeys(lines))
+    lines = _joined(dict.fromkeys(lines))
     return "\n".join("\n".join(lines).splitlines()[:2]) if lines else message
+
+
+def _joined(lines: Iterable[str]) -> list[str]:
+    """Put what each kind of one annotation (a whole number, or true and false) says of the same value into one line."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        given, allowed, kind = line.partition(", allowed: ")
+        found.setdefault(given + allowed, []).append(kind)
+    return [start + " or ".join(kinds) if start.endswith(", allowed: ") else start for start, kinds in found.items()]
 
 
 def complaints(message: str) -> list[Complaint]:

@@ -18,7 +18,7 @@ from typing import Any
 from moeapps.commands.boundary import UsageError
 from moeapps.commands.families import abstract_sentence, family_of, members, members_with
 from moeapps.commands.listing import find_config, is_config_text, systems
-from moeapps.commands.overlays import PARTS, has_base, owners_of
+from moeapps.commands.overlays import PARTS, has_base, one_system, owners_of
 from moeapps.commands.signatures import (
     Definition,
     Missing,
@@ -31,7 +31,7 @@ from moeapps.commands.signatures import (
     trainer_options,
 )
 from moeapps.commands.tasks import moved_prefix, task_names
-from moeapps.training.run import newest_version
+from moeapps.training.folders import known_runs, newest_version
 
 _OWN = (
     "config",
@@ -84,14 +84,17 @@ def check(words: Sequence[str]) -> None:
         return
     asked = any(re.match(r"--(run|ckpt_path|model|print_config)\b", word) for word in flags)
     if not files and not asked:
+        if command != "fit":  # a config alone would have no trained weights
+            raise UsageError(f"nothing to {command}; give {known_runs()}: moeapps {command} --run runs/SYSTEM/NAME")
         raise UsageError(
-            f"missing: model, data; give a config: moeapps {command} --config configs/<system>.yaml (`moeapps list` "
+            "missing: model, data; give a config: moeapps fit --config configs/<system>.yaml (`moeapps list` "
             "shows them)"
         )
     reader = _Reader(KEYS[command])
-    reader.learn(rest)
+    run = reader.learn(rest)
     # One that is missing is told elsewhere, with the nearest that is there.
     read = [(file, read_config(find_config(file))) for file in files if _is_there(file)]
+    one_system(read, run)
     for file, config in read:
         try:
             reader.mapping(config)
@@ -234,16 +237,19 @@ class _Reader:
         self.keys = keys
         self.classes: dict[str, str] = {}  # dotted place, without init_args -> class path
 
-    def learn(self, words: Sequence[str]) -> None:
-        """Take the classes of the run that words name; what its config says is not complained of here."""
+    def learn(self, words: Sequence[str]) -> dict[str, Any] | None:
+        """Take the classes of the run that words name, and return its config, which is not complained of here."""
+        held = None
         for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
             option, equals, value = word.partition("=")
-            file = newest_version(Path(value if equals else following)) / "config.yaml"
+            file = newest_version(Path(value if equals else following), trained=True) / "config.yaml"
             if option == "--run" and file.is_file():
                 try:
-                    self.mapping(read_config(file))
+                    held = read_config(file)
+                    self.mapping(held)
                 except UsageError:
                     self.classes.clear()
+        return held
 
     def mapping(self, config: dict[str, Any]) -> None:
         """Check what a whole file says."""

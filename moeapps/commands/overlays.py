@@ -17,7 +17,7 @@ _OWNED = ("baselines", "paper", "stages", "debug")
 
 
 def has_base(command: str, read: Sequence[tuple[str, dict[str, Any]]], flags: Sequence[str]) -> None:
-    """Refuse overlays without their base config, and those of another system.
+    """Refuse overlays without their base config.
 
     Args:
         command: the command, for the text.
@@ -25,7 +25,7 @@ def has_base(command: str, read: Sequence[tuple[str, dict[str, Any]]], flags: Se
         flags: the other words.
 
     Raises:
-        UsageError: one is refused; the text names its base, or its system.
+        UsageError: one is refused; the text names its base.
     """
     given = {word.partition("=")[0].removesuffix(".class_path") for word in flags}
     named = {part: f"--{part}" in given or any(_names_class(config.get(part)) for _, config in read) for part in PARTS}
@@ -39,14 +39,39 @@ def has_base(command: str, read: Sequence[tuple[str, dict[str, Any]]], flags: Se
             f"{file} is an overlay{of} without its base: nothing names the class of {lacking}; give the base first: "
             f"moeapps {command} --config {base} --config {file}"
         )
-    system = next((str(config.get("system")) for _, config in read if _names_class(config.get("model"))), "")
-    for file, _ in read if system in bases else ():
-        meant = owners_of(file, bases)
-        if meant and system not in meant:
+
+
+def one_system(read: Sequence[tuple[str, dict[str, Any]]], run: dict[str, Any] | None = None) -> None:
+    """Refuse a second base config and overlays of another system: parts of both would be run under one name.
+
+    Args:
+        read: config files in order, each with what it says.
+        run: what the config of the run says that they change.
+
+    Raises:
+        UsageError: one is refused; the text names its system.
+    """
+    bases = {system.name: system.config for system in systems()}
+    whole = {file: str(config["system"]) for file, config in read if config.get("system") and _is_whole(config)}
+    first = next(iter(whole), "")
+    system = whole.get(first, "") if run is None else str(run.get("system"))
+    for file, _ in read:
+        meant = [whole[file]] if file in whole else owners_of(file, bases)
+        told = system in bases or (run is None and file in whole)  # of systems of one's own there are no overlays here
+        if not told or not meant or system in meant:
+            continue
+        of = " or ".join(meant)
+        if run is not None:
+            raise UsageError(f"{file} is of {of}, the run is of {system}; leave it out, or give a run of {of}")
+        if file in whole:
             raise UsageError(
-                f"{file} is an overlay for {' or '.join(meant)}, the base config is of {system}; "
-                f"`moeapps list {system}` shows the overlays of {system}"
+                f"{file} is the config of {of}, {first} that of {system}, and a training is of one system: leave one "
+                "of them out"
             )
+        raise UsageError(
+            f"{file} is an overlay for {of}, the base config is of {system}; `moeapps list {system}` shows the "
+            f"overlays of {system}"
+        )
 
 
 def owners_of(file: str, bases: dict[str, str]) -> list[str]:
@@ -69,3 +94,7 @@ def _tasks_of(file: str) -> set[str]:
 
 def _names_class(part: Any) -> bool:
     return isinstance(part, str) or (isinstance(part, dict) and "class_path" in part)
+
+
+def _is_whole(config: dict[str, Any]) -> bool:
+    return all(_names_class(config.get(part)) for part in PARTS)

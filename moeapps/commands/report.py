@@ -43,10 +43,13 @@ def main(args: list[str]) -> int:
     from moeapps.reporting.page import render
     from moeapps.reporting.view import group, read_run
     from moeapps.text import lines
-    from moeapps.training.run import newest_version
+    from moeapps.training.folders import newest_version
 
     if options.output.is_dir():
         raise ValueError(f"-o {options.output} is a folder; name a file, such as {options.output / 'report.html'}")
+    if options.output.suffix.lower() not in (".html", ".htm"):
+        page = options.output.with_suffix(".html")
+        raise ValueError(f"-o {options.output}: the page is HTML, and no program takes it for anything else; -o {page}")
     once = list({newest_version(path).resolve(): path for path in options.runs}.values())
     views = [read_run(path, number, packages) for number, path in enumerate(once)]
     for view in views:

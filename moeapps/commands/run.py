@@ -8,7 +8,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +28,7 @@ from moeapps.commands.checkpoints import expand_run, named_checkpoint, ours_firs
 from moeapps.commands.later import collect_again
 from moeapps.commands.listing import located
 from moeapps.commands.messages import RAW, ShortErrorParser, explain, merged_config
-from moeapps.commands.tasks import moved_paths, task_names
+from moeapps.commands.tasks import refuse_moved, task_names
 from moeapps.commands.threads import busy_hint
 from moeapps.commands.trust import Trust, given_run, named_by, take_trust
 from moeapps.data.domain import DomainDataModule
@@ -37,8 +36,8 @@ from moeapps.text import VisibleLines
 from moeapps.training import callbacks as ours
 from moeapps.training.checkpoints import WholeCheckpoints
 from moeapps.training.contract import check_predicts
+from moeapps.training.folders import RunError, claim_version, drop_unbegun, next_version, run_place, runs_root
 from moeapps.training.precedence import checkpoint_hparams, differences, insert_config
-from moeapps.training.run import RunError, claim_version, next_version, run_place, runs_root
 from moeapps.training.task import BaseTask
 
 _SUBCOMMAND: ContextVar[str | None] = ContextVar("moeapps_subcommand", default=None)
@@ -120,12 +119,13 @@ class Cli(LightningCLI):
                 args=self.words,
                 run=run,
             )
+        except BaseException:
+            if self._claimed is not None and not ours.has_begun(self.trainer):
+                drop_unbegun(self._claimed)
+            raise
         finally:
             _SUBCOMMAND.reset(token)
             RAW.reset(raw)
-            if self._claimed is not None:
-                with suppress(OSError):  # it holds a run, unless nothing began
-                    self._claimed.rmdir()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -345,20 +345,6 @@ def import_tasks(args: Sequence[str]) -> None:
         if name not in known:
             raise UsageError(f"there is no task package tasks.{name}; there are: {', '.join(known) or 'none'}")
         import_module(f"tasks.{name}")
-
-
-def refuse_moved(where: str, text: str) -> None:
-    """Name the new class paths in place of those of before.
-
-    Raises:
-        UsageError: the text has class paths of before.
-    """
-    moved = [f"{old} is now {new}" for old, new in moved_paths(text).items()]
-    if moved:
-        raise UsageError(
-            f"{where}: {'; '.join(moved)}. Write the new path; checkpoints from before the move are not supported, "
-            "train their runs again"
-        )
 
 
 def quiet() -> None:

@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 
+from moeapps.commands.boundary import UsageError
+
 
 @dataclass(frozen=True)
 class TaskCommand:
@@ -137,6 +139,20 @@ def moved_paths(text: str) -> dict[str, str]:
         if prefix is not None and not _leads_somewhere(path):
             found[path] = _moved()[prefix] + path[len(prefix) :]
     return found
+
+
+def refuse_moved(where: str, text: str) -> None:
+    """Name the new class paths in place of those of before.
+
+    Raises:
+        UsageError: the text has class paths of before.
+    """
+    moved = [f"{old} is now {new}" for old, new in moved_paths(text).items()]
+    if moved:
+        raise UsageError(
+            f"{where}: {'; '.join(moved)}. Write the new path; checkpoints from before the move are not supported, "
+            "train their runs again"
+        )
 
 
 def moved_prefix(path: str) -> str | None:

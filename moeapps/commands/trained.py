@@ -36,14 +36,17 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
     from moeapps.bounds import read_yaml
     from moeapps.commands.boundary import UsageError
     from moeapps.commands.checkpoints import config_of
+    from moeapps.commands.names import read_config
+    from moeapps.commands.overlays import one_system
     from moeapps.commands.run import Cli, import_tasks, quiet
     from moeapps.commands.trust import Trust
 
     quiet()
-    configs = [find_config(str(path)) for path in configs]
-    copies = {}
+    typed = [str(path) for path in configs]
+    configs, copies = [find_config(path) for path in typed], {}
     with TemporaryDirectory() as folder:
         words = [word for path in configs for word in ("--config", str(path))]
+        held = None
         if run is not None:
             held = read_yaml(config_of(run))
             if not isinstance(held, dict):
@@ -51,6 +54,8 @@ def build(run: Path | None, configs: Sequence[Path] = (), packages: frozenset[st
             part = Path(folder) / "config.yaml"
             part.write_text(yaml.safe_dump({key: held[key] for key in _KEPT if key in held}), encoding="utf-8")
             words, copies = ["--config", str(part), *words], {str(part): config_of(run)}
+        there = [(name, read_config(path)) for name, path in zip(typed, configs, strict=True) if path.is_file()]
+        one_system(there, held)
         import_tasks(words)
         return Cli([*words, "--trainer.logger", "false"], run=False, trust=Trust(packages, run, copies))
 

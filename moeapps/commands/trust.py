@@ -27,7 +27,7 @@ from jsonargparse import set_parsing_settings
 from moeapps.bounds import BoundError, read_yaml
 from moeapps.commands.tasks import run_folder_of
 from moeapps.text import plain
-from moeapps.training.run import RunError
+from moeapps.training.folders import RunError
 
 FREE = ("tasks", "moeapps", "lightning", "torch", "torchmetrics")
 """Packages whose classes any file may name."""

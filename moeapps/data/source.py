@@ -47,7 +47,7 @@ class DomainSource(ABC):
         """Raise ValueError where a name is not one of `domains`."""
         for name in domains:
             if name not in self.domains:
-                raise ValueError(f"{self.title} has no domain {name!r}; allowed: {', '.join(self.domains)}")
+                raise ValueError(f"{self.title} has no domain {name!r}; allowed: {', '.join(self.domains) or 'none'}")
 
     def missing(self, domain: str, cache: Path | None) -> str | None:
         """Return why an OPTIONAL domain cannot be had, or None."""

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from yaml import YAMLError
 
 from moeapps.bounds import read_json, read_yaml
-from moeapps.training.run import newest_version, seeds_of, variant_hash
+from moeapps.training.folders import newest_version
+from moeapps.training.run import seeds_of, variant_hash
 
 _ROLES = ("seen", "validation", "unseen")
 Direction = Literal["max", "min"]

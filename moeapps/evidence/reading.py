@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from moeapps.evidence.grid import Claim, Grid, GridError, Ladder, Pair, Variant
 
 Where = tuple[str | int, ...]
 DATA_SEED_FLAGS = ("--data.init_args.seed",)
+_OURS = Path("benchmarks/grids")  # in a checkout
 _WORDS = ("overlays", "flags", "data_seed_flags")
 _VARIANT = ("overlays", "flags", "pairs", "data_seed_flags", "stages")
 _LEVEL = ("overlays", "flags")
@@ -87,13 +89,29 @@ def _at(path: Path, lines: Mapping[Where, int], where: Where) -> str:
     return f"{path}, line {lines[where]}" if where in lines else str(path)
 
 
+def _grids_near(path: Path) -> str:
+    """Name the grids that there are where one is looked for and where ours lie, the nearest first."""
+    folders = dict.fromkeys((path.parent, _OURS))
+    there = {str(file): file.stem for folder in folders for file in sorted(folder.glob("*.yaml")) if _is_grid(file)}
+    if not there:
+        return "; see `moeapps evidence --help`"
+    close = difflib.get_close_matches(path.stem, list(there.values()), n=1)
+    hint = next((f"; did you mean {file}?" for file, stem in there.items() if stem in close), ";")
+    return f"{hint} there are: {', '.join(there)}"
+
+
+def _is_grid(file: Path) -> bool:
+    try:
+        return re.search(r"^(variants|claims):", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def _read(path: Path) -> tuple[Any, dict[Where, int]]:
     try:
         raw, node = read_yaml_nodes(path)
     except OSError as error:
-        raise GridError(
-            f"there is no grid {path} ({error.strerror or error}); see `moeapps evidence --help`"
-        ) from error
+        raise GridError(f"there is no grid {path} ({error.strerror or error}){_grids_near(path)}") from error
     except BoundError as error:
         raise GridError(str(error)) from error
     except yaml.MarkedYAMLError as error:
@@ -103,11 +121,8 @@ def _read(path: Path) -> tuple[Any, dict[Where, int]]:
     except yaml.YAMLError as error:
         raise GridError(f"{path}: {' '.join(str(error).split())}") from error
     lines: dict[Where, int] = {}
-    try:
-        if node is not None:
-            _take_lines(node, (), lines)
-    except _PlaceError as error:
-        raise GridError(f"{_at(path, lines, error.where)}: {error}") from error
+    if node is not None:
+        _take_lines(node, (), lines)
     return raw, lines
 
 
@@ -115,13 +130,7 @@ def _take_lines(node: yaml.Node, where: Where, lines: dict[Where, int]) -> None:
     """Keep the line of every key and item."""
     lines.setdefault(where, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        own: set[str] = set()
         for key, value in node.value:
-            if node.start_mark.index <= key.start_mark.index < node.end_mark.index:  # not merged from elsewhere
-                if str(key.value) in own:
-                    lines[(*where, str(key.value))] = key.start_mark.line + 1
-                    raise _PlaceError(f"{key.value!r} stands here for the second time", *where, str(key.value))
-                own.add(str(key.value))
             lines[(*where, str(key.value))] = key.start_mark.line + 1  # a key that replaces a merged one comes later
             _take_lines(value, (*where, str(key.value)), lines)
     elif isinstance(node, yaml.SequenceNode):

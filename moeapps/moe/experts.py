@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moeapps.moe.activation import ActivationName, resolve_activation
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.feed_forward import FeedForward, counts_on_host
 
 
@@ -46,9 +47,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("in_dim", in_dim), ("out_dim", out_dim)):
-            if value < 1:
-                raise ValueError(f"{name}={value}, but it must be at least 1.")
+        at_least_one(num_experts=num_experts, in_dim=in_dim, out_dim=out_dim)
         self.num_experts = num_experts
         self.in_dim = in_dim
         self.out_dim = out_dim
@@ -149,8 +148,7 @@ class _StackedExperts(Experts):
         bias: bool = True,
     ) -> None:
         super().__init__(num_experts, dim, dim if out_dim is None else out_dim)
-        if hidden_dim < 1:
-            raise ValueError(f"hidden_dim={hidden_dim}, but it must be at least 1.")
+        at_least_one(hidden_dim=hidden_dim)
         self.hidden_dim = hidden_dim
         resolve_activation(activation)
         self.activation = activation

@@ -19,7 +19,7 @@ from moeapps.reporting.curves import Curves, read_curves
 from moeapps.reporting.exhibits import Room
 from moeapps.reporting.findings import RunFinding, describe_run, gallery_of, untold_gallery
 from moeapps.text import plain
-from moeapps.training.run import newest_version
+from moeapps.training.folders import newest_version
 
 Read = TypeVar("Read")
 UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError, YAMLError, OverflowError)

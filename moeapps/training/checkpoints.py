@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from moeapps.bounds import ZIP_ERRORS
 from moeapps.files import WholeFile, sha256_of
-from moeapps.training.run import RunError
+from moeapps.training.folders import RunError
 
 log = logging.getLogger("moeapps")
 

@@ -56,12 +56,15 @@ class OptimizerConfig:
     fused: bool | None = None
 
     def __post_init__(self) -> None:
-        rates = [self.lr, *(rate for g in self.groups for rate in (g.lr_mult, g.lr) if rate is not None)]
-        if not all(0 < rate < math.inf for rate in rates):  # nan is neither
-            raise ValueError(
-                f"lr={self.lr}: lr and lr_mult must be positive and finite; freeze parameters with requires_grad "
-                "instead of lr 0"
-            )
+        rates: list[tuple[str, float | None]] = [("lr", self.lr)]
+        for group in self.groups:
+            rates += [(f"{group.pattern}: lr_mult", group.lr_mult), (f"{group.pattern}: lr", group.lr)]
+        for name, rate in rates:
+            if rate is not None and not 0 < rate < math.inf:  # nan is neither
+                raise ValueError(
+                    f"{name}={rate}: lr and lr_mult must be positive and finite; freeze parameters with requires_grad "
+                    "instead of lr 0"
+                )
         decays = [self.weight_decay, *(g.weight_decay for g in self.groups if g.weight_decay is not None)]
         if not all(0 <= decay < math.inf for decay in decays):  # a negative one lets weights grow without a word
             raise ValueError(f"weight_decay={next(d for d in decays if not 0 <= d < math.inf)}; use 0 or more")

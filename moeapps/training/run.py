@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from moeapps.bounds import read_json
+from moeapps.training.folders import newest_version
 
 if TYPE_CHECKING:
     import lightning as L
@@ -54,90 +55,7 @@ _SILENT_DATA_KEYS = ("cache_dir", "num_workers", "eval_batch_size", "predict")
 _COUNTED_KEYS = ("seed_everything", "system", "model", "data")
 
 
-class RunError(ValueError):
-    """What a run cannot do or go on with; the command line prints the text alone."""
-
-
 _FOLDERS: WeakKeyDictionary[L.Trainer, Path | None] = WeakKeyDictionary()
-
-
-def runs_root() -> Path:
-    """Return the folder of all runs: $MOEAPPS_RUNS, or ``runs`` in the working directory."""
-    return Path(os.environ.get("MOEAPPS_RUNS") or "runs")
-
-
-def run_place(system: str, name: str, root: Path | None = None) -> Path:
-    """Return the folder of all versions of a run, <root>/<system>/<name>; names may have levels, but none upwards.
-
-    Args:
-        system: of the run.
-        name: of the variant.
-        root: of all runs; None for the usual one.
-
-    Raises:
-        RunError: a name that leads elsewhere.
-    """
-    for option, given in (("system", system), ("name", name)):
-        # A backslash and a colon lead elsewhere on other systems, a line break in the tables that show names.
-        if not given.isprintable() or any(sign in given for sign in "\\:") or {"", ".", ".."} & set(given.split("/")):
-            raise RunError(
-                f"{option}: {given!r} is no name for a folder below {root or runs_root()}; use letters, digits, '_', "
-                "'-', '.' and '/' between levels, and MOEAPPS_RUNS=FOLDER to keep runs elsewhere"
-            )
-    return (root or runs_root()) / system / name
-
-
-def claim_version(folder: Path) -> Path:
-    """Make the next ``version_k`` of a folder and return it; of runs that begin at once each gets its own.
-
-    Raises:
-        RunError: no folder can be made there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            claimed = folder / f"version_{next_version(folder)}"
-            try:
-                claimed.mkdir()
-            except FileExistsError:  # another run was faster
-                continue
-            return claimed
-    except OSError as error:
-        raise RunError(
-            f"cannot make a run folder in {folder} ({error}); set MOEAPPS_RUNS to a folder you can write"
-        ) from error
-
-
-def next_version(folder: Path) -> int:
-    """Return the first k for which no ``version_k`` of ``folder`` has that or a higher number."""
-    return max(_versions(folder), default=-1) + 1
-
-
-def newest_version(folder: Path) -> Path:
-    """Return the newest ``version_k`` in runs/<system>/<name>; a folder without versions is returned as it is.
-
-    One that a run has claimed and left empty does not count where there is another.
-    """
-    versions = _versions(folder)
-    held = [number for number, path in versions.items() if path.is_dir() and any(path.iterdir())]
-    return versions[max(held or versions)] if versions else folder
-
-
-def versions_of(folder: Path, first: int = 0) -> list[Path]:
-    """Return the versions in runs/<system>/<name>, the newest first; a folder without any is returned itself.
-
-    Args:
-        folder: the run's.
-        first: the smallest number that counts.
-    """
-    versions = _versions(folder)
-    counted = [versions[number] for number in sorted(versions, reverse=True) if number >= first]
-    return counted if versions else [folder]
-
-
-def _versions(folder: Path) -> dict[int, Path]:
-    found = {path.name.removeprefix("version_"): path for path in folder.glob("version_*")}
-    return {int(number): path for number, path in found.items() if number.isdigit()}
 
 
 def run_dir(trainer: L.Trainer) -> Path | None:
@@ -306,7 +224,7 @@ def _variant_at(path: Any) -> Any:
     place = Path(path)
     try:
         file = place.is_file()
-        folder = place.resolve().parent.parent if file else newest_version(place)
+        folder = place.resolve().parent.parent if file else newest_version(place, trained=True)
         found = read_json(folder / "run.json").get("variant_hash")
     except (OSError, ValueError, AttributeError):  # gone, or not one of ours: nothing but the path tells it
         return path

@@ -28,7 +28,7 @@ from moeapps.data.domain import DomainDataModule
 from moeapps.files import sha256_of
 from moeapps.moe.surgery import Shared, fuse
 from moeapps.training.checkpoints import CheckpointError, read_checkpoint
-from moeapps.training.run import RunError, newest_version
+from moeapps.training.folders import RunError, newest_version
 
 Which = Literal["last", "best"]
 # Of the source's task, not of its networks: a stage has losses (and counters of their schedules) of its own.
@@ -241,7 +241,7 @@ def checkpoint_file(path: str | Path, which: Which = "last") -> Path:
     given = Path(path)
     if given.is_file():
         return given
-    file = newest_version(given) / "checkpoints" / f"{which}.ckpt"
+    file = newest_version(given, trained=True) / "checkpoints" / f"{which}.ckpt"
     if not file.is_file():
         told = "" if given.is_dir() else f" ({given} is not there)"
         raise StageError(f"no checkpoint {file} to start from{told}; train the earlier stage first, or correct `path`")

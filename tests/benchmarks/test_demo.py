@@ -71,6 +71,10 @@ def test_what_is_finished_is_not_run_again_and_what_was_interrupted_goes_on(
     done.mkdir(parents=True)
     (done / "test.json").write_text("{}")
 
+    early = kept.with_name("version_1")  # killed in its first second
+    early.mkdir()
+    (early / "config.yaml").write_text("{}")
+
     assert demo.main([PARTS[0], PARTS[2]]) == 0
 
     trained = [line for line in calls(runs) if line.startswith("fit")]

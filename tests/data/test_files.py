@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moeapps.commands.boundary import sentence
-from moeapps.files import WholeFile, write_arrays, write_json, write_text
+from moeapps.files import WholeFile, absent, write_arrays, write_json, write_text
 
 
 def test_a_file_is_seen_only_when_it_is_whole_and_what_was_there_is_replaced(tmp_path: Path) -> None:
@@ -82,3 +82,16 @@ def test_a_full_disk_is_told_with_the_file_and_costs_nothing(tmp_path: Path) -> 
     assert sentence(told.value) == f"{path}: file too large"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+def test_what_is_told_of_a_missing_file_is_the_first_part_of_its_path_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "root" / "seen").mkdir(parents=True)
+    (tmp_path / "flat").touch()
+    for given, told in (
+        ("root/seen/a.csv", f"no file {tmp_path}/root/seen/a.csv"),
+        ("root/other/a.csv", f"no folder {tmp_path}/root/other, where a.csv is looked for"),
+        ("none/other/a.csv", f"no folder {tmp_path}/none, where other/a.csv is looked for"),
+        ("flat/a.csv", f"{tmp_path}/flat is no folder, where a.csv is looked for"),
+        ("root/*/a.csv", f"no file {tmp_path}/root/*/a.csv"),
+    ):
+        assert absent(tmp_path / given) == told

@@ -101,7 +101,7 @@ def test_what_is_left_out_has_the_value_that_the_page_says(tmp_path: Path) -> No
     ("text", "line", "told"),
     [
         (MINIMAL + "claim: {}\n", 7, "unknown key 'claim'; allowed are system, config"),
-        (MINIMAL + "  moe: {}\n", 7, "'moe' stands here for the second time"),
+        (MINIMAL + "  moe: {}\n", 7, "'moe' stands in line 4 already"),
         (MINIMAL + "    overlay: [x.yaml]\n", 7, "unknown key 'overlay'; allowed are overlays, flags"),
         (MINIMAL + "    flags: --x=1\n", 7, "flags: given '--x=1', wanted a list of words"),
         (MINIMAL + "    flags:\n      - --x=1\n      - 3\n", 9, "3 is no text to YAML"),

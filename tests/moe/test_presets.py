@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from moeapps.moe import (
     MoELayer,
     Routing,
     Stack,
+    presets,
 )
 from moeapps.moe.presets import (
     aw_moe,
@@ -249,3 +251,17 @@ def test_yaml_names_a_preset_by_class_path(preset: str, options: dict[str, Any])
         assert layer.router.num_experts == 6
     if preset == "dense":
         assert isinstance(layer.router.choose, Dense)
+
+
+COUNTS = ("num_experts", "top_k", "max_k", "num_slots", "num_groups", "keep_groups")
+
+
+@pytest.mark.parametrize("name", presets.__all__)
+def test_counts_below_one_are_told_by_their_names_when_a_preset_is_made(name: str) -> None:
+    preset = getattr(presets, name)
+    taken = inspect.signature(preset).parameters
+    needed: dict[str, Any] = {"behaviour_dim": 6} if "behaviour_dim" in taken else {}
+    for count in [count for count in COUNTS if count in taken]:
+        for value in (0, -1):
+            with pytest.raises(ValueError, match=f"^{count}={value}, but it must be at least 1"):
+                preset(**needed, **{count: value})

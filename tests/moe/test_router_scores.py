@@ -34,7 +34,7 @@ def test_every_score_gives_a_logit_per_row_and_column(name: str, num_rows: int) 
     logits = out[0] if isinstance(out, tuple) else out
     assert logits.shape == (num_rows, E)
     assert score.num_outputs == E
-    with pytest.raises(ValueError, match="at least one column"):
+    with pytest.raises(ValueError, match=r"^num_experts=0, but it must be at least 1"):
         Score(0)
 
 

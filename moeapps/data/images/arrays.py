@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeapps.bounds import check_npz
+from moeapps.files import absent
 
 
 class ImageFileError(ValueError):
@@ -33,7 +34,7 @@ MOST_CLASSES = 1_000_000
 def _readable(path: Path, kind: str) -> Iterator[None]:
     """Turn what numpy answers a missing or damaged file with into one sentence."""
     if not path.is_file():
-        raise ImageFileError(f"no file {path}; check the path")
+        raise ImageFileError(f"{absent(path)}; check the path")
     try:
         yield
     except ImageFileError:

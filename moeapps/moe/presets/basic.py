@@ -10,6 +10,7 @@ from torch import nn
 
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.experts import Experts, GLUExperts, MLPExperts
 from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
 from moeapps.moe.routers import (
@@ -62,6 +63,7 @@ def top_k_router(
         >>> top_k_router(num_experts=3)(8).num_experts
         3
     """
+    at_least_one(num_experts=num_experts, top_k=top_k)
 
     def build(dim: int) -> Router:
         score = CosineScore(dim, num_experts + num_null) if cosine else LinearScore(dim, num_experts + num_null)
@@ -107,6 +109,7 @@ def top_p_router(
         >>> top_p_router(num_experts=3)(8).num_experts
         3
     """
+    at_least_one(num_experts=num_experts, max_k=max_k)
 
     def build(dim: int) -> Router:
         choose = TopP(
@@ -129,6 +132,7 @@ def random_router(*, num_experts: int = 4, top_k: int = 2, seed: int = 0) -> Rou
         >>> random_router(num_experts=3, top_k=1)(8)(torch.zeros(2, 8)).weight_M.tolist()
         [1.0, 1.0]
     """
+    at_least_one(num_experts=num_experts, top_k=top_k)
 
     def build(dim: int) -> Router:
         return Router(RandomScore(num_experts, seed), TopK(top_k, weighing="ones", scale=1 / top_k))
@@ -148,6 +152,7 @@ def table_router(*, num_experts: int = 4, top_k: int = 1, num_ids: int | None = 
         >>> table_router(num_experts=3)(8)(torch.zeros(2, 8), group=torch.tensor([2, 4])).expert_M.tolist()
         [2, 1]
     """
+    at_least_one(num_experts=num_experts, top_k=top_k, num_ids=num_ids)
     length = num_experts if num_ids is None else num_ids
 
     def build(dim: int) -> Router:

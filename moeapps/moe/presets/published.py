@@ -10,6 +10,7 @@ from typing import Literal
 
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.experts import GLUExperts, MLPExperts
 from moeapps.moe.layer import LayerFactory, MoELayer
 from moeapps.moe.presets.basic import top_k_router
@@ -54,6 +55,7 @@ def switch(
         >>> switch(num_experts=4)(8).experts.w_in.shape
         torch.Size([4, 8, 32])
     """
+    at_least_one(num_experts=num_experts)
 
     def build(dim: int) -> MoELayer:
         room = None if capacity_factor is None else Capacity(capacity_factor, eval_factor=eval_capacity_factor)
@@ -92,6 +94,7 @@ def mixtral(
         >>> mixtral()(16).experts.w_out.shape
         torch.Size([8, 56, 16])
     """
+    at_least_one(num_experts=num_experts, top_k=top_k)
 
     def build(dim: int) -> MoELayer:
         bank = GLUExperts(num_experts, dim, round(expansion * dim), activation=activation)
@@ -136,6 +139,7 @@ def deepseek_v3(
         >>> layer.experts.num_experts, layer.experts.hidden_dim, layer.router.choose.bias.shape
         (9, 4, torch.Size([8]))
     """
+    at_least_one(num_experts=num_experts, top_k=top_k, num_groups=num_groups, keep_groups=keep_groups)
 
     def build(dim: int) -> MoELayer:
         choose = GroupLimitedTopK(
@@ -181,6 +185,7 @@ def soft_moe(
         >>> soft_moe(num_experts=4)(8)(torch.zeros(10, 8)).shape
         torch.Size([10, 8])
     """
+    at_least_one(num_experts=num_experts, num_slots=num_slots, num_groups=num_groups)
 
     def build(dim: int) -> MoELayer:
         score = CosineScore(dim, num_experts * num_slots, temperature=1.0)
@@ -220,6 +225,7 @@ def expert_choice(
         >>> expert_choice(num_experts=4, capacity_factor=1.0)(8).route(torch.randn(12, 8)).counts().tolist()
         [3, 3, 3, 3]
     """
+    at_least_one(num_experts=num_experts)
 
     def build(dim: int) -> MoELayer:
         choose = ExpertChoice(capacity_factor, per=per, weighing=weighing)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Literal
 
 from moeapps.moe.activation import ActivationName
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.experts import MLPExperts
 from moeapps.moe.layer import LayerFactory, MoELayer
 from moeapps.moe.routers import AttentionScore, Dense, Router
@@ -58,6 +59,7 @@ def aw_moe(
         >>> layer(torch.zeros(2, 8), (torch.zeros(2, 5, 6), torch.zeros(2, 6), torch.ones(2, 5))).shape
         torch.Size([2, 1])
     """
+    at_least_one(num_experts=num_experts, behaviour_dim=behaviour_dim, hidden_dim=hidden_dim, out_dim=out_dim)
     if gate_norm not in ("none", "softmax", "sigmoid"):
         raise ValueError(f"gate_norm={gate_norm!r}, but it must be 'none', 'softmax' or 'sigmoid'.")
     weighing: Literal["softmax", "sigmoid", "identity"] = "identity" if gate_norm == "none" else gate_norm

@@ -12,6 +12,7 @@ from torch import nn
 from moeapps.moe.activation import ActivationName
 from moeapps.moe.backends import Backend
 from moeapps.moe.combine import Stack, Sum
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.experts import GLUExperts, MLPExperts
 from moeapps.moe.joined import JoinedExperts
 from moeapps.moe.layer import LayerFactory, MoELayer, RouterFactory
@@ -65,6 +66,7 @@ def point_moe(
         >>> point_moe(num_experts=4)(8).experts.w_in.shape
         torch.Size([4, 8, 16])
     """
+    at_least_one(num_experts=num_experts, top_k=top_k)
     make_router = top_k_router(num_experts=num_experts, top_k=top_k) if router is None else router
 
     def build(dim: int) -> MoELayer:
@@ -130,6 +132,7 @@ def unimoe_audio(
         >>> unimoe_audio()(16).router.num_experts
         8
     """
+    at_least_one(num_experts=num_experts, top_k=top_k)
     if shared_weighting not in ("gated", "add"):
         raise ValueError(f"shared_weighting={shared_weighting!r}, but it must be 'gated' or 'add'.")
     if weighing not in ("proportional", "sparse_mixer"):
@@ -213,6 +216,7 @@ def promoe(
         >>> layer(torch.zeros(2, 8), group=torch.tensor([0, -1])).shape
         torch.Size([2, 8])
     """
+    at_least_one(num_experts=num_experts, top_k=top_k)
 
     def default_router(dim: int) -> Router:
         by_row = TopK(top_k, weighing=weighing, renormalise=False)

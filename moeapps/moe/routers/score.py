@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.routers.chooser import Pool
 
 Features = Tensor | tuple[Tensor, ...]
@@ -47,8 +48,7 @@ class Score(nn.Module):
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
-        if num_outputs < 1:
-            raise ValueError(f"num_experts={num_outputs}, but a score needs at least one column.")
+        at_least_one(num_experts=num_outputs)  # as users know its columns
         self.num_outputs = num_outputs
 
     def forward(

@@ -8,7 +8,7 @@ from moeapps.training.callbacks.balance import BiasBalancing
 from moeapps.training.callbacks.experts import ExpertReport
 from moeapps.training.callbacks.finite import DivergedError, StopDiverged
 from moeapps.training.callbacks.first_losses import FirstLosses
-from moeapps.training.callbacks.interrupts import InterruptCheckpoint
+from moeapps.training.callbacks.interrupts import InterruptCheckpoint, has_begun
 from moeapps.training.callbacks.pictures import EpochPictures
 from moeapps.training.callbacks.predictions import PredictionWriter
 from moeapps.training.callbacks.progress import ProgressLines, progress_bar
@@ -41,5 +41,6 @@ __all__ = [
     "SideReport",
     "StopDiverged",
     "TipFilter",
+    "has_begun",
     "progress_bar",
 ]

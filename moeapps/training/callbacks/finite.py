@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from moeapps.training.run import RunError
+from moeapps.training.folders import RunError
 
 log = logging.getLogger("moeapps")
 

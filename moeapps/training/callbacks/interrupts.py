@@ -45,6 +45,17 @@ class InterruptCheckpoint(L.Callback):
         self._in_validation = False  # one that an exception has ended
         self._scored = False  # the last one, wholly
         self._agreement: _Agreement | None = None
+        self.begun = False
+
+    def _begin(self, *args: Any, **kwargs: Any) -> None:
+        """Note that a step has begun; the scores that are made before a training, to try them, are none."""
+        self.begun = True
+
+    on_train_batch_start = on_test_batch_start = on_predict_batch_start = _begin
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """As for the other steps."""
+        self.begun = self.begun or not trainer.sanity_checking
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have a training with ``max_steps`` go on from an end of an epoch as one without goes on."""
@@ -206,6 +217,12 @@ class _Agreement:
         self._work.wait()
         self._work = None
         return int(self._largest)
+
+
+def has_begun(trainer: L.Trainer) -> bool:
+    """Whether a trainer has begun a step; if nothing looked on, it counts as one that has."""
+    looking = [one for one in cast(Any, trainer).callbacks if isinstance(one, InterruptCheckpoint)]
+    return not looking or any(one.begun for one in looking)
 
 
 def _environment(trainer: L.Trainer) -> Any:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from moeapps.data.cache import config_hash
 from moeapps.data.domain import SPLITS, Role, Split
+from moeapps.files import absent
 from tasks.audio.data.prompt import Kind
 from tasks.audio.data.readers.audio_files import AudioFileError, cut_at_pauses, read_audio, remark
 from tasks.audio.data.readers.clip_table import ClipRow, read_clip_table
@@ -72,7 +73,7 @@ class OwnAudio(KeptAudio):
                 raise AudioFileError(f"domain {domain!r} of {table} holds speech and music; make two domains of it")
             gone = [row.file for row in rows if not (self.root / row.file).is_file()]
             if gone:
-                raise AudioFileError(f"{self.root} holds no {gone[0]} ({len(gone)} missing of domain {domain!r})")
+                raise AudioFileError(f"{absent(self.root / gone[0])} ({len(gone)} missing of domain {domain!r})")
         self.domains = list(self.rows)
 
     @override

@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
-from moeapps.files import is_clutter
+from moeapps.files import absent, is_clutter
 from tasks.dynamics.data.readers.arff_format import read_arff
 from tasks.dynamics.data.readers.csv_format import CsvFile, read_csv
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError, read_ts
@@ -81,7 +81,7 @@ class TsFiles(SeriesSource):
         if name not in self._files:
             path = self._folder() / name
             if not path.is_file():
-                raise ValueError(f"no file {path}; correct root or the file name")
+                raise ValueError(f"{absent(path)}; correct root or the file name")
             found = read_arff(path) if path.suffix.lower() == ".arff" else read_ts(path)
             labels = _words(found.labels or ["series"] * len(found.series), name)
             series = [s if self.channels is None else s[:, self.channels] for s in found.series]
@@ -242,7 +242,7 @@ def table_files(folder: Path, domain: str) -> list[Path]:
         if path.suffix.lower() in TABLES:
             found.append(path)
     if not found:
-        raise SeriesFormatError(f"domain {domain!r}: no file {folder}/*.csv; lay one file per environment there")
+        raise SeriesFormatError(f"domain {domain!r}: {absent(folder / '*.csv')}; lay one file per environment there")
     twice = [path for path in found if sum(other.stem == path.stem for other in found) > 1]
     if twice:
         raise SeriesFormatError(f"domain {domain!r}: {twice[0].name} and {twice[1].name} have one name; rename one")

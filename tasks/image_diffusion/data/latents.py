@@ -15,6 +15,7 @@ from moeapps.data.domain import Role, Split
 from moeapps.data.images.arrays import ImageFileError, check_labels, class_names, read_arrays
 from moeapps.data.images.folders import class_files
 from moeapps.data.images.splits import split_rows
+from moeapps.files import absent
 from tasks.image_diffusion.data.readers.latent_files import (
     SCALE,
     LatentArrays,
@@ -87,6 +88,8 @@ class LatentImages(OwnSource):
             return "folder"
         if (self.root / f"{domain}.npz").is_file():
             return "arrays"
+        if not self.root.is_dir():
+            raise ImageFileError(f"{absent(self.root / domain)}; set root to the folder that holds your latents")
         raise ImageFileError(
             f"{self.root} has no latents of domain {domain!r}: neither {domain}/<class>/*.npz, nor "
             f"{domain}/*.safetensors, nor {domain}.npz"

@@ -25,7 +25,7 @@ from moeapps.data.images.batch import PixelImages
 from moeapps.data.images.folders import class_files
 from moeapps.data.images.pictures import BACKGROUNDS, ENDINGS, read_image
 from moeapps.data.images.splits import split_rows
-from moeapps.files import write_arrays
+from moeapps.files import absent, write_arrays
 from tasks.image_diffusion.data.source import OwnSource
 
 
@@ -97,7 +97,9 @@ class OwnImages(OwnSource):
         elif all(part.is_file() for part in pair):
             arrays = {"x": read_array(pair[0]), "y": read_array(pair[1])}
         else:
-            there = sorted(p.name for p in self.root.iterdir()) if self.root.is_dir() else []
+            if not self.root.is_dir():
+                raise ImageFileError(f"{absent(self.root / domain)}; set root to the folder that holds your data")
+            there = sorted(p.name for p in self.root.iterdir())
             raise ImageFileError(
                 f"{self.root} has neither a folder {domain}, nor {domain}.npz, nor {domain}_x.npy and {domain}_y.npy; "
                 f"it holds {', '.join(there[:8]) or 'nothing'}"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeapps.files import absent
+
 
 class InceptionFeatures(nn.Module):
     """2048 features of the FID's Inception network.
@@ -29,8 +31,8 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         if not Path(weights).is_file():
             raise ValueError(
-                f"inception weights: no file {weights}; give torch-fidelity's weight file on this machine, or leave "
-                "`inception` out and judge by our own classifier"
+                f"inception weights: {absent(Path(weights))}; give torch-fidelity's weight file on this machine, or "
+                "leave `inception` out and judge by our own classifier"
             )
         if find_spec("torch_fidelity") is None:
             raise ValueError("the real FID needs torch-fidelity: pip install 'moeapps[fid]'")

@@ -12,6 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from moeapps.data.archives import ArchiveError, fetch_package, package_named
+from moeapps.files import absent
 from tasks.point_cloud.data.dataset import ScanDataset
 from tasks.point_cloud.data.domains import Split
 from tasks.point_cloud.data.features import luminance, normal_z
@@ -118,8 +119,8 @@ class LasFiles(PointSource):
             except ArchiveError as error:
                 self._reason[cache] = str(error)
             else:
-                absent = [name for names in self.files.values() for name in names if not (folder / name).is_file()]
-                self._reason[cache] = f"no file {folder / absent[0]}; correct root or the file list" if absent else None
+                gone = [name for names in self.files.values() for name in names if not (folder / name).is_file()]
+                self._reason[cache] = f"{absent(folder / gone[0])}; correct root or the file list" if gone else None
         return self._reason[cache]
 
     def scans(self, split: Split, cache: Path | None, domain: str = "") -> list[ScanArrays]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.derivatives import needs_operations
 from moeapps.moe.fast.threads import is_observed
 from moeapps.moe.view_linear import view_linear
@@ -51,9 +52,7 @@ class FeatureGates(nn.Module):
 
     def __init__(self, width: int, views: Sequence[int], *, num_gates: int = 2, rank: int = 8) -> None:
         super().__init__()
-        for name, value in (("width", width), ("views", len(views)), ("num_gates", num_gates), ("rank", rank)):
-            if value < 1:
-                raise ValueError(f"{name}={value}, but it must be at least 1.")
+        at_least_one(width=width, views=len(views), num_gates=num_gates, rank=rank)
         self.width, self.views, self.num_gates, self.rank = width, tuple(views), num_gates, rank
         num_views = len(views)
         self.down = nn.Parameter(torch.empty(num_views, width, num_gates * rank))

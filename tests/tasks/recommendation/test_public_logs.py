@@ -65,7 +65,9 @@ def test_every_log_trains_and_tests_in_its_default_domains(tmp_path: Path, name:
 def test_a_missing_file_is_named_with_where_it_comes_from_and_on_which_terms(tmp_path: Path, name: str) -> None:
     source = LOGS[name][0](root=tmp_path)  # type: ignore[call-arg]
 
-    with pytest.raises(TableError, match=r"no file .*; root must be the folder .* Download .* Terms: ") as caught:
+    with pytest.raises(
+        TableError, match=r"no (file|folder) .*; root must be the folder .* Download .* Terms: "
+    ) as caught:
         source.convert(tmp_path / "cache")
     assert source.terms in str(caught.value)
 

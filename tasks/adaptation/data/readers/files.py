@@ -26,6 +26,7 @@ from moeapps.data.images.arrays import ImageFileError, read_arrays
 from moeapps.data.images.batch import ImageDataset, from_uint8
 from moeapps.data.images.pictures import BACKGROUNDS, read_image
 from moeapps.data.images.splits import split_rows
+from moeapps.files import absent
 from tasks.adaptation.data.source import AdaptationSource, check_split
 
 log = logging.getLogger("moeapps")
@@ -73,7 +74,7 @@ class ImageForm:
             ImageFileError: missing, damaged, or not of this form.
         """
         if not path.is_file():
-            raise ImageFileError(f"no file {path}; check the root and how paths are made")
+            raise ImageFileError(f"{absent(path)}; check the root and how paths are made")
         return from_uint8(torch.from_numpy(self.pixels(path))) if self.array is None else self._channels(path)
 
     def finished(self, image: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ class FileDomains(AdaptationSource):
         try:
             stamps = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
         except OSError as error:
-            raise ImageFileError(f"domain {domain!r}: no file {error.filename}; check the root") from error
+            raise ImageFileError(f"domain {domain!r}: {absent(Path(error.filename))}; check the root") from error
         key = config_hash([1, stamps, form.size, form.channels, form.background])
 
         def write(path: Path) -> None:

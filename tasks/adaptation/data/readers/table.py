@@ -21,6 +21,7 @@ from typing_extensions import override
 from moeapps.bounds import BoundError, check_rows
 from moeapps.data.domain import ROLES, SPLITS_OF, Role, Split
 from moeapps.data.images.arrays import ImageFileError
+from moeapps.files import absent
 from tasks.adaptation.data.readers.files import DomainFiles, FileDomains, ImageForm, dealt, domain_name, filled
 from tasks.adaptation.data.source import Target
 
@@ -258,7 +259,7 @@ def read_csv(path: Path, columns: set[str]) -> list[Row]:
         ImageFileError: no such file, damaged, no rows, or no such column.
     """
     if not path.is_file():
-        raise ImageFileError(f"no file {path}; set root to the folder that holds it")
+        raise ImageFileError(f"{absent(path)}; set root to the folder that holds it")
     try:
         check_rows(path, line=120 + 73 * len(columns))  # a dict, and a text of each column in it
         with open(path, newline="", encoding="utf-8-sig") as stream:

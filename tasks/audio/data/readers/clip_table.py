@@ -11,6 +11,7 @@ from typing import get_args
 
 from moeapps.bounds import BoundError, check_rows
 from moeapps.data.domain import Split
+from moeapps.files import absent
 from tasks.audio.data.prompt import Prompt
 from tasks.audio.data.readers.audio_files import AudioFileError
 
@@ -40,7 +41,7 @@ def read_clip_table(path: Path) -> list[ClipRow]:
             little, a kind or split that does not exist, a file twice, or a path that leaves the folder.
     """
     if not path.is_file():
-        raise AudioFileError(f"no table {path}; write one with the columns {', '.join(_NEEDED)}, text")
+        raise AudioFileError(f"{absent(path)}; write a table with the columns {', '.join(_NEEDED)}, text")
     try:
         check_rows(path, line=420, cell=60)  # a ClipRow, and a text and a place in a dict for each cell
         with open(path, encoding="utf-8-sig", newline="") as stream:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from moeapps.bounds import check_npz, read_json
 from moeapps.data.domain import Split
-from moeapps.files import place_of
+from moeapps.files import absent, place_of
 from tasks.dynamics.data.readers.ts_format import SeriesFormatError
 from tasks.dynamics.data.source import DynamicsSource, EnvironmentSet, Floats
 
@@ -52,7 +52,7 @@ def read_npz(path: Path) -> NpzFile:
             not evenly spaced and rising.
     """
     if not path.is_file():
-        raise SeriesFormatError(f"no file {path}; correct root or the file name")
+        raise SeriesFormatError(f"{absent(path)}; correct root or the file name")
     with _readable(path):
         check_npz(path)
     with _readable(path), open(path, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:

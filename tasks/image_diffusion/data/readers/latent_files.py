@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeapps.data.images.arrays import ImageFileError, check_labels, read_arrays
 from moeapps.data.images.batch import ImageDataset
+from moeapps.files import absent
 
 SCALE = 0.18215
 """Factor of Stable Diffusion's latents."""
@@ -216,7 +217,7 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
         ImageFileError: missing, damaged, or of another size.
     """
     if not path.is_file():
-        raise ImageFileError(f"no file {path}; lay the statistics there, or set statistics: false to scale instead")
+        raise ImageFileError(f"{absent(path)}; lay the statistics there, or set statistics: false to scale instead")
     try:
         held = torch.load(path, weights_only=True)
         mean, std = (torch.as_tensor(held[name]).float().reshape(channels, 1, 1) for name in ("mean", "std"))

@@ -162,6 +162,7 @@ class OwnScans(ScanReader):
         for path in (self.root / "labels.yaml", self.base / "labels.yaml"):
             if path.exists():
                 return read_own_labels(path)
+        self.require_root()  # of a folder that is not there no file is missed
         advice = "write it (docs/point_cloud_formats.md), or set `root` and `domain` of this reader"
         raise PointCloudFileError(self.root / "labels.yaml", "no such file", "the class names, names: [a, b]", advice)
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Unpack
 
-from moeapps.files import is_clutter
+from moeapps.files import is_clutter, missing_part
 from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_npy
 from tasks.point_cloud.data.readers.label_sets import named
 from tasks.point_cloud.data.readers.scan import (
@@ -80,7 +80,9 @@ class PointceptFolders(ScanReader):
         found: list[ScanRef] = []
         for part in self.splits[split]:
             if not (root / part).is_dir():
-                raise PointCloudFileError(root / part, "no such folder", self.layout, f"check `splits.{split}`")
+                raise PointCloudFileError(
+                    missing_part(root / part), "no such folder", self.layout, f"check `splits.{split}`"
+                )
             for folder, below, files in os.walk(root / part, onerror=_refuse, followlinks=True):
                 path = Path(folder)
                 if "coord.npy" in files:

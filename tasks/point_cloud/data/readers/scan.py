@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from moeapps.files import missing_part
 from moeapps.text import plain
 
 Split = Literal["train", "val", "test"]
@@ -190,9 +191,10 @@ class ScanReader(ABC):
             PointCloudFileError: the root is not a folder.
         """
         if not self.root.is_dir():
+            missing = missing_part(self.root)
             raise PointCloudFileError(
-                self.root,
-                "no such folder" if not self.root.exists() else "not a folder",
+                missing,
+                "no such folder" if not missing.exists() else "not a folder",
                 self.layout,
                 f"get the data ({self.source}) and set `root` of this reader",
             )

@@ -17,7 +17,7 @@ from typing import ClassVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from moeapps.files import is_clutter
+from moeapps.files import is_clutter, missing_part
 from tasks.point_cloud.data.labels import label_set
 from tasks.point_cloud.data.readers.arrays import COPY_AGAIN, read_records
 from tasks.point_cloud.data.readers.label_sets import KITTI_CLASSES, KITTI_RAW, id_table
@@ -68,7 +68,9 @@ class SemanticKITTI(ScanReader):
         for sequence in self.splits[split]:
             folder = root / sequence / "velodyne"
             if not folder.is_dir():
-                raise PointCloudFileError(folder, "no such folder", self.layout, f"check root and `splits.{split}`")
+                raise PointCloudFileError(
+                    missing_part(folder), "no such folder", self.layout, f"check root and `splits.{split}`"
+                )
             found += [
                 ScanRef(f"{sequence}/{path.stem}", path, root / sequence / "labels" / f"{path.stem}.label")
                 for path in sorted(folder.iterdir())

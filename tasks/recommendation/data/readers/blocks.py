@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
-from moeapps.files import WholeFile
+from moeapps.files import WholeFile, absent
 from tasks.recommendation.data.readers.text import TextFormat, read_header, refuse_open_quote, typed_batches
 from tasks.recommendation.data.readers.values import TEXT, TableError
 
@@ -96,7 +96,7 @@ def open_blocks(
         TableError: another ending, a missing or damaged file, or a missing column.
     """
     if not path.is_file():
-        raise TableError(f"no file {path}; check root and the file names of the domain")
+        raise TableError(f"{absent(path)}; check root and the file names of the domain")
     if path.suffix == ".parquet":
         file = BlockFile(path)
         _require(path, [*numbers, *(others or ())], file.columns)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from moeapps.files import absent
 from tasks.recommendation.data.readers.blocks import stamp
 from tasks.recommendation.data.readers.values import TableError
 
@@ -44,7 +45,7 @@ class Published:
         found = sorted(path for ending in ("", ".gz", ".bz2", ".zst") for path in self.root.glob(pattern + ending))
         if not found:
             raise TableError(
-                f"{self.name}: no file {self.root / pattern}; root must be the folder of the published files. "
+                f"{self.name}: {absent(self.root / pattern)}; root must be the folder of the published files. "
                 f"{self.get} Terms: {self.terms}."
             )
         return found

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moeapps.files import absent
 from tasks.recommendation.data.readers.values import TableError
 
 Ints = NDArray[np.int64]
@@ -101,7 +102,7 @@ def read_titles(folder: Path, name: str = "ml-100k") -> dict[int, str]:
 
 def _columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     if not path.is_file():
-        raise TableError(f"no file {path}; root must hold the three files ml-100k.inter, .item and .user")
+        raise TableError(f"{absent(path)}; root must hold the three files ml-100k.inter, .item and .user")
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

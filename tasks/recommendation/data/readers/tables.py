@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moeapps.data.cache import build_once, cache_dir, config_hash
 from moeapps.data.domain import Role, Split
+from moeapps.files import absent
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.readers.block_rows import Block, BlockCache, BlockDataset
 from tasks.recommendation.data.readers.blocks import BLOCK_ROWS, BlockFile, open_blocks, stamp
@@ -167,7 +168,7 @@ class TableFiles(LogSource):
         for pattern in part.files:
             matches = sorted(self.root.glob(pattern))
             if not matches:
-                raise TableError(f"domain {domain!r}: no file {self.root / pattern}; check root and the names")
+                raise TableError(f"domain {domain!r}: {absent(self.root / pattern)}; check root and the names")
             found += matches
         return found
 
