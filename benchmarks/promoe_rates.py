@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate of ProMoE and its dense twin in two more regimes: ``python -m benchmarks.promoe_rates``.
+"""The learning rate of ProMoE and its dense twin at half the width: ``python -m benchmarks.promoe_rates``.
 
-After three times the steps, and at half the width besides, each network has a rate of its own; with a seed of its own
-(100), by the loss on the style that is kept for choices (:mod:`benchmarks.rates`).
+Of each network by itself, after three times the steps of the other cells; with a seed of its own (100), by the loss on
+the style that is kept for choices (:mod:`benchmarks.rates`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from benchmarks.grids import load_grid, without
 from benchmarks.rates import RATE, RateSearch
 
 GRID = load_grid("promoe")
-MODELS = ("dense_narrow", "promoe_narrow", "dense_long", "promoe_long")
+MODELS = ("dense_narrow", "promoe_narrow")
 
 SEARCH = RateSearch(
     system="promoe",
