@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import FittedRouter, MoELayer, Router, Routing
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.routing import AnyRouting
 from tasks.dynamics.data.batch import Trajectories
 from tasks.dynamics.losses import scaled_errors
@@ -175,6 +176,7 @@ class FieldMixER(MixER):
         modulation: SelfModulation | None = None,
         **options: Any,
     ) -> None:
+        at_least_one(substeps=substeps)
         super().__init__(facts, **options)
         self.method: Method = method
         self.substeps = substeps

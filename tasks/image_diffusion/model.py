@@ -166,7 +166,7 @@ def _check(image_size: int, patch_size: int, dim: int, num_heads: int, depth: in
         raise ValueError(
             f"image_size={image_size} is not a multiple of patch_size={patch_size}; choose a patch that divides it"
         )
-    if dim % 4 or dim % num_heads:
+    if num_heads < 1 or dim % 4 or dim % num_heads:
         raise ValueError(f"dim={dim} must be a multiple of 4 (position table) and of num_heads={num_heads}")
     if depth < 1 or moe_every < 1:
         raise ValueError(f"depth={depth}, moe_every={moe_every}; both must be 1 or more")

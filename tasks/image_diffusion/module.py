@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from moeapps.data.images.batch import ImageBatch
+from moeapps.moe.counts import at_least_one, none_negative
 from moeapps.moe.losses import AuxLoss
 from moeapps.training.inputs import Program
 from moeapps.training.shown import Pictures
@@ -39,12 +40,19 @@ class Sampling:
         steps: of the solver, >= 1.
         solver: ``euler`` or ``heun`` for a flow, ``ddim`` or ``ancestral`` for a diffusion; None takes the process's.
         seed: of the noise.
+
+    Raises:
+        ValueError: a number outside its range.
     """
 
     cfg: float = 4.0
     steps: int = 25
     solver: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one(steps=self.steps)
+        none_negative(cfg=self.cfg, seed=self.seed)
 
 
 class ImageDiffusionTask(BaseTask):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeapps.moe import ActivationName, DenseRouting, MoELayer, presets
+from moeapps.moe.counts import at_least_one, none_negative
 from moeapps.moe.normalised import Norm
 from moeapps.moe.routers.pairs import Pooling
 from tasks.recommendation.data.batch import Interactions
@@ -122,12 +123,16 @@ def home(
         fast_gates: all gates of a level in one product; False computes them one by one, as the equation reads.
 
     Raises:
-        ValueError: levels is not 1 or 2, a gate would see nothing, or the data has other categories.
+        ValueError: levels is not 1 or 2, a width below 1, a count below 0, a gate that would see nothing, or the data
+            has other categories.
 
     Source: X. Wang et al., arXiv 2408.05430 (docs/papers/home.md, equations 1 to 7).
     """
     if levels not in (1, 2):
         raise ValueError(f"levels={levels}: HoME has 2 levels, or 1 in the ablation")
+    at_least_one(width=width, tower_dim=tower_dim, feature_rank=feature_rank)
+    none_negative(meta_shared=meta_shared, meta_category=meta_category, feature_gates=feature_gates)
+    none_negative(task_shared=task_shared, task_category=task_category, task_own=task_own)
     settings = ExpertSettings(
         width=width,
         hidden=hidden,
@@ -213,7 +218,7 @@ class ListRanker(nn.Module):
         a batch of B lists of N candidates -> `ListScores` with logits [B, N].
 
     Raises:
-        ValueError: the gate reads requests or a category that the data does not have.
+        ValueError: the gate reads requests or a category that the data does not have, or a tower without a unit.
 
     Source: AW-MoE (docs/papers/aw_moe.md, equations 1 to 4).
     """
@@ -229,6 +234,7 @@ class ListRanker(nn.Module):
         tower_dim: int = 16,
     ) -> None:
         super().__init__()
+        at_least_one(tower_dim=tower_dim)
         self.encoder = (encoder or ListEncoder)(facts)
         self.interest = (interest or ActivationUnit)(self.encoder.dim)
         fields = {**self.encoder.items, **self.encoder.queries}

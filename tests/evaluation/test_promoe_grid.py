@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from benchmarks.grids import load_grid
+from benchmarks.grids import given, load_grid
+from benchmarks.promoe_rates import SEARCH
+from benchmarks.rates import RATE
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = load_grid("promoe")
@@ -17,6 +20,16 @@ def test_headline_has_eight_seeds_and_the_rest_three() -> None:
     cells = [(cell.variant, cell.seed) for cell in GRID.cells()]
     assert len(cells) == len(set(cells)) == 8 * 3 + 3 * (len(GRID.variants) - 3) + 3 * 2 * 2
     assert all(seed > 0 for _, seed in cells), "seed 0 is for choosing settings"
+
+
+def test_rates_at_half_the_width_are_the_best_on_the_validation_domain() -> None:
+    found = json.loads(SEARCH.path.read_text(encoding="utf-8"))
+
+    assert found["best"] == SEARCH.best(found["runs"])
+    assert not [model for model in SEARCH.models if SEARCH.missing(found["runs"], model)]
+    assert {metric.split("/")[0] for run in found["runs"].values() for metric in run} == {"validation", "cpu_s"}
+    assert found["best"] == {name: float(given(GRID.variants[name], RATE) or "nan") for name in SEARCH.models}
+    assert SEARCH.seed not in {number for pair in GRID.seeds for number in pair}
 
 
 def test_every_claim_of_the_card_is_tested_with_margins_set_beforehand() -> None:

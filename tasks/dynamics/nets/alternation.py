@@ -49,6 +49,8 @@ class Alternation:
                 f"prox={self.prox} and context_l1={self.context_l1} must be 0 or more, rollout_share="
                 f"{self.rollout_share} lie in [0, 1]"
             )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be above 0, or None for no limit")
         if self.contributors is not None and self.contributors < 1:
             raise ValueError(
                 f"contributors={self.contributors}: a step needs at least one environment, or None for all"

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from moeapps.data.domain import Role, Split
 from moeapps.data.gather import TableDataset
+from moeapps.moe.counts import none_negative
 from tasks.recommendation.data.batch import Interactions, Schema
 from tasks.recommendation.data.factors import (
     REFERENCE,
@@ -135,6 +136,7 @@ class MultitaskLog(GeneratedLog):
         self.rho, self.label_noise, self.missing_labels = rho, label_noise, missing_labels
         self.num_users, self.num_items, self.zipf = num_users, num_items, zipf
         self.rows: dict[Split, int] = {"train": train_rows, "val": val_rows, "test": test_rows}
+        none_negative(scale_spread=scale_spread)
         self.scale_spread, self.heavy_tails, self.segments = scale_spread, heavy_tails, segments
         self.domains = self.populations = default_populations() if populations is None else populations
         self._known_intercepts: dict[str, Floats] = {}

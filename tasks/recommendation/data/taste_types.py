@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from moeapps.data.domain import SPLITS, Role, Split
 from moeapps.data.gather import TableDataset
+from moeapps.moe.counts import none_negative
 from tasks.recommendation.data.factors import Floats, stream
 from tasks.recommendation.data.lists import Lists, ListSchema
 from tasks.recommendation.data.source import GeneratedLog
@@ -114,6 +115,7 @@ class TasteTypes(GeneratedLog):
         test_lists: int = 6000,
         mixes: dict[str, list[float]] | None = None,
     ) -> None:
+        none_negative(strength=strength)
         self.data_seed, self.tastes, self.reveal = data_seed, tastes, reveal
         self.conflict, self.crossing, self.affinity = conflict, crossing, affinity
         self.strength, self.tail_share, self.cold_share = strength, tail_share, cold_share

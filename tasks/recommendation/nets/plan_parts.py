@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from moeapps.moe import ActivationName
+from moeapps.moe.counts import at_least_one
 from moeapps.moe.normalised import Norm
 from tasks.recommendation.nets.levels import ExpertSettings, LevelPlan, NetFactory, RankingNet, TaskTree
 
@@ -41,6 +42,7 @@ def network(
         activation: of the experts.
         tower_dim: hidden width of a tower.
     """
+    at_least_one(width=width, hidden=hidden, tower_dim=tower_dim)
     settings = ExpertSettings(width=width, hidden=hidden, norm=norm, activation=activation, **gates)
 
     def build(dim: int, facts: dict[str, Any]) -> nn.Module:
@@ -60,10 +62,3 @@ def shared_names(num: int) -> tuple[str, ...]:
 def numbered(names: Sequence[str]) -> tuple[str, ...]:
     """Make names unique: a repeated one gets a number."""
     return tuple(f"{n}.{names[:i].count(n)}" if names.count(n) > 1 else n for i, n in enumerate(names))
-
-
-def at_least(**limits: tuple[int, int]) -> None:
-    """Refuse a count below its least value."""
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise ValueError(f"{name}={value}, but it must be at least {least}")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moeapps.moe.counts import at_least_one
 from tasks.recommendation.nets.gates import Residual
 from tasks.recommendation.nets.levels import LevelPlan, NetFactory, TaskTree
-from tasks.recommendation.nets.plan_parts import at_least, network, numbered, shared_names, table
+from tasks.recommendation.nets.plan_parts import network, numbered, shared_names, table
 
 
 def ple(
@@ -31,7 +32,7 @@ def ple(
 
     Source: H. Tang et al., RecSys 2020 (docs/papers/home.md, equation 10).
     """
-    at_least(levels=(levels, 1), experts=(shared_experts + task_experts, 1))
+    at_least_one(levels=levels, experts=shared_experts + task_experts)
     plans = _unit_levels(levels, task_experts, shared_experts, mask=mask)
     return network(plans, {}, **experts)
 
@@ -59,7 +60,7 @@ def ml_mmoe(*, levels: int = 2, num_experts: int = 8, **experts: Any) -> NetFact
 
     Source: the multi-level MMoE that AdaTT is compared with, facebookresearch/AdaTT ``mtl_lib.py``.
     """
-    at_least(levels=(levels, 1), num_experts=(num_experts, 1))
+    at_least_one(levels=levels, num_experts=num_experts)
 
     def plans(tree: TaskTree) -> list[LevelPlan]:
         found = []
@@ -103,7 +104,7 @@ def adatt(
 
     Source: D. Li et al., KDD 2023 (docs/papers/home.md, equation 11); facebookresearch/AdaTT ``mtl_lib.py``.
     """
-    at_least(levels=(levels, 1), task_experts=(task_experts, 1))
+    at_least_one(levels=levels, task_experts=task_experts)
     one_each = task_experts == 1 and shared_experts in (0, 1)
     kind: Residual = ("ones" if one_each else "constant") if residual else "none"
     plans = _unit_levels(levels, task_experts, shared_experts)
@@ -119,7 +120,7 @@ def cross_stitch(*, levels: int = 2, **experts: Any) -> NetFactory:
 
     Source: I. Misra et al., CVPR 2016, one number per pair of tasks instead of one per pair of channels.
     """
-    at_least(levels=(levels, 1))
+    at_least_one(levels=levels)
     plans = _unit_levels(levels, 1, 0)
     return network(plans, {"mixing": "constant"}, hidden=None, norm="none", activation="relu", **experts)
 
@@ -135,7 +136,7 @@ def stem(*, shared_experts: int = 4, task_experts: int = 1, stop_gradient: bool 
 
     Source: L. Su et al., AAAI 2024 (docs/papers/home.md, equation 13; recalled).
     """
-    at_least(experts=(shared_experts + task_experts, 1))
+    at_least_one(experts=shared_experts + task_experts)
 
     def plans(tree: TaskTree) -> list[LevelPlan]:
         num = len(tree.tasks)
