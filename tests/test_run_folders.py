@@ -81,7 +81,7 @@ def test_a_version_that_came_nowhere_hides_no_earlier_one(tmp_path: Path, caplog
 
 @pytest.mark.medium
 def test_every_command_takes_the_run_that_an_early_death_followed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "runs" / "toy" / "base"
     run(FIT)
@@ -96,8 +96,9 @@ def test_every_command_takes_the_run_that_an_early_death_followed(
         ["fit", *named, "--trainer.max_epochs", "2", "--test_after_fit", "false"],
     ):
         early = unbegun(place)
+        caplog.clear()
         assert main(words) == 0, words
-        told = [line for line in capsys.readouterr().err.splitlines() if "is taken" in line]
+        told = [line for line in caplog.messages if "is taken" in line]
         assert len(told) == 1
         assert told[0].startswith(f"{place}: {early.name} has no checkpoint")
     assert (place / "version_0" / "metrics" / "test.json").is_file()

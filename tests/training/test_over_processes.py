@@ -168,13 +168,14 @@ def test_an_expert_report_joins_layers_that_a_process_does_not_have(monkeypatch:
 
 def test_a_routing_monitor_joins_layers_that_a_process_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monitors = [RoutingMonitor(figures=False) for _ in range(2)]
-    monitors[1]._layers = {"moe": _Layer(torch.ones(2, 3), torch.tensor(4.0), torch.tensor(5.0))}
+    monitors[1]._layers = {"moe": _Layer(torch.ones(2, 3), torch.tensor(4.0), torch.tensor(5.0), torch.ones(4))}
 
     in_processes(monkeypatch, 2, lambda rank: monitors[rank]._join(torch.device("cpu")))
 
     for monitor in monitors:
         layer = monitor._layers["moe"]
         assert (float(layer.table_SE.sum()), float(layer.entropy), float(layer.rows)) == (6, 4, 5)
+        assert layer.workers.tolist() == [1, 1, 1, 1]
 
 
 def test_a_report_by_domain_is_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
