@@ -85,13 +85,13 @@ def test_a_full_disk_is_told_with_the_file_and_costs_nothing(tmp_path: Path) -> 
 
 
 def test_what_is_told_of_a_missing_file_is_the_first_part_of_its_path_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "root" / "seen").mkdir(parents=True)
+    (tmp_path / "own" / "seen").mkdir(parents=True)
     (tmp_path / "flat").touch()
     for given, told in (
-        ("root/seen/a.csv", f"no file {tmp_path}/root/seen/a.csv"),
-        ("root/other/a.csv", f"no folder {tmp_path}/root/other, where a.csv is looked for"),
+        ("own/seen/a.csv", f"no file {tmp_path}/own/seen/a.csv"),
+        ("own/other/a.csv", f"no folder {tmp_path}/own/other, where a.csv is looked for"),
         ("none/other/a.csv", f"no folder {tmp_path}/none, where other/a.csv is looked for"),
         ("flat/a.csv", f"{tmp_path}/flat is no folder, where a.csv is looked for"),
-        ("root/*/a.csv", f"no file {tmp_path}/root/*/a.csv"),
+        ("own/*/a.csv", f"no file {tmp_path}/own/*/a.csv"),
     ):
         assert absent(tmp_path / given) == told
