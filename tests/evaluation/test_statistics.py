@@ -9,6 +9,8 @@ import pytest
 from scipy import stats
 
 from moeapps.evaluation.statistics import (
+    Direction,
+    Rule,
     bootstrap_interval,
     cluster_means,
     holm,
@@ -54,9 +56,10 @@ def test_paired_interval_equals_scipy_and_ignores_what_pairs_share() -> None:
 
 def test_p_values_equal_scipy_and_agree_with_the_verdict_of_the_interval() -> None:
     generator = np.random.default_rng(3)
-    for rule, margin, direction in (("superiority", 0.0, "higher"), ("non-inferiority", 0.5, "lower")) * 40:
+    rules: list[tuple[Rule, float, Direction]] = [("superiority", 0.0, "higher"), ("non-inferiority", 0.5, "lower")]
+    for rule, margin, direction in rules * 40:
         base, gain = generator.normal(size=6), generator.normal(0.4, 0.6, size=6)
-        found = judge((base + gain).tolist(), base.tolist(), rule=rule, direction=direction, margin=margin)  # type: ignore[arg-type]
+        found = judge((base + gain).tolist(), base.tolist(), rule=rule, direction=direction, margin=margin)
         assert found.p == pytest.approx(stats.ttest_1samp(gain, 0.0 if rule == "superiority" else 0.5).pvalue, rel=1e-9)
         assert (found.p < 0.05) == (found.verdict != "inconclusive")
     assert judge([1.0, 2.0], [1.0, 2.0], rule="exact", direction="equal").p is None
